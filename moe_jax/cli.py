@@ -1,0 +1,78 @@
+"""Command lines: absl flags, `--config=FILE[:CELL]` and typed `--config.PATH=VALUE` overrides.
+
+Every command of the project starts through `run`, so that bad input ends in one line on
+stderr and exit code 2, before anything is compiled, launched or written.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from moe_jax import grid
+from moe_jax.config import RunConfig
+from moe_jax.errors import FieldError, did_you_mean
+from moe_jax.fields import leaf_types, parse
+
+EXIT_BAD_INPUT = 2
+_PREFIX = "--config."
+
+
+def define_config_flag() -> flags.FlagHolder:
+  """Declares `--config`; `selected_cells` reads it together with the overrides."""
+  return flags.DEFINE_string(
+      "config", None, "Experiment file, experiments/NAME.py, or one cell of it, "
+      "experiments/NAME.py:CELL. Override a field with --config.PATH=VALUE, e.g. "
+      "--config.train.steps=200.", required=True)
+
+
+def parse_override(argument: str) -> tuple[str, Any]:
+  """`--config.train.steps=200` -> ("train.steps", 200). Raises FieldError."""
+  path, equals, text = argument.removeprefix(_PREFIX).partition("=")
+  known = leaf_types(RunConfig)
+  if path not in known:
+    raise FieldError("config." + path, text, "no such field; "
+                     + did_you_mean("config." + path, ["config." + name for name in known]))
+  if not equals:
+    raise FieldError("config." + path, "", "needs a value: --config." + path + "=VALUE")
+  return path, parse(text, known[path], "config." + path)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Command line -> (what absl parses, the `--config.PATH=VALUE` arguments)."""
+  overrides = [arg for arg in argv[1:] if arg.startswith(_PREFIX)]
+  return [arg for arg in argv if arg not in overrides], overrides
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+  """Runs `main(overrides)` under absl; `overrides` are the raw --config.PATH=VALUE arguments."""
+  found: list[str] = []
+
+  def flags_parser(argv):
+    rest, found[:] = split_overrides(argv)
+    try:
+      left = flags.FLAGS(rest)
+    except flags.Error as error:
+      _fail(" ".join(str(error).split()))
+    if len(left) > 1:
+      _fail(f"{left[1]!r}: not a flag; every argument is --NAME=VALUE")
+    return left
+
+  def body(_):
+    try:
+      return main(found)
+    except FieldError as error:
+      _fail(f"--{error}")
+
+  app.run(body, flags_parser=flags_parser)
+
+
+def selected_cells(spec: str, overrides: Sequence[str]) -> tuple[grid.Cell, ...]:
+  """The cells that `--config` and the overrides select. Raises FieldError."""
+  return grid.select(spec, dict(parse_override(argument) for argument in overrides))
+
+
+def _fail(message: str) -> None:
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(EXIT_BAD_INPUT)

@@ -1,0 +1,312 @@
+"""RunConfig: everything that defines a run, as frozen dataclasses. No JAX.
+
+Identity (what is trained: it decides the result) and execution (how it is run: mesh, remat,
+logging) are apart. A run may go on with another execution, never with another identity.
+Every section checks itself when it is made, and `RunConfig` checks what spans sections, so
+an invalid configuration cannot exist.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, Literal
+
+from moe_jax.arch import Architecture
+from moe_jax.errors import FieldError, require
+from moe_jax.fields import from_dict, leaf_types, leaves
+
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """Routing and dispatch semantics (identity: they decide which expert sees which token).
+
+  Attributes:
+    dispatch: `capacity` (fixed slots, drops what overflows) or `reference` (every expert
+      on every token: slow, drops nothing).
+    capacity_factor: slots per expert and routing group are
+      ceil(capacity_factor * group tokens * n_topk / n_exp).
+    routing_group_tokens: tokens that compete for the same slots; a whole number of
+      sequences. 0 means one sequence.
+    norm_topk_prob: divide the chosen probabilities by their sum (as Qwen3-MoE does).
+      Must be off for n_topk = 1 among several experts: a weight that is always 1 gives
+      the router no gradient from the language-model loss.
+    balance_coef: weight of the load-balance loss (1 per layer at perfect balance).
+    z_coef: weight of the router z-loss.
+  """
+
+  dispatch: Literal["capacity", "reference"] = "capacity"
+  capacity_factor: float = 1.25
+  routing_group_tokens: int = 0
+  norm_topk_prob: bool = True
+  balance_coef: float = 0.01
+  z_coef: float = 0.001
+
+  def __post_init__(self):
+    require(self.capacity_factor > 0, "capacity_factor", self.capacity_factor,
+            "must be above 0")
+    require(self.routing_group_tokens >= 0, "routing_group_tokens",
+            self.routing_group_tokens, "must be 0 (one sequence) or more")
+    for name in ("balance_coef", "z_coef"):
+      require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Numerics of the decoder that are not part of its shape.
+
+  Attributes:
+    compute_dtype: type of activations and of the weights as they are multiplied; the
+      master weights, the router, norms, softmaxes and the loss are float32 throughout.
+    rope_theta: base of the rotary embedding.
+    norm_eps: epsilon of every RMSNorm.
+  """
+
+  compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+  rope_theta: float = 10_000.0
+  norm_eps: float = 1e-6
+
+  def __post_init__(self):
+    require(self.rope_theta > 1, "rope_theta", self.rope_theta, "must be above 1")
+    require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is read.
+
+  Attributes:
+    corpus: name of a corpus that `python -m moe_jax.data` knows, e.g. `sotu`.
+    tokenizer: `bytes`, or `bpe-N`: a byte-level BPE of N tokens trained on the corpus.
+    seq_len: tokens in a packed sequence.
+    mask_documents: whether attention stops at document boundaries.
+  """
+
+  corpus: str = "sotu"
+  tokenizer: str = "bytes"
+  seq_len: int = 256
+  mask_documents: bool = True
+
+  def __post_init__(self):
+    require(self.seq_len >= 2, "seq_len", self.seq_len, "must be at least 2")
+    bpe_size = self.tokenizer.removeprefix("bpe-")
+    require(self.tokenizer == "bytes"
+            or (self.tokenizer.startswith("bpe-") and bpe_size.isdecimal()
+                and int(bpe_size) >= 257),
+            "tokenizer", self.tokenizer,
+            "must be 'bytes' or 'bpe-N' with N at least 257, e.g. 'bpe-4096'")
+
+  @property
+  def tokenizer_vocab_size(self) -> int:
+    """Token ids the tokenizer can emit, its document separator included."""
+    return 257 if self.tokenizer == "bytes" else int(self.tokenizer.removeprefix("bpe-"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Optimizer, schedule and amount of training.
+
+  Attributes:
+    steps: optimizer steps.
+    batch_size: sequences in a global batch.
+    learning_rate: peak learning rate.
+    schedule: `wsd` (warm-up, stable, linear decay) or `cosine` (warm-up, cosine decay).
+    warmup_steps: steps of linear warm-up from 0.
+    decay_fraction: share of the steps in which `wsd` decays.
+    final_learning_rate_fraction: learning rate at the end, as a share of the peak.
+    weight_decay: decoupled weight decay, of matrices only (see train/optimizer.py).
+    beta1, beta2, eps: of AdamW.
+    clip_norm: largest global gradient norm.
+  """
+
+  steps: int = 1000
+  batch_size: int = 32
+  learning_rate: float = 1e-3
+  schedule: Literal["wsd", "cosine"] = "wsd"
+  warmup_steps: int = 100
+  decay_fraction: float = 0.2
+  final_learning_rate_fraction: float = 0.0
+  weight_decay: float = 0.1
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  clip_norm: float = 1.0
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size"):
+      require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+    for name in ("learning_rate", "eps", "clip_norm"):
+      require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
+    for name in ("weight_decay", "warmup_steps"):
+      require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+    for name in ("beta1", "beta2"):
+      require(0 <= getattr(self, name) < 1, name, getattr(self, name),
+              "must be at least 0 and below 1")
+    for name in ("decay_fraction", "final_learning_rate_fraction"):
+      require(0 <= getattr(self, name) <= 1, name, getattr(self, name),
+              "must lie between 0 and 1")
+    decay_steps = round(self.steps * self.decay_fraction) if self.schedule == "wsd" else 0
+    require(self.warmup_steps + decay_steps <= self.steps, "warmup_steps",
+            self.warmup_steps, f"with {decay_steps} steps of decay must fit into the "
+            f"{self.steps} steps of training")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; `data` = -1 takes all that the others leave."""
+
+  data: int = -1
+  fsdp: int = 1
+  expert: int = 1
+
+  def __post_init__(self):
+    require(self.data == -1 or self.data >= 1, "data", self.data,
+            "must be at least 1, or -1 for all devices left over")
+    for name in ("fsdp", "expert"):
+      require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+  """How a run is carried out. May change between two attempts at the same run.
+
+  Attributes:
+    mesh: how devices are laid out.
+    remat: what the backward pass recomputes: `none`, `dots` (all but matrix products) or
+      `full` (each layer from its input).
+    microbatches: parts the global batch is split into, one after another, to save memory.
+      The result does not change; one more forward pass is paid when above 1.
+    log_every: steps between two lines of metrics.
+    checkpoint_every: steps between two checkpoints.
+    keep_checkpoints: how many of the latest checkpoints are kept.
+  """
+
+  mesh: MeshConfig = MeshConfig()
+  remat: Literal["none", "dots", "full"] = "none"
+  microbatches: int = 1
+  log_every: int = 10
+  checkpoint_every: int = 200
+  keep_checkpoints: int = 2
+
+  def __post_init__(self):
+    for name in ("microbatches", "log_every", "checkpoint_every", "keep_checkpoints"):
+      require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """One cell of a grid: an architecture, its training recipe, and how it is run."""
+
+  arch: Architecture
+  moe: MoEConfig = MoEConfig()
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  train: TrainConfig = TrainConfig()
+  seed_init: int = 0
+  seed_data: int = 0
+  execution: ExecutionConfig = ExecutionConfig()
+  schema_version: int = SCHEMA_VERSION
+
+  def __post_init__(self):
+    require(self.schema_version == SCHEMA_VERSION, "schema_version", self.schema_version,
+            f"this code reads and writes version {SCHEMA_VERSION}")
+    for name in ("seed_init", "seed_data"):
+      require(0 <= getattr(self, name) < 2**31, name, getattr(self, name),
+              "must be at least 0 and below 2^31")
+    require(not (self.moe.norm_topk_prob and self.arch.n_topk == 1 < self.arch.n_exp),
+            "moe.norm_topk_prob", True, "must be false for n_topk = 1: a weight that is "
+            "always 1 gives the router no gradient")
+    require(self.data.tokenizer_vocab_size <= self.arch.vocab_size, "arch.vocab_size",
+            self.arch.vocab_size, f"must be at least the {self.data.tokenizer_vocab_size} "
+            f"tokens of the tokenizer {self.data.tokenizer!r}")
+    require(self.group_tokens % self.data.seq_len == 0, "moe.routing_group_tokens",
+            self.moe.routing_group_tokens, "must be 0 or a multiple of data.seq_len, "
+            f"which is {self.data.seq_len}")
+    require(self.train.batch_size % (self.execution.microbatches * self.group_sequences)
+            == 0, "train.batch_size", self.train.batch_size,
+            "must be a multiple of execution.microbatches * the sequences in a routing "
+            f"group, which is {self.execution.microbatches} * {self.group_sequences}")
+
+  @property
+  def group_tokens(self) -> int:
+    """Tokens in a routing group, resolved."""
+    return self.moe.routing_group_tokens or self.data.seq_len
+
+  @property
+  def group_sequences(self) -> int:
+    """Sequences in a routing group."""
+    return self.group_tokens // self.data.seq_len
+
+  @property
+  def batch_tokens(self) -> int:
+    """Tokens in a global batch."""
+    return self.train.batch_size * self.data.seq_len
+
+
+def resolve_mesh(config: RunConfig, n_devices: int) -> tuple[int, int, int]:
+  """(data, fsdp, expert) sizes of the mesh on `n_devices`.
+
+  Raises:
+    FieldError: the mesh does not use all devices, does not divide the experts or the
+      width, or cannot split a microbatch into whole routing groups for each device.
+  """
+  mesh, arch = config.execution.mesh, config.arch
+  model_parallel = mesh.fsdp * mesh.expert
+  require(n_devices % model_parallel == 0, "execution.mesh.expert", mesh.expert,
+          f"times fsdp ({mesh.fsdp}) must divide the {n_devices} devices")
+  data = n_devices // model_parallel if mesh.data == -1 else mesh.data
+  require(data * model_parallel == n_devices, "execution.mesh.data", mesh.data,
+          f"times fsdp ({mesh.fsdp}) times expert ({mesh.expert}) must be the "
+          f"{n_devices} devices there are; -1 takes what is left over")
+  require(arch.n_exp % mesh.expert == 0, "execution.mesh.expert", mesh.expert,
+          f"must divide n_exp, which is {arch.n_exp}")
+  require(arch.d_model % model_parallel == 0, "execution.mesh.fsdp", mesh.fsdp,
+          f"times expert ({mesh.expert}) must divide d_model, which is {arch.d_model}")
+  micro = config.train.batch_size // config.execution.microbatches
+  require(micro % (n_devices * config.group_sequences) == 0, "train.batch_size",
+          config.train.batch_size, f"split into {config.execution.microbatches} "
+          f"microbatch(es) must give each of the {n_devices} devices whole routing groups "
+          f"of {config.group_sequences} sequence(s)")
+  return data, mesh.fsdp, mesh.expert
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+  """The fields that decide the result, as a flat dict from dotted path to value.
+
+  A float written as a whole number (`weight_decay=0`) is the same identity as 0.0.
+  """
+  types = leaf_types(RunConfig)
+  return {path: float(value) if types[path] is float else value
+          for path, value in leaves(config).items() if not path.startswith("execution.")}
+
+
+def identity_hash(config: RunConfig) -> str:
+  """Twelve hex digits that name the identity; in every row of every table."""
+  canonical = json.dumps(identity(config), sort_keys=True)
+  return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def identity_difference(ours: RunConfig, theirs: RunConfig) -> list[str]:
+  """The identity fields in which two configurations differ, each as one phrase."""
+  a, b = identity(ours), identity(theirs)
+  return [f"{path} is {a[path]!r} here and {b[path]!r} there"
+          for path in a if a[path] != b[path]]
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+  """A nested dict of plain values, ready for JSON."""
+  return dataclasses.asdict(config)
+
+
+def config_from_dict(values: dict[str, Any]) -> RunConfig:
+  """The inverse of `to_dict`. Raises FieldError on an unknown field or a wrong type."""
+  return from_dict(RunConfig, values)
+
+
+__all__ = [
+    "Architecture", "DataConfig", "ExecutionConfig", "FieldError", "MeshConfig",
+    "ModelConfig", "MoEConfig", "RunConfig", "SCHEMA_VERSION", "TrainConfig",
+    "config_from_dict", "identity", "identity_difference", "identity_hash",
+    "resolve_mesh", "to_dict",
+]

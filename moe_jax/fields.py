@@ -1,0 +1,141 @@
+"""Frozen dataclasses as trees of typed fields: flatten, parse text, override, rebuild."""
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from moe_jax.errors import FieldError, did_you_mean
+
+T = TypeVar("T")
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+  """Field name -> resolved annotation."""
+  hints = typing.get_type_hints(cls)
+  return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
+  """Dotted path -> annotation of every leaf below the dataclass `cls`."""
+  found = {}
+  for name, hint in field_types(cls).items():
+    if dataclasses.is_dataclass(hint):
+      found |= leaf_types(hint, f"{prefix}{name}.")
+    else:
+      found[prefix + name] = hint
+  return found
+
+
+def leaves(instance: Any, prefix: str = "") -> dict[str, Any]:
+  """Dotted path -> value of every leaf below a dataclass instance."""
+  found = {}
+  for name in field_types(type(instance)):
+    value = getattr(instance, name)
+    if dataclasses.is_dataclass(value):
+      found |= leaves(value, f"{prefix}{name}.")
+    else:
+      found[prefix + name] = value
+  return found
+
+
+def parse(text: str, hint: Any, path: str) -> Any:
+  """Reads `text` as the annotated type. Raises FieldError with what is accepted."""
+  if typing.get_origin(hint) is typing.Literal:
+    options = typing.get_args(hint)
+    if text in options:
+      return text
+    raise FieldError(path, text, "must be " + " or ".join(map(repr, options)))
+  if isinstance(hint, types.UnionType):
+    (inner,) = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+    return None if text.lower() == "none" else parse(text, inner, path)
+  if hint is bool:
+    values = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() in values:
+      return values[text.lower()]
+    raise FieldError(path, text, "must be true or false")
+  if hint is int:
+    try:
+      return int(text)
+    except ValueError:
+      raise FieldError(path, text, "must be a whole number") from None
+  if hint is float:
+    try:
+      number = float(text)
+    except ValueError:
+      number = math.nan
+    if not math.isfinite(number):
+      raise FieldError(path, text, "must be a finite number")
+    return number
+  assert hint is str, f"{path} has a type that flags cannot carry: {hint}"
+  return text
+
+
+def checked(value: Any, hint: Any, path: str) -> Any:
+  """`value` if it has the annotated type (an int passes as a float), else FieldError."""
+  if isinstance(hint, types.UnionType) and value is None:
+    return None
+  if isinstance(value, str):
+    inner = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+    kind = inner[0] if isinstance(hint, types.UnionType) else hint
+    if kind is str or typing.get_origin(kind) is typing.Literal:
+      return parse(value, kind, path)
+  elif type(value) in (bool, int, float):
+    read = parse(str(value), hint, path)
+    if type(value) is type(read) or (type(value), type(read)) == (int, float):
+      return read
+  raise FieldError(path, value, f"must be of type {getattr(hint, '__name__', hint)}")
+
+
+def override(instance: T, changes: Mapping[str, Any]) -> T:
+  """A copy of the dataclass tree with the leaves at the given dotted paths replaced.
+
+  All changes to one dataclass are made at once, so that its own check sees the result
+  and never a half-changed state.
+
+  Raises:
+    FieldError: an unknown path (the nearest are offered) or a value that is refused.
+  """
+  types_by_name = field_types(type(instance))
+  nested: dict[str, dict[str, Any]] = {}
+  replaced: dict[str, Any] = {}
+  for path, value in changes.items():
+    head, _, rest = path.partition(".")
+    if head not in types_by_name or bool(rest) != dataclasses.is_dataclass(types_by_name[head]):
+      raise FieldError(path, value, "no such field; "
+                       + did_you_mean(path, list(leaf_types(type(instance)))))
+    if rest:
+      nested.setdefault(head, {})[rest] = value
+    else:
+      replaced[head] = checked(value, types_by_name[head], head)
+  for name, below in nested.items():
+    try:
+      replaced[name] = override(getattr(instance, name), below)
+    except FieldError as error:
+      raise error.under(name) from None
+  return dataclasses.replace(instance, **replaced)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+  """Rebuilds a dataclass tree from nested dicts; every field must be there."""
+  types_by_name = field_types(cls)
+  for name in values:
+    if name not in types_by_name:
+      raise FieldError(name, values[name],
+                       "no such field; " + did_you_mean(name, list(types_by_name)))
+  built = {}
+  for name, hint in types_by_name.items():
+    if name not in values:
+      raise FieldError(name, None, "is missing")
+    if dataclasses.is_dataclass(hint):
+      try:
+        built[name] = from_dict(hint, values[name])
+      except FieldError as error:
+        raise error.under(name) from None
+    else:
+      built[name] = checked(values[name], hint, name)
+  return cls(**built)

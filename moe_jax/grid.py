@@ -1,0 +1,182 @@
+"""A grid of cells: what an experiment file returns, how its cells are named and selected."""
+
+import collections
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.config import RunConfig, identity, identity_difference
+from moe_jax.errors import FieldError, did_you_mean, require
+from moe_jax.fields import override
+
+# The five variables every name begins with; all other fields appear only where they differ.
+_SHAPE_TAGS = {"arch.n_layers": "l", "arch.d_model": "d", "arch.d_expert": "f",
+               "arch.n_exp": "e", "arch.n_topk": "k"}
+_SUFFIX_TAGS = {
+    "arch.n_heads": "h", "arch.n_kv_heads": "kv", "arch.vocab_size": "v",
+    "arch.n_shared_experts": "shared", "arch.n_dense_layers": "dense",
+    "moe.capacity_factor": "cf", "moe.routing_group_tokens": "group",
+    "moe.norm_topk_prob": "norm", "moe.balance_coef": "bal", "moe.z_coef": "z",
+    "data.seq_len": "seq", "train.batch_size": "b", "train.learning_rate": "lr",
+    "train.warmup_steps": "warmup", "train.weight_decay": "wd",
+    "seed_init": "s", "seed_data": "sd",
+}
+
+
+def _format(value: Any) -> str:
+  """3e-3 for 0.003, 0 for False; only characters that suit a path and a job name."""
+  if isinstance(value, bool):
+    return str(int(value))
+  if isinstance(value, float):
+    exponent = math.floor(math.log10(abs(value))) if value else 0
+    if -2 <= exponent < 4:
+      return f"{value:.12g}"
+    return f"{value / 10.0**exponent:.12g}e{exponent}"
+  return re.sub(r"[^a-z0-9.]+", "-", str(value).lower()).strip("-")
+
+
+def cell_name(config: RunConfig, recipe: RunConfig) -> str:
+  """`l8-d512-f128-e64-k8`, with a suffix for each identity field that is not the recipe's.
+
+  The name is the directory, the job, the metrics tag and the row of the table. Nothing
+  parses it back.
+  """
+  ours, default = identity(config), identity(recipe)
+  parts = [tag + _format(ours[path]) for path, tag in _SHAPE_TAGS.items()]
+  for path, value in ours.items():
+    if path not in _SHAPE_TAGS and value != default[path]:
+      tag = _SUFFIX_TAGS.get(path, path.rpartition(".")[2].replace("_", ""))
+      parts.append(tag + _format(value))
+  return "-".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """A named, ordered set of cells that share a recipe.
+
+  Attributes:
+    name: the experiment's name, and its directory.
+    recipe: what the cells have in common; a cell's name tells only where it differs.
+    cells: one configuration a cell.
+  """
+
+  name: str
+  recipe: RunConfig
+  cells: tuple[RunConfig, ...]
+
+  def __post_init__(self):
+    require(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", self.name) is not None, "grid.name",
+            self.name, "must be lower-case letters, digits, '.', '_' and '-'")
+    require(len(self.cells) > 0, "grid.cells", self.cells, "must hold at least one cell")
+    by_name = collections.defaultdict(list)
+    for config in self.cells:
+      by_name[cell_name(config, self.recipe)].append(config)
+    for name, (first, *others) in by_name.items():
+      if others:
+        differing = identity_difference(first, others[0])
+        raise FieldError("grid.cells", name, "two cells have this name: " + (
+            "; ".join(differing) if differing else "they are the same run"))
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return tuple(cell_name(config, self.recipe) for config in self.cells)
+
+  def get_config(self, cell: str) -> RunConfig:
+    """The cell of that name. Raises FieldError that offers the nearest names."""
+    names = self.names
+    require(cell in names, "config", f"{self.name}:{cell}",
+            "no such cell; " + did_you_mean(cell, list(names)))
+    return self.cells[names.index(cell)]
+
+  def override(self, changes: Mapping[str, Any]) -> "Grid":
+    """The grid with the given fields replaced in every cell; the recipe stays, so that
+    names tell what was overridden."""
+    return dataclasses.replace(
+        self, cells=tuple(override(config, changes) for config in self.cells))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One selected cell.
+
+  Attributes:
+    experiment: name of its grid.
+    selector: `FILE:CELL`, what `--config` takes to select it, before overrides.
+    name: its name after overrides: its run directory.
+    config: its configuration after overrides.
+  """
+
+  experiment: str
+  selector: str
+  name: str
+  config: RunConfig
+
+
+def load_grid(path: str) -> Grid:
+  """Runs an experiment file and returns its grid.
+
+  Raises:
+    FieldError: no such file, no `get_grid` in it, or it raises (its error is quoted).
+  """
+  file = pathlib.Path(path)
+  if file.suffix != ".py" or not file.is_file():
+    beside = [str(p) for p in file.parent.glob("*.py") if p.stem != "__init__"]
+    raise FieldError("config", path, "no such experiment file"
+                     + ("; " + did_you_mean(path, beside) if beside else ""))
+  module_name = "experiment_" + re.sub(r"\W", "_", str(file.resolve()))
+  spec = importlib.util.spec_from_file_location(module_name, file)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[module_name] = module  # dataclasses in the file look their module up here
+  try:
+    spec.loader.exec_module(module)
+    grid = module.get_grid()
+  except FieldError as error:
+    raise FieldError("config", path, f"the file makes {error}") from error
+  except Exception as error:  # whatever a user's file does, the answer is one line
+    line = ""
+    for frame in _frames(error.__traceback__):
+      if frame.tb_frame.f_code.co_filename == str(file):
+        line = f":{frame.tb_lineno}"
+    raise FieldError("config", path, f"raises at {file.name}{line}: "
+                     f"{type(error).__name__}: {error}") from error
+  require(isinstance(grid, Grid), "config", path,
+          f"get_grid() must return a moe_jax.grid.Grid, not {type(grid).__name__}")
+  return grid
+
+
+def _frames(traceback):
+  while traceback is not None:
+    yield traceback
+    traceback = traceback.tb_next
+
+
+def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, ...]:
+  """The cells that `FILE` (all) or `FILE:CELL` (one) names, with overrides applied.
+
+  Raises:
+    FieldError: the file, the cell, a field or a value is refused.
+  """
+  path, _, wanted = spec.partition(":")
+  grid = load_grid(path)
+  if wanted:
+    grid = dataclasses.replace(grid, cells=(grid.get_config(wanted),))
+  base_names = grid.names
+  try:
+    grid = grid.override(changes or {})
+  except FieldError as error:
+    raise error.under("config") from None
+  return tuple(Cell(grid.name, f"{path}:{base}", name, config)
+               for base, name, config in zip(base_names, grid.names, grid.cells))
+
+
+def get_config(spec: str, changes: Mapping[str, Any] | None = None) -> RunConfig:
+  """The configuration of `FILE:CELL`, for notebooks and tests."""
+  cells = select(spec, changes)
+  require(len(cells) == 1, "config", spec, f"selects {len(cells)} cells; name one: "
+          + ", ".join(cell.name for cell in cells))
+  return cells[0].config

@@ -1,0 +1,207 @@
+"""The run directory `<out>/<experiment>/<cell>/`: the one place that knows file names. No JAX.
+
+    config.json                       once, before the first step
+    status.json                       by the trainer: state, step, heartbeat, error
+    metrics/<attempt>-<first step>.jsonl   a file a checkpoint interval; each attempt its own
+    checkpoints/<step>/               Orbax; checksums/<step>.json lists a hash for each file
+    eval/NAME.json                    by evaluations
+    launch.json, log.txt              by the launcher
+    tensorboard/
+
+It may lie on an object store, which has no append and no atomic rename: so each file has one
+writer and is written whole. `<out>/<experiment>/results.csv` is derived from these files.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from moe_jax import config as config_lib
+from moe_jax.config import RunConfig
+from moe_jax.errors import FieldError
+from moe_jax.grid import Cell
+
+HEARTBEAT_SECONDS = 10.0
+DEAD_AFTER_SECONDS = 120.0
+
+RUNNING, FINISHED, PREEMPTED = "running", "finished", "preempted"
+DIVERGED, FAILED = "diverged", "failed"
+
+
+class RunDirBusy(RuntimeError):
+  """Another process works on the run directory."""
+
+
+def is_local(path: epath.Path) -> bool:
+  return "://" not in os.fspath(path)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes a file whole: a reader sees the old content or the new, never a part."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if not is_local(path):  # an object appears when its upload is complete
+    path.write_text(text)
+    return
+  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  try:
+    partial.write_text(text)
+    partial.replace(path)
+  except OSError as error:
+    partial.unlink(missing_ok=True)
+    raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+  write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: epath.Path) -> Any:
+  """The content, or None where there is no file. Raises FieldError if it is not JSON."""
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise FieldError("out", str(path), f"is damaged, not JSON: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+  """One run's files."""
+
+  path: epath.Path
+
+  @classmethod
+  def of(cls, out: str | os.PathLike, cell: Cell) -> "RunDir":
+    return cls(epath.Path(out) / cell.experiment / cell.name)
+
+  @property
+  def checkpoints(self) -> epath.Path:
+    return self.path / "checkpoints"
+
+  @property
+  def tensorboard(self) -> epath.Path:
+    return self.path / "tensorboard"
+
+  @property
+  def launch(self) -> epath.Path:
+    return self.path / "launch.json"
+
+  @property
+  def log(self) -> epath.Path:
+    return self.path / "log.txt"
+
+  def checksums(self, step: int) -> epath.Path:
+    return self.path / "checksums" / f"{step}.json"
+
+  # config.json
+
+  def claim(self, cell: Cell) -> None:
+    """Writes config.json, or checks that the one there has this identity.
+
+    Raises:
+      FieldError: the directory belongs to a run of another identity; names the fields.
+    """
+    theirs = self.read_config()
+    if theirs is None:
+      write_json(self.path / "config.json", {
+          "experiment": cell.experiment, "cell": cell.name,
+          "identity": config_lib.identity_hash(cell.config),
+          "config": config_lib.to_dict(cell.config)})
+    elif config_lib.identity_hash(theirs) != config_lib.identity_hash(cell.config):
+      raise FieldError("out", str(self.path), "holds a run of another identity: "
+                       + "; ".join(config_lib.identity_difference(cell.config, theirs)))
+
+  def read_config(self) -> RunConfig | None:
+    """The configuration the run began with, or None before it began."""
+    stored = read_json(self.path / "config.json")
+    if stored is None:
+      return None
+    try:
+      return config_lib.config_from_dict(stored["config"])
+    except (FieldError, KeyError, TypeError) as error:
+      raise FieldError("out", str(self.path / "config.json"),
+                       f"is not a run configuration: {error}") from None
+
+  # status.json
+
+  def read_status(self) -> dict[str, Any]:
+    """The trainer's last word, or {} before its first."""
+    return read_json(self.path / "status.json") or {}
+
+  def write_status(self, status: Mapping[str, Any]) -> None:
+    write_json(self.path / "status.json", {
+        **status, "host": socket.gethostname(), "pid": os.getpid(),
+        "heartbeat": time.time()})
+
+  @contextlib.contextmanager
+  def lock(self) -> Iterator[None]:
+    """Holds the directory for this process while the context lasts.
+
+    On a file system the kernel keeps the lock and drops it when the process ends, however
+    it ends. An object store has no locks: there a heartbeat younger than
+    DEAD_AFTER_SECONDS from another process counts as held.
+
+    Raises:
+      RunDirBusy: another process, which is named, holds it.
+    """
+    if not is_local(self.path):
+      status = self.read_status()
+      ours = (status.get("host"), status.get("pid")) == (socket.gethostname(), os.getpid())
+      if (status.get("state") == RUNNING and not ours
+          and time.time() - status["heartbeat"] < DEAD_AFTER_SECONDS):
+        raise RunDirBusy(f"{self.path} is in use by process {status['pid']} on "
+                         f"{status['host']}: wait for it, or stop it first")
+      yield
+      return
+    self.path.mkdir(parents=True, exist_ok=True)
+    with open(self.path / "lock", "a+") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        file.seek(0)
+        raise RunDirBusy(f"{self.path} is in use by {file.read() or 'another process'}: "
+                         "wait for it, or stop it first") from None
+      file.truncate(0)
+      file.write(f"process {os.getpid()} on {socket.gethostname()}")
+      file.flush()
+      yield
+
+  # metrics/
+
+  def metrics_file(self, attempt: int, first_step: int) -> epath.Path:
+    return self.path / "metrics" / f"{attempt:04d}-{first_step:08d}.jsonl"
+
+  def next_attempt(self) -> int:
+    """One more than any attempt that has left metrics."""
+    names = [file.name for file in self._metrics_files()]
+    return 1 + max((int(name.partition("-")[0]) for name in names), default=0)
+
+  def read_metrics(self) -> list[dict[str, Any]]:
+    """The records of all attempts by step; where two have a step, the later counts."""
+    by_step = {}
+    for file in self._metrics_files():
+      for line in file.read_text().splitlines():
+        record = json.loads(line)
+        by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]
+
+  def _metrics_files(self) -> list[epath.Path]:
+    return sorted((self.path / "metrics").glob("[0-9]*.jsonl"), key=lambda f: f.name)
+
+  # eval/
+
+  def write_eval(self, name: str, result: Mapping[str, Any]) -> None:
+    write_json(self.path / "eval" / f"{name}.json", dict(result))
+
+  def read_evals(self) -> dict[str, dict[str, Any]]:
+    files = sorted((self.path / "eval").glob("*.json"), key=lambda f: f.name)
+    return {file.stem: read_json(file) for file in files}
