@@ -46,7 +46,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-  """Runs `main(overrides)` under absl; `overrides` are the raw --config.PATH=VALUE arguments."""
+  """Runs `main(overrides)` under absl, with the raw --config.PATH=VALUE arguments."""
   found: list[str] = []
 
   def flags_parser(argv):

@@ -171,7 +171,7 @@ def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, .
   except FieldError as error:
     raise error.under("config") from None
   return tuple(Cell(grid.name, f"{path}:{base}", name, config)
-               for base, name, config in zip(base_names, grid.names, grid.cells))
+               for base, name, config in zip(base_names, grid.names, grid.cells, strict=True))
 
 
 def get_config(spec: str, changes: Mapping[str, Any] | None = None) -> RunConfig:

@@ -1,4 +1,4 @@
-"""The shape of an MoE decoder: the five variables of arXiv 2601.08215 and what surrounds them."""
+"""The shape of an MoE decoder: the five variables of arXiv 2601.08215 and the rest."""
 
 import dataclasses
 
