@@ -18,13 +18,15 @@ from moe_jax.fields import leaf_types, parse
 EXIT_BAD_INPUT = 2
 _PREFIX = "--config."
 
+flags.disclaim_key_flags()  # so that --help of the command lists the flags declared here
 
-def define_config_flag() -> flags.FlagHolder:
+
+def define_config_flag(required: bool = True) -> flags.FlagHolder:
   """Declares `--config`; `selected_cells` reads it together with the overrides."""
   return flags.DEFINE_string(
       "config", None, "Experiment file, experiments/NAME.py, or one cell of it, "
       "experiments/NAME.py:CELL. Override a field with --config.PATH=VALUE, e.g. "
-      "--config.train.steps=200.", required=True)
+      "--config.train.steps=200.", required=required)
 
 
 def parse_override(argument: str) -> tuple[str, Any]:

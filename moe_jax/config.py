@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from moe_jax.arch import Architecture
 from moe_jax.errors import FieldError, require
-from moe_jax.fields import from_dict, leaf_types, leaves
+from moe_jax.fields import checked, from_dict, leaf_types, leaves
 
 SCHEMA_VERSION = 1
 
@@ -209,6 +209,10 @@ class RunConfig:
   schema_version: int = SCHEMA_VERSION
 
   def __post_init__(self):
+    types = leaf_types(RunConfig)
+    for path, value in leaves(self).items():  # an experiment file may say anything
+      require(path in types, path, value, "must be a section of the configuration")
+      checked(value, types[path], path)
     require(self.schema_version == SCHEMA_VERSION, "schema_version", self.schema_version,
             f"this code reads and writes version {SCHEMA_VERSION}")
     for name in ("seed_init", "seed_data"):
@@ -274,10 +278,11 @@ def resolve_mesh(config: RunConfig, n_devices: int) -> tuple[int, int, int]:
 def identity(config: RunConfig) -> dict[str, Any]:
   """The fields that decide the result, as a flat dict from dotted path to value.
 
-  A float written as a whole number (`weight_decay=0`) is the same identity as 0.0.
+  A float written as a whole number (`weight_decay=0`) is the same identity as 0.0, and so
+  is -0.0.
   """
   types = leaf_types(RunConfig)
-  return {path: float(value) if types[path] is float else value
+  return {path: float(value) + 0.0 if types[path] is float else value
           for path, value in leaves(config).items() if not path.startswith("execution.")}
 
 

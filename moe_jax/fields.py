@@ -20,6 +20,7 @@ def field_types(cls: type) -> dict[str, Any]:
   return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
+@functools.cache
 def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
   """Dotted path -> annotation of every leaf below the dataclass `cls`."""
   found = {}
@@ -77,6 +78,8 @@ def parse(text: str, hint: Any, path: str) -> Any:
 
 def checked(value: Any, hint: Any, path: str) -> Any:
   """`value` if it has the annotated type (an int passes as a float), else FieldError."""
+  if type(value) is hint and hint is not float:  # a float must also be finite
+    return value
   if isinstance(hint, types.UnionType) and value is None:
     return None
   if isinstance(value, str):

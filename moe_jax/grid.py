@@ -134,16 +134,19 @@ def load_grid(path: str) -> Grid:
   sys.modules[module_name] = module  # dataclasses in the file look their module up here
   try:
     spec.loader.exec_module(module)
+    require(hasattr(module, "get_grid"), "get_grid", None, "is missing: an experiment "
+            "file defines get_grid() -> moe_jax.grid.Grid")
     grid = module.get_grid()
   except FieldError as error:
-    raise FieldError("config", path, f"the file makes {error}") from error
+    raise FieldError("config", path, f"the file gives {error}") from error
   except Exception as error:  # whatever a user's file does, the answer is one line
     line = ""
     for frame in _frames(error.__traceback__):
-      if frame.tb_frame.f_code.co_filename == str(file):
+      if frame.tb_frame.f_code.co_filename == spec.origin:
         line = f":{frame.tb_lineno}"
+    message = " ".join(str(error).split())
     raise FieldError("config", path, f"raises at {file.name}{line}: "
-                     f"{type(error).__name__}: {error}") from error
+                     f"{type(error).__name__}: {message}") from error
   require(isinstance(grid, Grid), "config", path,
           f"get_grid() must return a moe_jax.grid.Grid, not {type(grid).__name__}")
   return grid
@@ -169,7 +172,7 @@ def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, .
   try:
     grid = grid.override(changes or {})
   except FieldError as error:
-    raise error.under("config") from None
+    raise (error if error.field.startswith("grid.") else error.under("config")) from None
   return tuple(Cell(grid.name, f"{path}:{base}", name, config)
                for base, name, config in zip(base_names, grid.names, grid.cells, strict=True))
 

@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,6 +36,11 @@ DEAD_AFTER_SECONDS = 120.0
 RUNNING, FINISHED, PREEMPTED = "running", "finished", "preempted"
 DIVERGED, FAILED = "diverged", "failed"
 
+# How the trainer ends, for launchers; 0 is finished, cli.EXIT_BAD_INPUT nothing written.
+EXIT_PREEMPTED = 75  # stopped by a signal after saving a checkpoint: run again to go on
+EXIT_DIVERGED = 76  # the loss is not finite: running again would diverge again
+EXIT_BUSY = 77  # another process holds the run directory
+
 
 class RunDirBusy(RuntimeError):
   """Another process works on the run directory."""
@@ -50,7 +56,8 @@ def write_text(path: epath.Path, text: str) -> None:
   if not is_local(path):  # an object appears when its upload is complete
     path.write_text(text)
     return
-  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  # a heartbeat thread may write the same file: each writer needs its own
+  partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
   try:
     partial.write_text(text)
     partial.replace(path)
@@ -71,6 +78,26 @@ def read_json(path: epath.Path) -> Any:
     return json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise FieldError("out", str(path), f"is damaged, not JSON: {error}") from None
+
+
+def is_alive(status: Mapping[str, Any]) -> bool:
+  """Whether the process that wrote a status still works on the run, as far as one can see.
+
+  Its heartbeat must be young; on this host its process must exist too. Asks without taking
+  the lock, so that looking at a run can never get into the way of one that starts.
+  """
+  if (status.get("state") != RUNNING
+      or time.time() - status["heartbeat"] > DEAD_AFTER_SECONDS):
+    return False
+  if status["host"] != socket.gethostname():
+    return True
+  try:
+    os.kill(status["pid"], 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:  # it exists and is another user's
+    return True
+  return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,21 +131,31 @@ class RunDir:
 
   # config.json
 
+  def check_identity(self, cell: Cell) -> bool:
+    """Whether the run has begun; writes nothing.
+
+    Raises:
+      FieldError: the directory belongs to a run of another identity; names the fields.
+    """
+    theirs = self.read_config()
+    if theirs is not None:
+      differing = config_lib.identity_difference(cell.config, theirs)
+      if differing:
+        raise FieldError("out", str(self.path), "holds a run of another identity: "
+                         + "; ".join(differing))
+    return theirs is not None
+
   def claim(self, cell: Cell) -> None:
     """Writes config.json, or checks that the one there has this identity.
 
     Raises:
       FieldError: the directory belongs to a run of another identity; names the fields.
     """
-    theirs = self.read_config()
-    if theirs is None:
+    if not self.check_identity(cell):
       write_json(self.path / "config.json", {
           "experiment": cell.experiment, "cell": cell.name,
           "identity": config_lib.identity_hash(cell.config),
           "config": config_lib.to_dict(cell.config)})
-    elif config_lib.identity_hash(theirs) != config_lib.identity_hash(cell.config):
-      raise FieldError("out", str(self.path), "holds a run of another identity: "
-                       + "; ".join(config_lib.identity_difference(cell.config, theirs)))
 
   def read_config(self) -> RunConfig | None:
     """The configuration the run began with, or None before it began."""
@@ -135,7 +172,13 @@ class RunDir:
 
   def read_status(self) -> dict[str, Any]:
     """The trainer's last word, or {} before its first."""
-    return read_json(self.path / "status.json") or {}
+    path = self.path / "status.json"
+    status = read_json(path)
+    if status is None:
+      return {}
+    if not isinstance(status, dict) or not {"state", "host", "pid", "heartbeat"} <= set(status):
+      raise FieldError("out", str(path), "is damaged: no state, host, pid or heartbeat")
+    return status
 
   def write_status(self, status: Mapping[str, Any]) -> None:
     write_json(self.path / "status.json", {
@@ -156,8 +199,7 @@ class RunDir:
     if not is_local(self.path):
       status = self.read_status()
       ours = (status.get("host"), status.get("pid")) == (socket.gethostname(), os.getpid())
-      if (status.get("state") == RUNNING and not ours
-          and time.time() - status["heartbeat"] < DEAD_AFTER_SECONDS):
+      if is_alive(status) and not ours:
         raise RunDirBusy(f"{self.path} is in use by process {status['pid']} on "
                          f"{status['host']}: wait for it, or stop it first")
       yield
@@ -189,9 +231,13 @@ class RunDir:
     """The records of all attempts by step; where two have a step, the later counts."""
     by_step = {}
     for file in self._metrics_files():
-      for line in file.read_text().splitlines():
-        record = json.loads(line)
-        by_step[record["step"]] = record
+      for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+          record = json.loads(line)
+          by_step[record["step"]] = record
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+          raise FieldError("out", f"{file}:{number}",
+                           f"is damaged, not a record of metrics: {error}") from None
     return [by_step[step] for step in sorted(by_step)]
 
   def _metrics_files(self) -> list[epath.Path]:
