@@ -1,0 +1,52 @@
+"""Devices -> mesh; logical axes of parameters -> shardings. One table, for every parameter."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.config import RunConfig, resolve_mesh
+
+DATA, FSDP, EXPERT = MESH_AXES = ("data", "fsdp", "expert")
+
+# The batch is split over all axes: outside the MoE layer `expert` is more data parallelism.
+BATCH_AXES = MESH_AXES
+
+# Logical axis of a parameter -> mesh axes it is split over. The width of the experts' weights
+# leaves `expert` to the experts themselves. What is not listed is not split.
+RULES = {
+    "experts": (EXPERT,),
+    "expert_width": (FSDP,),
+    "width": (FSDP, EXPERT),
+}
+
+
+def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mesh:
+  """The mesh that `config.execution.mesh` asks for, on all devices or on those given.
+
+  Raises:
+    FieldError: the mesh does not suit the devices, the architecture or the batch.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = resolve_mesh(config, len(devices))
+  return jax.make_mesh(shape, MESH_AXES, devices=devices,
+                       axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def param_sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+  """How a parameter with these logical axes is split."""
+  return NamedSharding(mesh, P(*(RULES.get(axis) for axis in axes)))
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+  """How an array is split whose dimension `axis` is the batch."""
+  return NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def mesh_size(mesh: Mesh) -> int:
+  return math.prod(mesh.shape.values())

@@ -1,0 +1,164 @@
+"""Dispatch: send each token to its experts and bring the weighted outputs back.
+
+One signature, several implementations, one truth:
+
+    dispatch(x_TD, routing, run_experts) -> (y_TD, dropped)
+
+`run_experts` maps rows x_ERD, R for each expert, to outputs of the same shape; it knows the
+weights and where they live (see expert_parallel.py). `dropped` counts assignments that found
+no slot. Everything is index-based: no [T, E, C] tensor exists, so the cost of dispatch
+follows the rows that move, T*K*D, and not the number of experts.
+"""
+
+import fractions
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.router import Routing
+
+RunExperts = Callable[[jax.Array], jax.Array]
+
+
+def expert_capacity(capacity_factor: float, group_tokens: int, n_topk: int,
+                    n_exp: int) -> int:
+  """Slots per expert and routing group: ceil(factor * tokens * n_topk / n_exp).
+
+  At most `group_tokens`, for a token goes to an expert once. The factor counts as the decimal
+  number that was written: 1.1 * 10 is 11 slots, not the 12 of binary rounding.
+  """
+  slots = fractions.Fraction(str(capacity_factor)) * group_tokens * n_topk / n_exp
+  return min(math.ceil(slots), group_tokens)
+
+
+def reference_dispatch(x_TD: jax.Array, routing: Routing,
+                       run_experts: RunExperts) -> tuple[jax.Array, jax.Array]:
+  """Every expert on every token, in float32: slow and obviously right. Drops nothing."""
+  n_tokens, n_exp = routing.prob_TE.shape
+  x_ETD = jnp.broadcast_to(x_TD.astype(jnp.float32), (n_exp, *x_TD.shape))
+  weight_TE = (jax.nn.one_hot(routing.expert_TK, n_exp) * routing.weight_TK[..., None]).sum(1)
+  y_TD = jnp.einsum("te,etd->td", weight_TE, run_experts(x_ETD))
+  return y_TD.astype(x_TD.dtype), jnp.zeros((), jnp.int32)
+
+
+def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts, *,
+                      group_tokens: int, capacity: int) -> tuple[jax.Array, jax.Array]:
+  """A fixed number of slots for each expert and routing group; what overflows is dropped.
+
+  Within a group earlier positions are served first. A dropped assignment contributes
+  nothing to its token; the other weights stay as they are.
+
+  Args:
+    x_TD: tokens; T must be a multiple of `group_tokens`.
+    routing: where they go.
+    run_experts: x_ERD -> y_ERD with R = groups * capacity.
+    group_tokens: N, consecutive tokens that compete for the same slots.
+    capacity: C, slots per expert and group.
+  """
+  n_exp, d_model = routing.prob_TE.shape[-1], x_TD.shape[-1]
+  slots = assign_slots(routing.expert_TK, n_exp, group_tokens, capacity)
+  x_ERD = gather_rows(x_TD, slots).reshape(n_exp, -1, d_model)
+  y_SD = run_experts(x_ERD).reshape(-1, d_model)
+  y_TD = combine_rows(y_SD, routing.weight_TK, slots)
+  return y_TD, (slots.slot_TK == y_SD.shape[0]).sum()
+
+
+class Slots(NamedTuple):
+  """A partial one-to-one map between assignments (token, choice) and slots, both ways.
+
+  Slots are numbered expert first, S = E*G*C, so that those of an expert lie together.
+
+  Attributes:
+    assignment_S: index into the flattened T*K assignments; T*K for an empty slot.
+    slot_TK: the slot of each assignment; S for a dropped one.
+  """
+
+  assignment_S: jax.Array
+  slot_TK: jax.Array
+
+
+def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: int) -> Slots:
+  """Gives each assignment a slot of its expert, earlier positions of a group first."""
+  n_tokens, n_topk = expert_TK.shape
+  n_groups, remainder = divmod(n_tokens, group_tokens)
+  assert remainder == 0, f"{n_tokens} tokens are not whole groups of {group_tokens}"
+  group_size = group_tokens * n_topk  # assignments in a group, position-major
+  n_slots = n_exp * n_groups * capacity
+
+  expert_GA = expert_TK.reshape(n_groups, group_size)
+  order_GA = jnp.argsort(expert_GA, axis=-1, stable=True)  # by expert, then by position
+  sorted_GA = jnp.take_along_axis(expert_GA, order_GA, axis=-1)
+  bounds = jax.vmap(lambda row: jnp.searchsorted(row, jnp.arange(n_exp + 1)))(sorted_GA)
+  start_GE, end_GE = bounds[:, :-1], bounds[:, 1:]
+
+  # Slot -> assignment: the c-th assignment of expert e stands at start + c in sorted order.
+  source_GEC = start_GE[..., None] + jnp.arange(capacity)
+  assignment_GEC = jnp.take_along_axis(
+      order_GA, source_GEC.reshape(n_groups, -1), axis=-1, mode="clip"
+  ).reshape(source_GEC.shape) + group_size * jnp.arange(n_groups)[:, None, None]
+  assignment_GEC = jnp.where(source_GEC < end_GE[..., None], assignment_GEC,
+                             n_tokens * n_topk)
+
+  # Assignment -> slot: the inverse.
+  rank_GA = jnp.arange(group_size) - jnp.take_along_axis(start_GE, sorted_GA, axis=-1)
+  first_slot_GA = (sorted_GA * n_groups + jnp.arange(n_groups)[:, None]) * capacity
+  slot_GA = jnp.where(rank_GA < capacity, first_slot_GA + rank_GA, n_slots)
+  group_G1 = jnp.arange(n_groups)[:, None]
+  slot_GA = jnp.zeros_like(slot_GA).at[group_G1, order_GA].set(slot_GA, unique_indices=True)
+  return Slots(assignment_GEC.swapaxes(0, 1).ravel(), slot_GA.reshape(n_tokens, n_topk))
+
+
+# Moving rows. The two functions below are each other's transposes: because the map between
+# assignments and slots is one-to-one and stored both ways, the gradient of a gather is again
+# a gather, where automatic differentiation would emit a scatter-add.
+
+
+@jax.custom_vjp
+def gather_rows(x_TD: jax.Array, slots: Slots) -> jax.Array:
+  """x_SD: the token of each slot, zeros in empty slots."""
+  n_topk = slots.slot_TK.shape[-1]
+  return _take(x_TD, slots.assignment_S // n_topk)
+
+
+def _gather_rows_fwd(x_TD, slots):
+  return gather_rows(x_TD, slots), slots
+
+
+def _gather_rows_bwd(slots, dx_SD):
+  dx_TKD = _take(dx_SD, slots.slot_TK)
+  return dx_TKD.sum(1, dtype=jnp.float32).astype(dx_SD.dtype), None
+
+
+gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+
+
+@jax.custom_vjp
+def combine_rows(y_SD: jax.Array, weight_TK: jax.Array, slots: Slots) -> jax.Array:
+  """y_TD: the weighted sum of each token's outputs, summed in float32."""
+  y_TKD = _take(y_SD, slots.slot_TK)
+  return jnp.einsum("tkd,tk->td", y_TKD, weight_TK,
+                    preferred_element_type=jnp.float32).astype(y_SD.dtype)
+
+
+def _combine_rows_fwd(y_SD, weight_TK, slots):
+  return combine_rows(y_SD, weight_TK, slots), (y_SD, weight_TK, slots)
+
+
+def _combine_rows_bwd(residuals, dy_TD):
+  y_SD, weight_TK, slots = residuals
+  weight_S = _take(weight_TK.ravel(), slots.assignment_S)
+  dy_SD = _take(dy_TD, slots.assignment_S // weight_TK.shape[-1]) * weight_S[:, None]
+  dweight_TK = jnp.einsum("tkd,td->tk", _take(y_SD, slots.slot_TK), dy_TD,
+                          preferred_element_type=jnp.float32)
+  return dy_SD.astype(y_SD.dtype), dweight_TK, None
+
+
+combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
+
+
+def _take(rows, index):
+  """rows[index], and zeros where the index is one past the end."""
+  return rows.at[index].get(mode="fill", fill_value=0)

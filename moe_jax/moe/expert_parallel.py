@@ -1,0 +1,121 @@
+"""The experts, and where they live: `shard_map` over the mesh with all-to-all on `expert`.
+
+Tokens are split over all three mesh axes. Each device routes its own tokens, in whole routing
+groups, so which tokens drop does not depend on the mesh. The rows of an expert travel to the
+device that holds it and back by all-to-all over the `expert` axis; each device's share of the
+expert weights is gathered over `fsdp` just before it is used.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.mesh import BATCH_AXES, DATA, EXPERT, FSDP
+from moe_jax.moe.dispatch import (
+    RunExperts,
+    capacity_dispatch,
+    expert_capacity,
+    reference_dispatch,
+)
+from moe_jax.moe.router import RouterSums, route, router_sums
+
+
+class Experts(NamedTuple):
+  """Weights of SwiGLU experts without bias: w_down(silu(x w_gate) * (x w_up))."""
+
+  w_gate_EDF: jax.Array
+  w_up_EDF: jax.Array
+  w_down_EFD: jax.Array
+
+
+class Semantics(NamedTuple):
+  """What routing and dispatch mean, resolved from a RunConfig; static under jit.
+
+  Attributes:
+    n_topk: experts a token.
+    norm_topk_prob: whether the chosen weights are divided by their sum.
+    group_tokens: tokens in a routing group.
+    capacity: slots per expert and group; None for the reference, which drops nothing.
+  """
+
+  n_topk: int
+  norm_topk_prob: bool
+  group_tokens: int
+  capacity: int | None
+
+  @classmethod
+  def of(cls, config) -> "Semantics":
+    arch, moe = config.arch, config.moe
+    capacity = expert_capacity(moe.capacity_factor, config.group_tokens, arch.n_topk,
+                               arch.n_exp)
+    return cls(arch.n_topk, moe.norm_topk_prob, config.group_tokens,
+               None if moe.dispatch == "reference" else capacity)
+
+
+def swiglu(x_ERD: jax.Array, experts: Experts) -> jax.Array:
+  """Runs each expert on its rows, in the type of the rows."""
+  gate_EDF, up_EDF, down_EFD = (w.astype(x_ERD.dtype) for w in experts)
+  hidden_ERF = (jax.nn.silu(jnp.einsum("erd,edf->erf", x_ERD, gate_EDF))
+                * jnp.einsum("erd,edf->erf", x_ERD, up_EDF))
+  return jnp.einsum("erf,efd->erd", hidden_ERF, down_EFD)
+
+
+def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts,
+              semantics: Semantics) -> tuple[jax.Array, RouterSums]:
+  """Routes, dispatches, runs and combines the tokens of one device."""
+  routing = route(x_TD, w_router_DE, semantics.n_topk, semantics.norm_topk_prob)
+  if semantics.capacity is None:
+    y_TD, dropped = reference_dispatch(x_TD, routing, run_experts)
+  else:
+    y_TD, dropped = capacity_dispatch(x_TD, routing, run_experts,
+                                      group_tokens=semantics.group_tokens,
+                                      capacity=semantics.capacity)
+  return y_TD, router_sums(routing, dropped)
+
+
+def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts,
+                      semantics: Semantics, mesh: Mesh) -> tuple[jax.Array, RouterSums]:
+  """`moe_layer` on a mesh.
+
+  Args:
+    x_BSD: tokens, B split over all mesh axes.
+    w_router_DE: router weights, the same on every device.
+    experts: E split over `expert`, D over `fsdp`.
+    semantics: see `Semantics`.
+    mesh: with the axes data, fsdp, expert.
+
+  Returns:
+    y_BSD split as x_BSD is, and sums over all tokens of the batch.
+  """
+  specs = Experts(P(EXPERT, FSDP, None), P(EXPERT, FSDP, None), P(EXPERT, None, FSDP))
+
+  @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(BATCH_AXES), P(), specs),
+                     out_specs=(P(BATCH_AXES), P()))
+  def on_device(x_bSD, w_router_DE, experts_eDF):
+    # Cast first: half the bytes travel when the tokens are bfloat16.
+    dtype = jnp.float32 if semantics.capacity is None else x_bSD.dtype
+    local = Experts(*(_all_gather(w.astype(dtype), FSDP, spec.index(FSDP))
+                      for w, spec in zip(experts_eDF, specs, strict=True)))
+
+    def run_experts(x_ERD):
+      x_eRD = _all_to_all(x_ERD, split_axis=0, concat_axis=1)
+      return _all_to_all(swiglu(x_eRD, local), split_axis=1, concat_axis=0)
+
+    x_TD = x_bSD.reshape(-1, x_bSD.shape[-1])
+    y_TD, sums = moe_layer(x_TD, w_router_DE, run_experts, semantics)
+    return y_TD.reshape(x_bSD.shape), jax.lax.psum(sums, (DATA, FSDP, EXPERT))
+
+  return on_device(x_BSD, w_router_DE, experts)
+
+
+def _all_gather(x, axis_name, axis):
+  return jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
+
+
+def _all_to_all(x, split_axis, concat_axis):
+  """Over `expert`: [E, R, D] here -> [e, R * devices, D], or the way back."""
+  return jax.lax.all_to_all(x, EXPERT, split_axis, concat_axis, tiled=True)
