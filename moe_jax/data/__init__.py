@@ -1,0 +1,1 @@
+"""Data: corpora as TFDS datasets, tokenizers, packed rows for training and evaluation."""

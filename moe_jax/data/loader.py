@@ -1,0 +1,120 @@
+"""Packed rows of tokens: shuffled batches to train on, ordered ones to evaluate on.
+
+A split is one stream: its documents in order, each begun by the separator. Row r of length
+S reads inputs stream[r*S : (r+1)*S] and predicts targets one token on; a separator as a
+target is the prediction that the document has ended. Segments tell the document of each
+input, so that attention can stop at its boundary.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from moe_jax.data.prepare import PreparedData, Split
+from moe_jax.errors import require
+
+Batch = dict[str, np.ndarray]
+
+_PREFETCH_BATCHES = 4
+
+
+def _gather(split: Split, positions_BS: np.ndarray) -> Batch:
+  """The batch whose inputs stand at the given positions of the stream."""
+  segments_BS = np.searchsorted(split.starts_D1, positions_BS, side="right") - 1
+  return {"inputs_BS": split.tokens_N[positions_BS].astype(np.int32),
+          "targets_BS": split.tokens_N[positions_BS + 1].astype(np.int32),
+          "segments_BS": segments_BS.astype(np.int32)}
+
+
+def n_train_rows(prepared: PreparedData, seq_len: int) -> int:
+  """Rows of the train split; the last tokens that fill no row are never trained on."""
+  return (prepared.splits["train"].n_tokens - 1) // seq_len
+
+
+def train_dataset(prepared: PreparedData, seq_len: int, batch_size: int,
+                  seed_data: int) -> grain.MapDataset:
+  """Global batches by random access: element n is the batch of step n, without end.
+
+  Every epoch goes through all rows once in another order; a batch may span two epochs, so
+  that no row is skipped.
+
+  Returns:
+    A dataset of dicts of int32 [batch_size, seq_len]: `inputs_BS`, `targets_BS`, and
+    `segments_BS`, the document of each input by its number in the split.
+
+  Raises:
+    FieldError: the corpus has fewer rows than a batch.
+  """
+  split = prepared.splits["train"]
+  rows = n_train_rows(prepared, seq_len)
+  require(rows >= batch_size, "train.batch_size", batch_size,
+          f"must be at most {rows}: the {split.n_tokens} tokens of the train split make "
+          f"no more rows of data.seq_len={seq_len}")
+  offsets_S = np.arange(seq_len)
+
+  def load(rows_B: np.ndarray) -> Batch:
+    return _gather(split, np.asarray(rows_B)[:, None] * seq_len + offsets_S)
+
+  # Row numbers are batched before tokens are read, so that a batch is one numpy gather.
+  numbers = grain.MapDataset.range(rows).seed(seed_data).shuffle().repeat()
+  return numbers.batch(batch_size).map(load)
+
+
+def train_iterator(prepared: PreparedData, seq_len: int, batch_size: int, seed_data: int,
+                   start_step: int = 0) -> grain.DatasetIterator:
+  """Iterates over `train_dataset` from `start_step`, reading ahead in a thread.
+
+  `get_state()` is `{"next_index": step}`, the step of the batch that `next` gives: JSON,
+  and the same whatever the number of processes or devices. `set_state` takes it back.
+  Every process of a pod reads the whole global batch and takes its share.
+  """
+  dataset = train_dataset(prepared, seq_len, batch_size, seed_data)
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH_BATCHES)
+  iterator = iter(dataset.to_iter_dataset(options))
+  iterator.set_state({"next_index": start_step})
+  return iterator
+
+
+class EvalRows(Sequence):
+  """Rows that hold every target of a split once, in order.
+
+  Element r is a dict of arrays [seq_len]: `inputs_S`, `targets_S`, `segments_S` (int32) and
+  `mask_S` (bool): False where the last row is padded. All tokens of the split are targets
+  but the first, which nothing precedes. The target at a position counts for the document
+  of its input: so a document's loss includes its end, except for the last document's,
+  which is followed by nothing.
+  """
+
+  def __init__(self, split: Split, seq_len: int):
+    self._split, self._seq_len = split, seq_len
+    self.n_targets = split.n_tokens - 1
+
+  def __len__(self) -> int:
+    return -(-self.n_targets // self._seq_len)
+
+  def __getitem__(self, row: int) -> Batch:
+    if not -len(self) <= row < len(self):
+      raise IndexError(row)
+    batch = self._load(np.array([row % len(self)]))
+    return {name.replace("_BS", "_S"): array[0] for name, array in batch.items()}
+
+  def batches(self, batch_size: int) -> Iterator[Batch]:
+    """All rows in dicts of [batch_size, seq_len]; the last is filled up, all masked.
+
+    Padding has segment -1 and repeats the last input and target.
+    """
+    for start in range(0, len(self), batch_size):
+      yield self._load(np.arange(start, start + batch_size))
+
+  def _load(self, rows_B: np.ndarray) -> Batch:
+    positions_BS = rows_B[:, None] * self._seq_len + np.arange(self._seq_len)
+    mask_BS = positions_BS < self.n_targets
+    batch = _gather(self._split, np.minimum(positions_BS, self.n_targets - 1))
+    batch["segments_BS"] = np.where(mask_BS, batch["segments_BS"], np.int32(-1))
+    return batch | {"mask_BS": mask_BS}
+
+
+def eval_rows(prepared: PreparedData, split: str, seq_len: int) -> EvalRows:
+  """The rows of `split` (`train` or `heldout`); a row sees nothing of the one before it."""
+  return EvalRows(prepared.splits[split], seq_len)
