@@ -38,4 +38,5 @@ def did_you_mean(word: str, known: list[str], cutoff: float = 0.4) -> str:
   near = difflib.get_close_matches(word, known, n=2, cutoff=cutoff)
   if near:
     return "did you mean " + " or ".join(repr(name) for name in near) + "?"
-  return "one of " + ", ".join(sorted(known)) + " is accepted"
+  shown = ", ".join(sorted(known)[:12])
+  return f"one of {shown}{', ...' if len(known) > 12 else ''} is accepted"

@@ -172,7 +172,9 @@ def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, .
   try:
     grid = grid.override(changes or {})
   except FieldError as error:
-    raise (error if error.field.startswith("grid.") else error.under("config")) from None
+    if error.field.startswith("grid."):  # no flag of that name: two cells became one
+      raise FieldError("config", spec, f"the overrides give {error}") from None
+    raise error.under("config") from None
   return tuple(Cell(grid.name, f"{path}:{base}", name, config)
                for base, name, config in zip(base_names, grid.names, grid.cells, strict=True))
 

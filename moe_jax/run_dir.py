@@ -62,8 +62,9 @@ def write_text(path: epath.Path, text: str) -> None:
     partial.write_text(text)
     partial.replace(path)
   except OSError as error:
-    partial.unlink(missing_ok=True)
     raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None
+  finally:
+    partial.unlink(missing_ok=True)  # gone, unless something went wrong
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -80,24 +81,17 @@ def read_json(path: epath.Path) -> Any:
     raise FieldError("out", str(path), f"is damaged, not JSON: {error}") from None
 
 
-def is_alive(status: Mapping[str, Any]) -> bool:
-  """Whether the process that wrote a status still works on the run, as far as one can see.
-
-  Its heartbeat must be young; on this host its process must exist too. Asks without taking
-  the lock, so that looking at a run can never get into the way of one that starts.
-  """
-  if (status.get("state") != RUNNING
-      or time.time() - status["heartbeat"] > DEAD_AFTER_SECONDS):
+def is_gone(host: str, pid: int) -> bool:
+  """Whether a process has surely ended; False where another host's word is needed."""
+  if host != socket.gethostname():
     return False
-  if status["host"] != socket.gethostname():
-    return True
   try:
-    os.kill(status["pid"], 0)
+    os.kill(pid, 0)
   except ProcessLookupError:
-    return False
-  except PermissionError:  # it exists and is another user's
     return True
-  return True
+  except PermissionError:  # it exists and is another user's
+    return False
+  return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +179,30 @@ class RunDir:
         **status, "host": socket.gethostname(), "pid": os.getpid(),
         "heartbeat": time.time()})
 
+  def is_alive(self, status: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote this status still works on the run.
+
+    Its heartbeat must be young; on this host its process must exist too. One that exists
+    and is silent (a long compilation) lives if the directory is locked. The lock is tried
+    only then: looking at a run must not get into the way of one that starts.
+    """
+    if status.get("state") != RUNNING or is_gone(status["host"], status["pid"]):
+      return False
+    if time.time() - status["heartbeat"] < DEAD_AFTER_SECONDS:
+      return True
+    return (is_local(self.path) and status["host"] == socket.gethostname()
+            and self._is_locked())
+
+  def _is_locked(self) -> bool:
+    try:
+      with open(self.path / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+    except FileNotFoundError:
+      return False
+    return False
+
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
     """Holds the directory for this process while the context lasts.
@@ -199,7 +217,7 @@ class RunDir:
     if not is_local(self.path):
       status = self.read_status()
       ours = (status.get("host"), status.get("pid")) == (socket.gethostname(), os.getpid())
-      if is_alive(status) and not ours:
+      if self.is_alive(status) and not ours:
         raise RunDirBusy(f"{self.path} is in use by process {status['pid']} on "
                          f"{status['host']}: wait for it, or stop it first")
       yield

@@ -1,0 +1,93 @@
+"""The command line: typed overrides in process, refusals through a real command."""
+
+import pytest
+
+from moe_jax import cli
+from moe_jax.errors import FieldError
+from tests.experiment_files import BASE, run_module, write, write_tiny
+
+
+@pytest.mark.parametrize("argument, parsed", [
+    ("--config.train.steps=200", ("train.steps", 200)),
+    ("--config.train.learning_rate=3e-4", ("train.learning_rate", 3e-4)),
+    ("--config.moe.norm_topk_prob=false", ("moe.norm_topk_prob", False)),
+    ("--config.arch.head_dim=none", ("arch.head_dim", None)),
+    ("--config.data.corpus=a=b", ("data.corpus", "a=b")),
+])
+def test_an_override_is_typed_by_its_field(argument, parsed):
+  assert cli.parse_override(argument) == parsed
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--config.train.stepz=1", r"config\.train\.stepz='1': .*'config\.train\.steps'"),
+    ("--config.train=1", r"config\.train='1': no such field; did you mean"),
+    ("--config.train.steps", r"needs a value: --config\.train\.steps=VALUE"),
+    ("--config.train.steps=1.5", r"config\.train\.steps='1\.5': must be a whole number"),
+])
+def test_a_wrong_override_is_refused(argument, message):
+  with pytest.raises(FieldError, match=message):
+    cli.parse_override(argument)
+
+
+def test_overrides_are_taken_out_of_what_absl_reads():
+  argv = ["prog", "--config=f.py", "--config.seed_init=1", "--out=x"]
+  assert cli.split_overrides(argv) == (["prog", "--config=f.py", "--out=x"],
+                                       ["--config.seed_init=1"])
+
+
+@pytest.fixture
+def command(tmp_path):
+  """A command of the project, smaller than any real one."""
+  return write(tmp_path, '''"""Prints the cells that are selected."""
+from absl import flags
+from moe_jax import cli
+
+_CONFIG = cli.define_config_flag()
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "How many.", lower_bound=1)
+
+def main(overrides):
+  print([cell.name for cell in cli.selected_cells(_CONFIG.value, overrides)])
+  return 5
+
+if __name__ == "__main__":
+  cli.run(main)
+''', "command.py")
+
+
+def test_a_command_gets_its_cells_and_gives_its_exit_code(command, tmp_path):
+  done = run_module(command, f"--config={write_tiny(tmp_path)}:{BASE}",
+                    "--config.train.learning_rate=0.5")
+  assert (done.returncode, done.stderr) == (5, "")
+  assert done.stdout.strip() == f"['{BASE}-lr0.5']"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "--config"),
+    (["--confg=x.py"], "Unknown command line flag 'confg'. Did you mean: config"),
+    (["--config=TINY", "--parallel=x"], "flag --parallel=x: invalid literal for int"),
+    (["--config=TINY", "--parallel=0"], "flag --parallel=0: 0 is not"),
+    (["--config=TINY", "train"], "'train': not a flag"),
+    (["--config=TINY", "--config.train.stepz=1"], "did you mean 'config.train.steps'"),
+    (["--config=TINY", "--config.train.steps"], "needs a value"),
+    (["--config=TINY", "--config.train.steps", "7"], "'7': not a flag"),
+    (["--config=TINY", "--config.arch.n_topk=9"],
+     "--config.arch.n_topk=9: must be at most n_exp, which is 4"),
+    (["--config=TINY:l2-d32"], "no such cell; did you mean"),
+    (["--config=nowhere.py"], "--config='nowhere.py': no such experiment file"),
+])
+def test_bad_input_ends_in_one_line_and_exit_code_2(command, tmp_path, arguments, message):
+  file = write_tiny(tmp_path)
+  done = run_module(command, *(argument.replace("TINY", file) for argument in arguments))
+  assert done.returncode == cli.EXIT_BAD_INPUT
+  assert done.stdout == ""
+  assert done.stderr.startswith("error: ")
+  assert message in done.stderr
+  assert done.stderr.count("\n") == 1
+
+
+def test_help_names_the_flags_of_the_command(command):
+  done = run_module(command, "--help")
+  assert "Prints the cells" in done.stdout
+  assert "--config:" in done.stdout
+  assert "--parallel:" in done.stdout
+  assert done.stderr == ""

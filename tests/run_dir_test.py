@@ -1,0 +1,236 @@
+"""The run directory: one owner, one identity, files that are whole, damage that is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from etils import epath
+
+from moe_jax import run_dir as run_dir_lib
+from moe_jax.config import identity_hash
+from moe_jax.errors import FieldError
+from moe_jax.grid import select
+from moe_jax.run_dir import RunDir, RunDirBusy
+from tests.experiment_files import BASE, ROOT, write_tiny
+
+
+@pytest.fixture
+def cell(tmp_path):
+  return select(f"{write_tiny(tmp_path)}:{BASE}")[0]
+
+
+@pytest.fixture
+def run_dir(tmp_path, cell):
+  return RunDir.of(tmp_path / "runs", cell)
+
+
+def test_a_run_lies_under_its_experiment(tmp_path, run_dir):
+  assert os.fspath(run_dir.path) == str(tmp_path / "runs" / "tiny" / BASE)
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one_never_a_part(tmp_path):
+  # as a trainer and its heartbeat thread write one status while a launcher reads it
+  path = epath.Path(tmp_path) / "status.json"
+  payloads = [{"who": who, "filler": [who] * 20_000} for who in range(3)]
+  run_dir_lib.write_json(path, payloads[0])
+  stop = threading.Event()
+
+  def write(payload):
+    while not stop.is_set():
+      run_dir_lib.write_json(path, payload)
+
+  writers = [threading.Thread(target=write, args=(payload,)) for payload in payloads]
+  for writer in writers:
+    writer.start()
+  try:
+    for _ in range(100):
+      assert run_dir_lib.read_json(path) in payloads
+  finally:
+    stop.set()
+    for writer in writers:
+      writer.join()
+  assert [file.name for file in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
+  path = epath.Path(tmp_path) / "status.json"
+  run_dir_lib.write_json(path, {"n": 1})
+  with pytest.raises(UnicodeEncodeError):
+    run_dir_lib.write_text(path, "half of it \ud800")
+  assert run_dir_lib.read_json(path) == {"n": 1}
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "folder" / "x").touch()
+  with pytest.raises(OSError, match="folder cannot be written"):
+    run_dir_lib.write_text(epath.Path(tmp_path) / "folder", "x")
+  assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "status.json"]
+
+
+# config.json
+
+
+def test_a_claim_is_written_once(run_dir, cell):
+  assert run_dir.read_config() is None
+  run_dir.claim(cell)
+  stored = json.loads((run_dir.path / "config.json").read_text())
+  assert stored["cell"] == BASE
+  assert stored["experiment"] == "tiny"
+  assert stored["identity"] == identity_hash(cell.config)
+  assert run_dir.read_config() == cell.config
+  other_execution = select(cell.selector, {"execution.remat": "full"})[0]
+  run_dir.claim(other_execution)
+  assert run_dir.read_config() == cell.config
+
+
+def test_a_claim_of_another_identity_is_refused_and_names_the_fields(run_dir, cell):
+  run_dir.claim(cell)
+  before = (run_dir.path / "config.json").read_text()
+  other = select(cell.selector, {"train.steps": 30, "seed_data": 1})[0]
+  with pytest.raises(FieldError) as caught:
+    run_dir.claim(other)
+  message = str(caught.value)
+  assert "holds a run of another identity" in message
+  assert "train.steps is 30 here and 20 there" in message
+  assert "seed_data is 1 here and 0 there" in message
+  assert "\n" not in message
+  assert (run_dir.path / "config.json").read_text() == before
+
+
+def test_check_identity_writes_nothing(run_dir, cell):
+  assert not run_dir.check_identity(cell)
+  assert not run_dir.path.exists()
+  run_dir.claim(cell)
+  assert run_dir.check_identity(cell)
+
+
+@pytest.mark.parametrize("name, content, read", [
+    ("config.json", "{\"config\": ", RunDir.read_config),
+    ("config.json", "{}", RunDir.read_config),
+    ("config.json", "[]", RunDir.read_config),
+    ("config.json", '{"config": {"arch": 3}}', RunDir.read_config),
+    ("status.json", "", RunDir.read_status),
+    ("status.json", "{\"state\": \"runn", RunDir.read_status),
+    ("status.json", "\udcff\udcfe", RunDir.read_status),
+    ("status.json", "[1]", RunDir.read_status),
+    ("status.json", '{"step": 3}', RunDir.read_status),
+    ("metrics/0001-00000000.jsonl", '{"step": 1}\n{"ste', RunDir.read_metrics),
+    ("metrics/0001-00000000.jsonl", '{"loss": 1}', RunDir.read_metrics),
+    ("eval/heldout.json", "{", RunDir.read_evals),
+])
+def test_a_damaged_file_is_named_in_one_line(run_dir, name, content, read):
+  file = run_dir.path / name
+  file.parent.mkdir(parents=True)
+  file.write_bytes(content.encode(errors="surrogateescape"))
+  with pytest.raises(FieldError) as caught:
+    read(run_dir)
+  assert name in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+# status.json and the lock
+
+_HOLD = """
+import sys, time
+from etils import epath
+from moe_jax.run_dir import RunDir
+run_dir = RunDir(epath.Path(sys.argv[1]))
+with run_dir.lock():
+  run_dir.write_status({"state": "running", "step": 1})
+  print("held", flush=True)
+  time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(run_dir):
+  """Another process that holds the run directory."""
+  process = subprocess.Popen([sys.executable, "-c", _HOLD, os.fspath(run_dir.path)],
+                             stdout=subprocess.PIPE, text=True, cwd=ROOT)
+  assert process.stdout.readline() == "held\n"
+  yield process
+  process.kill()
+  process.wait()
+
+
+def test_the_second_process_is_refused_and_told_who_holds_it(run_dir, holder):
+  with pytest.raises(RunDirBusy, match=f"in use by process {holder.pid} on "), run_dir.lock():
+    pass
+  assert run_dir.is_alive(run_dir.read_status())
+
+
+def test_the_lock_of_a_killed_process_is_free(run_dir, holder):
+  holder.send_signal(signal.SIGKILL)
+  holder.wait()
+  status = run_dir.read_status()
+  assert status["state"] == run_dir_lib.RUNNING  # it could not say goodbye
+  assert not run_dir.is_alive(status)
+  with run_dir.lock():
+    pass
+
+
+def test_a_lock_is_free_after_its_context(run_dir):
+  for _ in range(2):
+    with run_dir.lock():
+      pass
+
+
+def test_a_silent_process_lives_while_it_holds_the_lock(run_dir, holder):
+  status = {**run_dir.read_status(), "heartbeat": time.time() - 1e6}
+  assert run_dir.is_alive(status)
+  # its number was given to another process
+  holder.kill()
+  holder.wait()
+  assert not run_dir.is_alive({**status, "pid": os.getpid()})
+
+
+@pytest.mark.parametrize("age, alive", [(1.0, True), (1e6, False)])
+def test_of_another_host_only_the_heartbeat_tells(run_dir, age, alive):
+  status = {"state": "running", "host": "elsewhere.invalid", "pid": 1,
+            "heartbeat": time.time() - age}
+  assert run_dir.is_alive(status) is alive
+
+
+@pytest.mark.parametrize("state", ["finished", "preempted", "diverged", "failed"])
+def test_an_ended_run_is_not_alive(run_dir, state):
+  run_dir.write_status({"state": state, "step": 1})
+  assert not run_dir.is_alive(run_dir.read_status())
+
+
+def test_a_status_carries_who_wrote_it_and_when(run_dir):
+  assert run_dir.read_status() == {}
+  before = time.time()
+  run_dir.write_status({"state": "running", "step": 3})
+  status = run_dir.read_status()
+  assert (status["state"], status["step"], status["pid"]) == ("running", 3, os.getpid())
+  assert before <= status["heartbeat"] <= time.time()
+
+
+# metrics and evaluations
+
+
+def _write_metrics(run_dir, attempt, first, losses):
+  lines = [json.dumps({"step": first + i, "loss": loss}) for i, loss in enumerate(losses)]
+  run_dir_lib.write_text(run_dir.metrics_file(attempt, first), "\n".join(lines) + "\n")
+
+
+def test_where_two_attempts_have_a_step_the_later_counts(run_dir):
+  assert run_dir.next_attempt() == 1
+  assert run_dir.read_metrics() == []
+  _write_metrics(run_dir, 1, 1, [5.0, 4.0, 3.0])
+  _write_metrics(run_dir, 1, 4, [2.5])
+  _write_metrics(run_dir, 2, 3, [2.9, 2.4, 2.0])
+  _write_metrics(run_dir, 10, 5, [1.9])
+  assert [(r["step"], r["loss"]) for r in run_dir.read_metrics()] == [
+      (1, 5.0), (2, 4.0), (3, 2.9), (4, 2.4), (5, 1.9)]
+  assert run_dir.next_attempt() == 11
+
+
+def test_evaluations_are_read_by_name(run_dir):
+  assert run_dir.read_evals() == {}
+  run_dir.write_eval("heldout", {"loss": 2.0})
+  run_dir.write_eval("domains", {"loss": {"a": 1.0}})
+  assert run_dir.read_evals() == {"domains": {"loss": {"a": 1.0}}, "heldout": {"loss": 2.0}}
