@@ -1,0 +1,64 @@
+"""Causal attention with rotary positions and normalised queries and keys (as in Qwen3)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.config import RunConfig
+from moe_jax.model import init
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """x / rms(x) * scale over the last axis, inside float32, in the type of x."""
+  x32 = x.astype(jnp.float32)
+  normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)
+  return (normed * scale).astype(x.dtype)
+
+
+def rotate(x_BSHh: jax.Array, theta: float) -> jax.Array:
+  """Rotary position embedding, rotate-half layout (arXiv 2104.09864).
+
+  Positions count from the start of the sequence. Scores depend on differences of positions
+  alone, so a document that starts in the middle of a packed sequence needs no reset.
+  """
+  seq_len, h = x_BSHh.shape[1], x_BSHh.shape[-1]
+  frequency = theta ** (-jnp.arange(0, h, 2, dtype=jnp.float32) / h)
+  angle_S1h = jnp.arange(seq_len, dtype=jnp.float32)[:, None, None] * frequency
+  cos, sin = jnp.cos(angle_S1h), jnp.sin(angle_S1h)
+  first, second = jnp.split(x_BSHh.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+  return turned.astype(x_BSHh.dtype)
+
+
+class Attention(nnx.Module):
+  """Multi-head or grouped-query attention; shapes of weights are in their names."""
+
+  def __init__(self, config: RunConfig, rngs: nnx.Rngs):
+    arch = config.arch
+    d, heads, kv_heads, h = arch.d_model, arch.n_heads, arch.kv_heads, arch.d_head
+    self.config = config
+    self.w_query_DHh = init.matrix(rngs, (d, heads, h), ("width", None, None), fan_in=d)
+    self.w_key_DKh = init.matrix(rngs, (d, kv_heads, h), ("width", None, None), fan_in=d)
+    self.w_value_DKh = init.matrix(rngs, (d, kv_heads, h), ("width", None, None), fan_in=d)
+    self.w_out_HhD = init.matrix(rngs, (heads, h, d), (None, None, "width"),
+                                 fan_in=heads * h, scale=init.residual_scale(arch))
+    self.query_norm_h = init.ones(h)
+    self.key_norm_h = init.ones(h)
+
+  def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, gather) -> jax.Array:
+    """Attends within documents; `gather` makes a weight ready to multiply (gather_whole)."""
+    model = self.config.model
+    query_BSHh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_query_DHh))
+    key_BSKh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_key_DKh))
+    value_BSKh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_value_DKh))
+    query_BSHh = rms_norm(query_BSHh, self.query_norm_h[...], model.norm_eps)
+    key_BSKh = rms_norm(key_BSKh, self.key_norm_h[...], model.norm_eps)
+    query_BSHh = rotate(query_BSHh, model.rope_theta)
+    key_BSKh = rotate(key_BSKh, model.rope_theta)
+
+    mask_B1SS = None
+    if self.config.data.mask_documents:
+      mask_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
+    out_BSHh = jax.nn.dot_product_attention(query_BSHh, key_BSKh, value_BSKh,
+                                            mask=mask_B1SS, is_causal=True)
+    return jnp.einsum("bsnh,nhd->bsd", out_BSHh, gather(self.w_out_HhD))

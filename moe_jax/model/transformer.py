@@ -1,0 +1,169 @@
+"""The decoder: pre-norm blocks of attention and experts, scanned over layers.
+
+Modules hold the shapes and the parameters; `functional.py` turns them into pure functions of
+a plain nested dict.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from moe_jax.config import RunConfig
+from moe_jax.mesh import batch_sharding, replicated
+from moe_jax.model import init
+from moe_jax.model.attention import Attention, rms_norm
+from moe_jax.moe.expert_parallel import Experts, Semantics, sharded_moe_layer
+from moe_jax.moe.router import RouterSums
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def gather_whole(weight: nnx.Param, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
+  """A weight in the type it is multiplied in, whole on every device.
+
+  Cast first, so that half the bytes travel. Gathered explicitly and once a layer, because XLA
+  would turn each matrix product with a split weight into a loop over its parts.
+  """
+  return jax.lax.with_sharding_constraint(weight[...].astype(dtype), replicated(mesh))
+
+
+class SwiGLU(nnx.Module):
+  """A dense feed-forward layer: w_down(silu(x w_gate) * (x w_up)), no bias."""
+
+  def __init__(self, d_model: int, hidden: int, down_scale: float, rngs: nnx.Rngs):
+    self.w_gate_DF = init.matrix(rngs, (d_model, hidden), ("width", None), fan_in=d_model)
+    self.w_up_DF = init.matrix(rngs, (d_model, hidden), ("width", None), fan_in=d_model)
+    self.w_down_FD = init.matrix(rngs, (hidden, d_model), (None, "width"), fan_in=hidden,
+                                 scale=down_scale)
+
+  def __call__(self, x_BSD: jax.Array, gather) -> jax.Array:
+    gate_BSF = jax.nn.silu(x_BSD @ gather(self.w_gate_DF))
+    return (gate_BSF * (x_BSD @ gather(self.w_up_DF))) @ gather(self.w_down_FD)
+
+
+class MoE(nnx.Module):
+  """Routed experts, and shared ones beside them."""
+
+  def __init__(self, config: RunConfig, rngs: nnx.Rngs):
+    arch = config.arch
+    d, f, e = arch.d_model, arch.d_expert, arch.n_exp
+    down_scale = init.residual_scale(arch)
+    routed_scale = down_scale * init.routed_scale(arch, config.moe.norm_topk_prob)
+    self.semantics = Semantics.of(config)
+    self.w_router_DE = init.matrix(rngs, (d, e), ("width", None), fan_in=d, scale=0.1**0.5)
+    self.w_gate_EDF = init.matrix(rngs, (e, d, f), ("experts", "expert_width", None), fan_in=d)
+    self.w_up_EDF = init.matrix(rngs, (e, d, f), ("experts", "expert_width", None), fan_in=d)
+    self.w_down_EFD = init.matrix(rngs, (e, f, d), ("experts", None, "expert_width"), fan_in=f,
+                                  scale=routed_scale)
+    if arch.n_shared_experts:
+      self.shared = SwiGLU(d, arch.n_shared_experts * f, down_scale, rngs)
+
+  def __call__(self, x_BSD: jax.Array, gather, mesh: Mesh) -> tuple[jax.Array, RouterSums]:
+    experts = Experts(self.w_gate_EDF[...], self.w_up_EDF[...], self.w_down_EFD[...])
+    y_BSD, sums = sharded_moe_layer(x_BSD, gather(self.w_router_DE, dtype=jnp.float32), experts,
+                                    self.semantics, mesh)
+    if hasattr(self, "shared"):
+      y_BSD += self.shared(x_BSD, gather)
+    return y_BSD, sums
+
+
+class Block(nnx.Module):
+  """x + attention(norm(x)), then + feed_forward(norm(x)); routed or dense."""
+
+  def __init__(self, config: RunConfig, dense: bool, rngs: nnx.Rngs):
+    arch = config.arch
+    self.config, self.dense = config, dense
+    self.attention_norm_D = init.ones(arch.d_model)
+    self.attention = Attention(config, rngs)
+    self.ff_norm_D = init.ones(arch.d_model)
+    if dense:
+      self.ff = SwiGLU(arch.d_model, arch.dense_width, init.residual_scale(arch), rngs)
+    else:
+      self.moe = MoE(config, rngs)
+
+  def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array,
+               mesh: Mesh) -> tuple[jax.Array, RouterSums | None]:
+    eps = self.config.model.norm_eps
+    gather = functools.partial(gather_whole, mesh=mesh, dtype=x_BSD.dtype)
+    x_BSD += self.attention(rms_norm(x_BSD, self.attention_norm_D[...], eps), segments_BS,
+                            gather)
+    normed_BSD = rms_norm(x_BSD, self.ff_norm_D[...], eps)
+    if self.dense:
+      return x_BSD + self.ff(normed_BSD, gather), None
+    y_BSD, sums = self.moe(normed_BSD, gather, mesh)
+    return x_BSD + y_BSD, sums
+
+
+class Transformer(nnx.Module):
+  """Embedding, dense layers, MoE layers, output head. Layers of a kind are stacked."""
+
+  def __init__(self, config: RunConfig, rngs: nnx.Rngs):
+    arch = config.arch
+    self.config = config
+    self.embedding_VD = init.matrix(rngs, (arch.vocab_size, arch.d_model), (None, "width"),
+                                    fan_in=arch.d_model)
+    if arch.n_dense_layers:
+      self.dense_layers = _stack(config, True, arch.n_dense_layers, rngs)
+    if arch.n_moe_layers:
+      self.moe_layers = _stack(config, False, arch.n_moe_layers, rngs)
+    self.final_norm_D = init.ones(arch.d_model)
+    if not arch.tie_embeddings:
+      self.w_head_DV = init.matrix(rngs, (arch.d_model, arch.vocab_size), ("width", None),
+                                   fan_in=arch.d_model)
+
+  def __call__(self, inputs_BS: jax.Array, segments_BS: jax.Array, mesh: Mesh,
+               remat: str = "none") -> tuple[jax.Array, RouterSums | None]:
+    """Runs the decoder.
+
+    Args:
+      inputs_BS: int32 token ids, B split over all mesh axes.
+      segments_BS: int32, the document of each position.
+      mesh: where it runs.
+      remat: what the backward pass recomputes: none, dots or full.
+
+    Returns:
+      logits_BSV in float32, and the router's sums with a leading axis of MoE layers (None
+      where there is none).
+    """
+    dtype = jnp.dtype(self.config.model.compute_dtype)
+    gather = functools.partial(gather_whole, mesh=mesh, dtype=dtype)
+    embedding_VD = gather(self.embedding_VD)
+    x_BSD = embedding_VD[inputs_BS]
+    sums = None
+    for name in ("dense_layers", "moe_layers"):
+      if hasattr(self, name):
+        x_BSD, sums = _scan(getattr(self, name), x_BSD, segments_BS, mesh, remat)
+    x_BSD = rms_norm(x_BSD, self.final_norm_D[...], self.config.model.norm_eps)
+    head_DV = embedding_VD.T if self.config.arch.tie_embeddings else gather(self.w_head_DV)
+    logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, head_DV, preferred_element_type=jnp.float32)
+    return logits_BSV, sums
+
+
+def _stack(config: RunConfig, dense: bool, n_layers: int, rngs: nnx.Rngs) -> Block:
+  """`n_layers` blocks whose parameters have a leading layer axis."""
+
+  @nnx.split_rngs(splits=n_layers)
+  @nnx.vmap(in_axes=0, out_axes=0)
+  def create(rngs):
+    return Block(config, dense, rngs)
+
+  return create(rngs)
+
+
+def _scan(layers: Block, x_BSD, segments_BS, mesh, remat):
+  """Runs stacked blocks one after another; one compiled body, whatever the depth."""
+  graphdef, stacked = nnx.split(layers)
+
+  def body(x_BSD, params):
+    x_BSD = jax.lax.with_sharding_constraint(x_BSD, batch_sharding(mesh))
+    return nnx.merge(graphdef, params)(x_BSD, segments_BS, mesh)
+
+  if remat != "none":
+    body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+  return jax.lax.scan(body, x_BSD, stacked)

@@ -1,0 +1,219 @@
+"""The training loop: takes a run from wherever it stands to its last step."""
+
+import contextlib
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from moe_jax import run_dir as run_dir_lib
+from moe_jax.arch import training_flops_per_token
+from moe_jax.config import RunConfig
+from moe_jax.data.loader import train_iterator
+from moe_jax.data.prepare import PreparedData, prepare
+from moe_jax.errors import FieldError
+from moe_jax.grid import Cell
+from moe_jax.mesh import make_mesh, mesh_size
+from moe_jax.run_dir import RunDir
+from moe_jax.train import step as step_lib
+from moe_jax.train.checkpoint import Checkpointer
+from moe_jax.train.metrics import MetricsWriter
+from moe_jax.train.progress import Progress
+from moe_jax.train.throughput import Throughput, peak_flops
+
+
+class Diverged(ArithmeticError):
+  """The loss or the gradient is no longer a number; names the step."""
+
+
+def train(cell: Cell, out: str | os.PathLike) -> int:
+  """Trains one cell in `<out>/<experiment>/<cell>/`, going on where it was left.
+
+  Returns:
+    An exit code of run_dir.py: 0 finished, EXIT_PREEMPTED after a signal (the same command
+    goes on), EXIT_DIVERGED at a loss that is not finite.
+
+  Raises:
+    FieldError: the mesh, the batch, the corpus or the directory does not fit; nothing is
+      written then.
+    RunDirBusy: another process trains this cell.
+    CheckpointError: a checkpoint cannot be written or read.
+  """
+  config = cell.config
+  mesh = make_mesh(config)
+  use_compilation_cache(out)
+  prepared = prepare(config.data, epath.Path(out) / "_data")
+  run_dir = RunDir.of(out, cell)
+  with run_dir.lock():
+    run_dir.claim(cell)
+    if run_dir.read_status().get("state") == run_dir_lib.FINISHED:
+      logging.info("%s is finished already", run_dir.path)
+      return 0
+    run = _Run(config, run_dir, prepared, mesh)
+    try:
+      with stop_request() as stop, Progress(config.train.steps, name=cell.name) as progress:
+        return run.go(stop, progress)
+    except BaseException as error:
+      state = run_dir_lib.DIVERGED if isinstance(error, Diverged) else run_dir_lib.FAILED
+      run.write_status(state, error=f"{type(error).__name__}: {error}")
+      if isinstance(error, Diverged):
+        logging.error("%s", error)
+        return run_dir_lib.EXIT_DIVERGED
+      raise
+
+
+class _Run:
+  """What the loop holds on to: the files it writes and where it stands."""
+
+  def __init__(self, config: RunConfig, run_dir: RunDir, prepared: PreparedData, mesh):
+    self.config, self.run_dir, self.prepared, self.mesh = config, run_dir, prepared, mesh
+    self.attempt = run_dir.next_attempt()
+    self.step = 0  # steps taken
+    self.latest: dict[str, float] = {}  # what the last log line said
+    self._started = run_dir.read_status().get("started", time.time())
+    self._commit = git_commit()
+    self._status_written = 0.0
+
+  def go(self, stop: list[int], progress: Progress) -> int:
+    config = self.config
+    self.write_status(run_dir_lib.RUNNING)
+    with Checkpointer(self.run_dir, config.execution.keep_checkpoints) as checkpointer:
+      state, batches = self._begin(checkpointer)
+      train_step = step_lib.compile_train_step(config, self.mesh)
+      writer = MetricsWriter(self.run_dir, self.attempt, self.step)
+      throughput = self._throughput()
+      first_step, pending = self.step, None
+      while self.step < config.train.steps and not stop:
+        batch = step_lib.put_batch(next(batches), config, self.mesh)
+        state, metrics = train_step(state, batch)
+        if pending is not None:  # looked at while the device is busy with the next step
+          self._settle(*pending, writer, throughput, progress)
+        elif self.step == first_step:
+          jax.block_until_ready(metrics)
+          throughput.look(self.step + 1)
+        self.step, pending = self.step + 1, (self.step + 1, metrics)
+        if self.step % config.execution.checkpoint_every == 0:
+          self._settle(*pending, writer, throughput, progress)
+          self._save(checkpointer, state, batches, writer)
+          pending = None
+      if pending is not None:
+        self._settle(*pending, writer, throughput, progress)
+        self._save(checkpointer, state, batches, writer)
+      checkpointer.wait()
+      writer.close()
+    if self.step < config.train.steps:
+      self.write_status(run_dir_lib.PREEMPTED)
+      logging.warning("stopped by signal %d at step %d of %d, checkpoint saved; the same "
+                      "command goes on", stop[0], self.step, config.train.steps)
+      return run_dir_lib.EXIT_PREEMPTED
+    self.write_status(run_dir_lib.FINISHED)
+    return 0
+
+  def _begin(self, checkpointer: Checkpointer):
+    """The state and the batches to go on with: from the last checkpoint, or new."""
+    config = self.config
+    batches = train_iterator(self.prepared, config.data.seq_len, config.train.batch_size,
+                             config.seed_data)
+    restored = checkpointer.restore_latest(step_lib.abstract_state(config, self.mesh))
+    if restored is None:
+      return step_lib.init_state(config, self.mesh), batches
+    theirs = restored.meta["data_fingerprint"]
+    if theirs != self.prepared.fingerprint:
+      raise FieldError("config.data.corpus", config.data.corpus,
+                       f"the text has changed since step {restored.step} was saved "
+                       f"(fingerprint {theirs} then, {self.prepared.fingerprint} now)")
+    batches.set_state(restored.data)
+    self.step = restored.step
+    logging.info("going on from step %d of %d", restored.step, config.train.steps)
+    return restored.state, batches
+
+  def _save(self, checkpointer: Checkpointer, state, batches, writer: MetricsWriter) -> None:
+    writer.next_chunk()  # so that no step before a checkpoint is missing from the metrics
+    checkpointer.save(self.step, state, batches.get_state(),
+                      {"data_fingerprint": self.prepared.fingerprint})
+
+  def _settle(self, step: int, metrics: step_lib.Metrics, writer: MetricsWriter,
+              throughput: Throughput, progress: Progress) -> None:
+    """Looks at the metrics of a step that is done: stops at NaN, logs when it is time."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    for name in ("loss", "grad_norm"):
+      if not math.isfinite(values[name]):
+        writer.flush()
+        raise Diverged(f"{name} is {values[name]} at step {step}: stopped; the last good "
+                       f"checkpoint is {self._last_checkpoint()}")
+    if step % self.config.execution.log_every == 0 or step == self.config.train.steps:
+      values |= throughput.look(step)
+      self.latest = values
+      writer.write(step, values)
+      progress.update(step, loss=values["loss"], drop_rate=values.get("drop_rate"),
+                      tokens_per_second=values.get("tokens_per_second"),
+                      mfu=values.get("mfu"))
+    if time.time() - self._status_written > run_dir_lib.HEARTBEAT_SECONDS:
+      self.write_status(run_dir_lib.RUNNING)
+
+  def _last_checkpoint(self) -> str:
+    every = self.config.execution.checkpoint_every
+    last = (self.step - 1) // every * every
+    return f"that of step {last}" if last else "none: no step was saved"
+
+  def _throughput(self) -> Throughput:
+    devices = list(self.mesh.devices.flat)
+    flops = training_flops_per_token(self.config.arch, self.config.data.seq_len)
+    return Throughput(self.config.batch_tokens, flops, peak_flops(devices))
+
+  def write_status(self, state: str, error: str | None = None) -> None:
+    self._status_written = time.time()
+    device = self.mesh.devices.flat[0]
+    self.run_dir.write_status({
+        "state": state, "step": self.step, "steps": self.config.train.steps,
+        "attempt": self.attempt, "started": self._started, "commit": self._commit,
+        "device_kind": device.device_kind, "n_devices": mesh_size(self.mesh),
+        "error": error, **{name: self.latest.get(name) for name in (
+            "loss", "drop_rate", "tokens_per_second", "mfu")}})
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[list[int]]:
+  """A list that gets the signal's number on SIGTERM or SIGINT.
+
+  The loop then saves and ends. A second signal ends the process at once, as it always did.
+  """
+  received: list[int] = []
+  previous: dict[int, Any] = {}
+
+  def note(number, _):
+    received.append(number)
+    signal.signal(number, previous[number])
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    previous[number] = signal.signal(number, note)
+  try:
+    yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def use_compilation_cache(out: str | os.PathLike) -> None:
+  """Compiled programs are kept in `<out>/_compilation_cache`, shared by all cells."""
+  jax.config.update("jax_compilation_cache_dir", os.fspath(epath.Path(out) / "_compilation_cache"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def git_commit() -> str | None:
+  """The commit of this code, with `+` if files differ from it; None outside a checkout."""
+  def git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=pathlib.Path(__file__).parent, text=True,
+                          capture_output=True, check=True).stdout.strip()
+  try:
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+  except (OSError, subprocess.CalledProcessError):
+    return None

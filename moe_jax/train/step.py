@@ -1,0 +1,119 @@
+"""One training step as a pure function of a plain nested dict: the one that is compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from moe_jax.config import RunConfig
+from moe_jax.mesh import batch_sharding, replicated
+from moe_jax.model import functional
+from moe_jax.moe.router import RouterSums, balance_loss, router_metrics, z_loss
+from moe_jax.train.optimizer import learning_rate_schedule, make_optimizer
+
+# {"params", "mu", "nu": trees of the same shape; "step": steps taken}. This is what a
+# checkpoint holds, under these names.
+State = dict[str, Any]
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def abstract_state(config: RunConfig, mesh: Mesh) -> State:
+  """ShapeDtypeStructs with shardings. The moments lie where their parameters lie."""
+  params = functional.abstract_params(config, mesh)
+  return {"params": params, "mu": params, "nu": params,
+          "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))}
+
+
+def init_state(config: RunConfig, mesh: Mesh) -> State:
+  """The state before the first step; depends on `seed_init` and not on the mesh."""
+  params = functional.init_params(config, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+  zeros = jax.jit(lambda: jax.tree.map(jnp.zeros_like, params), out_shardings=shardings["mu"])
+  return {"params": params, "mu": zeros(), "nu": zeros(),
+          "step": jax.device_put(jnp.zeros((), jnp.int32), shardings["step"])}
+
+
+def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
+  """int32 [microbatches, sequences, tokens], each microbatch split over the whole mesh."""
+  n_micro = config.execution.microbatches
+  shape = (n_micro, config.train.batch_size // n_micro, config.data.seq_len)
+  leaf = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1))
+  return dict.fromkeys(("inputs", "targets", "segments"), leaf)
+
+
+def put_batch(batch: dict[str, Any], config: RunConfig, mesh: Mesh) -> Batch:
+  """A loader's batch (`inputs_BS`, ...) on the devices, split into microbatches."""
+  return {name: jax.device_put(batch[name + "_BS"].reshape(leaf.shape), leaf.sharding)
+          for name, leaf in abstract_batch(config, mesh).items()}
+
+
+def batch_loss(params: functional.Params, batch: Batch, config: RunConfig,
+               mesh: Mesh) -> tuple[jax.Array, Metrics]:
+  """Mean loss in nats per token, with the router's losses, over the global batch.
+
+  The total is cross-entropy + balance_coef * sum over layers of the balance loss
+  + z_coef * sum over layers of the z-loss.
+
+  With microbatches, each is a rematerialised part of one function: the forward pass goes
+  over all of them first, because the balance loss multiplies two sums over the global
+  batch, and the backward pass recomputes them one by one. So the loss and its gradient are
+  those of the undivided batch, where accumulating the gradients of each part's own balance
+  loss would train another model.
+  """
+
+  def run(batch_BS):
+    logits_BSV, sums = functional.apply(config, params, batch_BS["inputs"],
+                                        batch_BS["segments"], mesh, config.execution.remat)
+    nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch_BS["targets"])
+    return nll_BS.sum(), sums
+
+  if config.execution.microbatches == 1:
+    nll, sums = run(jax.tree.map(lambda x_MBS: x_MBS[0], batch))
+  else:
+    nll, sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(jax.checkpoint(run), batch))
+
+  loss = nll / config.batch_tokens
+  return _with_router_losses(loss, sums, config)
+
+
+def _with_router_losses(loss: jax.Array, sums: RouterSums | None,
+                        config: RunConfig) -> tuple[jax.Array, Metrics]:
+  if sums is None:  # every layer is dense
+    return loss, {"loss": loss}
+  balance_L, z_L = balance_loss(sums), z_loss(sums)
+  total = loss + config.moe.balance_coef * balance_L.sum() + config.moe.z_coef * z_L.sum()
+  return total, {"loss": loss, "balance_loss": balance_L.mean(), "z_loss": z_L.mean(),
+                 **router_metrics(sums)}
+
+
+def train_step(state: State, batch: Batch, config: RunConfig,
+               mesh: Mesh) -> tuple[State, Metrics]:
+  """One optimizer step. Metrics are scalars of the global batch, before the update."""
+  optimizer = make_optimizer(config.train)
+  params = state["params"]
+  (_, metrics), grads = jax.value_and_grad(batch_loss, has_aux=True)(params, batch, config, mesh)
+  opt_state = optax.tree.set(optimizer.init(params), mu=state["mu"], nu=state["nu"],
+                             count=state["step"])
+  updates, opt_state = optimizer.update(grads, opt_state, params)
+  metrics |= {"grad_norm": optax.tree.norm(grads),
+              "learning_rate": learning_rate_schedule(config.train)(state["step"])}
+  return {"params": optax.apply_updates(params, updates),
+          "mu": optax.tree.get(opt_state, "mu"), "nu": optax.tree.get(opt_state, "nu"),
+          "step": state["step"] + 1}, metrics
+
+
+def compile_train_step(config: RunConfig, mesh: Mesh) -> Callable[[State, Batch],
+                                                                  tuple[State, Metrics]]:
+  """The compiled step; the state given to it is donated."""
+  state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+  def step(state, batch):
+    return train_step(state, batch, config, mesh)
+
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))).lower(
+      state, batch).compile()

@@ -1,0 +1,162 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.mesh import make_mesh
+from moe_jax.model import attention, functional, init
+from moe_jax.moe.expert_parallel import Experts, Semantics, moe_layer, swiglu
+from tests.small import ARCH, small_config
+
+
+def build(config):
+  """(params, logits function on one device)."""
+  mesh = make_mesh(config, jax.devices()[:1])
+  run = jax.jit(lambda params, tokens, segments: functional.apply(
+      config, params, tokens, segments, mesh)[0])
+  return functional.init_params(config, mesh), run
+
+
+def tokens_like(shape=(8, 16), seed=0):
+  return jnp.asarray(np.random.default_rng(seed).integers(0, 256, shape), jnp.int32)
+
+
+def test_logits_are_causal():
+  params, run = build(small_config(moe={"dispatch": "reference"}))
+  tokens_BS, segments_BS = tokens_like(), jnp.zeros((8, 16), jnp.int32)
+  changed_BS = tokens_BS.at[:, 10].add(1)
+  before, after = run(params, tokens_BS, segments_BS), run(params, changed_BS, segments_BS)
+  np.testing.assert_array_equal(before[:, :10], after[:, :10])
+  assert np.abs(before - after)[:, 10:].max(-1).min() > 1e-4  # every later position saw it
+
+
+@pytest.mark.parametrize("mask_documents", [True, False])
+def test_attention_stops_at_document_boundaries(mask_documents):
+  params, run = build(small_config(moe={"dispatch": "reference"},
+                                   data={"mask_documents": mask_documents}))
+  tokens_BS = tokens_like()
+  segments_BS = jnp.broadcast_to(jnp.arange(16) // 6, (8, 16))
+  changed_BS = tokens_BS.at[:, 2].add(1)
+  difference = np.abs(run(params, tokens_BS, segments_BS)
+                      - run(params, changed_BS, segments_BS)).max((0, 2))
+  assert difference[2:6].min() > 1e-4
+  assert (difference[6:] == 0).all() == mask_documents
+
+
+def test_a_packed_document_is_the_document_alone():
+  """Positions count from the row's start, but only their differences matter."""
+  params, run = build(small_config(moe={"dispatch": "reference"}))
+  tokens_BS = tokens_like()
+  packed = run(params, tokens_BS, jnp.broadcast_to(jnp.arange(16) >= 5, (8, 16)) + 0)
+  alone_BS = jnp.roll(tokens_BS, -5, axis=1)
+  alone = run(params, alone_BS, jnp.broadcast_to(jnp.arange(16) >= 11, (8, 16)) + 0)
+  np.testing.assert_allclose(packed[:, 5:], alone[:, :11], rtol=1e-4, atol=1e-5)
+
+
+def test_one_expert_equals_a_dense_model():
+  """n_exp = n_topk = 1 without normalisation: the weight is 1 and nothing can drop."""
+  arch = dataclasses.replace(ARCH, n_exp=1, n_topk=1)
+  params, run = build(small_config(arch))
+  dense_arch = dataclasses.replace(arch, n_dense_layers=arch.n_layers)
+  dense_params, dense_run = build(small_config(dense_arch))
+  layers, moe = params["moe_layers"], params["moe_layers"]["moe"]
+  dense_params = {name: leaf for name, leaf in params.items() if name != "moe_layers"} | {
+      "dense_layers": {name: leaf for name, leaf in layers.items() if name != "moe"} | {
+          "ff": {"w_gate_DF": moe["w_gate_EDF"][:, 0], "w_up_DF": moe["w_up_EDF"][:, 0],
+                 "w_down_FD": moe["w_down_EFD"][:, 0]}}}
+  tokens_BS, segments_BS = tokens_like(), jnp.zeros((8, 16), jnp.int32)
+
+  def loss(run, params):
+    return (run(params, tokens_BS, segments_BS) ** 2).mean()
+
+  value, grads = jax.value_and_grad(lambda p: loss(run, p))(params)
+  dense_value, dense_grads = jax.value_and_grad(lambda p: loss(dense_run, p))(dense_params)
+  np.testing.assert_allclose(value, dense_value, rtol=1e-6)
+  np.testing.assert_allclose(grads["moe_layers"]["moe"]["w_down_EFD"][:, 0],
+                             dense_grads["dense_layers"]["ff"]["w_down_FD"], rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(grads["embedding_VD"], dense_grads["embedding_VD"], rtol=1e-4,
+                             atol=1e-6)
+
+
+def test_shared_experts_add_to_the_routed_ones():
+  arch = dataclasses.replace(ARCH, n_shared_experts=2)
+  config = small_config(arch, moe={"dispatch": "reference"})
+  params, run = build(config)
+  shared = params["moe_layers"]["moe"]["shared"]
+  assert shared["w_gate_DF"].shape == (2, 16, 24)
+  tokens_BS, segments_BS = tokens_like(), jnp.zeros((8, 16), jnp.int32)
+  full = run(params, tokens_BS, segments_BS)
+  params["moe_layers"]["moe"]["shared"] = jax.tree.map(jnp.zeros_like, shared)
+  without = run(params, tokens_BS, segments_BS)
+  del params["moe_layers"]["moe"]["shared"]
+  plain = build(dataclasses.replace(config, arch=ARCH))[1](params, tokens_BS, segments_BS)
+  np.testing.assert_allclose(without, plain, rtol=1e-5, atol=1e-6)
+  assert np.abs(full - without).max() > 1e-2
+
+
+def test_grouped_queries_share_keys_and_values():
+  grouped = dataclasses.replace(ARCH, n_heads=4, n_kv_heads=2)
+  params, run = build(small_config(grouped))
+  full_params, full_run = build(small_config(dataclasses.replace(grouped, n_kv_heads=4)))
+  attention_params = params["moe_layers"]["attention"]
+  full_params = jax.tree.map(lambda leaf: leaf, params)
+  full_params["moe_layers"]["attention"] = attention_params | {
+      name: jnp.repeat(attention_params[name], 2, axis=2) for name in ("w_key_DKh", "w_value_DKh")}
+  tokens_BS, segments_BS = tokens_like(), jnp.zeros((8, 16), jnp.int32)
+  np.testing.assert_allclose(run(params, tokens_BS, segments_BS),
+                             full_run(full_params, tokens_BS, segments_BS), rtol=1e-4, atol=1e-5)
+
+
+def test_tied_embeddings_are_the_head():
+  arch = dataclasses.replace(ARCH, tie_embeddings=True)
+  tied, run = build(small_config(arch))
+  assert "w_head_DV" not in tied
+  untied_run = build(small_config(ARCH))[1]
+  tokens_BS, segments_BS = tokens_like(), jnp.zeros((8, 16), jnp.int32)
+  np.testing.assert_allclose(
+      run(tied, tokens_BS, segments_BS),
+      untied_run(tied | {"w_head_DV": tied["embedding_VD"].T}, tokens_BS, segments_BS),
+      rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_masters_and_logits():
+  config = small_config(model={"compute_dtype": "bfloat16"}, moe={"dispatch": "reference"})
+  params, run = build(config)
+  exact_run = build(small_config(moe={"dispatch": "reference"}))[1]
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+  tokens_BS, segments_BS = tokens_like(), jnp.zeros((8, 16), jnp.int32)
+  logits, exact = run(params, tokens_BS, segments_BS), exact_run(params, tokens_BS, segments_BS)
+  assert logits.dtype == jnp.float32
+  error = np.abs(logits - exact)
+  assert error.max() > 1e-4 and np.median(error) < 2**-5  # it rounds, and no more than that
+
+
+@pytest.mark.parametrize("shift", [1, 7])
+def test_rotary_scores_depend_on_the_distance_alone(shift):
+  vectors = jax.random.normal(jax.random.key(0), (2, 8))
+  x_BSHh = jnp.broadcast_to(vectors[:, None, None], (2, 16, 1, 8))
+  query_Sh, key_Sh = attention.rotate(x_BSHh, 10_000.0)[:, :, 0]
+  scores_SS = query_Sh @ key_Sh.T
+  np.testing.assert_allclose(scores_SS[shift:, shift:], scores_SS[:-shift, :-shift], rtol=1e-4,
+                             atol=1e-5)
+  assert np.abs(scores_SS[0] - scores_SS[0, 0]).max() > 0.1
+
+
+@pytest.mark.parametrize("n_topk,norm", [(2, True), (8, True), (8, False)])
+def test_routed_outputs_start_at_the_scale_of_a_dense_layer(n_topk, norm):
+  """Without the factor of init.py they would be 2 to 8 times smaller. The band leaves room
+  for weights that are not all equal: the router starts near-uniform, not uniform."""
+  arch = dataclasses.replace(ARCH, d_model=64, d_expert=64, n_exp=16, n_topk=n_topk)
+  layer = small_config(arch, moe={"dispatch": "reference", "norm_topk_prob": norm})
+  params, _ = build(layer)
+  keys = jax.random.split(jax.random.key(0), 2)
+  x_TD = jax.random.normal(keys[0], (512, 64))
+  moe = jax.tree.map(lambda leaf: leaf[0], params["moe_layers"]["moe"])
+  experts = Experts(moe["w_gate_EDF"], moe["w_up_EDF"], moe["w_down_EFD"])
+  y_TD, _ = moe_layer(x_TD, moe["w_router_DE"], lambda x_ERD: swiglu(x_ERD, experts),
+                      Semantics.of(layer))
+  dense_TD = swiglu(x_TD[None], Experts(*(w[:1] for w in experts)))[0]
+  dense_TD /= init.routed_scale(arch, norm)
+  assert 0.7 < y_TD.std() / dense_TD.std() < 1.4
