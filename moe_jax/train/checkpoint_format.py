@@ -1,0 +1,124 @@
+"""What a checkpoint holds, and how it is read.
+
+A checkpoint `checkpoints/<step>/` holds four Orbax items:
+
+    params      the parameters: state["params"], nested dicts of arrays
+    optimizer   every other entry of the state, under its own name
+    data        JSON: the position of the data iterator
+    meta        JSON: format_version and what the caller adds
+
+Parameters are an item of their own so that an evaluation neither reads nor checks the
+optimizer, which is twice as large. Any pytree can be saved: its leaves are stored under the
+names of their paths, so no class of this project or of optax is part of the format.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+FORMAT_VERSION = 1
+
+PARAMS, OPTIMIZER, DATA, META = "params", "optimizer", "data", "meta"
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint cannot be written or read; the message is one line and says what to do."""
+
+
+def save_args(state: Mapping[str, Any], data: Any, meta: Mapping[str, Any]
+              ) -> ocp.args.Composite:
+  """What to hand to Orbax: `state` is a dict with `params`, data and meta are JSON."""
+  items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
+  return ocp.args.Composite(
+      **items, data=ocp.args.JsonSave(data),
+      meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta}))
+
+
+def read(directory: epath.Path, abstract_state: Mapping[str, Any], with_data: bool = True
+         ) -> tuple[Any, Any, dict[str, Any]]:
+  """(state, data, meta) of the sound checkpoint at `directory`; data may be left out.
+
+  Args:
+    directory: of one step.
+    abstract_state: the state, or those of its entries that are wanted, as
+      jax.ShapeDtypeStruct, with the shardings to restore to.
+    with_data: whether `data` is read; it is None otherwise.
+
+  Raises:
+    CheckpointError: another format version, or other arrays.
+  """
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    json_items = {name: ocp.args.JsonRestore()
+                  for name in ((DATA, META) if with_data else (META,))}
+    plain = reader.restore(directory, args=ocp.args.Composite(**json_items))
+    version = plain[META].get("format_version")
+    if version != FORMAT_VERSION:
+      raise CheckpointError(f"{directory} has format version {version}, this code reads "
+                            f"{FORMAT_VERSION}: use the code that wrote it")
+    wanted = _items(jax.tree.map(_placed, abstract_state))
+    for name, tree in wanted.items():
+      _require_same_arrays(directory, name, tree)
+    restored = reader.restore(directory, args=ocp.args.Composite(**{
+        name: ocp.args.PyTreeRestore(
+            tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+        for name, tree in wanted.items()}))
+  nested = {PARAMS: restored.get(PARAMS, {}), **restored.get(OPTIMIZER, {})}
+  return _unnamed(nested, abstract_state), plain[DATA] if with_data else None, plain[META]
+
+
+def _named(tree: Any) -> Any:
+  """Any pytree as nested dicts from the names in its leaves' paths to the leaves."""
+  nested: dict[str, Any] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    *folders, name = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    inner = nested
+    for folder in folders:
+      inner = inner.setdefault(folder, {})
+    inner[name] = leaf
+  return nested
+
+
+def _unnamed(nested: Any, like: Any) -> Any:
+  """The inverse of `_named` for a tree of the structure of `like`."""
+  leaves = []
+  for path, _ in jax.tree_util.tree_leaves_with_path(like):
+    leaf = nested
+    for key in path:
+      leaf = leaf[jax.tree_util.keystr((key,), simple=True)]
+    leaves.append(leaf)
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _items(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """State -> Orbax item -> nested dicts of arrays. An item without arrays is left out."""
+  rest = {name: value for name, value in state.items() if name != PARAMS}
+  items = {PARAMS: _named(state[PARAMS]), OPTIMIZER: _named(rest)}
+  return {name: tree for name, tree in items.items() if tree}
+
+
+def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """With a sharding: without one Orbax looks for the devices that wrote the checkpoint."""
+  if leaf.sharding is not None:
+    return leaf
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding
+                              .SingleDeviceSharding(jax.devices()[0]))
+
+
+def _require_same_arrays(directory: epath.Path, item: str, wanted: Any) -> None:
+  """Raises CheckpointError, naming the first array that differs in name, type or shape."""
+  if not (directory / item).exists():
+    raise CheckpointError(f"{directory} does not fit: it has no {item}")
+  stored = ocp.PyTreeCheckpointHandler().metadata(directory / item).tree
+  there, here = ({jax.tree_util.keystr(path, simple=True, separator="/"):
+                  f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+                  for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+                 for tree in (stored, wanted))
+  for name in sorted(there.keys() | here.keys()):
+    if there.get(name) != here.get(name):
+      raise CheckpointError(
+          f"{directory} does not fit this configuration: {item}/{name} is "
+          f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here")

@@ -1,0 +1,70 @@
+"""A SHA-256 for each file of a checkpoint: Orbax restores a flipped byte without a word."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent import futures
+
+from etils import epath
+
+from moe_jax import run_dir as run_dir_lib
+from moe_jax.errors import FieldError
+
+_THREADS = 8  # hashing and reading release the GIL; on an object store reads overlap
+
+# Orbax writes these two in the step's root as it commits, after the hashes were taken.
+# They carry the time of the commit and no value that is ever read here.
+_COMMIT_MARKS = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})
+
+
+def record(step_dir: epath.Path, file: epath.Path) -> None:
+  """Writes size and hash of every file below `step_dir` into `file`, as JSON."""
+  names = _names(step_dir)
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    entries = pool.map(lambda name: _entry(step_dir / name), names)
+  run_dir_lib.write_json(file, dict(zip(names, entries, strict=True)))
+
+
+def damage(step_dir: epath.Path, file: epath.Path,
+           items: Sequence[str] | None = None) -> str | None:
+  """What is wrong with the checkpoint at `step_dir`, as a phrase; None if it is sound.
+
+  Args:
+    step_dir: a finished checkpoint.
+    file: what `record` wrote for it.
+    items: folders of the checkpoint to look at; None means all of it.
+  """
+  try:
+    listed = run_dir_lib.read_json(file)
+  except FieldError:
+    return "its list of checksums is damaged"
+  if listed is None:
+    return "it has no checksums"
+  if not isinstance(listed, dict):
+    return "its list of checksums is damaged"
+  listed = {name: entry for name, entry in listed.items() if _wanted(name, items)}
+  present = [name for name in _names(step_dir) if _wanted(name, items)]
+  for name in sorted(set(listed) ^ set(present)):
+    return f"{name} is missing" if name in listed else f"{name} has no checksum"
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    entries = pool.map(lambda name: _entry(step_dir / name), present)
+  for name, entry in zip(present, entries, strict=True):
+    if entry != listed[name]:
+      return f"{name} does not match its checksum"
+  return None
+
+
+def _names(step_dir: epath.Path) -> list[str]:
+  """Files below `step_dir`, relative to it, without the marks of the commit."""
+  names = ((root / name).relative_to(step_dir).as_posix()
+           for root, _, files in step_dir.walk() for name in files)
+  return sorted(name for name in names if name not in _COMMIT_MARKS)
+
+
+def _wanted(name: str, items: Sequence[str] | None) -> bool:
+  return items is None or name.partition("/")[0] in items
+
+
+def _entry(path: epath.Path) -> dict[str, int | str]:
+  with path.open("rb") as file:
+    digest = hashlib.file_digest(file, "sha256")
+  return {"bytes": path.stat().length, "sha256": digest.hexdigest()}
