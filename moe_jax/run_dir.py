@@ -15,6 +15,7 @@ writer and is written whole. `<out>/<experiment>/results.csv` is derived from th
 import contextlib
 import dataclasses
 import fcntl
+import importlib.util
 import json
 import os
 import socket
@@ -102,6 +103,9 @@ class RunDir:
 
   @classmethod
   def of(cls, out: str | os.PathLike, cell: Cell) -> "RunDir":
+    """The directory of a cell under the root `out`. Raises FieldError if it is out of reach."""
+    if os.fspath(out).startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+      raise FieldError("out", os.fspath(out), "needs gcsfs: pip install 'moe_jax[gcs]'")
     return cls(epath.Path(out) / cell.experiment / cell.name)
 
   @property

@@ -1,5 +1,6 @@
 """The run directory: one owner, one identity, files that are whole, damage that is named."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -31,6 +32,12 @@ def run_dir(tmp_path, cell):
 
 def test_a_run_lies_under_its_experiment(tmp_path, run_dir):
   assert os.fspath(run_dir.path) == str(tmp_path / "runs" / "tiny" / BASE)
+
+
+def test_an_object_store_without_its_library_is_refused(cell, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(FieldError, match=r"out='gs://b': needs gcsfs: pip install 'moe_jax\[gcs\]'"):
+    RunDir.of("gs://b", cell)
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one_never_a_part(tmp_path):
