@@ -59,9 +59,10 @@ def init_params(config: RunConfig, mesh: Mesh) -> Params:
 
 
 def apply(config: RunConfig, params: Params, inputs_BS: jax.Array, segments_BS: jax.Array,
-          mesh: Mesh, remat: str = "none") -> tuple[jax.Array, RouterSums | None]:
+          mesh: Mesh, remat: str = "none", counted_BS: jax.Array | None = None
+          ) -> tuple[jax.Array, RouterSums | None]:
   """logits_BSV in float32 and the router's sums by layer; see Transformer."""
   graphdef, abstract = _abstract(config)
   state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the cached one stays abstract
   nnx.replace_by_pure_dict(state, params)
-  return nnx.merge(graphdef, state)(inputs_BS, segments_BS, mesh, remat)
+  return nnx.merge(graphdef, state)(inputs_BS, segments_BS, mesh, remat, counted_BS)

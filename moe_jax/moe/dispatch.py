@@ -2,12 +2,12 @@
 
 One signature, several implementations, one truth:
 
-    dispatch(x_TD, routing, run_experts) -> (y_TD, dropped)
+    dispatch(x_TD, routing, run_experts) -> (y_TD, dropped_T)
 
 `run_experts` maps rows x_ERD, R for each expert, to outputs of the same shape; it knows the
-weights and where they live (see expert_parallel.py). `dropped` counts assignments that found
-no slot. Everything is index-based: no [T, E, C] tensor exists, so the cost of dispatch
-follows the rows that move, T*K*D, and not the number of experts.
+weights and where they live (see expert_parallel.py). `dropped_T` counts each token's
+assignments that found no slot. Everything is index-based: no [T, E, C] tensor exists, so the
+cost of dispatch follows the rows that move, T*K*D, and not the number of experts.
 """
 
 import fractions
@@ -41,7 +41,7 @@ def reference_dispatch(x_TD: jax.Array, routing: Routing,
   x_ETD = jnp.broadcast_to(x_TD.astype(jnp.float32), (n_exp, *x_TD.shape))
   weight_TE = (jax.nn.one_hot(routing.expert_TK, n_exp) * routing.weight_TK[..., None]).sum(1)
   y_TD = jnp.einsum("te,etd->td", weight_TE, run_experts(x_ETD))
-  return y_TD.astype(x_TD.dtype), jnp.zeros((), jnp.int32)
+  return y_TD.astype(x_TD.dtype), jnp.zeros(n_tokens, jnp.int32)
 
 
 def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts, *,
@@ -63,7 +63,7 @@ def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts
   x_ERD = gather_rows(x_TD, slots).reshape(n_exp, -1, d_model)
   y_SD = run_experts(x_ERD).reshape(-1, d_model)
   y_TD = combine_rows(y_SD, routing.weight_TK, slots)
-  return y_TD, (slots.slot_TK == y_SD.shape[0]).sum()
+  return y_TD, (slots.slot_TK == y_SD.shape[0]).sum(-1)
 
 
 class Slots(NamedTuple):

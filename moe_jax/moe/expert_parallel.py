@@ -65,20 +65,22 @@ def swiglu(x_ERD: jax.Array, experts: Experts) -> jax.Array:
 
 
 def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts,
-              semantics: Semantics) -> tuple[jax.Array, RouterSums]:
+              semantics: Semantics,
+              counted_T: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
   """Routes, dispatches, runs and combines the tokens of one device."""
   routing = route(x_TD, w_router_DE, semantics.n_topk, semantics.norm_topk_prob)
   if semantics.capacity is None:
-    y_TD, dropped = reference_dispatch(x_TD, routing, run_experts)
+    y_TD, dropped_T = reference_dispatch(x_TD, routing, run_experts)
   else:
-    y_TD, dropped = capacity_dispatch(x_TD, routing, run_experts,
-                                      group_tokens=semantics.group_tokens,
-                                      capacity=semantics.capacity)
-  return y_TD, router_sums(routing, dropped)
+    y_TD, dropped_T = capacity_dispatch(x_TD, routing, run_experts,
+                                        group_tokens=semantics.group_tokens,
+                                        capacity=semantics.capacity)
+  return y_TD, router_sums(routing, dropped_T, counted_T)
 
 
 def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts,
-                      semantics: Semantics, mesh: Mesh) -> tuple[jax.Array, RouterSums]:
+                      semantics: Semantics, mesh: Mesh,
+                      counted_BS: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
   """`moe_layer` on a mesh.
 
   Args:
@@ -87,15 +89,19 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
     experts: E split over `expert`, D over `fsdp`.
     semantics: see `Semantics`.
     mesh: with the axes data, fsdp, expert.
+    counted_BS: bool, False for padding, which the sums leave out; None counts all.
 
   Returns:
     y_BSD split as x_BSD is, and sums over all tokens of the batch.
   """
+  if counted_BS is None:
+    counted_BS = jnp.ones(x_BSD.shape[:2], bool)
   specs = Experts(P(EXPERT, FSDP, None), P(EXPERT, FSDP, None), P(EXPERT, None, FSDP))
 
-  @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(BATCH_AXES), P(), specs),
+  @functools.partial(jax.shard_map, mesh=mesh,
+                     in_specs=(P(BATCH_AXES), P(), specs, P(BATCH_AXES)),
                      out_specs=(P(BATCH_AXES), P()))
-  def on_device(x_bSD, w_router_DE, experts_eDF):
+  def on_device(x_bSD, w_router_DE, experts_eDF, counted_bS):
     # Cast first: half the bytes travel when the tokens are bfloat16.
     dtype = jnp.float32 if semantics.capacity is None else x_bSD.dtype
     local = Experts(*(_all_gather(w.astype(dtype), FSDP, spec.index(FSDP))
@@ -106,10 +112,10 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
       return _all_to_all(swiglu(x_eRD, local), split_axis=1, concat_axis=0)
 
     x_TD = x_bSD.reshape(-1, x_bSD.shape[-1])
-    y_TD, sums = moe_layer(x_TD, w_router_DE, run_experts, semantics)
+    y_TD, sums = moe_layer(x_TD, w_router_DE, run_experts, semantics, counted_bS.ravel())
     return y_TD.reshape(x_bSD.shape), jax.lax.psum(sums, (DATA, FSDP, EXPERT))
 
-  return on_device(x_BSD, w_router_DE, experts)
+  return on_device(x_BSD, w_router_DE, experts, counted_BS)
 
 
 def _all_gather(x, axis_name, axis):

@@ -68,19 +68,30 @@ def route(x_TD: jax.Array, w_router_DE: jax.Array, n_topk: int,
   return Routing(expert_TK, weight_TK, prob_TE, logit_TE)
 
 
-def router_sums(routing: Routing, dropped: jax.Array) -> RouterSums:
-  """Sums over the tokens of `routing`; `dropped` is a count of assignments."""
+def router_sums(routing: Routing, dropped_T: jax.Array,
+                counted_T: jax.Array | None = None) -> RouterSums:
+  """Sums over tokens.
+
+  Args:
+    routing: where they go.
+    dropped_T: assignments of each token that found no slot.
+    counted_T: bool, False for padding, which no sum counts; None counts every token.
+  """
   n_tokens, n_exp = routing.prob_TE.shape
+  if counted_T is None:
+    counted_T = jnp.ones(n_tokens, bool)
   lse_T = jax.nn.logsumexp(routing.logit_TE, axis=-1)
   # H = lse - sum_e p_e logit_e: no logarithm of a probability that may be 0.
   entropy_T = lse_T - (routing.prob_TE * routing.logit_TE).sum(-1)
+  # Padding goes to an expert past the last, which bincount leaves out.
+  expert_TK = jnp.where(counted_T[:, None], routing.expert_TK, n_exp)
   return RouterSums(
-      assigned_E=jnp.bincount(routing.expert_TK.ravel(), length=n_exp).astype(jnp.float32),
-      prob_E=routing.prob_TE.sum(0),
-      squared_lse=(lse_T**2).sum(),
-      entropy=entropy_T.sum(),
-      dropped=dropped.astype(jnp.float32),
-      tokens=jnp.float32(n_tokens))
+      assigned_E=jnp.bincount(expert_TK.ravel(), length=n_exp).astype(jnp.float32),
+      prob_E=jnp.where(counted_T[:, None], routing.prob_TE, 0).sum(0),
+      squared_lse=jnp.where(counted_T, lse_T**2, 0).sum(),
+      entropy=jnp.where(counted_T, entropy_T, 0).sum(),
+      dropped=jnp.where(counted_T, dropped_T, 0).sum().astype(jnp.float32),
+      tokens=counted_T.sum().astype(jnp.float32))
 
 
 def balance_loss(sums: RouterSums) -> jax.Array:

@@ -73,6 +73,25 @@ def test_the_same_tokens_drop_on_every_mesh(shape, dropping):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_padding_at_the_end_is_in_no_sum_on_a_mesh():
+  """And, being served last, it takes no slot from the tokens before it."""
+  x_BSD, w_router_DE, experts = layer()
+  counted_BS = jnp.arange(16 * 6).reshape(16, 6) < 51
+  semantics = Semantics(N_TOPK, True, GROUP, 5)
+
+  def run(shape, x_BSD):
+    return jax.jit(sharded_moe_layer, static_argnums=(3, 4))(
+        x_BSD, w_router_DE, experts, semantics, mesh_of(shape), counted_BS)
+
+  y_BSD, sums = run((1, 1, 1), x_BSD)
+  assert sums.tokens == 51 and sums.assigned_E.sum() == 51 * N_TOPK
+  padded_BSD = jnp.where(counted_BS[..., None], x_BSD, 3.0)
+  for shape in ((1, 1, 1), (2, 2, 2)):
+    theirs_BSD, their_sums = run(shape, padded_BSD)
+    np.testing.assert_allclose(theirs_BSD[counted_BS], y_BSD[counted_BS], rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), their_sums, sums)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 8), (2, 2, 2)], ids=str)
 def test_the_reference_too_runs_expert_parallel(shape, reference):
   ours = value_and_grads(shape, Semantics(N_TOPK, True, GROUP, None))

@@ -48,7 +48,7 @@ def test_routing_is_float32_from_bfloat16_tokens():
 def sums_of(prob_TE, expert_TK):
   prob_TE, expert_TK = jnp.asarray(prob_TE), jnp.asarray(expert_TK)
   routing = router.Routing(expert_TK, jnp.ones(expert_TK.shape), prob_TE, jnp.log(prob_TE))
-  return router.router_sums(routing, jnp.int32(0))
+  return router.router_sums(routing, jnp.zeros(len(prob_TE), jnp.int32))
 
 
 def test_balance_loss_is_one_when_balanced_and_n_exp_over_k_when_collapsed():
@@ -74,7 +74,7 @@ def test_z_loss_and_entropy_by_hand():
   prob_TE = np.exp(logit_TE) / np.exp(logit_TE).sum(1, keepdims=True)
   routing = router.Routing(jnp.array([[2], [0]]), jnp.ones((2, 1)), jnp.asarray(prob_TE),
                            jnp.asarray(logit_TE))
-  sums = router.router_sums(routing, jnp.int32(1))
+  sums = router.router_sums(routing, jnp.array([0, 1]))
   lse_T = np.log(np.exp(logit_TE).sum(1))
   np.testing.assert_allclose(router.z_loss(sums), (lse_T**2).mean(), rtol=1e-6)
   metrics = router.router_metrics(sums)
@@ -83,6 +83,17 @@ def test_z_loss_and_entropy_by_hand():
   np.testing.assert_allclose(metrics["drop_rate"], 0.5)
   np.testing.assert_allclose(metrics["max_load"], 1.5)
   np.testing.assert_allclose(metrics["load_variation"], np.std([1.5, 0, 1.5]), rtol=1e-6)
+
+
+def test_padding_is_in_no_sum():
+  routing = routed(n_tokens=12)
+  dropped_T = jnp.arange(12) % 3
+  counted_T = jnp.arange(12) % 4 != 1
+  ours = router.router_sums(routing, dropped_T, counted_T)
+  kept = router.Routing(*(x[np.asarray(counted_T)] for x in routing))
+  theirs = router.router_sums(kept, dropped_T[np.asarray(counted_T)])
+  assert ours.tokens == 9
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
 
 def test_router_gets_gradient_through_the_weights_unless_top_one_is_normalised():
