@@ -1,0 +1,182 @@
+"""What a published law is: a formula, its variables, and where it was fitted."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moe_jax.arch.architecture import Architecture
+from moe_jax.errors import FieldError, did_you_mean
+from moe_jax.laws.shape import Shape
+
+LOSS = "loss in nats a token"
+LEVERAGE = "efficiency leverage over a dense model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What a model is trained with, beside its shape: scalars, arrays, or None if unknown.
+
+  Attributes:
+    tokens: training tokens D.
+    flops: training FLOPs C; None stands for 6 n_active tokens.
+  """
+
+  tokens: ArrayLike | None = None
+  flops: ArrayLike | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Variable:
+  """One variable of a paper's formula.
+
+  Attributes:
+    symbol: the formula's keyword, the paper's letter.
+    meaning: what the paper means by it, in a phrase.
+    sees: the project's words that it depends on.
+    of: (Shape, Training) -> array.
+    low: least value the law was fitted on; None if not on record.
+    high: largest value the law was fitted on; None if not on record.
+  """
+
+  symbol: str
+  meaning: str
+  sees: tuple[str, ...]
+  of: Callable[[Shape, Training], ArrayLike]
+  low: float | None = None
+  high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumption:
+  """Something that was so in every model the law was fitted on."""
+
+  text: str
+  holds: Callable[[Shape], ArrayLike]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """A law's answer.
+
+  Attributes:
+    law: the law's name.
+    value: array (0-d for one architecture).
+    quantity: what `value` is.
+    outside: one line for each way in which the question lies outside what the law was
+      fitted on; empty where it lies inside.
+  """
+
+  law: str
+  value: np.ndarray
+  quantity: str
+  outside: tuple[str, ...]
+
+  @property
+  def loss(self) -> np.ndarray:
+    """The value, where it is a loss. Raises FieldError where it is not."""
+    if self.quantity != LOSS:
+      raise FieldError("law", self.law, f"predicts the {self.quantity}, not a loss")
+    return self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+  """A published law. Losses of different laws are on different text and tokenizers.
+
+  Attributes:
+    name: key in the registry.
+    source: where the law and its coefficients come from.
+    quantity: what it predicts, LOSS or LEVERAGE (of which more is better).
+    formula: vectorised, of the paper's variables by keyword.
+    variables: how each is computed from a shape and a training budget.
+    assumes: what was the same in every fitted model.
+    caveat: a standing line on what is not on record; shown with every answer.
+  """
+
+  name: str
+  source: str
+  quantity: str
+  formula: Callable[..., np.ndarray]
+  variables: tuple[Variable, ...]
+  assumes: tuple[Assumption, ...] = ()
+  caveat: str = ""
+
+  @property
+  def sees(self) -> tuple[str, ...]:
+    """The project's words that the answer depends on, e.g. n_total, tokens."""
+    return tuple(dict.fromkeys(word for variable in self.variables for word in variable.sees))
+
+  def require_sees(self, word: str) -> None:
+    """Raises FieldError where the law has no variable for `word`, e.g. granularity."""
+    if word not in self.sees:
+      raise FieldError("law", self.name,
+                       f"has no variable for {word}; it sees {', '.join(self.sees)}")
+
+  def at(self, **values: ArrayLike) -> np.ndarray:
+    """The formula at values of the paper's own variables. Raises FieldError."""
+    symbols = [variable.symbol for variable in self.variables]
+    for symbol in values:
+      if symbol not in symbols:
+        raise FieldError(symbol, values[symbol],
+                         f"is no variable of {self.name}; {did_you_mean(symbol, symbols)}")
+    for variable in self.variables:
+      if variable.symbol not in values:
+        raise FieldError(variable.symbol, None,
+                         f"is missing: {self.name} needs {variable.meaning}")
+    return self.formula(**{name: np.asarray(v, float) for name, v in values.items()})
+
+  def variables_of(self, shape: Shape, training: Training) -> dict[str, np.ndarray]:
+    """The paper's variables of each shape. Raises FieldError where tokens are needed."""
+    tokens = training.tokens is not None
+    if "tokens" in self.sees and not tokens:
+      raise FieldError("tokens", None, f"is missing: {self.name} needs training tokens D")
+    if "flops" in self.sees and training.flops is None and not tokens:
+      raise FieldError("flops", None, f"is missing: {self.name} needs training FLOPs C, or "
+                       "tokens to take 6 n_active tokens")
+    return {v.symbol: np.asarray(v.of(shape, training), float) for v in self.variables}
+
+  def values(self, shape: Shape, training: Training) -> np.ndarray:
+    """The prediction for every shape, without a word on the domain: for searches."""
+    return self.formula(**self.variables_of(shape, training))
+
+  def inside(self, shape: Shape, training: Training) -> np.ndarray:
+    """For every shape, whether no range and no assumption on record is left. Bool array."""
+    return ~np.any(np.stack(np.broadcast_arrays(
+        np.zeros_like(self.values(shape, training), bool),
+        *[bad for bad, _ in self._violations(shape, training)])), axis=0)
+
+  def predict(self, arch: Architecture | Shape, tokens: ArrayLike | None = None,
+              flops: ArrayLike | None = None) -> Prediction:
+    """The law's answer for one architecture or a Shape of many, with notes.
+
+    Raises:
+      FieldError: tokens or flops are needed and missing.
+    """
+    shape = Shape.of(arch) if isinstance(arch, Architecture) else arch
+    training = Training(tokens, flops)
+    notes = tuple(text for bad, text in self._violations(shape, training) if np.any(bad))
+    return Prediction(self.name, self.values(shape, training), self.quantity,
+                      notes + ((self.caveat,) if self.caveat else ()))
+
+  def _violations(self, shape: Shape, training: Training) -> list[tuple[np.ndarray, str]]:
+    """(where outside, a line about it) for each bound and assumption."""
+    found = []
+    values = self.variables_of(shape, training)
+    for v in self.variables:
+      x = values[v.symbol]
+      if v.low is not None:
+        found.append((x < v.low, f"{v.symbol} = {np.min(x):.4g} is below {v.low:.4g}, the "
+                      f"least it was fitted on ({v.meaning})"))
+      if v.high is not None:
+        found.append((x > v.high, f"{v.symbol} = {np.max(x):.4g} is above {v.high:.4g}, the "
+                      f"most it was fitted on ({v.meaning})"))
+    found += [(~np.asarray(a.holds(shape), bool), f"it was fitted with {a.text} alone")
+              for a in self.assumes]
+    return found
+
+
+def tokens_variable(low: float | None = None, high: float | None = None) -> Variable:
+  """D, the training tokens: the one variable that all papers mean alike."""
+  return Variable("D", "training tokens", ("tokens",), lambda _, t: t.tokens, low, high)

@@ -1,0 +1,34 @@
+"""Chinchilla, arXiv 2203.15556, and its replication, 2404.10102: L = E + A/N^a + B/D^b.
+
+Laws of dense models: of an MoE they see the active parameters and the embeddings, nothing
+of the experts that sleep.
+"""
+
+import functools
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moe_jax.laws.law import LOSS, Assumption, Law, Variable, tokens_variable
+
+
+def loss(N: ArrayLike, D: ArrayLike, A: float, B: float, E: float, alpha: float,
+         beta: float) -> np.ndarray:
+  """Loss. N parameters, embeddings among them, D tokens."""
+  return E + A / N**alpha + B / D**beta
+
+
+_VARIABLES = (
+    Variable("N", "parameters used by a token, embeddings included", ("n_active", "vocab_size"),
+             lambda shape, _: shape.n_active_with_embedding, 70e6, 16e9),
+    tokens_variable(5e9, 500e9))
+_DENSE = (Assumption("dense models", lambda shape: np.equal(shape.n_exp, 1)),)
+
+CHINCHILLA = Law(
+    "chinchilla", "arXiv 2203.15556 (Hoffmann et al. 2022), approach 3", LOSS,
+    functools.partial(loss, A=406.4, B=410.7, E=1.69, alpha=0.34, beta=0.28), _VARIABLES, _DENSE)
+
+BESIROGLU = Law(
+    "besiroglu", "arXiv 2404.10102 (Besiroglu et al. 2024), the replication", LOSS,
+    functools.partial(loss, A=482.01, B=2085.43, E=1.8172, alpha=0.3478, beta=0.3658),
+    _VARIABLES, _DENSE)

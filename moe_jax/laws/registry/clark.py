@@ -1,0 +1,31 @@
+"""Clark et al., arXiv 2202.01169, routed by S-BASE: bilinear in log N and log experts.
+
+log10 L = a log10 N + b log10 E + c log10 N log10 E + d, E the saturated number of experts,
+at one training length. Coefficients are too rounded for the paper's cut-offs.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moe_jax.laws.law import LOSS, Assumption, Law, Variable
+from moe_jax.laws.registry.saturation import saturated
+
+E_START, E_MAX = 1.847, 314.478
+
+
+def loss(N: ArrayLike, E: ArrayLike) -> np.ndarray:
+  """Loss. N parameters of the dense base model, E experts of which one is active."""
+  log_e = np.log10(saturated(E, 1, E_START, E_MAX))
+  log_n = np.log10(N)
+  return 10**(-0.082 * log_n - 0.108 * log_e + 0.009 * log_n * log_e + 1.104)
+
+
+CLARK = Law(
+    "clark", "arXiv 2202.01169 (Clark et al. 2022), S-BASE, second hand", LOSS, loss,
+    (Variable("N", "size of the base model: active parameters", ("n_active",),
+              lambda shape, _: shape.n_active),
+     Variable("E", "experts of which one is active: n_exp / n_topk", ("sparsity",),
+              lambda shape, _: shape.sparsity)),
+    (Assumption("n_topk 1", lambda shape: np.equal(shape.n_topk, 1)),),
+    caveat="it knows one training length, so tokens do not enter; its ranges are not on "
+           "record here")

@@ -1,0 +1,57 @@
+"""Fine-grained MoE, arXiv 2402.07871: L = c + (gamma0 / G^gamma + a) / N^alpha + b / D^beta.
+
+N is the TOTAL number of non-embedding parameters, d² (8 E + 4) n_blocks with expansion rate
+E: at E = 64 it is 43 times the active ones, 12 d² n_blocks, not 64 times.
+G = 4 d_model / d_expert: how many experts one standard feed-forward layer is cut into, and
+how many of them a token is sent to.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moe_jax.laws.law import LOSS, Assumption, Law, Variable, tokens_variable
+
+_SOURCE = "arXiv 2402.07871 (Krajewski et al. 2024), rounded coefficients"
+
+
+def loss(N: ArrayLike, D: ArrayLike, G: ArrayLike) -> np.ndarray:
+  """Loss at expansion rate 64. N total non-embedding parameters, D tokens."""
+  return 0.47 + (2.1 / G**0.58 + 18.1) / N**0.115 + 30.8 / D**0.147
+
+
+def dense_loss(N: ArrayLike, D: ArrayLike) -> np.ndarray:
+  """Loss of the dense models of the same paper."""
+  return 0.47 + 16.3 / N**0.126 + 26.7 / D**0.127
+
+
+def total_of_active(n_active: ArrayLike, expansion: float = 64) -> np.ndarray:
+  """N of a model whose active part is 12 d² n_blocks: (8 E + 4) / 12 times as much."""
+  return np.asarray(n_active, float) * (8 * expansion + 4) / 12
+
+
+def flops(n_active: ArrayLike, D: ArrayLike, G: ArrayLike, expansion: float = 64) -> np.ndarray:
+  """Training FLOPs (12 d² c_f + d E G c_r) D n_blocks, c_f 6, c_r 14, d = 64 n_blocks."""
+  n_blocks = np.cbrt(np.asarray(n_active, float) / (12 * 64**2))
+  d = 64 * n_blocks
+  return (12 * d**2 * 6 + d * expansion * np.asarray(G) * 14) * D * n_blocks
+
+
+def _close(x: ArrayLike, y: ArrayLike) -> np.ndarray:
+  return np.abs(np.asarray(x, float) - y) <= 0.05 * np.asarray(y)
+
+
+_D = tokens_variable(16e9, 130e9)
+_N = Variable("N", "total parameters without embeddings", ("n_total",),
+              lambda shape, _: shape.n_total, 129e6, 3.7e9)
+
+KRAJEWSKI = Law(
+    "krajewski", _SOURCE, LOSS, loss,
+    (_N, _D, Variable("G", "4 d_model / d_expert", ("granularity",),
+                      lambda shape, _: 4 * shape.granularity, 1, 16)),
+    (Assumption("sparsity 64", lambda shape: _close(shape.sparsity, 64)),
+     Assumption("n_topk = 4 d_model / d_expert",
+                lambda shape: _close(shape.n_topk, 4 * shape.granularity))))
+
+KRAJEWSKI_DENSE = Law(
+    "krajewski-dense", _SOURCE, LOSS, dense_loss, (_N, _D),
+    (Assumption("dense models", lambda shape: np.equal(shape.n_exp, 1)),))
