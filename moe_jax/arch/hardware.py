@@ -1,0 +1,71 @@
+"""Peak figures of accelerators, and which of them a JAX device is.
+
+Figures are the vendors' published ones: Cloud TPU's system architecture pages and NVIDIA's
+data sheets (SXM parts, dense bfloat16, no structured sparsity). TPU memory is in GiB, as the
+chips have it; NVIDIA's is taken as the decimal gigabytes of the data sheet, a few per cent
+below what the driver shows, so that a plan errs on the safe side.
+"""
+
+import dataclasses
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+  """One kind of accelerator chip.
+
+  Attributes:
+    name: short name, e.g. `v5p`.
+    bf16_flops: peak dense bfloat16 FLOP/s of a chip.
+    hbm_bytes: memory of a chip.
+    hbm_bytes_per_second: peak memory bandwidth of a chip.
+    device_kinds: what `jax.Device.device_kind` says for it.
+    devices_per_chip: JAX devices that share a chip (tpu7x shows its two cores).
+  """
+
+  name: str
+  bf16_flops: float
+  hbm_bytes: float
+  hbm_bytes_per_second: float
+  device_kinds: tuple[str, ...]
+  devices_per_chip: int = 1
+
+  @property
+  def device_bf16_flops(self) -> float:
+    """Peak dense bfloat16 FLOP/s of one JAX device: the denominator of MFU."""
+    return self.bf16_flops / self.devices_per_chip
+
+  @property
+  def device_hbm_bytes(self) -> float:
+    """Memory of one JAX device."""
+    return self.hbm_bytes / self.devices_per_chip
+
+  @property
+  def device_hbm_bytes_per_second(self) -> float:
+    """Peak memory bandwidth of one JAX device."""
+    return self.hbm_bytes_per_second / self.devices_per_chip
+
+
+HARDWARE = {chip.name: chip for chip in (
+    Hardware("v4", 275e12, 32 * _GIB, 1200e9, ("TPU v4",)),
+    Hardware("v5e", 197e12, 16 * _GIB, 820e9, ("TPU v5 lite", "TPU v5e")),
+    Hardware("v5p", 459e12, 95 * _GIB, 2765e9, ("TPU v5", "TPU v5p")),
+    Hardware("v6e", 918e12, 32 * _GIB, 1640e9, ("TPU v6 lite", "TPU v6e")),
+    Hardware("tpu7x", 2307e12, 192 * _GIB, 7400e9, ("TPU7x",), devices_per_chip=2),
+    Hardware("a100-80", 312e12, 80e9, 2040e9, ("NVIDIA A100-SXM4-80GB",)),
+    Hardware("h100", 989e12, 80e9, 3350e9, ("NVIDIA H100 80GB HBM3",)),
+    Hardware("h200", 989e12, 141e9, 4800e9, ("NVIDIA H200",)),
+    Hardware("b200", 2250e12, 180e9, 8000e9, ("NVIDIA B200",)),
+)}
+
+_BY_KIND = {kind: chip for chip in HARDWARE.values() for kind in chip.device_kinds}
+
+
+def by_device_kind(kind: str) -> Hardware | None:
+  """The accelerator that `jax.Device.device_kind` names, or None if it is not in the table.
+
+  The match is exact: the PCIe variants of a GPU have other peaks, and no MFU is better
+  than one against the wrong peak.
+  """
+  return _BY_KIND.get(kind)
