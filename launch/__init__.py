@@ -1,0 +1,1 @@
+"""Starts the cells of a grid and says how they stand. No JAX: it answers at once."""

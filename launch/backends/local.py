@@ -1,0 +1,263 @@
+"""Runs cells on this machine, one process each.
+
+A cell is run once in a launch. One that crashes (exit 1, or killed by a signal) is started
+once more if it got further than where it began, since then the crash may not repeat. One
+that found its input bad, diverged, was told to stop or is run by another process is left as
+it is. The next launch takes up all cells that are not finished.
+
+Ctrl-C (SIGINT), SIGTERM or SIGHUP to the launcher sends SIGTERM to every child, whose
+trainer saves a checkpoint and ends; a second one kills them. The launcher's exit code is 0
+if all cells are finished, 128 + the signal's number if it was stopped, else 1.
+
+A killed launcher leaves its children running. They hold their run directories, so that the
+next launch sees them, names the process, and leaves those cells alone.
+
+Children inherit the environment. An accelerator is one process's at a time unless told
+otherwise (on a GPU by XLA_PYTHON_CLIENT_MEM_FRACTION): there keep --parallel=1.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from launch import jobs as jobs_lib
+from launch.jobs import Job, Launch, read_launch, write_launch
+from launch.overview import Overview
+from launch.state import CellState, read_state
+from launch.table import progress
+from moe_jax import run_dir as run_dir_lib
+from moe_jax.cli import EXIT_BAD_INPUT
+from moe_jax.errors import FieldError, require
+
+POLL_SECONDS = 0.1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STATE_OF_EXIT = {
+    EXIT_BAD_INPUT: jobs_lib.REFUSED, run_dir_lib.EXIT_PREEMPTED: run_dir_lib.PREEMPTED,
+    run_dir_lib.EXIT_DIVERGED: run_dir_lib.DIVERGED, run_dir_lib.EXIT_BUSY: jobs_lib.BUSY,
+}
+
+
+def dry_run(jobs: Sequence[Job]) -> list[str]:
+  """The shell lines that `submit` would run; a comment for each cell it would skip."""
+  return [f"# {job.name} is finished" if job.is_finished() else shlex.join(job.command)
+          for job in jobs]
+
+
+def submit(jobs: Sequence[Job], parallel: int) -> int:
+  """Runs the jobs, `parallel` at a time.
+
+  Returns:
+    The launcher's exit code, see above.
+
+  Raises:
+    FieldError: a run directory is not on a file system of this machine.
+  """
+  for job in jobs:
+    require(run_dir_lib.is_local(job.run_dir.path), "out", os.fspath(job.run_dir.path),
+            "must be a local path: this backend keeps each cell's log.txt open")
+  with Overview() as overview:
+    return _Launcher(jobs, parallel, overview).run()
+
+
+@dataclasses.dataclass
+class _Child:
+  """A running trainer; `first_step` is what the run had reached when it was started."""
+
+  job: Job
+  process: subprocess.Popen
+  launch: Launch
+  first_step: int
+
+
+class _Launcher:
+  """The jobs of one launch, waiting, running and ended."""
+
+  def __init__(self, jobs: Sequence[Job], parallel: int, overview: Overview):
+    self._jobs, self._parallel, self._overview = jobs, parallel, overview
+    self._waiting = collections.deque(jobs)
+    self._running: list[_Child] = []
+    self._retried: set[str] = set()
+    self._unfinished: dict[str, str] = {}  # cell name -> why
+    self._received: list[int] = []  # signals
+    self._passed_on = 0  # how many of them the children know of
+
+  def run(self) -> int:
+    todo = sum(not job.is_finished() for job in self._jobs)
+    self._say(f"{len(self._jobs)} cells, {len(self._jobs) - todo} already finished, "
+              f"{todo} to run, {self._parallel} at a time")
+    with self._catching_signals():
+      try:
+        while self._running or (self._waiting and not self._received):
+          self._pass_signals_on()
+          self._reap()
+          self._start_waiting()
+          self._overview.show(self._states, f"{len(self._running)} running, "
+                              f"{len(self._waiting)} waiting of {len(self._jobs)}")
+          time.sleep(POLL_SECONDS)
+      except BaseException:  # a fault of the launcher's own must not orphan the children
+        for child in self._running:
+          child.process.terminate()
+        for child in self._running:
+          child.process.wait()
+        raise
+    return self._conclude()
+
+  def _say(self, text: str) -> None:
+    self._overview.line(text)
+
+  def _states(self) -> list[CellState]:
+    return [read_state(child.job.run_dir, child.job.cell) for child in self._running]
+
+  # signals
+
+  @contextlib.contextmanager
+  def _catching_signals(self) -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number in _SIGNALS:
+      if number != signal.SIGHUP or before[number] != signal.SIG_IGN:  # nohup
+        signal.signal(number, lambda received, _: self._received.append(received))
+    try:
+      yield
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+  def _pass_signals_on(self) -> None:
+    while self._passed_on < len(self._received):
+      self._passed_on += 1
+      if self._passed_on == 1:
+        self._say(f"stopping: {len(self._running)} running cells save a checkpoint; "
+                  "once more (Ctrl-C) kills them")
+      for child in self._running:
+        if self._passed_on == 1:  # the trainer alone: its data workers are its own affair
+          child.process.terminate()
+        else:
+          _kill_group(child.process)
+
+  # children
+
+  def _start_waiting(self) -> None:
+    while self._waiting and len(self._running) < self._parallel and not self._received:
+      job = self._waiting.popleft()
+      if job.is_finished():  # already, or by another launcher meanwhile
+        continue
+      try:
+        with job.run_dir.lock():
+          pass
+        child = _start(job)
+      except (run_dir_lib.RunDirBusy, OSError) as error:
+        self._unfinished[job.name] = str(error)
+        self._say(f"{job.name}: not started: {error}")
+        continue
+      self._running.append(child)
+      self._say(f"{job.name}: started, process {child.process.pid}, log {job.run_dir.log}")
+
+  def _reap(self) -> None:
+    for child in list(self._running):
+      if child.process.poll() is None:
+        continue
+      self._running.remove(child)
+      _kill_group(child.process)  # workers that a crashed trainer left behind
+      launch = _outcome(child, stopping=bool(self._received))
+      with contextlib.suppress(OSError):  # a full disk: the trainer's files tell the same
+        write_launch(child.job.run_dir, launch)
+      self._report(child, launch)
+
+  def _report(self, child: _Child, launch: Launch) -> None:
+    job, row = child.job, read_state(child.job.run_dir, child.job.cell)
+    if launch.state == run_dir_lib.FINISHED:
+      self._say(f"{job.name}: {progress(row)}, {launch.ended - launch.started:.0f} s")
+      return
+    reached = launch.state
+    if row.step is not None:
+      reached += f" at step {row.step} of {row.steps}"
+    if launch.error:
+      reached += f": {launch.error}"
+    self._say(f"{job.name}: {reached}")
+    if (launch.state == run_dir_lib.FAILED and (row.step or 0) > child.first_step
+        and job.name not in self._retried and not self._received):
+      self._say(f"{job.name}: it had got further than before, so it is started once more")
+      self._retried.add(job.name)
+      self._waiting.appendleft(job)
+    else:
+      self._unfinished[job.name] = f"{reached}\n    log: {job.run_dir.log}"
+
+  def _conclude(self) -> int:
+    left = [job for job in self._jobs if not job.is_finished()]
+    if not left:
+      self._say(f"all {len(self._jobs)} cells are finished")
+      return 0
+    self._say(f"{len(self._jobs) - len(left)} of {len(self._jobs)} cells are finished; "
+              "not finished:")
+    tried = [job.name for job in left if job.name in self._unfinished]
+    for name in tried:
+      self._say(f"  {name}: {self._unfinished[name]}")
+    if len(left) > len(tried):
+      self._say(f"  {len(left) - len(tried)} not started")
+    self._say(f"to go on: {shlex.join(sys.orig_argv)}")
+    return 128 + self._received[0] if self._received else 1
+
+
+def _start(job: Job) -> _Child:
+  """Starts the trainer in a process group of its own, so that Ctrl-C does not reach it."""
+  try:
+    previous = read_launch(job.run_dir)
+  except FieldError:  # only the count of attempts is lost
+    previous = None
+  attempt = 1 + (previous.attempt if previous else 0)
+  first_step = read_state(job.run_dir, job.cell).step or 0
+  started = time.time()
+  with open(job.run_dir.log, "ab") as log:
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
+    log.write(f"==== {stamp} launch {attempt}: {shlex.join(job.command)}\n".encode())
+    log.flush()
+    process = subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log,
+                               stderr=subprocess.STDOUT, start_new_session=True)
+  launch = Launch(backend="local", command=job.command, attempt=attempt,
+                  host=socket.gethostname(), pid=process.pid, started=started)
+  with contextlib.suppress(OSError):  # the child runs: it must not be forgotten now
+    write_launch(job.run_dir, launch)
+  return _Child(job, process, launch, first_step)
+
+
+def _outcome(child: _Child, stopping: bool) -> Launch:
+  """The launch with its end: state, exit code and error."""
+  code = child.process.returncode
+  if code == 0 and child.job.is_finished():
+    state, error = run_dir_lib.FINISHED, None
+  elif code == 0:
+    state, error = run_dir_lib.FAILED, "ended without an error and is not finished"
+  elif code < 0:
+    state = jobs_lib.STOPPED if stopping else run_dir_lib.FAILED
+    error = f"killed by {signal.Signals(-code).name}"
+  else:
+    state = _STATE_OF_EXIT.get(code, run_dir_lib.FAILED)
+    error = None if state == run_dir_lib.PREEMPTED else _error_of(child)
+  return dataclasses.replace(child.launch, ended=time.time(), state=state, exit_code=code,
+                             error=error)
+
+
+def _error_of(child: _Child) -> str:
+  """The error in the trainer's status, or, where it left none, the last line of its log."""
+  with contextlib.suppress(FieldError):
+    status = child.job.run_dir.read_status()
+    if status.get("pid") == child.process.pid and status.get("error"):
+      return " ".join(status["error"].split())
+  with open(child.job.run_dir.log, "rb") as log:
+    log.seek(max(0, os.fstat(log.fileno()).st_size - 8192))
+    lines = log.read().decode(errors="replace").split("\n")
+  last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+  return last.removeprefix("error: ")  # of a refusal
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(process.pid, signal.SIGKILL)

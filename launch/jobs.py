@@ -1,0 +1,109 @@
+"""A job: one cell, its run directory, the command that trains it, and launch.json."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+
+from moe_jax.errors import FieldError
+from moe_jax.grid import Cell
+from moe_jax.run_dir import FINISHED, RunDir, read_json, write_json
+
+# What a launcher says of a cell, where the trainer's own states do not fit.
+STARTING = "starting"  # launched, not ended; the trainer may not have spoken yet
+REFUSED = "refused"  # the trainer found its input bad
+BUSY = "busy"  # another process holds the run directory
+STOPPED = "stopped"  # told to stop, and ended before it had saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """launch.json: the launcher's last word on a run.
+
+  Attributes:
+    backend: name of the backend.
+    command: the trainer's command line.
+    attempt: how many times the run has been launched.
+    host, pid: the trainer's process.
+    started, ended: seconds since the epoch; None while it runs.
+    state: `starting`, and in the end how it ended.
+    exit_code: of the trainer; negative is the signal that killed it.
+    error: one line, where it did not finish.
+  """
+
+  backend: str
+  command: tuple[str, ...]
+  attempt: int
+  host: str
+  pid: int
+  started: float
+  ended: float | None = None
+  state: str = STARTING
+  exit_code: int | None = None
+  error: str | None = None
+
+
+def read_launch(run_dir: RunDir) -> Launch | None:
+  """None where the run has never been launched. Raises FieldError on a damaged file."""
+  stored = read_json(run_dir.launch)
+  try:
+    return None if stored is None else Launch(**stored)
+  except TypeError as error:
+    raise FieldError("out", str(run_dir.launch), f"is damaged: {error}") from None
+
+
+def write_launch(run_dir: RunDir, launch: Launch) -> None:
+  write_json(run_dir.launch, dataclasses.asdict(launch))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What a backend runs.
+
+  Attributes:
+    cell: the cell, overrides applied.
+    run_dir: its directory.
+    command: the command that trains it and, run again, goes on with it.
+  """
+
+  cell: Cell
+  run_dir: RunDir
+  command: tuple[str, ...]
+
+  @property
+  def name(self) -> str:
+    return self.cell.name
+
+  def is_finished(self) -> bool:
+    """Whether its run is done. One whose files cannot be read is not: the trainer decides."""
+    try:
+      return (self.run_dir.read_status().get("state") == FINISHED
+              and self.run_dir.check_identity(self.cell))
+    except FieldError:
+      return False
+
+
+def train_command(cell: Cell, out: str | os.PathLike,
+                  overrides: Sequence[str]) -> tuple[str, ...]:
+  """The trainer's command line for one cell, with this interpreter."""
+  return (sys.executable, "-m", "moe_jax.train", f"--config={cell.selector}",
+          f"--out={os.fspath(out)}", *overrides)
+
+
+def plan(cells: Sequence[Cell], out: str | os.PathLike,
+         overrides: Sequence[str]) -> tuple[Job, ...]:
+  """The jobs of the cells; reads the run directories, writes nothing.
+
+  Args:
+    cells: what `--config` and the overrides select.
+    out: root of the run directories.
+    overrides: the raw --config.PATH=VALUE arguments that `cells` were made with.
+
+  Raises:
+    FieldError: a run directory holds a run of another identity; names the fields.
+  """
+  jobs = tuple(Job(cell, RunDir.of(out, cell), train_command(cell, out, overrides))
+               for cell in cells)
+  for job in jobs:
+    job.run_dir.check_identity(job.cell)
+  return jobs

@@ -1,0 +1,67 @@
+"""Rows of cells as text for people."""
+
+import collections
+from collections.abc import Sequence
+
+from launch.state import CellState
+
+
+def short(number: float | None) -> str:
+  """Three digits: 1234567 as `1.23M`; nothing for None."""
+  if number is None:
+    return ""
+  for unit in ("", "k", "M", "B"):
+    if abs(number) < 999.5:
+      return f"{number:.3g}{unit}"
+    number /= 1000
+  return f"{number:.3g}T"
+
+
+def _age(seconds: float | None) -> str:
+  """`12 s`, `3 min`, `5 h` or `2 d`, rounded down."""
+  if seconds is None:
+    return ""
+  for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+    if seconds >= length:
+      return f"{int(seconds / length)} {unit}"
+  return f"{int(seconds)} s"
+
+
+def table(rows: Sequence[CellState]) -> list[str]:
+  """Lines of aligned columns, never cut.
+
+  Made by hand: for 1,000 rows rich's table takes longer than reading their files.
+  """
+  experiments = {row.experiment for row in rows}
+  lines = [("cell", "N_total", "N_active", "state", "step", "loss", "tokens/s", "heard",
+            "error")]
+  for row in rows:
+    lines.append((
+        row.cell if len(experiments) == 1 else f"{row.experiment}/{row.cell}",
+        short(row.n_total), short(row.n_active), row.state,
+        "" if row.steps is None else f"{row.step or 0}/{row.steps}",
+        "" if row.loss is None else f"{row.loss:.4f}",
+        short(row.tokens_per_second), _age(row.heartbeat_age), row.error or ""))
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  left = ("cell", "state", "error")
+  return ["  ".join(text.ljust(width) if name in left else text.rjust(width)
+                    for name, text, width in zip(lines[0], line, widths, strict=True)).rstrip()
+          for line in lines]
+
+
+def counts(rows: Sequence[CellState]) -> str:
+  """`9 cells: 7 finished, 2 running`."""
+  found = collections.Counter(row.state for row in rows)
+  return f"{len(rows)} cells: " + ", ".join(f"{n} {state}" for state, n in found.items())
+
+
+def progress(row: CellState) -> str:
+  """`running, step 120/400, loss 2.3456, 15.2k tokens/s`, as far as known."""
+  parts = [row.state]
+  if row.step is not None:
+    parts.append(f"step {row.step}/{row.steps}")
+  if row.loss is not None:
+    parts.append(f"loss {row.loss:.4f}")
+  if row.tokens_per_second is not None:
+    parts.append(f"{short(row.tokens_per_second)} tokens/s")
+  return ", ".join(parts)

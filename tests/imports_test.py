@@ -1,0 +1,33 @@
+"""The floors of the house that answer at once: they load no JAX and nothing else slow."""
+
+import pathlib
+
+import pytest
+
+from tests.experiment_files import ROOT, run_module
+
+_SLOW = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "tensorflow",
+         "tensorflow_datasets", "scipy.optimize", "matplotlib", "tokenizers")
+_LIGHT = ("moe_jax.arch", "moe_jax.config", "moe_jax.grid", "moe_jax.run_dir", "moe_jax.cli",
+          "launch.submit", "launch.status", "launch.backends.local")
+
+
+def _loaded(statement: str) -> set[str]:
+  done = run_module("-c", f"import sys; {statement}; print('\\n'.join(sys.modules))")
+  assert done.returncode == 0, done.stderr
+  return set(done.stdout.split()) & set(_SLOW)
+
+
+@pytest.mark.parametrize("module", _LIGHT)
+def test_a_light_module_loads_nothing_slow(module):
+  assert _loaded(f"import {module}") == set()
+
+
+def test_the_experiments_load_nothing_slow():
+  files = [str(file) for file in pathlib.Path(ROOT, "experiments").glob("*.py")]
+  assert _loaded("from moe_jax.grid import load_grid; "
+                 f"[load_grid(f) for f in {files} if '__init__' not in f]") == set()
+
+
+def test_what_is_looked_for_would_be_found():
+  assert "jax" in _loaded("import jax")

@@ -1,0 +1,42 @@
+"""The table for people: aligned, and never cut."""
+
+import pytest
+
+from launch.state import CellState
+from launch.table import counts, progress, short, table
+
+_ROWS = [
+    CellState("a", "l2", "hash", 12_345_678, 1_234_567, "running", 5, 100, 2.34567, 15_234.0,
+              61.0),
+    CellState("a", "l10-" + "x" * 150, state="failed", error="[bold]" + "e" * 300),
+]
+
+
+@pytest.mark.parametrize("number, text", [
+    (None, ""), (0, "0"), (7, "7"), (999, "999"), (999.6, "1k"), (1000, "1k"),
+    (1_234_567, "1.23M"), (999_999, "1M"), (67e9, "67B"), (1.5e12, "1.5T"), (0.25, "0.25"),
+])
+def test_three_digits(number, text):
+  assert short(number) == text
+
+
+def test_columns_are_aligned_and_nothing_is_cut():
+  head, first, second = table(_ROWS)
+  assert head.split() == ["cell", "N_total", "N_active", "state", "step", "loss", "tokens/s",
+                          "heard", "error"]
+  assert first.split() == ["l2", "12.3M", "1.23M", "running", "5/100", "2.3457", "15.2k", "1",
+                           "min"]
+  assert second.split() == [_ROWS[1].cell, "failed", _ROWS[1].error]
+  assert head.index("state") == first.index("running") == second.index("failed")
+  assert head.index("error") == second.index("[bold]")
+
+
+def test_several_experiments_are_told_apart():
+  rows = [_ROWS[0], CellState("b", "l2")]
+  assert [line.split()[0] for line in table(rows)[1:]] == ["a/l2", "b/l2"]
+
+
+def test_counts_and_progress():
+  assert counts(_ROWS) == "2 cells: 1 running, 1 failed"
+  assert progress(_ROWS[0]) == "running, step 5/100, loss 2.3457, 15.2k tokens/s"
+  assert progress(CellState("a", "b")) == "pending"

@@ -1,0 +1,97 @@
+"""A trainer without a model: what the contract asks of one, in real files and signals.
+
+    python trainer.py BEHAVIOUR --config=FILE:CELL --out=DIR [--config.PATH=VALUE ...]
+
+Its checkpoint is a file with the step in it, saved every `execution.checkpoint_every` steps.
+BEHAVIOUR is one of
+
+    ok          trains
+    slow        trains, 50 ms a step
+    crash       raises at step 7, always
+    crawl       raises seven steps later in each attempt
+    crash_once  raises at step 7 of the first attempt
+    killed_once SIGKILLs itself at step 7 of the first attempt
+    diverge     the loss is NaN at step 7
+    broken      raises before it has written anything
+    deaf        trains slowly and ignores SIGTERM
+    liar        ends with exit code 0 without having trained
+"""
+
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+
+from absl import flags
+
+from moe_jax import cli
+from moe_jax import run_dir as run_dir_lib
+from moe_jax.run_dir import RunDir
+
+_CONFIG = cli.define_config_flag()
+_OUT = flags.DEFINE_string("out", "runs", "")
+_BEHAVIOUR = sys.argv.pop(1)
+_BAD_STEP = 7
+
+
+def main(overrides):
+  if _BEHAVIOUR == "broken":
+    raise ImportError("no module named 'nonsense'")
+  if _BEHAVIOUR == "liar":
+    return 0
+  (cell,) = cli.selected_cells(_CONFIG.value, overrides)
+  run_dir = RunDir.of(_OUT.value, cell)
+  run_dir.claim(cell)
+  try:
+    with run_dir.lock():
+      return _train(run_dir, cell.config)
+  except run_dir_lib.RunDirBusy as error:
+    print(f"error: {error}", file=sys.stderr)
+    return run_dir_lib.EXIT_BUSY
+
+
+def _train(run_dir, config):
+  told = []
+  signal.signal(signal.SIGTERM, lambda *_: None if _BEHAVIOUR == "deaf" else told.append(1))
+  checkpoint = pathlib.Path(run_dir.path, "checkpoint")
+  first = step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+  attempt = run_dir.next_attempt()
+  run_dir_lib.write_text(run_dir.metrics_file(attempt, first), '{"step": ' + str(first) + '}\n')
+  loss = None
+
+  def say(state, error=None):
+    run_dir.write_status({
+        "state": state, "step": step, "steps": config.train.steps, "attempt": attempt,
+        "loss": loss, "tokens_per_second": 1234.5, "error": error})
+
+  say(run_dir_lib.RUNNING)
+  while step < config.train.steps:
+    if told:
+      checkpoint.write_text(str(step))
+      say(run_dir_lib.PREEMPTED)
+      return run_dir_lib.EXIT_PREEMPTED
+    time.sleep(0.05 if _BEHAVIOUR in ("slow", "deaf") else 0.001)
+    step, loss = step + 1, 5.0 / (step + 1)
+    if step == _BAD_STEP and _BEHAVIOUR == "diverge":
+      loss = math.nan
+      say(run_dir_lib.DIVERGED, "the loss is nan")
+      return run_dir_lib.EXIT_DIVERGED
+    say(run_dir_lib.RUNNING)
+    if _BEHAVIOUR == "crawl" and step == _BAD_STEP * attempt:
+      raise RuntimeError("a little further")
+    if step == _BAD_STEP and _BEHAVIOUR in ("crash", "crash_once", "killed_once"):
+      if _BEHAVIOUR == "killed_once" and attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+      if _BEHAVIOUR == "crash" or attempt == 1:
+        say(run_dir_lib.FAILED, "RuntimeError: step 7 is cursed")
+        raise RuntimeError("step 7 is cursed")
+    if step % config.execution.checkpoint_every == 0:
+      checkpoint.write_text(str(step))
+  say(run_dir_lib.FINISHED)
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(main)
