@@ -292,7 +292,7 @@ def _solution(cell: Cells, template: Architecture, n_layers, d_model,
 
 
 def _sure_misfit(cell: Cells, space: Space) -> float:
-  """Tolerances that n_total must be let off for a shape to turn up, if any size has one.
+  """Tolerances that counts must be let off for a shape to turn up, if any size has one.
 
   The measure is a shape on the lattice near the held ratios, and a good deal more.
   """
@@ -305,7 +305,11 @@ def _sure_misfit(cell: Cells, space: Space) -> float:
   d_expert = step if fine is None else max(step, d_model / fine[0])
   shape = Shapes(space.template, float(n_layers), d_model, float(d_expert), cell.n_exp,
                  cell.n_topk)
-  return 1000 * max(1, count.n_total(shape)[0] / cell.n_total[0]) / space.tolerance
+  size = 1000 * max(cell.n_total[0], count.n_total(shape)[0])
+  enough = size / cell.n_total[0] / space.tolerance
+  if cell.n_active is not None:
+    enough = max(enough, size / cell.n_active[0] / space.n_active_tolerance)
+  return enough
 
 
 def _nearest(cell: Cells, template: Architecture, limits: IsoLimits) -> IsoSolution | None:

@@ -321,6 +321,7 @@ def test_bad_limits(name, value):
                            "nearest: n_layers=", "within tolerance, further off: n_layers="]),
     ({"granularity": None, "n_active": 2 * 10**9}, ["n_active=2000000000: must be below n_total",
                                                  "nearest: n_layers="]),
+    ({"granularity": None, "n_active": 1}, ["must be above n_total", "nearest: n_layers="]),
     ({"granularity": None, "n_active": 10**8}, ["must be above n_total * n_topk / n_exp",
                                              "125000000", "nearest: n_layers="]),
 ])
