@@ -1,0 +1,1 @@
+"""Evaluation: offline, from the checkpoints of finished runs."""

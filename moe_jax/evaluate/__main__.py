@@ -1,0 +1,58 @@
+"""Evaluates the finished cells of a grid: a table, results.csv and a plot.
+
+    python -m moe_jax.evaluate --config=experiments/quickstart.py
+
+What is evaluated already is not done again. Execution flags say how to run, e.g.
+--config.execution.mesh.expert=4 or --config.execution.microbatches=4 for smaller batches.
+"""
+
+import sys
+
+from absl import flags, logging
+
+from moe_jax import cli
+from moe_jax.errors import FieldError
+
+_CONFIG = cli.define_config_flag()
+_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or gs://.")
+
+
+def main(overrides: list[str]) -> int:
+  logging.set_verbosity(logging.WARNING)
+  cells = cli.selected_cells(_CONFIG.value, overrides)
+  from moe_jax.evaluate import results
+  from moe_jax.evaluate.cells import evaluate_cells, survey
+  found = survey(cells, _OUT.value)
+  for line in found.unfinished:
+    print(line, flush=True)
+  problems = found.refused
+  for line in problems:
+    print(line, file=sys.stderr)
+  if not found.finished:
+    raise FieldError("out", _OUT.value, f"holds no finished cell of {_CONFIG.value}; train "
+                     f"with: python -m launch.submit --config={_CONFIG.value} --out="
+                     f"{_OUT.value}")
+  failed = evaluate_cells(found.finished, _OUT.value,
+                          say=lambda line: print(line, flush=True))
+
+  experiment = cells[0].experiment
+  rows, unreadable = results.collect(_OUT.value, experiment)
+  for line in unreadable:
+    print(line, file=sys.stderr)
+  names = {cell.name for cell in found.finished}
+  heldout = [row for row in rows if row["evaluation"] == "heldout"]
+  shown = [row for row in heldout if row["cell"] in names]
+  if shown:
+    from moe_jax.evaluate.plot import plot
+    from moe_jax.evaluate.table import print_table
+    csv_file = results.csv_path(_OUT.value, experiment)
+    results.write_csv(csv_file, rows)
+    png_file = csv_file.with_suffix(".png")
+    plot(heldout, png_file)
+    print_table(shown)
+    print(f"{csv_file}\n{png_file}")
+  return 1 if problems or failed or unreadable else 0
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,103 @@
+"""A model on batches: at the capacity it was trained with, and with nothing dropped."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from moe_jax.config import RunConfig
+from moe_jax.data.loader import Batch
+from moe_jax.mesh import batch_sharding, mesh_size, replicated
+from moe_jax.model import functional
+from moe_jax.moe.router import RouterSums
+
+
+class Output(NamedTuple):
+  """What a pass gives, on the host.
+
+  Attributes:
+    nll_BS: float32, nats of each target.
+    sums: of the router by layer, without padding; None where every layer is dense.
+  """
+
+  nll_BS: np.ndarray
+  sums: RouterSums | None
+
+  @property
+  def dropped(self) -> float:
+    return 0.0 if self.sums is None else float(self.sums.dropped.sum())
+
+
+def evaluation_config(config: RunConfig, n_devices: int) -> RunConfig:
+  """`config` with batches to evaluate: whole routing groups on each device.
+
+  Batches are about as large as a microbatch of training, which is known to fit.
+  """
+  unit = n_devices * config.group_sequences
+  wanted = config.train.batch_size // config.execution.microbatches
+  return dataclasses.replace(
+      config,
+      train=dataclasses.replace(config.train,
+                                batch_size=max(1, round(wanted / unit)) * unit),
+      execution=dataclasses.replace(config.execution, microbatches=1))
+
+
+def dropless_factors(config: RunConfig) -> list[float]:
+  """Rising capacity factors above that of training; at the last nothing can drop."""
+  most = config.arch.n_exp / config.arch.n_topk
+  factors, factor = [], 2 * config.moe.capacity_factor
+  while factor < most:
+    factors.append(factor)
+    factor *= 2
+  return [*factors, most]
+
+
+class Forward:
+  """The forward passes of one model."""
+
+  def __init__(self, config: RunConfig, mesh: Mesh, params: functional.Params):
+    """`config` is that of evaluation_config; each capacity is compiled when first used."""
+    self._mesh, self._params = mesh, params
+    self._at_capacity = self._compile(config)
+    # Without drops groups mean nothing. One for all tokens of a device is the most even, so
+    # that it needs the fewest slots.
+    whole = dataclasses.replace(config.moe, routing_group_tokens=config.batch_tokens
+                                // mesh_size(mesh))
+    self._rungs = [dataclasses.replace(config, moe=dataclasses.replace(
+        whole, capacity_factor=factor)) for factor in dropless_factors(config)]
+    self._dropless = None
+
+  def at_capacity(self, batch: Batch) -> Output:
+    """With the capacity and the routing groups of training."""
+    return self._run(self._at_capacity, batch)
+
+  def dropless(self, batch: Batch) -> Output:
+    """With as many slots as this batch needs, found by trying: what served one batch is
+    tried first on the next."""
+    while True:
+      if self._dropless is None:
+        self._dropless = self._compile(self._rungs.pop(0))
+      output = self._run(self._dropless, batch)
+      if not output.dropped:
+        return output
+      assert self._rungs, "tokens were dropped where each has a slot at every expert"
+      self._dropless = None
+
+  def _compile(self, config: RunConfig):
+    mesh = self._mesh
+
+    def step(params, batch):
+      logits_BSV, sums = functional.apply(config, params, batch["inputs_BS"],
+                                          batch["segments_BS"], mesh,
+                                          counted_BS=batch["mask_BS"])
+      return optax.softmax_cross_entropy_with_integer_labels(
+          logits_BSV, batch["targets_BS"]), sums
+
+    return jax.jit(step, out_shardings=replicated(mesh))
+
+  def _run(self, step, batch: Batch) -> Output:
+    batch = jax.device_put(batch, batch_sharding(self._mesh))
+    return Output(*jax.device_get(step(self._params, batch)))

@@ -1,0 +1,113 @@
+"""Held-out loss against sparsity and against the number of experts, as a picture."""
+
+import collections
+import io
+import textwrap
+from collections.abc import Sequence
+
+from etils import epath
+
+from moe_jax.evaluate.results import Row
+
+# Okabe and Ito's colours, told apart with any colour vision; with markers, in grey too.
+_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"),
+           ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
+
+# Compute-optimal training sees about 20 tokens a parameter (Chinchilla, arXiv 2203.15556). Far
+# below that, architectures differ in how fast they begin to learn, not in what they can learn.
+_TOKENS_PER_PARAMETER = 20
+
+
+def plot(rows: Sequence[Row], path: epath.Path) -> None:
+  """Writes a PNG of two panels from rows of held-out results.
+
+  Only runs trained on equally many tokens compare: those of the most frequent number are
+  shown, and the caption says what is not.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  shown = equal_tokens(rows)
+  figure = Figure(figsize=(8, 4.6), dpi=160)
+  FigureCanvasAgg(figure)
+  left, right = figure.subplots(1, 2, sharey=True)
+  _panel(left, shown, "sparsity", "n_exp", _STYLES)
+  _panel(right, shown, "n_exp", "sparsity", _STYLES[3:] + _STYLES[:3])
+  left.set_xlabel("sparsity  s = n_exp / n_topk")
+  right.set_xlabel("routed experts  n_exp")
+  left.set_ylabel("held-out loss (nats per token)")
+  figure.suptitle(title(shown), fontsize=11, x=0.02, ha="left")
+  lines = textwrap.wrap(caption(rows), 118)
+  figure.text(0.02, 0.02, "\n".join(lines), fontsize=8.5, va="bottom", color="#333333")
+  figure.subplots_adjust(left=0.09, right=0.985, top=0.9, wspace=0.06,
+                         bottom=0.15 + 0.037 * len(lines))
+  image = io.BytesIO()
+  figure.savefig(image, format="png")
+  path.write_bytes(image.getvalue())
+
+
+def equal_tokens(rows: Sequence[Row]) -> list[Row]:
+  """The rows of the most frequent number of training tokens, of the largest at a tie."""
+  counts = collections.Counter(row["tokens"] for row in rows)
+  tokens = max(counts, key=lambda t: (counts[t], t))
+  return [row for row in rows if row["tokens"] == tokens]
+
+
+def title(rows: Sequence[Row]) -> str:
+  """Names the experiment, and what its models have in common."""
+  least, most = (choose(row["n_total"] for row in rows) for choose in (min, max))
+  middle, spread = (least + most) / 2, (most - least) / (most + least)
+  size = f"N_total = {_short(middle)}" + (f" ± {spread:.1%}" if spread else "")
+  return f"{rows[0]['experiment']}:  {size},  {_short(rows[0]['tokens'])} training tokens"
+
+
+def caption(rows: Sequence[Row]) -> str:
+  """What a reader must know to read the picture right."""
+  shown = equal_tokens(rows)
+  parts = []
+  per_parameter = shown[0]["tokens"] / max(row["n_total"] for row in shown)
+  if per_parameter < _TOKENS_PER_PARAMETER:
+    parts.append(f"{per_parameter:.2g} training tokens per parameter: minute-long runs such as "
+                 "these prove the pipeline, not the law.")
+  parts.append(f"Bars: one standard error over the {shown[0]['heldout_documents']} held-out "
+               "documents, which are the same for all cells. A unigram model has loss "
+               f"{shown[0]['unigram_loss']:.3f}.")
+  if len(shown) < len(rows):
+    parts.append(f"Left out, as trained on another number of tokens: "
+                 f"{len(rows) - len(shown)}.")
+  return " ".join(parts)
+
+
+def _panel(axes, rows: Sequence[Row], x: str, line: str, styles) -> None:
+  """Loss against the column `x`, a line for each value of the column `line`."""
+  values = sorted({row[line] for row in rows})
+  for index, value in enumerate(values):
+    colour, marker = styles[index % len(styles)]
+    aside = 2 ** (0.05 * (index - (len(values) - 1) / 2))  # bars must not hide each other
+    ours = [row for row in rows if row[line] == value]
+    losses = collections.defaultdict(list)
+    for row in sorted(ours, key=lambda row: row[x]):
+      losses[row[x]].append(row["loss"])
+    axes.plot([at * aside for at in losses], [sum(y) / len(y) for y in losses.values()],
+              color=colour, linewidth=1.5)
+    axes.errorbar([row[x] * aside for row in ours], [row["loss"] for row in ours],
+                  yerr=[row["loss_se"] or 0 for row in ours], color=colour, linestyle="none",
+                  marker=marker, markersize=6, capsize=3, elinewidth=1,
+                  label=f"{'s' if line == 'sparsity' else line} = {value:.4g}")
+  ticks = sorted({row[x] for row in rows})
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks])
+  axes.set_xticks([], minor=True)
+  axes.set_xlim(ticks[0] / 2**0.4, ticks[-1] * 2**0.4)
+  axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.legend(fontsize=9, framealpha=1, edgecolor="white")
+
+
+def _short(number: float) -> str:
+  for unit in ("", "k", "M", "B"):
+    if number < 999.5:
+      return f"{number:.3g}{unit}"
+    number /= 1000
+  return f"{number:.3g}T"

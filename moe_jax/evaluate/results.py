@@ -1,0 +1,118 @@
+"""results.csv: a row per cell and evaluation, with everything a fit needs. No JAX.
+
+It is derived: made anew from config.json, status.json and eval/*.json of every run of the
+experiment that is on disk.
+"""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from moe_jax import config as config_lib
+from moe_jax import run_dir as run_dir_lib
+from moe_jax.arch import count
+from moe_jax.config import RunConfig
+from moe_jax.errors import FieldError
+from moe_jax.run_dir import RunDir
+
+Row = dict[str, Any]
+
+# What eval/NAME.json and status.json say, as it stands there.
+_MEASURED = (
+    "step", "loss", "loss_se", "loss_at_capacity", "loss_at_capacity_se", "bits_per_byte",
+    "bits_per_byte_se", "unigram_loss", "unigram_bits_per_byte", "drop_rate",
+    "load_variation", "max_load", "router_entropy", "heldout_documents", "heldout_targets",
+    "heldout_bytes", "data_fingerprint")
+_OF_TRAINING = ("state", "steps", "tokens_per_second", "mfu", "device_kind", "n_devices",
+                "commit")
+
+
+def csv_path(out: str | os.PathLike, experiment: str) -> epath.Path:
+  return epath.Path(out) / experiment / "results.csv"
+
+
+def facts(config: RunConfig) -> Row:
+  """What the configuration alone says, with ratios and defaults resolved."""
+  arch, moe, data, train = config.arch, config.moe, config.data, config.train
+  return {
+      "n_layers": arch.n_layers, "d_model": arch.d_model, "d_expert": arch.d_expert,
+      "n_exp": arch.n_exp, "n_topk": arch.n_topk, "granularity": arch.granularity,
+      "sparsity": arch.sparsity, "n_heads": arch.n_heads, "n_kv_heads": arch.kv_heads,
+      "head_dim": arch.d_head, "n_shared_experts": arch.n_shared_experts,
+      "n_dense_layers": arch.n_dense_layers, "d_dense": arch.dense_width,
+      "vocab_size": arch.vocab_size, "tie_embeddings": arch.tie_embeddings,
+      "n_total": count.n_total(arch), "n_active": count.n_active(arch),
+      "n_total_with_embedding": count.n_total_with_embedding(arch),
+      "n_active_with_embedding": count.n_active_with_embedding(arch),
+      "corpus": data.corpus, "tokenizer": data.tokenizer, "seq_len": data.seq_len,
+      "mask_documents": data.mask_documents, "dispatch": moe.dispatch,
+      "capacity_factor": moe.capacity_factor, "routing_group_tokens": config.group_tokens,
+      "norm_topk_prob": moe.norm_topk_prob, "balance_coef": moe.balance_coef,
+      "z_coef": moe.z_coef, "compute_dtype": config.model.compute_dtype,
+      "batch_tokens": config.batch_tokens, "learning_rate": train.learning_rate,
+      "schedule": train.schedule, "warmup_steps": train.warmup_steps,
+      "decay_fraction": train.decay_fraction, "weight_decay": train.weight_decay,
+      "seed_init": config.seed_init, "seed_data": config.seed_data}
+
+
+def rows_of(run_dir: RunDir) -> list[Row]:
+  """A row for each evaluation of one run; none where it has not begun.
+
+  `tokens` and `training_flops` are those up to the evaluated checkpoint. `tokens_per_second`,
+  `mfu`, `device_kind`, `n_devices` and `commit` are of the training.
+
+  Raises:
+    FieldError: a file is damaged.
+  """
+  config = run_dir.read_config()
+  if config is None:
+    return []
+  status = run_dir.read_status()
+  identity = config_lib.identity_hash(config)
+  flops = count.training_flops_per_token(config.arch, config.data.seq_len)
+  rows = []
+  for name, found in run_dir.read_evals().items():
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+      raise FieldError("out", str(run_dir.path / "eval" / f"{name}.json"),
+                       "is damaged: no step")
+    if found.get("identity") != identity:  # of a run that was in this directory before
+      continue
+    tokens = found["step"] * config.batch_tokens
+    rows.append({
+        "experiment": run_dir.path.parent.name, "cell": run_dir.path.name,
+        "identity": identity, "evaluation": name, **facts(config),
+        "tokens": tokens, "training_flops": tokens * flops,
+        **{key: found.get(key) for key in _MEASURED},
+        **{key: status.get(key) for key in _OF_TRAINING}})
+  return rows
+
+
+def collect(out: str | os.PathLike, experiment: str) -> tuple[list[Row], list[str]]:
+  """The rows of all runs of an experiment, and a line for each that cannot be read."""
+  rows, problems = [], []
+  folder = epath.Path(out) / experiment
+  for file in sorted(folder.glob("*/config.json"), key=lambda f: _natural(f.parent.name)):
+    try:
+      rows += rows_of(RunDir(file.parent))
+    except FieldError as error:
+      problems.append(f"{file.parent.name}: not in results.csv: {error}")
+  return rows, problems
+
+
+def write_csv(path: epath.Path, rows: Sequence[Row]) -> None:
+  """Writes rows of equal columns; None is an empty field."""
+  text = io.StringIO()
+  writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  run_dir_lib.write_text(path, text.getvalue())
+
+
+def _natural(name: str) -> list[str | int]:
+  """Sorts e8 before e16."""
+  return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

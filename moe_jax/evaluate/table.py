@@ -1,0 +1,55 @@
+"""Held-out results as a table for people."""
+
+from collections.abc import Sequence
+
+import rich.box
+import rich.console
+import rich.measure
+import rich.table
+
+from moe_jax.evaluate.results import Row
+
+
+def table(rows: Sequence[Row]) -> rich.table.Table:
+  """A line a cell: its size, its losses, and what its router did."""
+  made = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, caption_justify="left",
+                          caption="Losses in nats per token; ± one standard error over "
+                                  f"{rows[0]['heldout_documents']} documents.")
+  made.add_column("cell", no_wrap=True)
+  for name in ("N_total", "N_active", "s", "loss", "at capacity", "bits/byte", "dropped",
+               "load variation", "unigram loss"):
+    made.add_column(name, justify="right", no_wrap=True)
+  for row in rows:
+    made.add_row(
+        row["cell"], _short(row["n_total"]), _short(row["n_active"]),
+        f"{row['sparsity']:.3g}", _pm(row["loss"], row["loss_se"]),
+        f"{row['loss_at_capacity']:.4f}", f"{row['bits_per_byte']:.4f}",
+        _or_dash(row["drop_rate"], ".2%"), _or_dash(row["load_variation"], ".2f"),
+        f"{row['unigram_loss']:.4f}")
+  return made
+
+
+def print_table(rows: Sequence[Row]) -> None:
+  """To standard output, at its full width also where that is a pipe."""
+  made = table(rows)
+  console = rich.console.Console(markup=False, highlight=False)
+  wide = console.options.update(width=10_000)
+  width = rich.measure.Measurement.get(console, wide, made).maximum
+  console.width = max(console.width, width)
+  console.print(made)
+
+
+def _short(number: float) -> str:
+  for unit in ("", "k", "M", "B"):
+    if number < 999.5:
+      return f"{number:.3g}{unit}"
+    number /= 1000
+  return f"{number:.3g}T"
+
+
+def _pm(value: float, se: float | None) -> str:
+  return f"{value:.4f}" if se is None else f"{value:.4f} ± {se:.4f}"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+  return "-" if value is None else format(value, form)

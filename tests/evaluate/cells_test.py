@@ -1,0 +1,115 @@
+"""A grid is evaluated cell by cell: what is broken is named, and stops nothing else."""
+
+import dataclasses
+import pathlib
+
+import jax
+import pytest
+
+from moe_jax import run_dir as run_dir_lib
+from moe_jax.evaluate.cells import evaluate_cells, survey
+from moe_jax.run_dir import RunDir
+from tests.evaluate.conftest import STATUS, cells_of, finish
+from tests.small import MESHES
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda: devices)
+  yield
+  jax.config.update("jax_compilation_cache_dir", None)  # evaluate_cells set it
+
+
+def evaluate(cells, out):
+  said = []
+  failed = evaluate_cells(cells, out, said.append)
+  assert all("\n" not in line for line in said) and set(failed) <= set(said)
+  return said, failed
+
+
+def result_of(out, cell):
+  return RunDir.of(out, cell).read_evals().get("heldout")
+
+
+def flip_a_byte(folder):
+  file = max((file for file in pathlib.Path(folder).rglob("*") if file.is_file()),
+             key=lambda file: file.stat().st_size)
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  file.write_bytes(content)
+
+
+def test_survey_tells_how_each_cell_stands(out):
+  cells = cells_of(seeds=6)
+  states = {1: run_dir_lib.FINISHED, 2: run_dir_lib.PREEMPTED, 3: run_dir_lib.DIVERGED}
+  for index, state in states.items():
+    run_dir = RunDir.of(out, cells[index])
+    run_dir.claim(cells[index])
+    run_dir.write_status({**STATUS, "state": state,
+                          "error": "loss is nan\nat 3" if index == 3 else None})
+  RunDir.of(out, cells[4]).claim(cells[4])
+  other = dataclasses.replace(cells[5], config=dataclasses.replace(
+      cells[5].config, seed_data=9))
+  RunDir.of(out, cells[5]).claim(other)
+  found = survey(cells, out)
+  assert found.finished == [cells[1]]
+  names = [cell.name for cell in cells]
+  assert found.unfinished == [
+      f"{names[0]}: skipped: not trained yet", f"{names[2]}: skipped: preempted, step 4 of 4",
+      f"{names[3]}: skipped: diverged, step 4 of 4: loss is nan at 3",
+      f"{names[4]}: skipped: not trained yet"]
+  (refused,) = found.refused
+  assert refused.startswith(names[5]) and "seed_data is 0 here and 9 there" in refused
+
+
+def test_each_finished_cell_once_and_again_when_its_checkpoint_changes(out):
+  cells = cells_of()
+  for cell in cells:
+    finish(out, cell)
+  said, failed = evaluate(cells, out)
+  assert not failed and len(said) == 2
+  first = result_of(out, cells[0])
+  assert first["step"] == 4 and first["n_devices"] == 1
+  assert first["unigram_loss"] > 2 and 5 < first["loss"] < 7  # nothing was trained
+  assert first["loss"] != result_of(out, cells[1])["loss"]
+
+  said, _ = evaluate(cells, out)
+  assert all(line.endswith("was evaluated before") for line in said)
+  finish(out, cells[0], steps=(6,))
+  said, _ = evaluate(cells, out)
+  assert "step 6" in said[0] and said[1].endswith("was evaluated before")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_row_tells_its_step(out):
+  (cell,) = cells_of(seeds=1)
+  run_dir = finish(out, cell)
+  flip_a_byte(run_dir.checkpoints / "4" / "params")
+  said, failed = evaluate([cell], out)
+  assert not failed and "step 2" in said[0] and result_of(out, cell)["step"] == 2
+
+
+def test_what_is_broken_is_named_and_the_others_are_evaluated(out):
+  cells = cells_of(seeds=4)
+  ruined = finish(out, cells[0])
+  for step in (2, 4):
+    flip_a_byte(ruined.checkpoints / str(step) / "params")
+  finish(out, cells[1], fingerprint="of-another-text")
+  finish(out, cells[2])
+  finish(out, cells[3])
+  eval_file = RunDir.of(out, cells[3]).path / "eval" / "heldout.json"
+  eval_file.parent.mkdir()
+  eval_file.write_text('{"loss": ')
+  said, failed = evaluate(cells, out)
+  assert len(said) == 4 and len(failed) == 2
+  assert "no checkpoint" in failed[0] and "is sound" in failed[0]
+  assert "the text has changed" in failed[1] and "of-another-text" in failed[1]
+  assert result_of(out, cells[0]) is None and result_of(out, cells[1]) is None
+  assert result_of(out, cells[2])["loss"] > 0 and result_of(out, cells[3])["loss"] > 0
+
+
+def test_a_mesh_that_does_not_suit_is_refused_in_one_line(out):
+  (cell,) = cells_of(seeds=1, execution={"mesh": MESHES["expert8"]})
+  RunDir.of(out, cell).claim(cell)
+  _, failed = evaluate([cell], out)
+  assert "execution.mesh.expert=8" in failed[0] and "1 devices" in failed[0]

@@ -1,0 +1,45 @@
+"""`python -m moe_jax.evaluate` as a user starts it, on a run that the trainer left."""
+
+import pytest
+
+from tests.experiment_files import BASE, run_module, write_tiny
+
+
+def evaluate(spec, out, **environment):
+  return run_module("-m", "moe_jax.evaluate", f"--config={spec}", f"--out={out}",
+                    timeout=600, **environment)
+
+
+def test_before_any_run_it_says_how_to_train_and_writes_nothing(tmp_path):
+  file, out = write_tiny(tmp_path), tmp_path / "runs"
+  done = evaluate(file, out)
+  assert done.returncode == 2
+  assert done.stdout.splitlines() == [f"{BASE}: skipped: not trained yet",
+                                      f"{BASE}-s1: skipped: not trained yet"]
+  (line,) = done.stderr.splitlines()
+  assert line.startswith(f"error: --out='{out}': holds no finished cell of {file}")
+  assert "python -m launch.submit" in line and not out.exists()
+
+
+@pytest.mark.slow
+def test_train_then_evaluate(tmp_path):
+  """From a trained cell to the table: learned more than a unigram model has."""
+  file, out = write_tiny(tmp_path, steps=150), tmp_path / "runs"
+  trained = run_module("-m", "moe_jax.train", f"--config={file}:{BASE}", f"--out={out}",
+                       "--config.train.learning_rate=1e-2", timeout=600)
+  assert trained.returncode == 0, trained.stderr
+  (folder,) = (out / "tiny").iterdir()
+  done = run_module("-m", "moe_jax.evaluate", f"--config={file}", f"--out={out}",
+                    "--config.train.learning_rate=1e-2", timeout=600)
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert "skipped: not trained yet" in lines[0]
+  assert lines[-2:] == [str(out / "tiny" / "results.csv"), str(out / "tiny" / "results.png")]
+  (row,) = [line.split() for line in lines if line.split()[:1] == [folder.name]
+            and "±" in line]
+  loss, unigram = float(row[4]), float(row[-1])
+  assert loss < unigram - 0.2
+  again = run_module("-m", "moe_jax.evaluate", f"--config={file}", f"--out={out}",
+                     "--config.train.learning_rate=1e-2", timeout=600)
+  assert "was evaluated before" in again.stdout
+  assert (out / "tiny" / "results.csv").read_text().count("\n") == 2

@@ -1,0 +1,183 @@
+"""The held-out loss is a property of the model: of no batch, no padding and no device."""
+
+import dataclasses
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe_jax.data.loader import eval_rows
+from moe_jax.data.prepare import PreparedData, Split
+from moe_jax.evaluate.forward import Forward, dropless_factors, evaluation_config
+from moe_jax.evaluate.heldout import measure
+from moe_jax.mesh import make_mesh
+from moe_jax.model import functional
+from tests.small import ARCH, MESHES, small_config
+
+SEQ_LEN = 16
+
+
+def text(n_documents=5, seed=0):
+  """Documents of random tokens; the held-out split ends in a row that is not full."""
+  rng = np.random.default_rng(seed)
+  length_D = rng.integers(30, 160, n_documents)
+  starts_D1 = np.cumsum([0, *length_D])
+  tokens_N = rng.integers(0, 256, starts_D1[-1])
+  tokens_N[starts_D1[:-1]] = 256
+  split = Split(tokens_N.astype(np.uint16), starts_D1, length_D - 1)
+  assert (split.n_tokens - 1) % SEQ_LEN and len(eval_rows_of(split)) % 8
+  card = {"splits": {"heldout": {"unigram_nats_per_token": 5.0,
+                                 "unigram_bits_per_byte": 7.0}}}
+  return PreparedData(pathlib.Path("nowhere"), card, {"heldout": split})
+
+
+def eval_rows_of(split):
+  return eval_rows(PreparedData(pathlib.Path("nowhere"), {}, {"heldout": split}), "heldout",
+                   SEQ_LEN)
+
+
+PREPARED = text()
+
+
+def sharpened(params):
+  """Routers that prefer some experts, so that tokens drop."""
+  if "moe_layers" not in params:
+    return params
+  moe = params["moe_layers"]["moe"]
+  moe = moe | {"w_router_DE": moe["w_router_DE"] * 8}
+  return params | {"moe_layers": params["moe_layers"] | {"moe": moe}}
+
+
+def forward_of(config, n_devices=1):
+  config = evaluation_config(config, n_devices)
+  mesh = make_mesh(config, jax.devices()[:n_devices])
+  return config, Forward(config, mesh, sharpened(functional.init_params(config, mesh)))
+
+
+def run(config, n_devices=1):
+  config, forward = forward_of(config, n_devices)
+  return measure(config, forward, PREPARED)
+
+
+def assert_same(ours, theirs, rtol):
+  assert ours.keys() == theirs.keys()
+  for name, value in ours.items():
+    np.testing.assert_allclose(value, theirs[name], rtol=rtol, err_msg=name)
+
+
+GROUPED = small_config(moe={"routing_group_tokens": 2 * SEQ_LEN})
+
+
+@pytest.fixture(scope="module")
+def grouped():
+  result = run(GROUPED)
+  assert 0.02 < result["drop_rate"] < 0.5  # what follows tests padding and drops
+  assert result["loss_at_capacity"] != result["loss"]
+  return result
+
+
+@pytest.mark.parametrize("rows", [2, 6, 26])
+def test_the_batch_does_not_matter(grouped, rows):
+  config = dataclasses.replace(
+      GROUPED, train=dataclasses.replace(GROUPED.train, batch_size=rows))
+  assert evaluation_config(config, 1).train.batch_size == rows
+  assert_same(run(config), grouped, 1e-6)
+
+
+@pytest.mark.parametrize("mesh", ["data8", "data2_fsdp2_expert2", "fsdp2_expert4"])
+def test_the_number_of_devices_does_not_matter(grouped, mesh):
+  config = dataclasses.replace(
+      GROUPED, execution=dataclasses.replace(GROUPED.execution, mesh=MESHES[mesh]))
+  assert_same(run(config, 8), grouped, 1e-6)
+
+
+def test_dropless_is_the_reference_dispatch(grouped):
+  config = dataclasses.replace(
+      GROUPED, moe=dataclasses.replace(GROUPED.moe, dispatch="reference"))
+  reference = run(config)
+  for name in ("loss", "loss_se", "bits_per_byte", "bits_per_byte_se"):
+    np.testing.assert_allclose(reference[name], grouped[name], rtol=1e-5)
+  assert reference["drop_rate"] == 0
+  assert reference["loss_at_capacity"] == reference["loss"]
+
+
+def test_every_target_counts_once_for_its_document():
+  """Against the loss of each row alone, summed by hand."""
+  config = small_config(moe={"dispatch": "reference"})
+  result = run(config)
+  one, forward = forward_of(dataclasses.replace(
+      config, train=dataclasses.replace(config.train, batch_size=1)))
+  split = PREPARED.splits["heldout"]
+  stream, starts = split.tokens_N.astype(np.int32), split.starts_D1
+  nats_D, targets_D = np.zeros((2, split.n_documents))
+  apply = jax.jit(lambda tokens_1S, segments_1S: functional.apply(
+      one, forward._params, tokens_1S, segments_1S, forward._mesh)[0])
+  for start in range(0, len(stream) - 1, SEQ_LEN):
+    at = np.arange(start, min(start + SEQ_LEN, len(stream) - 1))
+    document = np.searchsorted(starts, at, side="right") - 1
+    nats = optax.softmax_cross_entropy_with_integer_labels(
+        apply(jnp.asarray(stream[at][None]), jnp.asarray(document[None]))[0],
+        jnp.asarray(stream[at + 1]))
+    np.add.at(nats_D, document, np.float64(nats))
+    np.add.at(targets_D, document, 1)
+  assert result["heldout_targets"] == len(stream) - 1 == targets_D.sum()
+  np.testing.assert_allclose(result["loss"], nats_D.sum() / targets_D.sum(), rtol=1e-5)
+  np.testing.assert_allclose(
+      result["bits_per_byte"], nats_D.sum() / math.log(2) / split.n_bytes, rtol=1e-5)
+  residual_D = nats_D - result["loss"] * targets_D
+  n = split.n_documents
+  np.testing.assert_allclose(
+      result["loss_se"], np.sqrt(n / (n - 1) * (residual_D**2).sum()) / targets_D.sum(),
+      rtol=1e-3)
+
+
+def test_loads_are_those_of_the_text(grouped):
+  load_LE = np.array(grouped["load"])
+  assert load_LE.shape == (ARCH.n_layers, ARCH.n_exp)
+  np.testing.assert_allclose(load_LE.mean(1), 1, atol=1e-3)
+  np.testing.assert_allclose(grouped["max_load"], load_LE.max(), atol=1e-3)
+  np.testing.assert_allclose(grouped["load_variation"], load_LE.std(1).max(), atol=1e-3)
+  assert 0 < grouped["router_entropy"] < math.log(ARCH.n_exp)
+
+
+def test_even_a_collapsed_router_drops_nothing():
+  """Every token to the same two experts: the last rung has a slot for each."""
+  config, _ = forward_of(GROUPED)
+  mesh = make_mesh(config, jax.devices()[:1])
+  params = functional.init_params(config, mesh)
+  moe = params["moe_layers"]["moe"]
+  zero = {"w_router_DE": jnp.zeros_like(moe["w_router_DE"])}  # ties go to the first experts
+  params["moe_layers"]["moe"] = moe | zero
+  forward = Forward(config, mesh, params)
+  batch = next(eval_rows_of(PREPARED.splits["heldout"]).batches(8))
+  assert forward.at_capacity(batch).dropped > 0
+  free = forward.dropless(batch)
+  assert free.dropped == 0
+  assert (free.sums.assigned_E[:, :2] == 8 * SEQ_LEN).all()
+
+
+def test_the_factors_end_where_nothing_can_drop():
+  assert dropless_factors(small_config()) == [2.5, 4.0]
+  assert dropless_factors(small_config(moe={"capacity_factor": 2.0})) == [4.0]
+  assert dropless_factors(small_config(moe={"capacity_factor": 9.0})) == [4.0]
+
+
+def test_a_dense_model_has_losses_and_no_router():
+  arch = dataclasses.replace(ARCH, n_dense_layers=ARCH.n_layers)
+  result = run(small_config(arch))
+  assert result["loss"] == result["loss_at_capacity"] and 4 < result["loss"] < 8
+  for name in ("drop_rate", "load_variation", "max_load", "router_entropy", "load"):
+    assert result[name] is None
+
+
+def test_batches_hold_whole_groups_and_are_as_large_as_a_microbatch():
+  config = small_config(train={"batch_size": 96}, execution={"microbatches": 3},
+                        moe={"routing_group_tokens": 4 * SEQ_LEN})
+  assert evaluation_config(config, 1).train.batch_size == 32
+  assert evaluation_config(config, 3).train.batch_size == 36
+  assert evaluation_config(config, 100).train.batch_size == 400
+  assert evaluation_config(config, 1).execution.microbatches == 1
