@@ -17,17 +17,17 @@ $(VENV)/.ready: setup.py
 	touch $@
 
 quickstart: setup
-	$(BIN)/python -m launch.submit --config=experiments/quickstart.py --backend=local
+	$(BIN)/python -m launch.submit --config=experiments/quickstart.py --backend=local --parallel=2
 	$(BIN)/python -m moe_jax.evaluate --config=experiments/quickstart.py
 
 lint: setup
 	$(BIN)/ruff check .
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
 
 test-slow: setup
-	$(BIN)/python -m pytest -n 2 -m slow tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests
 
 clean:
 	rm -rf runs build *.egg-info

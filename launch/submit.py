@@ -10,6 +10,7 @@ from absl import flags
 
 from launch import backends
 from launch.jobs import plan
+from launch.table import shapes
 from moe_jax import cli
 
 _CONFIG = cli.define_config_flag()
@@ -21,11 +22,13 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, run nothing.
 
 
 def main(overrides: list[str]) -> int:
-  jobs = plan(cli.selected_cells(_CONFIG.value, overrides), _OUT.value, overrides)
+  cells = cli.selected_cells(_CONFIG.value, overrides)
+  jobs = plan(cells, _OUT.value, overrides)
   backend = backends.load(_BACKEND.value)
-  if _DRY_RUN.value:
-    print("\n".join(backend.dry_run(jobs)))
+  if _DRY_RUN.value:  # a script that a shell can run
+    print("\n".join([*("# " + line for line in shapes(cells)), *backend.dry_run(jobs)]))
     return 0
+  print("\n".join(shapes(cells)), flush=True)
   return backend.submit(jobs, _PARALLEL.value)
 
 

@@ -1,9 +1,11 @@
 """Rows of cells as text for people."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from launch.state import CellState
+from moe_jax.arch import count
+from moe_jax.grid import Cell
 
 
 def short(number: float | None) -> str:
@@ -27,11 +29,20 @@ def _age(seconds: float | None) -> str:
   return f"{int(seconds)} s"
 
 
-def table(rows: Sequence[CellState]) -> list[str]:
-  """Lines of aligned columns, never cut.
+def shapes(cells: Sequence[Cell]) -> list[str]:
+  """What will be trained: exact sizes, and how far each is from the grid's N_total."""
+  lines = [("cell", "N_total", "residual", "N_active", "s", "g")]
+  for cell in cells:
+    arch = cell.config.arch
+    lines.append((
+        cell.name, f"{count.n_total(arch):,}",
+        "" if cell.residual_ppm is None else f"{cell.residual_ppm:+.0f} ppm",
+        f"{count.n_active(arch):,}", f"{arch.sparsity:g}", f"{arch.granularity:.3g}"))
+  return _aligned(lines, left=("cell",))
 
-  Made by hand: for 1,000 rows rich's table takes longer than reading their files.
-  """
+
+def table(rows: Sequence[CellState]) -> list[str]:
+  """How cells stand."""
   experiments = {row.experiment for row in rows}
   lines = [("cell", "N_total", "N_active", "state", "step", "loss", "tokens/s", "heard",
             "error")]
@@ -42,8 +53,15 @@ def table(rows: Sequence[CellState]) -> list[str]:
         "" if row.steps is None else f"{row.step or 0}/{row.steps}",
         "" if row.loss is None else f"{row.loss:.4f}",
         short(row.tokens_per_second), _age(row.heartbeat_age), row.error or ""))
+  return _aligned(lines, left=("cell", "state", "error"))
+
+
+def _aligned(lines: Sequence[tuple[str, ...]], left: Collection[str]) -> list[str]:
+  """Columns as wide as they need, never cut; those in `left` begin at their left edge.
+
+  Made by hand: for 1,000 rows rich's table takes longer than reading their files.
+  """
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  left = ("cell", "state", "error")
   return ["  ".join(text.ljust(width) if name in left else text.rjust(width)
                     for name, text, width in zip(lines[0], line, widths, strict=True)).rstrip()
           for line in lines]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.arch import count
 from moe_jax.config import RunConfig, identity, identity_difference
 from moe_jax.errors import FieldError, did_you_mean, require
 from moe_jax.fields import override
@@ -63,11 +64,13 @@ class Grid:
     name: the experiment's name, and its directory.
     recipe: what the cells have in common; a cell's name tells only where it differs.
     cells: one configuration a cell.
+    n_total: the size all cells are meant to have; None where sizes differ on purpose.
   """
 
   name: str
   recipe: RunConfig
   cells: tuple[RunConfig, ...]
+  n_total: int | None = None
 
   def __post_init__(self):
     require(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", self.name) is not None, "grid.name",
@@ -109,12 +112,15 @@ class Cell:
     selector: `FILE:CELL`, what `--config` takes to select it, before overrides.
     name: its name after overrides: its run directory.
     config: its configuration after overrides.
+    residual_ppm: how far its exact n_total is from the grid's, in parts per million; None
+      where the grid names none.
   """
 
   experiment: str
   selector: str
   name: str
   config: RunConfig
+  residual_ppm: float | None = None
 
 
 def load_grid(path: str) -> Grid:
@@ -175,8 +181,14 @@ def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, .
     if error.field.startswith("grid."):  # no flag of that name: two cells became one
       raise FieldError("config", spec, f"the overrides give {error}") from None
     raise error.under("config") from None
-  return tuple(Cell(grid.name, f"{path}:{base}", name, config)
+  return tuple(Cell(grid.name, f"{path}:{base}", name, config, _residual_ppm(config, grid))
                for base, name, config in zip(base_names, grid.names, grid.cells, strict=True))
+
+
+def _residual_ppm(config: RunConfig, grid: Grid) -> float | None:
+  if grid.n_total is None:
+    return None
+  return (count.n_total(config.arch) / grid.n_total - 1) * 1e6
 
 
 def get_config(spec: str, changes: Mapping[str, Any] | None = None) -> RunConfig:

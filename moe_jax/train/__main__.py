@@ -1,5 +1,6 @@
 """python -m moe_jax.train --config=experiments/quickstart.py:CELL --out=runs"""
 
+import os
 import sys
 
 from absl import flags, logging
@@ -12,7 +13,7 @@ _OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local o
 
 
 def main(overrides: list[str]) -> int:
-  logging.set_verbosity(logging.INFO)
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every file at INFO
   cells = cli.selected_cells(_CONFIG.value, overrides)
   if len(cells) != 1:
     raise FieldError("config", _CONFIG.value, f"selects {len(cells)} cells and trains one: "
@@ -26,9 +27,13 @@ def main(overrides: list[str]) -> int:
   except run_dir.RunDirBusy as error:
     print(f"error: {error}", file=sys.stderr)
     return run_dir.EXIT_BUSY
-  except (CheckpointError, OSError) as error:
+  except CheckpointError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except OSError as error:
+    print(f"error: {error}; what was saved is kept, and the same command goes on",
+          file=sys.stderr, flush=True)
+    os._exit(1)  # on a full disk the exit handlers of libraries fail too, with pages to tell
 
 
 if __name__ == "__main__":

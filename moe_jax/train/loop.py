@@ -15,16 +15,16 @@ from absl import logging
 from etils import epath
 
 from moe_jax import run_dir as run_dir_lib
-from moe_jax.arch import training_flops_per_token
+from moe_jax.arch import count
 from moe_jax.config import RunConfig
-from moe_jax.data.loader import train_iterator
+from moe_jax.data.loader import train_dataset, train_iterator
 from moe_jax.data.prepare import PreparedData, prepare
 from moe_jax.errors import FieldError
 from moe_jax.grid import Cell
 from moe_jax.mesh import make_mesh, mesh_size
 from moe_jax.run_dir import RunDir
 from moe_jax.train import step as step_lib
-from moe_jax.train.checkpoint import Checkpointer
+from moe_jax.train.checkpoint import Checkpointer, check_free_space
 from moe_jax.train.metrics import MetricsWriter
 from moe_jax.train.progress import Progress
 from moe_jax.train.throughput import Throughput, peak_flops
@@ -47,26 +47,33 @@ def train(cell: Cell, out: str | os.PathLike) -> int:
     RunDirBusy: another process trains this cell.
     CheckpointError: a checkpoint cannot be written or read.
   """
-  config = cell.config
-  mesh = make_mesh(config)
+  config, run_dir = cell.config, RunDir.of(out, cell)
+  run_dir.check_identity(cell)
+  try:
+    mesh = make_mesh(config)
+    prepared = prepare(config.data, epath.Path(out) / "_data")
+    train_dataset(prepared, config.data.seq_len, config.train.batch_size, config.seed_data)
+  except FieldError as error:
+    raise error.under("config") from None
   use_compilation_cache(out)
-  prepared = prepare(config.data, epath.Path(out) / "_data")
-  run_dir = RunDir.of(out, cell)
   with run_dir.lock():
     run_dir.claim(cell)
     if run_dir.read_status().get("state") == run_dir_lib.FINISHED:
-      logging.info("%s is finished already", run_dir.path)
+      print(f"{run_dir.path} is finished already")
       return 0
+    check_free_space(run_dir, step_lib.abstract_state(config, mesh),
+                     config.execution.keep_checkpoints)
     run = _Run(config, run_dir, prepared, mesh)
     try:
       with stop_request() as stop, Progress(config.train.steps, name=cell.name) as progress:
         return run.go(stop, progress)
+    except Diverged as error:
+      run.write_status(run_dir_lib.DIVERGED, error=str(error))
+      logging.error("%s", error)
+      return run_dir_lib.EXIT_DIVERGED
     except BaseException as error:
-      state = run_dir_lib.DIVERGED if isinstance(error, Diverged) else run_dir_lib.FAILED
-      run.write_status(state, error=f"{type(error).__name__}: {error}")
-      if isinstance(error, Diverged):
-        logging.error("%s", error)
-        return run_dir_lib.EXIT_DIVERGED
+      with contextlib.suppress(OSError):  # the disk may be what failed
+        run.write_status(run_dir_lib.FAILED, error=f"{type(error).__name__}: {error}")
       raise
 
 
@@ -90,15 +97,13 @@ class _Run:
       train_step = step_lib.compile_train_step(config, self.mesh)
       writer = MetricsWriter(self.run_dir, self.attempt, self.step)
       throughput = self._throughput()
-      first_step, pending = self.step, None
+      throughput.look(self.step)
+      pending = None
       while self.step < config.train.steps and not stop:
         batch = step_lib.put_batch(next(batches), config, self.mesh)
         state, metrics = train_step(state, batch)
         if pending is not None:  # looked at while the device is busy with the next step
           self._settle(*pending, writer, throughput, progress)
-        elif self.step == first_step:
-          jax.block_until_ready(metrics)
-          throughput.look(self.step + 1)
         self.step, pending = self.step + 1, (self.step + 1, metrics)
         if self.step % config.execution.checkpoint_every == 0:
           self._settle(*pending, writer, throughput, progress)
@@ -111,8 +116,8 @@ class _Run:
       writer.close()
     if self.step < config.train.steps:
       self.write_status(run_dir_lib.PREEMPTED)
-      logging.warning("stopped by signal %d at step %d of %d, checkpoint saved; the same "
-                      "command goes on", stop[0], self.step, config.train.steps)
+      logging.warning("stopped by %s with step %d of %d saved; the same command goes on",
+                      signal.Signals(stop[0]).name, self.step, config.train.steps)
       return run_dir_lib.EXIT_PREEMPTED
     self.write_status(run_dir_lib.FINISHED)
     return 0
@@ -132,7 +137,7 @@ class _Run:
                        f"(fingerprint {theirs} then, {self.prepared.fingerprint} now)")
     batches.set_state(restored.data)
     self.step = restored.step
-    logging.info("going on from step %d of %d", restored.step, config.train.steps)
+    print(f"going on from step {restored.step} of {config.train.steps}", flush=True)
     return restored.state, batches
 
   def _save(self, checkpointer: Checkpointer, state, batches, writer: MetricsWriter) -> None:
@@ -166,7 +171,7 @@ class _Run:
 
   def _throughput(self) -> Throughput:
     devices = list(self.mesh.devices.flat)
-    flops = training_flops_per_token(self.config.arch, self.config.data.seq_len)
+    flops = count.training_flops_per_token(self.config.arch, self.config.data.seq_len)
     return Throughput(self.config.batch_tokens, flops, peak_flops(devices))
 
   def write_status(self, state: str, error: str | None = None) -> None:
@@ -204,7 +209,8 @@ def stop_request() -> Iterator[list[int]]:
 
 def use_compilation_cache(out: str | os.PathLike) -> None:
   """Compiled programs are kept in `<out>/_compilation_cache`, shared by all cells."""
-  jax.config.update("jax_compilation_cache_dir", os.fspath(epath.Path(out) / "_compilation_cache"))
+  cache = epath.Path(out) / "_compilation_cache"
+  jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

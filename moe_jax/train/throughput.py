@@ -31,7 +31,7 @@ def peak_flops(devices: list[jax.Device]) -> float:
 
 
 class Throughput:
-  """Speed between two looks, and since the first step that was not compiling.
+  """Speed between two looks.
 
   MFU counts the FLOPs of the active parameters and of causal attention, three forward passes
   a step (arch.training_flops_per_token); padding slots, dropped tokens and recomputation are
@@ -43,10 +43,10 @@ class Throughput:
     self._last: tuple[int, float] | None = None
 
   def look(self, step: int) -> dict[str, float]:
-    """`tokens_per_second` and `mfu` since the last look; {} at the first."""
+    """`tokens_per_second` and `mfu` since the last look; {} where no step lies between."""
     now = time.perf_counter()
-    last, self._last = self._last, (step, now)
-    if last is None or step == last[0]:
+    (last_step, last_time), self._last = self._last or (step, now), (step, now)
+    if step == last_step:
       return {}
-    speed = (step - last[0]) * self._tokens / (now - last[1])
+    speed = (step - last_step) * self._tokens / (now - last_time)
     return {"tokens_per_second": speed, "mfu": speed * self._flops / self._peak}
