@@ -39,16 +39,15 @@ def main(overrides: list[str]) -> int:
   rows, unreadable = results.collect(_OUT.value, experiment)
   for line in unreadable:
     print(line, file=sys.stderr)
-  names = {cell.name for cell in found.finished}
-  heldout = [row for row in rows if row["evaluation"] == "heldout"]
-  shown = [row for row in heldout if row["cell"] in names]
+  heldout = {row["cell"]: row for row in rows if row["evaluation"] == "heldout"}
+  shown = [heldout[cell.name] for cell in found.finished if cell.name in heldout]
   if shown:
     from moe_jax.evaluate.plot import plot
     from moe_jax.evaluate.table import print_table
     csv_file = results.csv_path(_OUT.value, experiment)
     results.write_csv(csv_file, rows)
     png_file = csv_file.with_suffix(".png")
-    plot(heldout, png_file)
+    plot(list(heldout.values()), png_file)
     print_table(shown)
     print(f"{csv_file}\n{png_file}")
   return 1 if problems or failed or unreadable else 0
