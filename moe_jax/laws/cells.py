@@ -1,0 +1,85 @@
+"""The points that a law is fitted to: one loss for each architecture and training budget."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moe_jax.errors import FieldError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+  """Arrays of [n] cells. Seeds and learning rates are reduced before (moe_jax.laws.reduce).
+
+  Attributes:
+    names: a name for each cell, unique.
+    loss: the loss, positive.
+    columns: the variables by the project's words, positive: n_total, n_exp, tokens ...
+    architecture: which architecture a cell has; errors are clustered by it.
+    loss_se: standard error of the loss between seeds; NaN where it is not known.
+    notes: lines on what was done to get here, for the report.
+  """
+
+  names: tuple[str, ...]
+  loss: np.ndarray
+  columns: Mapping[str, np.ndarray]
+  architecture: np.ndarray
+  loss_se: np.ndarray
+  notes: tuple[str, ...] = ()
+
+  @classmethod
+  def of(cls, loss: ArrayLike, names: tuple[str, ...] | None = None,
+         architecture: ArrayLike | None = None, loss_se: ArrayLike | None = None,
+         notes: tuple[str, ...] = (), **columns: ArrayLike) -> "Cells":
+    """Cells of plain arrays; sparsity and granularity are derived where they can be.
+
+    Without `architecture` every cell is its own. Raises FieldError for a value that is
+    not finite and positive.
+    """
+    loss = np.asarray(loss, float)
+    n = len(loss)
+    arrays = {name: np.broadcast_to(np.asarray(values, float), (n,))
+              for name, values in columns.items()}
+    if "sparsity" not in arrays and {"n_exp", "n_topk"} <= set(arrays):
+      arrays["sparsity"] = arrays["n_exp"] / arrays["n_topk"]
+    if "granularity" not in arrays and {"d_model", "d_expert"} <= set(arrays):
+      arrays["granularity"] = arrays["d_model"] / arrays["d_expert"]
+    if {"n_layers", "d_model"} <= set(arrays):
+      arrays["core"] = arrays["n_layers"] * arrays["d_model"]**2
+    names = names if names is not None else tuple(f"cell {i}" for i in range(n))
+    for name, values in {"loss": loss, **arrays}.items():
+      for i in np.flatnonzero(~(np.isfinite(values) & (values > 0))):
+        raise FieldError(name, float(values[i]),
+                         f"{names[i]}: must be a finite number above 0")
+    clusters = np.arange(n) if architecture is None else np.unique(
+        np.asarray(architecture), axis=0, return_inverse=True)[1].reshape(n)
+    errors = np.full(n, np.nan) if loss_se is None else np.asarray(loss_se, float)
+    return cls(names, loss, arrays, clusters, errors, notes)
+
+  def __len__(self) -> int:
+    return len(self.loss)
+
+  @property
+  def n_architectures(self) -> int:
+    return len(np.unique(self.architecture))
+
+  @property
+  def log_loss(self) -> np.ndarray:
+    return np.log(self.loss)
+
+  def log(self, column: str) -> np.ndarray:
+    """ln of a column. Raises FieldError where the data have no such column."""
+    if column not in self.columns:
+      raise FieldError("column", column, "is not in these data; "
+                       + did_you_mean(column, list(self.columns)))
+    return np.log(self.columns[column])
+
+  def take(self, which: np.ndarray) -> "Cells":
+    """The cells of a mask or of indices, in that order."""
+    index = np.arange(len(self))[which]
+    return dataclasses.replace(
+        self, names=tuple(self.names[i] for i in index), loss=self.loss[index],
+        columns={name: values[index] for name, values in self.columns.items()},
+        architecture=self.architecture[index], loss_se=self.loss_se[index])

@@ -1,0 +1,190 @@
+"""The claims of arXiv 2601.08215 as tests on one's own grid.
+
+Both claims are about one coefficient of ln L = c0 - a ln N_total + (b - c) ln n_exp + c ln s:
+sparsity hurts is c > 0; more experts hurt at equal N_total and s is b - c > 0. Each gets a
+two-sided interval and an equivalence test (two one-sided tests at 5 %, which is whether the
+90 % interval lies within the margin): "no effect was seen" and "there is none" are two things.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from moe_jax.errors import FieldError, require
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.fit import Fit, fit
+from moe_jax.laws.intervals import Interval, bootstrap
+
+# 0.002 a unit of ln x is 0.14 % of the loss a doubling, about 0.004 nats at a loss of 3.
+MARGIN = 0.002
+
+SHOWN, OPPOSITE, EQUIVALENT, UNDECIDED, REFUSED = (
+    "shown", "the opposite is shown", "equivalent to none", "undecided", "not identified")
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A claim held against the data.
+
+  Attributes:
+    name: the claim in a few words.
+    parameter: the coefficient that it says is positive.
+    verdict: SHOWN, OPPOSITE, EQUIVALENT, UNDECIDED or REFUSED.
+    interval: two-sided, 95 %; None where refused.
+    equivalence: the 90 % interval of the two one-sided tests; None where refused.
+    margin: effects below it count as none.
+    sentence: what these data show and cannot show.
+  """
+
+  name: str
+  parameter: str
+  verdict: str
+  interval: Interval | None
+  equivalence: Interval | None
+  margin: float
+  sentence: str
+
+
+_CLAIMS = (
+    ("sparsity hurts", "c", "sparsity", "n_total and n_exp",
+     "It is the slope at these tokens: published tables have it grow with them."),
+    ("more experts hurt", "b_minus_c", "n_exp", "n_total and sparsity",
+     "It does not say why: see the mechanism."),
+)
+
+
+def assess(cells: Cells, margin: float = MARGIN, seed: int = 0) -> list[Claim]:
+  """Both claims, on the log-log form.
+
+  Raises:
+    FieldError: the form cannot be fitted at all, or the margin is not positive.
+  """
+  require(margin > 0, "margin", margin, "must be above 0")
+  fitted = fit(cells, "paper")
+  wide, narrow = (bootstrap(fitted, level, seed=seed) for level in (0.95, 0.90))
+  return [_claim(fitted, wide, narrow, margin, *claim) for claim in _CLAIMS]
+
+
+def _claim(fitted: Fit, wide: dict[str, Interval], narrow: dict[str, Interval], margin: float,
+           name: str, parameter: str, variable: str, held: str, cannot: str) -> Claim:
+  if parameter not in wide:
+    why = fitted.identified.refused[parameter]
+    instead = "; ".join(f"{what} = {wide[p]} is" for p, what in
+                        fitted.identified.combinations.items())
+    return Claim(name, parameter, REFUSED, None, None, margin,
+                 f"These data cannot say whether {name}: {why}."
+                 + (f" Only {instead} identified." if instead else ""))
+  interval, tost = wide[parameter], narrow[parameter]
+  negligible = -margin < tost.low and tost.high < margin
+  verdict = (SHOWN if interval.low > 0 else OPPOSITE if interval.high < 0 else
+             EQUIVALENT if negligible else UNDECIDED)
+  percent = 100 * (2**interval.estimate - 1)
+  ends = [100 * (2**end - 1) for end in (interval.low, interval.high)]
+  effect = (f"at equal {held}, doubling {variable} changes the loss by {percent:+.2f} % "
+            f"[{ends[0]:+.2f}, {ends[1]:+.2f}]")
+  meaning = {
+      SHOWN: f"These data show it: {effect}.",
+      OPPOSITE: f"These data show the opposite: {effect}.",
+      EQUIVALENT: f"These data show that there is no effect beyond the margin: {effect}.",
+      UNDECIDED: f"These data do not decide it, which is not to say that there is no effect: "
+                 f"{effect}.",
+  }[verdict]
+  if negligible and verdict in (SHOWN, OPPOSITE):
+    meaning += f" It is smaller than the margin of {margin:g} a unit of ln {variable}."
+  return Claim(name, parameter, verdict, interval, tost, margin, f"{meaning} {cannot}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+  """Which of the explanations of "more experts hurt" the grid can tell apart.
+
+  Attributes:
+    core_or_active: whether fewer core dimensions and fewer active parameters can be.
+    experts_or_core: whether more experts and fewer core dimensions can be.
+    estimates: slope -> interval, where something can be told apart.
+    sentences: what these data show and cannot show.
+  """
+
+  core_or_active: bool
+  experts_or_core: bool
+  estimates: dict[str, Interval]
+  sentences: tuple[str, ...]
+
+
+def mechanism(cells: Cells, seed: int = 0) -> Mechanism:
+  """Looks for what breaks the ties, and only then estimates.
+
+  N_active = 4 l d² (1 - 1/s) + N_total / s, the router counted with the core's 4 l d²: at
+  given N_total and s the core and the active parameters are one, unless the attention's
+  share of d² differs between cells. N_total = l d² (4 + 3 n_exp / g): at given N_total the
+  core and n_exp are one, unless granularity g varies apart from n_exp.
+
+  Raises:
+    FieldError: the data lack n_layers, d_model or d_expert.
+  """
+  for column in ("n_active", "n_total", "n_exp", "granularity", "core"):
+    if column not in cells.columns:
+      raise FieldError("column", column, "is needed for the mechanism; these data lack it")
+  share, spread = _attention_share(cells), _granularity_apart(cells)
+  core_or_active = share[1] > 1.1 * share[0]
+  experts_or_core = spread > 0.05
+  sentences = [
+      f"Attention takes {share[0]:.3g} to {share[1]:.3g} d² a layer: "
+      + ("it varies, so that fewer core dimensions and fewer active parameters can be told "
+         "apart." if core_or_active else
+         "at given n_total and s, fewer core dimensions and fewer active parameters are one "
+         "and the same in these data. Cells with another attention share (grouped queries, "
+         "another head width) would break the tie."),
+      "Granularity " + (
+          "varies apart from n_exp, so that more experts and fewer core dimensions can be "
+          "told apart." if experts_or_core else
+          "does not vary apart from n_exp: more experts and fewer core dimensions are one and "
+          "the same in these data. Cells with n_exp / granularity held fixed would break the "
+          "tie.")]
+  estimates: dict[str, Interval] = {}
+  for broken, law in ((experts_or_core, "experts-or-core"), (core_or_active, "core-or-active")):
+    if broken:
+      sentences += _estimate(cells, law, seed, estimates)
+  return Mechanism(core_or_active, experts_or_core, estimates, tuple(sentences))
+
+
+def _attention_share(cells: Cells) -> tuple[float, float]:
+  """Least and largest (core parameters without the router) / (l d²) of the MoE cells."""
+  x = cells.columns
+  moe = x["sparsity"] > 1.01
+  if not moe.any():
+    return 4.0, 4.0
+  s = x["sparsity"][moe]
+  core = (x["n_active"][moe] - x["n_total"][moe] / s) / (1 - 1 / s)
+  share = core / x["core"][moe] - x["n_exp"][moe] / x["d_model"][moe]
+  return float(share.min()), float(share.max())
+
+
+def _granularity_apart(cells: Cells) -> float:
+  """Standard deviation of ln g that ln n_exp and ln n_total (squares too) leave over."""
+  e, n, g = (cells.log(name) for name in ("n_exp", "n_total", "granularity"))
+  e, n = e - e.mean(), n - n.mean()
+  x_NP = np.stack([np.ones_like(e), e, e**2, n, n**2, e * n], axis=1)
+  rank = np.linalg.matrix_rank(x_NP)
+  left = g - x_NP @ np.linalg.lstsq(x_NP, g, rcond=None)[0]
+  return float(np.sqrt(left @ left / max(1, len(g) - rank)))
+
+
+def _estimate(cells: Cells, law: str, seed: int, estimates: dict[str, Interval]) -> list[str]:
+  try:
+    fitted = fit(cells, law)
+  except FieldError as error:
+    return [f"Their slopes cannot be estimated: {error.accepted}."]
+  sentences = []
+  intervals = bootstrap(fitted, seed=seed)
+  for parameter, reading in (("more_experts", "more experts at equal core"),
+                             ("core", "a larger core"), ("active", "more active parameters")):
+    if parameter in intervals:
+      found = estimates[f"{law}: {parameter}"] = intervals[parameter]
+      effect = ("lowers the loss" if found.high < 0 else "raises the loss" if found.low > 0
+                else "has no effect that these data can tell from none")
+      sentences.append(f"Of {law.replace('-', ' ')}: {reading} {effect}: {found}.")
+    elif parameter in fitted.identified.refused:
+      sentences.append(f"Of {law.replace('-', ' ')}: {reading} is not identified: "
+                       f"{fitted.identified.refused[parameter]}.")
+  return sentences

@@ -1,0 +1,91 @@
+"""Fits a form to cells: identify first, then two solvers side by side."""
+
+import dataclasses
+
+import numpy as np
+
+from moe_jax.errors import FieldError
+from moe_jax.laws import solvers
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.forms import Form, form_for
+from moe_jax.laws.identify import Identified, identify
+from moe_jax.laws.solvers import Problem, Solution
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """A fitted law.
+
+  Attributes:
+    identified: the design-matrix report, and the form that was fitted.
+    cells: what it was fitted to.
+    least_squares: by variable projection; for a log-log form, least squares itself.
+    huber: by the log-space Huber loss.
+  """
+
+  identified: Identified
+  cells: Cells
+  least_squares: Solution
+  huber: Solution
+
+  @property
+  def form(self) -> Form:
+    return self.identified.form
+
+  @property
+  def parameters(self) -> tuple[str, ...]:
+    return self.form.parameters
+
+  @property
+  def problem(self) -> Problem:
+    return Problem(self.form, self.form.matrix(self.cells), self.cells.log_loss)
+
+  @property
+  def residual(self) -> np.ndarray:
+    """ln L measured - fitted by least squares, [n]."""
+    return self.cells.log_loss - self.log_loss(self.cells)
+
+  def log_loss(self, cells: Cells) -> np.ndarray:
+    """Predicted ln L of other cells, by the least-squares solution."""
+    return self.form.log_loss(self.least_squares.theta, cells)
+
+  def value(self, parameter: str) -> float:
+    """The least-squares estimate. Raises FieldError for one that is not identified."""
+    if parameter not in self.parameters:
+      why = self.identified.refused.get(parameter, "is no parameter of this form")
+      raise FieldError("parameter", parameter, why)
+    return float(self.least_squares.theta[self.parameters.index(parameter)])
+
+
+def fit(cells: Cells, law: str, n_starts: int = solvers.N_STARTS, seed: int = 0) -> Fit:
+  """Fits the form of that name.
+
+  Raises:
+    FieldError: an unknown form, a variable that the data lack, too few cells, or a
+      parameter that was not optimised.
+  """
+  return fit_identified(identify(form_for(law, cells), cells), cells, n_starts, seed)
+
+
+def fit_identified(identified: Identified, cells: Cells, n_starts: int = solvers.N_STARTS,
+                   seed: int = 0) -> Fit:
+  """The same for a form that has been reduced to what the cells identify."""
+  form = identified.form
+  problem = Problem(form, form.matrix(cells), cells.log_loss)
+  squares = solvers.variable_projection(problem, max(8, n_starts // 4), seed)
+  robust = solvers.huber(problem, n_starts, seed, problem.to_phi @ squares.theta)
+  return Fit(identified, cells, squares, robust)
+
+
+def refit(fitted: Fit, cells: Cells) -> np.ndarray:
+  """theta of the same form on other cells, least squares from the first fit's answer.
+
+  Raises:
+    FieldError: these cells do not identify the form.
+  """
+  form = fitted.form
+  problem = Problem(form, form.matrix(cells), cells.log_loss)
+  phi = problem.to_phi @ fitted.least_squares.theta
+  if np.linalg.matrix_rank(problem.jacobian(phi)) < len(form.parameters):
+    raise FieldError("cells", len(cells), f"do not identify {form.name}")
+  return problem.to_theta @ solvers.least_squares(problem, phi)

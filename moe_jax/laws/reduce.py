@@ -1,0 +1,122 @@
+"""Rows to cells: seeds are repeats, a sweep of learning rates gives its lower envelope."""
+
+import collections
+import math
+
+import numpy as np
+
+from moe_jax.errors import FieldError
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.table import ARCHITECTURE, RECIPE, Row
+
+_COLUMNS = (*ARCHITECTURE, "tokens")
+
+
+def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
+  """One cell for each architecture and number of tokens.
+
+  Losses of seeds are averaged (in ln L). Where a cell was trained at several learning
+  rates its loss is the vertex of the parabola in ln(learning rate) through the best and its
+  two neighbours; a best at the edge of what was swept is refused, and said so in the notes.
+
+  Raises:
+    FieldError: one architecture alone; runs that differ in more than seed and learning
+      rate; every cell refused.
+  """
+  groups: dict[tuple, list[Row]] = collections.defaultdict(list)
+  for row in rows:
+    groups[tuple(row[name] for name in _COLUMNS)].append(row)
+  if len({key[:len(ARCHITECTURE)] for key in groups}) == 1:
+    raise FieldError("results", source, f"has one architecture ({rows[0]['cell']}): a law "
+                     "needs several")
+  for group in groups.values():
+    _check_repeats(group, source)
+  noise, df = _seed_noise(groups)
+  kept, refused = {}, []
+  for key, group in groups.items():
+    best = _envelope(group, noise)
+    if best is None:
+      refused.append(group[0]["cell"])
+    else:
+      kept[key] = best
+  if not kept:
+    raise FieldError("results", source, "in every cell the best learning rate is at the "
+                     "edge of those swept: no optimum can be used")
+  values = np.array(list(kept))
+  log_loss, error = np.array(list(kept.values())).T
+  return Cells.of(
+      np.exp(log_loss), names=tuple(groups[key][0]["cell"] for key in kept),
+      architecture=values[:, :len(ARCHITECTURE)], loss_se=error * np.exp(log_loss),
+      notes=tuple(_notes(rows, groups, kept, refused, noise, df)),
+      **dict(zip(_COLUMNS, values.T, strict=True)))
+
+
+def _check_repeats(group: list[Row], source: str) -> None:
+  """Runs of one architecture and length must differ in seed and learning rate alone."""
+  for column in RECIPE:
+    values = sorted({str(row.get(column)) for row in group})
+    if len(values) > 1:
+      raise FieldError("results", source, f"{group[0]['cell']} and {group[-1]['cell']} are "
+                       f"of one architecture but differ in {column} ({', '.join(values)}); "
+                       f"choose with --where={column}={values[0]}")
+
+
+def _by_learning_rate(group: list[Row]) -> dict[float, list[float]]:
+  """Learning rate, ascending -> ln L of each seed."""
+  found = collections.defaultdict(list)
+  for row in group:
+    found[row["learning_rate"]].append(math.log(row["loss"]))
+  return dict(sorted(found.items()))
+
+
+def _seed_noise(groups: dict[tuple, list[Row]]) -> tuple[float, int]:
+  """Standard deviation of ln L between seeds, pooled, and its degrees of freedom."""
+  squares, df = 0.0, 0
+  for group in groups.values():
+    for losses in _by_learning_rate(group).values():
+      squares += float(np.sum((np.array(losses) - np.mean(losses))**2))
+      df += len(losses) - 1
+  return (math.sqrt(squares / df), df) if df else (math.nan, 0)
+
+
+def _envelope(group: list[Row], noise: float) -> tuple[float, float] | None:
+  """(ln L, its standard error from seeds) at the best learning rate; None at an edge."""
+  swept = _by_learning_rate(group)
+  means = np.array([np.mean(losses) for losses in swept.values()])
+  counts = np.array([len(losses) for losses in swept.values()])
+  if len(means) == 1:
+    return float(means[0]), noise / math.sqrt(counts[0])
+  best = int(np.argmin(means))
+  if best in (0, len(means) - 1):
+    return None
+  around = slice(best - 1, best + 2)
+  x = np.log(list(swept))[around]
+  curve = np.polynomial.Polynomial.fit(x, means[around], 2)
+  slope = curve.deriv()
+  vertex = slope.roots()[0] if slope.degree() == 1 and slope.coef[1] != 0 else x[1]
+  # Where the slope is zero the vertex's own error does not count, to first order.
+  weights = [np.prod([(vertex - x[j]) / (x[i] - x[j]) for j in range(3) if j != i])
+             for i in range(3)]
+  return float(curve(vertex)), noise * math.sqrt(np.sum(np.square(weights) / counts[around]))
+
+
+def _notes(rows, groups, kept, refused, noise, df) -> list[str]:
+  found = [f"{len(rows)} runs, {len(groups)} cells, {len(kept)} used"]
+  swept = sum(len(_by_learning_rate(group)) > 1 for group in groups.values())
+  if refused:
+    found.append(f"refused, best learning rate at the edge of those swept: "
+                 f"{', '.join(refused)}")
+  if not swept:
+    found.append("one learning rate a cell: the best one moves with sparsity, so every "
+                 "slope may carry a bias that these data cannot show")
+  elif swept < len(groups):
+    found.append(f"{len(groups) - swept} cells have one learning rate, {swept} a sweep: the "
+                 "former's losses lie above their optimum by an unknown amount")
+  found.append(f"noise between seeds: {100 * noise:.2g} % of the loss ({df} degrees of "
+               "freedom)" if df else "no cell has two seeds: noise is not separated from "
+               "lack of fit")
+  varied = [c for c in RECIPE if len({str(row.get(c)) for row in rows}) > 1]
+  if varied:
+    found.append(f"the recipe varies between cells in {', '.join(varied)}: the law takes "
+                 "that for an effect of shape")
+  return found

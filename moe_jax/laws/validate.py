@@ -1,0 +1,139 @@
+"""How far a fitted form can be trusted: leaving out, holding out, and rival forms."""
+
+import dataclasses
+
+import numpy as np
+
+from moe_jax.errors import FieldError
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.fit import Fit, fit, refit
+
+_SAME_SIZE = np.log(1.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+  """A refit without some cells.
+
+  Attributes:
+    what: what was left out.
+    theta: parameters [P] fitted to the rest; None where the rest does not identify them.
+    error: ln L measured - predicted of the cells left out, [n]; None likewise.
+    refusal: the line that says why there is none; empty where there is one.
+  """
+
+  what: str
+  theta: np.ndarray | None
+  error: np.ndarray | None
+  refusal: str = ""
+
+
+def leave_out(fitted: Fit, out: np.ndarray, what: str) -> LeftOut:
+  """Refits without the cells of a mask, and predicts them."""
+  cells = fitted.cells
+  try:
+    theta = refit(fitted, cells.take(~out))
+  except FieldError as error:
+    return LeftOut(what, None, None, f"without {what} the form cannot be fitted: "
+                   f"{error.accepted}")
+  left = cells.take(out)
+  return LeftOut(what, theta, left.log_loss - fitted.form.log_loss(theta, left))
+
+
+def leave_one_architecture_out(fitted: Fit) -> list[LeftOut]:
+  """Leaves out each architecture in turn, with all its cells."""
+  labels = fitted.cells.architecture
+  return [leave_out(fitted, labels == label,
+                    fitted.cells.names[int(np.flatnonzero(labels == label)[0])])
+          for label in np.unique(labels)]
+
+
+def leave_one_value_out(fitted: Fit, column: str) -> list[LeftOut]:
+  """Leaves out all cells of each value of a column in turn, e.g. n_exp."""
+  values = fitted.cells.columns[column]
+  return [leave_out(fitted, values == value, f"{column} {value:g}")
+          for value in np.unique(values)] if len(np.unique(values)) > 1 else []
+
+
+def extrapolate(fitted: Fit, column: str) -> LeftOut:
+  """Holds out the cells with the largest value of a column (those within 10 % of it)."""
+  logs = fitted.cells.log(column)
+  out = logs > logs.max() - _SAME_SIZE
+  if out.all():
+    return LeftOut(f"the largest {column}", None, None, f"{column} has one value")
+  return leave_out(fitted, out, f"{column} {np.exp(logs.max()):.4g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+  """One form among rivals, all on the same cells.
+
+  Attributes:
+    law: its name.
+    n_parameters: how many are identified.
+    rmse: of ln L, on the cells it was fitted to.
+    aicc: Akaike's criterion with its small-sample term.
+    bic: Bayes's.
+    cv_rmse: of ln L, leaving one architecture out at a time; NaN if that cannot be done.
+    refusal: why it could not be fitted; empty if it could.
+  """
+
+  law: str
+  n_parameters: int = 0
+  rmse: float = np.nan
+  aicc: float = np.nan
+  bic: float = np.nan
+  cv_rmse: float = np.nan
+  refusal: str = ""
+
+
+def compare(cells: Cells, laws: list[str]) -> list[Rival]:
+  """Rival forms by information criteria and by cross-validation over architectures."""
+  return [_rival(cells, law) for law in laws]
+
+
+def _rival(cells: Cells, law: str) -> Rival:
+  try:
+    fitted = fit(cells, law, n_starts=16)
+  except FieldError as error:
+    return Rival(law, refusal=str(error))
+  n, k = len(cells), len(fitted.parameters) + 1  # the noise's variance is one more
+  deviance = n * np.log(max(np.mean(fitted.residual**2), 1e-30))
+  small = 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else np.inf
+  parts = leave_one_architecture_out(fitted)
+  errors = [part.error for part in parts]
+  cv = np.nan if any(e is None for e in errors) else float(
+      np.sqrt(np.mean(np.concatenate(errors)**2)))
+  return Rival(law, k - 1, float(np.sqrt(np.mean(fitted.residual**2))),
+               float(deviance + 2 * k + small), float(deviance + k * np.log(n)), cv)
+
+
+@dataclasses.dataclass(frozen=True)
+class NestedTest:
+  """An F-test of a form against one that it contains."""
+
+  small: str
+  large: str
+  f: float
+  df: tuple[int, int]
+  p_value: float
+
+
+def f_test(small: Fit, large: Fit) -> NestedTest:
+  """F-test: does the large form explain more than its extra parameters would by chance?
+
+  Cells count as independent.
+
+  Raises:
+    FieldError: not the same cells, or no parameter more.
+  """
+  from scipy import stats
+  extra = len(large.parameters) - len(small.parameters)
+  df = len(large.cells) - len(large.parameters)
+  if extra < 1 or df < 1 or len(small.cells) != len(large.cells):
+    raise FieldError("law", large.form.name, f"cannot be tested against {small.form.name}: "
+                     "these data identify no parameter more, or leave no degree of freedom")
+  rss_small, rss_large = (float(np.sum(f.residual**2)) for f in (small, large))
+  f = max(0.0, rss_small - rss_large) / extra / (rss_large / df)
+  return NestedTest(small.form.name, large.form.name, f, (extra, df),
+                    float(stats.f.sf(f, extra, df)))

@@ -1,0 +1,116 @@
+"""The claims, on grids where the truth is known: shown, opposite, none, undecided, refused."""
+
+import numpy as np
+import pytest
+
+from moe_jax.errors import FieldError
+from moe_jax.laws import claims
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.reduce import to_cells
+from tests.laws.identify_test import fixed_active
+from tests.laws.results_file import rows_of
+
+
+def grid(c=0.02, b_minus_c=0.01, noise=0.001, seed=0, n=40, heads=None, granularity=None):
+  """Cells with exact counts (no routers) and a planted log-log law."""
+  rng = np.random.default_rng(seed)
+  n_exp, n_topk = 2.0**rng.integers(3, 8, n), 2.0**rng.integers(0, 3, n)
+  g = np.full(n, 4.0) if granularity is None else granularity(n_exp, rng)
+  attention = np.full(n, 4.0) if heads is None else heads(rng, n)
+  n_layers, d_model = rng.integers(4, 12, n), 64.0 * rng.integers(2, 9, n)
+  core = n_layers * d_model**2
+  router = n_layers * d_model * n_exp
+  n_total = core * (attention + 3 * n_exp / g) + router
+  n_active = core * (attention + 3 * n_topk / g) + router
+  log_loss = (3 - 0.09 * np.log(n_total) + b_minus_c * np.log(n_exp)
+              + c * np.log(n_exp / n_topk) + noise * rng.standard_normal(n))
+  return Cells.of(np.exp(log_loss), n_layers=n_layers, d_model=d_model, d_expert=d_model / g,
+                  n_exp=n_exp, n_topk=n_topk, n_total=n_total, n_active=n_active)
+
+
+def verdicts(cells, margin=claims.MARGIN):
+  return {claim.parameter: claim for claim in claims.assess(cells, margin)}
+
+
+def test_shown():
+  found = verdicts(grid())
+  for parameter, truth in (("c", 0.02), ("b_minus_c", 0.01)):
+    claim = found[parameter]
+    assert claim.verdict == claims.SHOWN and claim.interval.covers(truth)
+    assert "These data show it" in claim.sentence and "%" in claim.sentence
+
+
+def test_the_opposite_is_shown():
+  assert verdicts(grid(b_minus_c=-0.01))["b_minus_c"].verdict == claims.OPPOSITE
+
+
+def test_none_within_the_margin():
+  claim = verdicts(grid(b_minus_c=0.0, noise=3e-4, seed=3))["b_minus_c"]
+  assert claim.verdict == claims.EQUIVALENT
+  assert -claim.margin < claim.equivalence.low < claim.equivalence.high < claim.margin
+  assert "no effect beyond the margin" in claim.sentence
+
+
+def test_undecided_is_not_none():
+  claim = verdicts(grid(b_minus_c=0.0, noise=0.03))["b_minus_c"]
+  assert claim.verdict == claims.UNDECIDED
+  assert "not to say that there is no effect" in claim.sentence
+
+
+def test_shown_but_below_the_margin():
+  claim = verdicts(grid(c=0.02), margin=0.1)["c"]
+  assert claim.verdict == claims.SHOWN and "smaller than the margin" in claim.sentence
+
+
+def test_refused_with_what_is_identified():
+  claim = verdicts(fixed_active())["b_minus_c"]
+  assert claim.verdict == claims.REFUSED and claim.interval is None
+  assert "collinear" in claim.sentence and "Only b_minus_c -0.9" in claim.sentence
+
+
+def test_equivalence_intervals_are_narrower_than_the_two_sided_ones():
+  for claim in claims.assess(grid()):
+    assert claim.interval.low < claim.equivalence.low < claim.equivalence.high
+    assert claim.equivalence.high < claim.interval.high
+
+
+def test_a_margin_of_nothing():
+  with pytest.raises(FieldError, match="margin=0"):
+    claims.assess(grid(), margin=0)
+
+
+def test_a_plain_grid_breaks_no_tie():
+  found = claims.mechanism(grid())
+  assert not found.core_or_active and not found.experts_or_core and not found.estimates
+  assert "Attention takes 4 to 4 d²" in found.sentences[0]
+  assert all("one and the same" in sentence for sentence in found.sentences)
+
+
+def test_a_planted_grid_breaks_no_tie_either():
+  found = claims.mechanism(to_cells(rows_of()))
+  assert not found.core_or_active and not found.experts_or_core
+
+
+def test_granularity_varied_apart_from_n_exp_tells_experts_from_core():
+  cells = grid(granularity=lambda n_exp, rng: 2.0**rng.integers(0, 4, len(n_exp)))
+  found = claims.mechanism(cells)
+  assert found.experts_or_core and not found.core_or_active
+  # The planted law has n_exp and no core of its own.
+  assert found.estimates["experts-or-core: more_experts"].covers(0.01)
+  assert found.estimates["experts-or-core: core"].covers(0.0)
+
+
+def test_granularity_that_follows_n_exp_does_not():
+  cells = grid(granularity=lambda n_exp, rng: n_exp / 4)
+  assert not claims.mechanism(cells).experts_or_core
+
+
+def test_another_attention_share_tells_core_from_active():
+  found = claims.mechanism(grid(heads=lambda rng, n: rng.choice([2.5, 4.0], n)))
+  assert found.core_or_active
+  assert {"core-or-active: core", "core-or-active: active"} <= set(found.estimates)
+
+
+def test_the_mechanism_needs_the_shapes():
+  with pytest.raises(FieldError, match="n_active"):
+    claims.mechanism(Cells.of([3.0, 2.0], n_total=[1e6, 2e6]))

@@ -1,0 +1,93 @@
+"""Intervals have the width that theory gives them where theory knows it."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.law_coverage import SCENARIOS, coverage
+from moe_jax.laws import intervals
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.fit import fit
+from moe_jax.laws.reduce import to_cells
+from tests.laws.fit_test import PLANTED, grid_of_runs
+from tests.laws.results_file import rows_of
+
+
+def t_width(fitted, p):
+  """Width of Student's 95 % interval of an ordinary regression's coefficient."""
+  x_NP = fitted.form.matrix(fitted.cells)[0]
+  n, k = x_NP.shape
+  variance = np.sum(fitted.residual**2) / (n - k) * np.linalg.inv(x_NP.T @ x_NP)[p, p]
+  return 2 * stats.t.ppf(0.975, n - k) * np.sqrt(variance)
+
+
+def width(interval):
+  return interval.high - interval.low
+
+
+@pytest.fixture(scope="module")
+def fitted():
+  return fit(to_cells(rows_of(n_cells=40)), "paper")
+
+
+def test_the_profile_of_a_log_log_form_is_students_interval(fitted):
+  for p, name in enumerate(fitted.parameters):
+    interval = intervals.profile(fitted)[name]
+    assert width(interval) == pytest.approx(t_width(fitted, p))
+    assert interval.covers(interval.estimate)
+
+
+def test_the_bootstrap_t_is_near_it(fitted):
+  found = intervals.bootstrap(fitted, draws=4000)
+  for p, name in enumerate(fitted.parameters):
+    assert width(found[name]) == pytest.approx(t_width(fitted, p), rel=0.1)
+
+
+def test_subsamples_are_rescaled(fitted):
+  """Without the factor sqrt(m / (G - m)) = 2 they would be half as wide."""
+  found = intervals.subsample(fitted, draws=500)
+  for p, name in enumerate(fitted.parameters):
+    assert 0.75 < width(found[name]) / t_width(fitted, p) < 1.5
+
+
+def test_errors_shared_by_an_architecture_widen_the_interval():
+  """Three copies of each point are no more data than one."""
+  one = to_cells(rows_of(n_cells=40, learning_rates=1))
+  copied = fit(one.take(np.repeat(np.arange(len(one)), 3)), "paper")
+  honest, fooled, alone = (
+      sum(width(found[name]) for name in ("a", "b_minus_c", "c")) for found in (
+          intervals.bootstrap(copied), intervals.profile(copied),
+          intervals.profile(fit(one, "paper"))))
+  assert honest == pytest.approx(alone, rel=0.3)
+  assert fooled < 0.65 * alone
+
+
+def test_a_profile_of_a_curved_form_ends_where_the_fit_gets_worse_by_the_quantile():
+  cells = grid_of_runs(noise=0.003)("chinchilla", PLANTED["chinchilla"])
+  fitted = fit(cells, "chinchilla", n_starts=8)
+  found = intervals.profile(fitted)
+  for p, name in enumerate(fitted.parameters):
+    assert found[name].low < fitted.value(name) < found[name].high
+    assert found[name].covers(PLANTED["chinchilla"][p]) or name != "alpha"
+
+
+def test_what_the_data_do_not_bound_has_an_infinite_end():
+  """Over a narrow range of tokens an irreducible loss cannot be told from none."""
+  rng = np.random.default_rng(0)
+  n = 30
+  n_active, tokens = np.exp(rng.uniform(17, 19, n)), np.exp(rng.uniform(20, 20.3, n))
+  log_loss = 2 - 0.1 * np.log(n_active) + 0.01 * rng.standard_normal(n)
+  cells = Cells.of(np.exp(log_loss), n_active=n_active, tokens=tokens)
+  found = intervals.profile(fit(cells, "chinchilla", n_starts=8))
+  assert not np.isfinite([found["ln_E"].low, found["ln_B"].low, found["beta"].high]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["swept", "swept, two seeds", "one learning rate",
+                                      "several tokens", "several tokens, one learning rate"])
+def test_intervals_cover_the_truth(scenario):
+  """95 % intervals over planted grids; the limits allow for 400 grids' own noise."""
+  found = coverage("paper", 400, **SCENARIOS[scenario])
+  for (method, name), (hits, n) in found.items():
+    if "bootstrap-t" in method:
+      assert n >= 390 and 0.92 <= hits / n <= 0.98, (method, name, hits, n)
