@@ -3,12 +3,15 @@
 import dataclasses
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from moe_jax.errors import FieldError
 from moe_jax.laws import solvers
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.forms import Form, form_for
 from moe_jax.laws.identify import Identified, identify
+from moe_jax.laws.law import LOSS, Prediction
+from moe_jax.laws.shape import Shape
 from moe_jax.laws.solvers import Problem, Solution
 
 
@@ -48,6 +51,33 @@ class Fit:
   def log_loss(self, cells: Cells) -> np.ndarray:
     """Predicted ln L of other cells, by the least-squares solution."""
     return self.form.log_loss(self.least_squares.theta, cells)
+
+  def predict(self, shape: Shape, tokens: ArrayLike) -> Prediction:
+    """The fitted law's answer for a Shape of many, like a published law's.
+
+    Outside the range of what it was fitted to it answers, with a line for each variable.
+    """
+    asked = self.cells_of(shape, tokens)
+    outside = []
+    for column in self.identified.asked.columns:
+      x, fitted = asked.columns[column], self.cells.columns[column]
+      for bad, end in ((x.min() < 0.999 * fitted.min(), f"{x.min():.4g} is below "
+                        f"{fitted.min():.4g}"),
+                       (x.max() > 1.001 * fitted.max(), f"{x.max():.4g} is above "
+                        f"{fitted.max():.4g}")):
+        if bad:
+          outside.append(f"{column} = {end}, the range of the data it was fitted to")
+    return Prediction(self.form.name, np.exp(self.log_loss(asked)), LOSS, tuple(outside))
+
+  @staticmethod
+  def cells_of(shape: Shape, tokens: ArrayLike) -> Cells:
+    """Shapes as cells without a measured loss, [n]."""
+    names = ("n_layers", "d_model", "d_expert", "n_exp", "n_topk", "n_total", "n_active")
+    columns = np.broadcast_arrays(np.atleast_1d(np.asarray(tokens, float)),
+                                  *[np.asarray(getattr(shape, name), float) for name in names])
+    n = len(columns[0])
+    return Cells.of(np.ones(n), names=("asked",) * n,
+                    **dict(zip(("tokens", *names), columns, strict=True)))
 
   def value(self, parameter: str) -> float:
     """The least-squares estimate. Raises FieldError for one that is not identified."""

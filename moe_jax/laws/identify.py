@@ -53,7 +53,7 @@ def identify(form: Form, cells: Cells) -> Identified:
   """Reduces `form` to what `cells` can identify.
 
   Raises:
-    FieldError: fewer architectures than the reduced form has parameters, plus one.
+    FieldError: fewer cells or architectures than the reduced form needs.
   """
   refused: dict[str, str] = {}
   combinations: dict[str, str] = {}
@@ -65,11 +65,22 @@ def identify(form: Form, cells: Cells) -> Identified:
     terms[k] = _without_collinear(term, shared, cells, refused, combinations)
   terms = _merged(terms, cells, refused)
   reduced = form if not refused else Form(form.name, form.formula, tuple(terms))
-  needed = len(reduced.parameters) + 1
-  if cells.n_architectures < needed and len(cells) < needed:
-    raise FieldError("cells", len(cells), f"too few for {form.name}: the "
-                     f"{needed - 1} coefficients that can be told apart need {needed} or more")
+  _check_enough(reduced, cells)
   return Identified(form, reduced, refused, combinations, condition)
+
+
+def _check_enough(form: Form, cells: Cells) -> None:
+  """One more cell than parameters, one more architecture than those of the shape."""
+  needed = len(form.parameters) + 1
+  if len(cells) < needed:
+    raise FieldError("cells", len(cells), f"too few for {form.name}: the {needed - 1} "
+                     f"coefficients that can be told apart need {needed} or more")
+  of_shape = {p for term in form.terms for p, basis in term.items()
+              if basis.columns and basis.columns != ("tokens",)}
+  if cells.n_architectures < len(of_shape) + 2:
+    raise FieldError("architectures", cells.n_architectures, f"too few for {form.name}: its "
+                     f"{len(of_shape)} coefficients of the shape need {len(of_shape) + 2} or "
+                     "more, at however many tokens each")
 
 
 def _columns(term: Term, cells: Cells) -> np.ndarray:

@@ -42,12 +42,13 @@ def _fit_lines(fitted: Fit, draws: int, seed: int) -> list[str]:
   third = intervals.subsample(fitted, draws=max(100, draws // 5), seed=seed, solver="huber")
   lines = []
   for name in fitted.parameters:
+    if not np.isfinite([second[name].low, second[name].high]).all():
+      lines.append(f"{name:16s} REFUSED: these data do not bound it: 95 % profile likelihood "
+                   f"from {second[name].low:+.4g} to {second[name].high:+.4g}")
+      continue
     lines.append(f"{name:16s} {first[name]}")
     lines += [f"{'':16s} {other[name]}" for other in (second, third)]
-    if not np.isfinite([second[name].low, second[name].high]).all():
-      lines.append(f"{'':16s} REFUSED: the profile likelihood does not bound it: these data "
-                   "do not identify it")
-    elif not _overlap(first[name], third[name]):
+    if not _overlap(first[name], third[name]):
       lines.append(f"{'':16s} the solvers disagree: outliers, or a form that does not fit")
   for found in (fitted.least_squares, fitted.huber):
     lines.append(f"{found.solver}: rmse {100 * found.rmse:.3g} % of the loss, mean Huber "
@@ -137,7 +138,8 @@ def slope_line(curved: Fit, p_value: float, slope: str = "c", variable: str = "s
           for x in (logs.min(), logs.max())]
   verdict = "is not constant" if p_value < 0.05 else "is not shown to vary"
   return (f"the slope along ln {variable} {verdict} (p = {p_value:.2g}): {ends[0]:+.3g} at "
-          f"{np.exp(logs.min()):.3g}, {ends[1]:+.3g} at {np.exp(logs.max()):.3g}")
+          f"{np.exp(logs.min()):.3g}, {ends[1]:+.3g} at {np.exp(logs.max()):.3g}, on average "
+          f"{np.mean(ends):+.3g}")
 
 
 def _claim_lines(cells: Cells, margin: float, seed: int) -> list[str]:

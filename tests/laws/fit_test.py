@@ -10,6 +10,7 @@ from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import fit
 from moe_jax.laws.forms import FORMS, form_for
 from moe_jax.laws.reduce import to_cells
+from moe_jax.laws.shape import Shape
 from moe_jax.laws.solvers import Problem, check_moved, huber_from, huber_sum
 from tests.laws.results_file import TRUTH, rows_of
 
@@ -71,6 +72,16 @@ def test_the_log_log_form_through_the_whole_pipeline():
   fitted = fit(to_cells(rows_of(noise=1e-6)), "paper")
   for name in ("a", "b_minus_c", "c"):
     assert fitted.value(name) == pytest.approx(TRUTH[name], abs=1e-5)
+
+
+def test_a_fitted_law_answers_like_a_published_one():
+  fitted = fit(to_cells(rows_of(noise=1e-6)), "paper")
+  shape = Shape(n_layers=8, d_model=512, d_expert=128, n_exp=np.array([32, 64, 512]), n_topk=4)
+  answer = fitted.predict(shape, tokens=9e9)
+  log_loss = (fitted.value("c0") - 0.09 * np.log(shape.n_total) + 0.01 * np.log(shape.n_exp)
+              + 0.02 * np.log(shape.sparsity))
+  np.testing.assert_allclose(np.log(answer.loss), log_loss, atol=1e-3)
+  assert "n_exp = 512 is above 128, the range of the data it was fitted to" in answer.outside
 
 
 @pytest.mark.parametrize("law", FORMS)

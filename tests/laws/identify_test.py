@@ -95,6 +95,12 @@ def test_too_few_cells():
     identify(form_for("paper", cells), cells.take(np.arange(4)))
 
 
+def test_tokens_are_no_substitute_for_architectures():
+  cells = to_cells(rows_of(learning_rates=1, n_cells=4, tokens=(1e9, 4e9, 1.6e10)))
+  with pytest.raises(FieldError, match="architectures=4: too few for paper"):
+    identify(form_for("paper", cells), cells)
+
+
 def test_a_law_that_asks_for_what_is_not_there():
   cells = Cells.of([3.0, 2.0, 1.0], n_total=[1e6, 2e6, 3e6])
   for law in set(FORMS):
