@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax.errors import FieldError, did_you_mean, require
 
-HELDOUT_FRACTION = 0.1
+HELDOUT_FRACTION = 0.05
 SHINGLE_WORDS = 8
 DUPLICATE_SHARE = 0.5
 

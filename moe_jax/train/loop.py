@@ -29,6 +29,8 @@ from moe_jax.train.metrics import MetricsWriter
 from moe_jax.train.progress import Progress
 from moe_jax.train.throughput import Throughput, peak_flops
 
+_IN_STATUS = ("loss", "drop_rate", "tokens_per_second", "mfu")  # for launch.status
+
 
 class Diverged(ArithmeticError):
   """The loss or the gradient is no longer a number; names the step."""
@@ -84,8 +86,9 @@ class _Run:
     self.config, self.run_dir, self.prepared, self.mesh = config, run_dir, prepared, mesh
     self.attempt = run_dir.next_attempt()
     self.step = 0  # steps taken
-    self.latest: dict[str, float] = {}  # what the last log line said
-    self._started = run_dir.read_status().get("started", time.time())
+    earlier = run_dir.read_status()
+    self.latest = {name: earlier.get(name) for name in _IN_STATUS}  # what the last line said
+    self._started = earlier.get("started", time.time())
     self._commit = git_commit()
     self._status_written = 0.0
 
@@ -181,8 +184,7 @@ class _Run:
         "state": state, "step": self.step, "steps": self.config.train.steps,
         "attempt": self.attempt, "started": self._started, "commit": self._commit,
         "device_kind": device.device_kind, "n_devices": mesh_size(self.mesh),
-        "error": error, **{name: self.latest.get(name) for name in (
-            "loss", "drop_rate", "tokens_per_second", "mfu")}})
+        "error": error, **{name: self.latest.get(name) for name in _IN_STATUS}})
 
 
 @contextlib.contextmanager
