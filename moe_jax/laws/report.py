@@ -7,7 +7,7 @@ from moe_jax.laws import claims, intervals, validate
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import Fit, fit
 from moe_jax.laws.intervals import Interval
-from moe_jax.laws.validate import LeftOut
+from moe_jax.laws.validate import LeftOut, Rival
 
 # The rivals of a log-log form, and the pairs of which one contains the other.
 RIVALS = ("paper", "paper-curved", "total-sparsity", "total-active")
@@ -111,12 +111,14 @@ def _extrapolation_line(part: LeftOut, fitted: Fit) -> str:
 
 def _rival_lines(cells: Cells) -> list[str]:
   lines = []
-  for rival in validate.compare(cells, list(RIVALS)):
+  rivals = validate.compare(cells, list(RIVALS))
+  for rival in rivals:
     lines.append(f"{rival.law:15s} " + (rival.refusal if rival.refusal else (
         f"{rival.n_parameters} parameters, rmse {100 * rival.rmse:.3g} %, AICc "
         f"{rival.aicc:.1f}, BIC {rival.bic:.1f}, cross-validated rmse "
         + ("none: a part does not identify it" if np.isnan(rival.cv_rmse)
            else f"{100 * rival.cv_rmse:.3g} %"))))
+  lines += [_cv_line(rivals[0], other) for other in rivals[1:]]
   for small, large in NESTED:
     try:
       big = fit(cells, large)
@@ -129,6 +131,18 @@ def _rival_lines(cells: Cells) -> list[str]:
     if {"c", "q"} <= set(big.parameters):
       lines.append(slope_line(big, test.p_value))
   return lines
+
+
+def _cv_line(one: Rival, other: Rival) -> str:
+  title = f"cross-validation of {one.law} against {other.law}: "
+  try:
+    mean, error = validate.cv_difference(one, other)
+  except FieldError as refused:
+    return f"{title}none, {refused}"
+  if abs(mean) <= 2 * error:
+    return title + "not told apart"
+  better = one.law if mean < 0 else other.law
+  return f"{title}{better} predicts better ({abs(mean) / error:.1f} standard errors)"
 
 
 def slope_line(curved: Fit, p_value: float, slope: str = "c", variable: str = "sparsity") -> str:

@@ -75,6 +75,7 @@ class Rival:
     aicc: Akaike's criterion with its small-sample term.
     bic: Bayes's.
     cv_rmse: of ln L, leaving one architecture out at a time; NaN if that cannot be done.
+    cv_error: the same architecture by architecture, mean squared error; None likewise.
     refusal: why it could not be fitted; empty if it could.
   """
 
@@ -84,6 +85,7 @@ class Rival:
   aicc: float = np.nan
   bic: float = np.nan
   cv_rmse: float = np.nan
+  cv_error: np.ndarray | None = None
   refusal: str = ""
 
 
@@ -101,11 +103,29 @@ def _rival(cells: Cells, law: str) -> Rival:
   deviance = n * np.log(max(np.mean(fitted.residual**2), 1e-30))
   small = 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else np.inf
   parts = leave_one_architecture_out(fitted)
+  rival = Rival(law, k - 1, float(np.sqrt(np.mean(fitted.residual**2))),
+                float(deviance + 2 * k + small), float(deviance + k * np.log(n)))
+  if any(part.error is None for part in parts):
+    return rival
   errors = [part.error for part in parts]
-  cv = np.nan if any(e is None for e in errors) else float(
-      np.sqrt(np.mean(np.concatenate(errors)**2)))
-  return Rival(law, k - 1, float(np.sqrt(np.mean(fitted.residual**2))),
-               float(deviance + 2 * k + small), float(deviance + k * np.log(n)), cv)
+  return dataclasses.replace(
+      rival, cv_rmse=float(np.sqrt(np.mean(np.concatenate(errors)**2))),
+      cv_error=np.array([np.mean(error**2) for error in errors]))
+
+
+def cv_difference(one: Rival, other: Rival) -> tuple[float, float]:
+  """Mean squared prediction error of `one` less that of `other`, and its standard error.
+
+  Paired over the architectures left out, of which the same were easy or hard for both.
+
+  Raises:
+    FieldError: one of them could not be cross-validated.
+  """
+  for rival in (one, other):
+    if rival.cv_error is None:
+      raise FieldError("law", rival.law, "could not be cross-validated on these data")
+  difference = one.cv_error - other.cv_error
+  return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
 @dataclasses.dataclass(frozen=True)

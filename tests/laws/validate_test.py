@@ -70,6 +70,9 @@ def test_the_true_form_wins_among_rivals():
     assert rivals["paper"].cv_rmse < rivals[other].cv_rmse
     assert rivals["paper"].aicc < rivals[other].aicc
     assert rivals["paper"].bic < rivals[other].bic
+    mean, error = validate.cv_difference(rivals["paper"], rivals[other])
+    assert mean < -2 * error < 0
+    assert mean == pytest.approx(rivals["paper"].cv_rmse**2 - rivals[other].cv_rmse**2)
 
 
 def test_the_f_test_holds_its_level_and_has_power():
