@@ -39,9 +39,9 @@ RECIPE = RunConfig(
     moe=MoEConfig(capacity_factor=1.25, routing_group_tokens=512),
     model=ModelConfig(compute_dtype="float32"),  # processors multiply bfloat16 slowly
     data=DataConfig(corpus="sotu", tokenizer="bpe-1024", seq_len=128),
-    train=TrainConfig(steps=120, batch_size=16, learning_rate=4e-3, warmup_steps=15,
+    train=TrainConfig(steps=240, batch_size=8, learning_rate=6e-3, warmup_steps=20,
                       schedule="wsd", decay_fraction=0.3),
-    execution=ExecutionConfig(remat="dots", log_every=10, checkpoint_every=40),
+    execution=ExecutionConfig(remat="dots", log_every=20, checkpoint_every=80),
 )
 
 
