@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_jax.errors import FieldError
 from moe_jax.laws.cells import Cells
-from moe_jax.laws.table import ARCHITECTURE, RECIPE, Row
+from moe_jax.laws.table import ARCHITECTURE, DETAILS, RECIPE, Row
 
 _COLUMNS = (*ARCHITECTURE, "tokens")
 
@@ -53,7 +53,7 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
 
 def _check_repeats(group: list[Row], source: str) -> None:
   """Runs of one architecture and length must differ in seed and learning rate alone."""
-  for column in RECIPE:
+  for column in (*RECIPE, *DETAILS):
     values = sorted({str(row.get(column)) for row in group})
     if len(values) > 1:
       raise FieldError("results", source, f"{group[0]['cell']} and {group[-1]['cell']} are "

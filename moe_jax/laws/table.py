@@ -21,11 +21,12 @@ _SEEDS = ("seed_init", "seed_data")
 REQUIRED = ("cell", "state", *_POSITIVE, *_SEEDS)
 # One law is of one text and one way of measuring: these may not differ within a fit.
 SAME = ("evaluation", "corpus", "tokenizer", "seq_len", "data_fingerprint")
-# Columns that tell that two runs of one architecture are not repeats of each other.
+# How a run was trained, beside learning rate and seeds, and the rest of its shape. Runs that
+# differ in any of these are no repeats of each other.
 RECIPE = ("batch_tokens", "schedule", "warmup_steps", "decay_fraction", "weight_decay",
           "dispatch", "capacity_factor", "routing_group_tokens", "norm_topk_prob",
-          "balance_coef", "z_coef", "compute_dtype", "n_heads", "n_kv_heads", "head_dim",
-          "n_shared_experts", "n_dense_layers", "d_dense", "mask_documents")
+          "balance_coef", "z_coef", "compute_dtype", "mask_documents")
+DETAILS = ("n_heads", "n_kv_heads", "head_dim", "n_shared_experts", "n_dense_layers", "d_dense")
 _FINISHED = "finished"
 
 
@@ -127,7 +128,7 @@ def _check_duplicates(rows: list[Row], path: str) -> None:
   seen: dict[tuple, Row] = {}
   for row in rows:
     key = tuple(row.get(name) for name in
-                (*ARCHITECTURE, "tokens", "learning_rate", *_SEEDS, *RECIPE))
+                (*ARCHITECTURE, "tokens", "learning_rate", *_SEEDS, *RECIPE, *DETAILS))
     if key in seen:
       raise FieldError("results", path, f"lines {seen[key]['_line']} and {row['_line']} "
                        f"(cells {seen[key]['cell']} and {row['cell']}) are the same run "

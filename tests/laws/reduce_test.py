@@ -73,3 +73,10 @@ def test_no_seeds_and_one_learning_rate_are_said_so():
 def test_tokens_make_cells_of_one_architecture():
   cells = to_cells(rows_of(learning_rates=1, n_cells=8, tokens=(1e9, 4e9)))
   assert len(cells) == 16 and cells.n_architectures == 8
+
+
+def test_a_recipe_that_varies_between_cells_is_said_so():
+  rows = [row | {"n_heads": 4 + i, "batch_tokens": 2**14 * (1 + i % 2)}
+          for i, row in enumerate(rows_of(learning_rates=1, n_cells=8))]
+  notes = " ".join(to_cells(rows).notes)
+  assert "the recipe varies between cells in batch_tokens:" in notes
