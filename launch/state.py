@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from moe_jax.config import RunConfig, identity_difference, identity_hash
 from moe_jax.errors import FieldError, require
 from moe_jax.grid import Cell
 from moe_jax.run_dir import FINISHED, RUNNING, RunDir, is_gone
+from moe_jax.text import natural
 
 # Beside the trainer's own states (moe_jax.run_dir) and the launcher's (launch.jobs):
 PENDING = "pending"  # nothing has run
@@ -91,16 +91,11 @@ def states_of(out: str | os.PathLike, cells: Sequence[Cell]) -> list[CellState]:
 
 def states_under(out: str | os.PathLike) -> list[CellState]:
   """A row for every run under `out`. Raises FieldError where there is none."""
-  found = sorted(epath.Path(out).glob("*/*/config.json"), key=_natural)
+  found = sorted(epath.Path(out).glob("*/*/config.json"),
+                 key=lambda file: natural("/".join(file.parts[-3:-1])))
   require(bool(found), "out", os.fspath(out), "holds no runs; --config=FILE lists the cells "
           "that an experiment would run")
   return [read_state(RunDir(file.parent)) for file in found]
-
-
-def _natural(file: epath.Path) -> list[str | int]:
-  """Sorts l2 before l10."""
-  name = "/".join(file.parts[-3:-1])
-  return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _finite(number: float | None) -> float | None:

@@ -6,17 +6,7 @@ from collections.abc import Collection, Sequence
 from launch.state import CellState
 from moe_jax.arch import count
 from moe_jax.grid import Cell
-
-
-def short(number: float | None) -> str:
-  """Three digits: 1234567 as `1.23M`; nothing for None."""
-  if number is None:
-    return ""
-  for unit in ("", "k", "M", "B"):
-    if abs(number) < 999.5:
-      return f"{number:.3g}{unit}"
-    number /= 1000
-  return f"{number:.3g}T"
+from moe_jax.text import short
 
 
 def _age(seconds: float | None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from moe_jax.evaluate.results import Row
+from moe_jax.text import short
 
 # Okabe and Ito's colours, told apart with any colour vision; with markers, in grey too.
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"),
@@ -57,8 +58,8 @@ def title(rows: Sequence[Row]) -> str:
   """Names the experiment, and what its models have in common."""
   least, most = (choose(row["n_total"] for row in rows) for choose in (min, max))
   middle, spread = (least + most) / 2, (most - least) / (most + least)
-  size = f"N_total = {_short(middle)}" + (f" ± {spread:.1%}" if spread else "")
-  return f"{rows[0]['experiment']}:  {size},  {_short(rows[0]['tokens'])} training tokens"
+  size = f"N_total = {short(middle)}" + (f" ± {spread:.1%}" if spread else "")
+  return f"{rows[0]['experiment']}:  {size},  {short(rows[0]['tokens'])} training tokens"
 
 
 def caption(rows: Sequence[Row]) -> str:
@@ -103,11 +104,3 @@ def _panel(axes, rows: Sequence[Row], x: str, line: str, styles) -> None:
   axes.set_axisbelow(True)
   axes.spines[["top", "right"]].set_visible(False)
   axes.legend(fontsize=9, framealpha=1, edgecolor="white")
-
-
-def _short(number: float) -> str:
-  for unit in ("", "k", "M", "B"):
-    if number < 999.5:
-      return f"{number:.3g}{unit}"
-    number /= 1000
-  return f"{number:.3g}T"

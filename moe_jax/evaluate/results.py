@@ -7,7 +7,6 @@ experiment that is on disk.
 import csv
 import io
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from moe_jax.arch import count
 from moe_jax.config import RunConfig
 from moe_jax.errors import FieldError
 from moe_jax.run_dir import RunDir
+from moe_jax.text import natural
 
 Row = dict[str, Any]
 
@@ -96,7 +96,7 @@ def collect(out: str | os.PathLike, experiment: str) -> tuple[list[Row], list[st
   """The rows of all runs of an experiment, and a line for each that cannot be read."""
   rows, problems = [], []
   folder = epath.Path(out) / experiment
-  for file in sorted(folder.glob("*/config.json"), key=lambda f: _natural(f.parent.name)):
+  for file in sorted(folder.glob("*/config.json"), key=lambda f: natural(f.parent.name)):
     try:
       rows += rows_of(RunDir(file.parent))
     except FieldError as error:
@@ -111,8 +111,3 @@ def write_csv(path: epath.Path, rows: Sequence[Row]) -> None:
   writer.writeheader()
   writer.writerows(rows)
   run_dir_lib.write_text(path, text.getvalue())
-
-
-def _natural(name: str) -> list[str | int]:
-  """Sorts e8 before e16."""
-  return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

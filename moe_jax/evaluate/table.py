@@ -8,6 +8,7 @@ import rich.measure
 import rich.table
 
 from moe_jax.evaluate.results import Row
+from moe_jax.text import short
 
 
 def table(rows: Sequence[Row]) -> rich.table.Table:
@@ -21,7 +22,7 @@ def table(rows: Sequence[Row]) -> rich.table.Table:
     made.add_column(name, justify="right", no_wrap=True)
   for row in rows:
     made.add_row(
-        row["cell"], _short(row["n_total"]), _short(row["n_active"]),
+        row["cell"], short(row["n_total"]), short(row["n_active"]),
         f"{row['sparsity']:.3g}", _pm(row["loss"], row["loss_se"]),
         f"{row['loss_at_capacity']:.4f}", f"{row['bits_per_byte']:.4f}",
         _or_dash(row["drop_rate"], ".2%"), _or_dash(row["load_variation"], ".2f"),
@@ -37,14 +38,6 @@ def print_table(rows: Sequence[Row]) -> None:
   width = rich.measure.Measurement.get(console, wide, made).maximum
   console.width = max(console.width, width)
   console.print(made)
-
-
-def _short(number: float) -> str:
-  for unit in ("", "k", "M", "B"):
-    if number < 999.5:
-      return f"{number:.3g}{unit}"
-    number /= 1000
-  return f"{number:.3g}T"
 
 
 def _pm(value: float, se: float | None) -> str:

@@ -1,23 +1,13 @@
 """The table for people: aligned, and never cut."""
 
-import pytest
-
 from launch.state import CellState
-from launch.table import counts, progress, short, table
+from launch.table import counts, progress, table
 
 _ROWS = [
     CellState("a", "l2", "hash", 12_345_678, 1_234_567, "running", 5, 100, 2.34567, 15_234.0,
               61.0),
     CellState("a", "l10-" + "x" * 150, state="failed", error="[bold]" + "e" * 300),
 ]
-
-
-@pytest.mark.parametrize("number, text", [
-    (None, ""), (0, "0"), (7, "7"), (999, "999"), (999.6, "1k"), (1000, "1k"),
-    (1_234_567, "1.23M"), (999_999, "1M"), (67e9, "67B"), (1.5e12, "1.5T"), (0.25, "0.25"),
-])
-def test_three_digits(number, text):
-  assert short(number) == text
 
 
 def test_columns_are_aligned_and_nothing_is_cut():
