@@ -12,6 +12,8 @@ from moe_jax.config import DataConfig
 from moe_jax.data.prepare import prepare
 from moe_jax.errors import FieldError
 
+_FLAGS = {"data.corpus": "corpus", "data.tokenizer": "tokenizer", "out": "data_dir"}
+
 _CORPUS = flags.DEFINE_string("corpus", DataConfig.corpus, "Name of the corpus.")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", DataConfig.tokenizer, "'bytes', or 'bpe-N': a byte-level BPE of N tokens "
@@ -28,8 +30,8 @@ def main(overrides: list[str]) -> None:
   try:
     data = DataConfig(corpus=_CORPUS.value, tokenizer=_TOKENIZER.value)
     prepared = prepare(data, _DATA_DIR.value)
-  except FieldError as error:  # here data.corpus is the flag --corpus
-    raise FieldError(error.field.removeprefix("data."), error.value,
+  except FieldError as error:  # this command's flags are not those of a run
+    raise FieldError(_FLAGS.get(error.field, error.field), error.value,
                      error.accepted) from None
   print(json.dumps(prepared.card, indent=2))
 

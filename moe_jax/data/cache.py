@@ -83,7 +83,8 @@ def obtain(directory: pathlib.Path, key: Mapping[str, Any],
     build: fills an empty directory. What it makes must depend on `key` alone.
 
   Raises:
-    FieldError: a file cannot be read or written.
+    FieldError: a file cannot be read or written; its field is `out`, the flag that says
+      where everything is made.
   """
   if fault(directory, key) is None:
     return
@@ -103,4 +104,4 @@ def obtain(directory: pathlib.Path, key: Mapping[str, Any],
         shutil.rmtree(directory)
       partial.rename(directory)
   except OSError as error:
-    raise FieldError("data_dir", str(directory), f"cannot be prepared: {error}") from error
+    raise FieldError("out", str(directory), f"cannot be prepared: {error}") from error

@@ -21,6 +21,12 @@ SHINGLE_WORDS = 8
 DUPLICATE_SHARE = 0.5
 
 
+def selection() -> dict[str, float]:
+  """What decides which documents stay and where: prepared data of another one are stale."""
+  return {"heldout_fraction": HELDOUT_FRACTION, "shingle_words": SHINGLE_WORDS,
+          "duplicate_share": DUPLICATE_SHARE}
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
   """One text.
@@ -157,12 +163,11 @@ def deduplicate(documents: Sequence[Document]) -> tuple[list[Document], list[Dup
   return [documents[index] for index in sorted(kept)], duplicates
 
 
-def hold_out(documents: Sequence[Document],
-             fraction: float = HELDOUT_FRACTION) -> tuple[list[Document], list[Document]]:
+def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
   """(train, held-out), by document: whole works, in the order of a hash of their names.
 
   The hash order does not depend on the other documents, so a corpus that grows by a few
-  documents keeps nearly all of its split. Works are held out until `fraction` of the
+  documents keeps nearly all of its split. Works are held out until HELDOUT_FRACTION of the
   documents is; one work at least stays on each side.
 
   Raises:
@@ -176,7 +181,7 @@ def hold_out(documents: Sequence[Document],
   held: set[str] = set()
   count = 0
   for work in by_hash[:-1]:
-    if count >= fraction * len(documents):
+    if count >= HELDOUT_FRACTION * len(documents):
       break
     held.add(work)
     count += sizes[work]

@@ -97,17 +97,20 @@ def prepare(data: DataConfig, data_dir: str | os.PathLike) -> PreparedData:
 
   Args:
     data: `corpus` and `tokenizer` are used.
-    data_dir: a local directory that any number of runs share.
+    data_dir: a local directory that any number of runs share: <out>/_data.
 
   Raises:
-    FieldError: an unknown or empty corpus, or `data_dir` cannot be written.
+    FieldError: `data.corpus` is unknown or empty; or `out`, the flag that places
+      `data_dir`, gives a remote path or one that cannot be written.
   """
   found = corpus.get_corpus(data.corpus)
-  require("://" not in os.fspath(data_dir), "data_dir", os.fspath(data_dir),
-          "must be a local directory: tokens are read by memory map")
+  require("://" not in os.fspath(data_dir), "out", os.fspath(data_dir),
+          "must be a local path for now: prepared data lie in <out>/_data and are read by "
+          "memory map")
   home = pathlib.Path(data_dir) / found.name
   directory = home / data.tokenizer
-  key = {"format": FORMAT_VERSION, "corpus": found.name, "version": found.version}
+  key = {"format": FORMAT_VERSION, "corpus": found.name, "version": found.version,
+         **corpus.selection()}
 
   def build_tokens(partial: pathlib.Path) -> None:
     from moe_jax.data import builder  # imports TFDS: only where there is work to do

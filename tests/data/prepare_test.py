@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
 
 from moe_jax.config import DataConfig
 from moe_jax.data import corpus
@@ -101,6 +102,26 @@ def test_another_version_of_the_corpus_is_built_anew(tiny, tmp_path, monkeypatch
       "tiny", "1.0.1", lambda: corpus.read_folder(tiny)))
   splits = prepare(BYTES, tmp_path / "data").splits
   assert sum(splits[name].n_documents for name in SPLITS) == 21
+
+
+@pytest.mark.parametrize("setting, value, documents", [
+    ("HELDOUT_FRACTION", 0.25, {"train": 15, "heldout": 5}),
+    ("SHINGLE_WORDS", 1, None), ("DUPLICATE_SHARE", 0.0, None)])
+def test_another_selection_of_documents_is_made_anew(setting, value, documents, tiny, tmp_path,
+                                                     monkeypatch, caplog):
+  first = [prepare(data, tmp_path / "data") for data in (BYTES, BPE)]
+  monkeypatch.setattr(corpus, setting, value)
+  if documents is None:  # all but one are duplicates now: the data of before are no way out
+    with pytest.raises(FieldError, match="needs at least two"):
+      prepare(BYTES, tmp_path / "data")
+    return
+  for data, old in zip((BYTES, BPE), first, strict=True):
+    again = prepare(data, tmp_path / "data")
+    assert f"{again.directory} was made from something else" in caplog.text
+    assert {name: again.splits[name].n_documents for name in SPLITS} == documents
+    assert again.fingerprint != old.fingerprint
+    assert again.fingerprint == prepare(data, tmp_path / "clean").fingerprint
+  assert f"{tmp_path / 'data/tiny/dataset'} was made from something else" in caplog.text
 
 
 def cut(file):
@@ -209,8 +230,9 @@ def test_bad_input_is_refused_before_anything_is_written(tiny, tmp_path):
   (tmp_path / "file").write_text("")
   for data, place, message in [
       (DataConfig(corpus="tinny"), tmp_path / "data", r"data\.corpus='tinny': .*'tiny'"),
-      (BYTES, "gs://bucket/data", "must be a local directory"),
-      (BYTES, tmp_path / "file", "data_dir=.*cannot be prepared: .*Not a directory")]:
+      (BYTES, "gs://bucket/_data", r"^out='gs://bucket/_data': must be a local path .*/_data"),
+      (BYTES, epath.Path("gs://bucket") / "_data", "^out='gs://bucket/_data': must be"),
+      (BYTES, tmp_path / "file", "^out=.*cannot be prepared: .*Not a directory")]:
     with pytest.raises(FieldError, match=message) as caught:
       prepare(data, place)
     assert "\n" not in str(caught.value)
@@ -221,7 +243,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_way_free(tiny, tmp_path, monkeyp
   def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   with monkeypatch.context() as patch, pytest.raises(
-      FieldError, match="data_dir=.*cannot be prepared: .*No space left on device"):
+      FieldError, match="^out=.*cannot be prepared: .*No space left on device"):
     patch.setattr(np, "save", full)
     prepare(BYTES, tmp_path / "data")
   assert prepare(BYTES, tmp_path / "data").card["splits"]["train"]["documents"] == 19
@@ -263,7 +285,8 @@ def test_the_command_prints_the_card(tmp_path):
     ("--corpus=stou", "--corpus='stou': no such corpus; did you mean 'sotu'?"),
     ("--tokenizer=bpe-12", "--tokenizer='bpe-12': must be 'bytes' or 'bpe-N'"),
     ("--config.train.steps=5", "--config.train.steps='5': is not a flag of this command"),
-    ("--data_dir=gs://bucket", "--data_dir='gs://bucket': must be a local directory")])
+    ("--data_dir=gs://bucket", "--data_dir='gs://bucket': must be a local path"),
+    ("--data_dir=/dev/null", "--data_dir='/dev/null/sotu/bytes': cannot be prepared")])
 def test_the_command_refuses_bad_input_in_one_line(argument, message, tmp_path):
   done = command(tmp_path, argument)
   assert done.returncode == 2
