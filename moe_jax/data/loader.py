@@ -1,4 +1,4 @@
-"""Packed rows of tokens: shuffled batches to train on, ordered ones to evaluate on.
+"""Packed rows of tokens: shuffled without end to train on, each once to evaluate on.
 
 A split is one stream: its documents in order, each begun by the separator. Row r of length
 S reads inputs stream[r*S : (r+1)*S] and predicts targets one token on; a separator as a
@@ -77,7 +77,7 @@ def train_iterator(prepared: PreparedData, seq_len: int, batch_size: int, seed_d
 
 
 class EvalRows(Sequence):
-  """Rows that hold every target of a split once, in order.
+  """Rows that hold every target of a split once, in the order of the text.
 
   Element r is a dict of arrays [seq_len]: `inputs_S`, `targets_S`, `segments_S` (int32) and
   `mask_S` (bool): False where the last row is padded. All tokens of the split are targets
@@ -99,13 +99,24 @@ class EvalRows(Sequence):
     batch = self._load(np.array([row % len(self)]))
     return {name.replace("_BS", "_S"): array[0] for name, array in batch.items()}
 
-  def batches(self, batch_size: int) -> Iterator[Batch]:
+  def batches(self, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
     """All rows in dicts of [batch_size, seq_len]; the last is filled up, all masked.
 
     Padding has segment -1 and repeats the last input and target.
+
+    Args:
+      batch_size: rows in a batch; it does not change their order.
+      seed: shuffles the full rows; one that is padded stays behind them. None keeps the
+        order of the text.
     """
+    rows_N = np.arange(len(self))
+    if seed is not None:
+      np.random.default_rng(seed).shuffle(rows_N[:self.n_targets // self._seq_len])
     for start in range(0, len(self), batch_size):
-      yield self._load(np.arange(start, start + batch_size))
+      rows_B = np.arange(start, start + batch_size)  # beyond the last row all is padding
+      known_B = rows_N[start:start + batch_size]
+      rows_B[:len(known_B)] = known_B
+      yield self._load(rows_B)
 
   def _load(self, rows_B: np.ndarray) -> Batch:
     positions_BS = rows_B[:, None] * self._seq_len + np.arange(self._seq_len)

@@ -2,7 +2,9 @@
 
 Every target of the split is predicted once. The loss is that of the model without capacity
 limits: which tokens a limit drops depends on who else is in the batch, so it is no property
-of the model. The loss at the capacity of training stands beside it.
+of the model. The loss at the capacity of training stands beside it: for it the rows come in
+one fixed random order, so that a routing group holds rows of many documents, as in training.
+In the order of the text it would hold one document's, whose tokens want the same experts.
 """
 
 import math
@@ -27,7 +29,8 @@ from moe_jax.train.checkpoint import restore_params
 
 NAME = "heldout"  # of the file in eval/
 SPLIT = "heldout"
-VERSION = 1  # raise it when the same checkpoint gives other numbers: old results are redone
+ORDER_SEED = 0  # of the order in which rows are evaluated
+VERSION = 2  # raise it when the same checkpoint gives other numbers: old results are redone
 
 
 def evaluate(cell: Cell, run_dir: RunDir, prepared: PreparedData,
@@ -69,7 +72,7 @@ def evaluate(cell: Cell, run_dir: RunDir, prepared: PreparedData,
 
 def measure(config: config_lib.RunConfig, forward: Forward,
             prepared: PreparedData) -> dict[str, Any]:
-  """Runs the whole held-out split.
+  """Runs the whole held-out split, its rows in the order of ORDER_SEED.
 
   Losses are in nats per token, standard errors (`_se`) are over documents; see
   estimate.ratio. Bits per byte divide by the bytes of the text, so they compare tokenizers.
@@ -81,7 +84,7 @@ def measure(config: config_lib.RunConfig, forward: Forward,
   rows = eval_rows(prepared, SPLIT, config.data.seq_len)
   nats_D, nats_at_capacity_D, targets_D = np.zeros((3, split.n_documents))
   sums = None
-  for batch in rows.batches(config.train.batch_size):
+  for batch in rows.batches(config.train.batch_size, ORDER_SEED):
     limited = forward.at_capacity(batch)
     free = forward.dropless(batch) if limited.dropped else limited
     nats_D += _by_document(free, batch, split)

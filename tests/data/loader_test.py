@@ -149,6 +149,34 @@ def test_evaluation_covers_every_target_once(lengths, seq_len, batch_size):
                for name, array in rows[row].items())
 
 
+@given(lengths, st.integers(2, 20), st.integers(1, 7))
+@settings(max_examples=50, deadline=None)
+def test_a_seed_changes_nothing_but_the_order_of_the_full_rows(lengths, seq_len, batch_size):
+  rows = loader.eval_rows(make_prepared(lengths), "heldout", seq_len)
+
+  def whole(*seed):
+    batches = list(rows.batches(batch_size, *seed))
+    return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+
+  ordered, shuffled = whole(), whole(3)
+  full = rows.n_targets // seq_len
+  assert all(np.array_equal(ordered[name][full:], shuffled[name][full:]) for name in ordered)
+  assert (shuffled["mask_BS"] == ordered["mask_BS"]).all()  # so padding is still last
+  as_rows = [sorted(zip(*(found[name][:full].tolist() for name in ordered), strict=True))
+             for found in (ordered, shuffled)]
+  assert as_rows[0] == as_rows[1]
+
+
+def test_the_order_of_a_seed_is_the_one_written_down_for_any_batch_size():
+  """Fails if a library changes the order: then results could not be compared any more."""
+  rows = loader.eval_rows(PREPARED, "heldout", SEQ_LEN)
+  first = np.concatenate([b["inputs_BS"] for b in rows.batches(4, 0)])[:8]
+  assert np.array_equal(first, next(rows.batches(8, 0))["inputs_BS"])
+  every_row = [row["inputs_S"].tolist() for row in rows]
+  assert [every_row.index(row) for row in first.tolist()] == [45, 11, 18, 10, 23, 28, 4, 36]
+  assert not np.array_equal(first, next(rows.batches(8, 1))["inputs_BS"])
+
+
 def test_evaluation_rows_end():
   rows = loader.eval_rows(PREPARED, "heldout", SEQ_LEN)
   assert len(list(rows)) == len(rows) == 55

@@ -13,9 +13,10 @@ import pytest
 from moe_jax.data.loader import eval_rows
 from moe_jax.data.prepare import PreparedData, Split
 from moe_jax.evaluate.forward import Forward, dropless_factors, evaluation_config
-from moe_jax.evaluate.heldout import measure
+from moe_jax.evaluate.heldout import ORDER_SEED, measure
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
+from moe_jax.moe.router import router_metrics
 from tests.small import ARCH, MESHES, small_config
 
 SEQ_LEN = 16
@@ -93,6 +94,32 @@ def test_the_number_of_devices_does_not_matter(grouped, mesh):
   config = dataclasses.replace(
       GROUPED, execution=dataclasses.replace(GROUPED.execution, mesh=MESHES[mesh]))
   assert_same(run(config, 8), grouped, 1e-6)
+
+
+def router_at_capacity(config, prepared, *seed):
+  """Router metrics of passes over the rows in the order of `seed`, or of the text."""
+  config, forward = forward_of(config)
+  rows = eval_rows_of(prepared.splits["heldout"])
+  sums = [forward.at_capacity(batch).sums
+          for batch in rows.batches(config.train.batch_size, *seed)]
+  return router_metrics(jax.tree.map(lambda *leaves: np.sum(leaves, 0), *sums))
+
+
+def test_a_routing_group_mixes_documents_as_in_training():
+  """Documents of few words each: alone in a group, they would fight for few experts."""
+  rng = np.random.default_rng(0)
+  words_D4 = rng.integers(0, 256, (12, 4))
+  tokens_N = np.concatenate([[256, *rng.choice(words_4, 8 * SEQ_LEN - 1)]
+                             for words_4 in words_D4])
+  starts_D1 = np.arange(13) * 8 * SEQ_LEN
+  split = Split(tokens_N.astype(np.uint16), starts_D1, np.diff(starts_D1))
+  prepared = dataclasses.replace(PREPARED, splits={"heldout": split})
+  config = small_config(moe={"routing_group_tokens": 4 * SEQ_LEN})
+  result = measure(*forward_of(config), prepared)
+  shuffled = router_at_capacity(config, prepared, ORDER_SEED)
+  for name in ("drop_rate", "load_variation"):
+    np.testing.assert_allclose(result[name], shuffled[name], rtol=1e-5)
+  assert result["drop_rate"] < 0.95 * router_at_capacity(config, prepared)["drop_rate"]
 
 
 def test_dropless_is_the_reference_dispatch(grouped):
