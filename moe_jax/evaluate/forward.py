@@ -8,8 +8,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from moe_jax.config import RunConfig
+from moe_jax.config import MeshConfig, RunConfig, resolve_mesh
 from moe_jax.data.loader import Batch
+from moe_jax.errors import FieldError
 from moe_jax.mesh import batch_sharding, mesh_size, replicated
 from moe_jax.model import functional
 from moe_jax.moe.router import RouterSums
@@ -32,17 +33,25 @@ class Output(NamedTuple):
 
 
 def evaluation_config(config: RunConfig, n_devices: int) -> RunConfig:
-  """`config` with batches to evaluate: whole routing groups on each device.
+  """`config` with batches and a mesh to evaluate on this many devices.
 
-  Batches are about as large as a microbatch of training, which is known to fit.
+  Batches are whole routing groups on each device, about as large as a microbatch of
+  training, which is known to fit. A run may be evaluated on other devices than it was
+  trained on: a mesh that does not suit them gives way to one with all of them on `data`.
   """
   unit = n_devices * config.group_sequences
   wanted = config.train.batch_size // config.execution.microbatches
-  return dataclasses.replace(
+  config = dataclasses.replace(
       config,
       train=dataclasses.replace(config.train,
                                 batch_size=max(1, round(wanted / unit)) * unit),
       execution=dataclasses.replace(config.execution, microbatches=1))
+  try:
+    resolve_mesh(config, n_devices)
+  except FieldError:
+    return dataclasses.replace(config, execution=dataclasses.replace(
+        config.execution, mesh=MeshConfig(n_devices, 1, 1)))
+  return config
 
 
 def dropless_factors(config: RunConfig) -> list[float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from moe_jax import config as config_lib
 from moe_jax.data.loader import eval_rows
@@ -41,18 +42,22 @@ def evaluate(cell: Cell, run_dir: RunDir, prepared: PreparedData,
     cell: its identity must be that of the run; its execution says how to run.
     run_dir: of the run.
     prepared: the text, which must be what the run was trained on.
-    devices: all of them if None.
+    devices: all of them if None. A mesh of the cell that does not suit them is replaced,
+      with a warning.
 
   Returns:
     What eval/heldout.json holds; see `measure` for the measurements.
 
   Raises:
-    FieldError: the mesh does not suit, the text has changed, the loss is not finite.
+    FieldError: the text has changed, the loss is not finite.
     CheckpointError: no checkpoint is sound.
   """
   started = time.perf_counter()
   devices = devices or jax.devices()
   config = evaluation_config(cell.config, len(devices))
+  if config.execution.mesh != cell.config.execution.mesh:
+    logging.warning("%s: %s does not suit %d device(s): evaluated on %s, which gives the same",
+                    cell.name, cell.config.execution.mesh, len(devices), config.execution.mesh)
   mesh = make_mesh(config, devices)
   step, params, meta = restore_params(run_dir, abstract_params(config, mesh))
   if meta["data_fingerprint"] != prepared.fingerprint:

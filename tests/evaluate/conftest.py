@@ -55,13 +55,14 @@ def cells_of(seeds=2, **sections) -> list[Cell]:
           for name, config in zip(grid.names, grid.cells, strict=True)]
 
 
-def finish(out: pathlib.Path, cell: Cell, steps=(2, 4), fingerprint=None) -> RunDir:
+def finish(out: pathlib.Path, cell: Cell, steps=(2, 4), fingerprint=None,
+           n_devices=1) -> RunDir:
   """Leaves a run as the trainer does, but with initial parameters."""
   run_dir = RunDir.of(out, cell)
   run_dir.claim(cell)
   if fingerprint is None:
     fingerprint = prepare(cell.config.data, out / "_data").fingerprint
-  state = init_state(cell.config, make_mesh(cell.config, jax.devices()[:1]))
+  state = init_state(cell.config, make_mesh(cell.config, jax.devices()[:n_devices]))
   with Checkpointer(run_dir, keep=2) as checkpointer:
     for step in steps:
       checkpointer.save(step, state, {}, {"data_fingerprint": fingerprint})

@@ -10,13 +10,15 @@ import numpy as np
 import optax
 import pytest
 
+from moe_jax.config import MeshConfig
 from moe_jax.data.loader import eval_rows
-from moe_jax.data.prepare import PreparedData, Split
+from moe_jax.data.prepare import PreparedData, Split, prepare
 from moe_jax.evaluate.forward import Forward, dropless_factors, evaluation_config
-from moe_jax.evaluate.heldout import ORDER_SEED, measure
+from moe_jax.evaluate.heldout import ORDER_SEED, evaluate, measure
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
 from moe_jax.moe.router import router_metrics
+from tests.evaluate.conftest import cells_of, finish
 from tests.small import ARCH, MESHES, small_config
 
 SEQ_LEN = 16
@@ -208,3 +210,35 @@ def test_batches_hold_whole_groups_and_are_as_large_as_a_microbatch():
   assert evaluation_config(config, 3).train.batch_size == 36
   assert evaluation_config(config, 100).train.batch_size == 400
   assert evaluation_config(config, 1).execution.microbatches == 1
+
+
+def test_a_run_saved_in_shards_is_evaluated_on_any_devices(out, caplog):
+  """One device and four suit no mesh of eight: all of them take a share of the batch."""
+  (cell,) = cells_of(seeds=1, execution={"mesh": MESHES["data2_fsdp2_expert2"]})
+  prepared = prepare(cell.config.data, out / "_data")
+  run_dir = finish(out, cell, n_devices=8)
+
+  def found(n_devices, mesh="data2_fsdp2_expert2"):
+    config = dataclasses.replace(cell.config, execution=dataclasses.replace(
+        cell.config.execution, mesh=MESHES[mesh]))
+    result = evaluate(dataclasses.replace(cell, config=config), run_dir, prepared,
+                      jax.devices()[:n_devices])
+    assert result["n_devices"] == n_devices
+    return {name: value for name, value in result.items()
+            if name not in ("n_devices", "seconds") and isinstance(value, float | list)}
+
+  expected = found(8)
+  assert expected["drop_rate"] > 0 and not caplog.messages
+  assert_same(found(8, "fsdp2_expert4"), expected, 1e-6)
+  assert not caplog.messages
+  for n_devices in (1, 4):
+    caplog.clear()
+    assert_same(found(n_devices), expected, 1e-6)
+    (line,) = [m for m in caplog.messages if "does not suit" in m]
+    assert f"expert=2) does not suit {n_devices} device(s)" in line and "\n" not in line
+
+
+def test_a_mesh_that_suits_is_kept():
+  config = small_config(execution={"mesh": MESHES["fsdp4_expert2"]})
+  assert evaluation_config(config, 8).execution.mesh == MESHES["fsdp4_expert2"]
+  assert evaluation_config(config, 3).execution.mesh == MeshConfig(3, 1, 1)
