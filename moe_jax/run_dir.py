@@ -52,15 +52,20 @@ def is_local(path: epath.Path) -> bool:
 
 
 def write_text(path: epath.Path, text: str) -> None:
+  """Writes a file whole, in UTF-8; see write_bytes."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
   """Writes a file whole: a reader sees the old content or the new, never a part."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if not is_local(path):  # an object appears when its upload is complete
-    path.write_text(text)
+    path.write_bytes(content)
     return
   # a heartbeat thread may write the same file: each writer needs its own
   partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
   try:
-    partial.write_text(text)
+    partial.write_bytes(content)
     partial.replace(path)
   except OSError as error:
     raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None

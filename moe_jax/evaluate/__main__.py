@@ -40,17 +40,14 @@ def main(overrides: list[str]) -> int:
   for line in unreadable:
     print(line, file=sys.stderr)
   heldout = {row["cell"]: row for row in rows if row["evaluation"] == "heldout"}
+  unwritten = []
   shown = [heldout[cell.name] for cell in found.finished if cell.name in heldout]
   if shown:
-    from moe_jax.evaluate.plot import plot
-    from moe_jax.evaluate.table import print_table
-    csv_file = results.csv_path(_OUT.value, experiment)
-    results.write_csv(csv_file, rows)
-    png_file = csv_file.with_suffix(".png")
-    plot(list(heldout.values()), png_file)
-    print_table(shown)
-    print(f"{csv_file}\n{png_file}")
-  return 1 if problems or failed or unreadable else 0
+    from moe_jax.evaluate.show import show
+    unwritten = show(rows, shown, results.csv_path(_OUT.value, experiment))
+    for line in unwritten:
+      print(line, file=sys.stderr)
+  return 1 if problems or failed or unreadable or unwritten else 0
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike,
         done = f"{result['seconds']:.1f} s"
       else:
         done = "was evaluated before"
-    except (FieldError, CheckpointError) as error:
+    except (FieldError, CheckpointError, OSError) as error:  # OSError: the disk is full, ...
       failed.append(f"{label}failed: {error}")
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):

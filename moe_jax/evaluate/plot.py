@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from moe_jax import run_dir as run_dir_lib
 from moe_jax.evaluate.results import Row
 from moe_jax.text import short
 
@@ -44,7 +45,7 @@ def plot(rows: Sequence[Row], path: epath.Path) -> None:
                          bottom=0.15 + 0.037 * len(lines))
   image = io.BytesIO()
   figure.savefig(image, format="png")
-  path.write_bytes(image.getvalue())
+  run_dir_lib.write_bytes(path, image.getvalue())
 
 
 def equal_tokens(rows: Sequence[Row]) -> list[Row]:

@@ -10,7 +10,6 @@ from moe_jax import run_dir as run_dir_lib
 from moe_jax.evaluate.cells import evaluate_cells, survey
 from moe_jax.run_dir import RunDir
 from tests.evaluate.conftest import STATUS, cells_of, finish
-from tests.small import MESHES
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +107,10 @@ def test_what_is_broken_is_named_and_the_others_are_evaluated(out):
   assert result_of(out, cells[2])["loss"] > 0 and result_of(out, cells[3])["loss"] > 0
 
 
-def test_a_mesh_that_does_not_suit_is_refused_in_one_line(out):
-  (cell,) = cells_of(seeds=1, execution={"mesh": MESHES["expert8"]})
-  RunDir.of(out, cell).claim(cell)
-  _, failed = evaluate([cell], out)
-  assert "execution.mesh.expert=8" in failed[0] and "1 devices" in failed[0]
+def test_a_result_that_cannot_be_written_is_named_and_the_others_are(out):
+  cells = cells_of()
+  (finish(out, cells[0]).path / "eval").write_text("a file where a folder must be")
+  finish(out, cells[1])
+  said, (failed,) = evaluate(cells, out)
+  assert len(said) == 2 and "/eval" in failed and cells[0].name in failed
+  assert result_of(out, cells[1])["loss"] > 0

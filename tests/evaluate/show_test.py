@@ -2,16 +2,18 @@
 
 import matplotlib.image
 import numpy as np
+import pytest
 from etils import epath
 
 from moe_jax.evaluate import plot
+from moe_jax.evaluate.show import show
 from moe_jax.evaluate.table import print_table
 
 
 def row(n_exp=8, n_topk=2, **changes):
-  return {"experiment": "small", "cell": f"l2-d16-f12-e{n_exp}-k{n_topk}", "n_exp": n_exp,
-          "sparsity": n_exp / n_topk, "n_total": 1_000_000, "n_active": 300_000,
-          "tokens": 1_600_000, "loss": 1.9, "loss_se": 0.02, "loss_at_capacity": 1.95,
+  return {"experiment": "small", "cell": f"l2-d16-f12-e{n_exp}-k{n_topk}",
+          "evaluation": "heldout", "n_exp": n_exp, "sparsity": n_exp / n_topk,
+          "n_total": 1_000_000, "n_active": 300_000, "tokens": 1_600_000, "loss": 1.9, "loss_se": 0.02, "loss_at_capacity": 1.95,
           "bits_per_byte": 2.7, "drop_rate": 0.0213, "load_variation": 0.3,
           "unigram_loss": 3.0285, "heldout_documents": 25} | changes
 
@@ -62,3 +64,16 @@ def test_the_picture_is_written_and_shows_the_losses(tmp_path):
   assert (first[..., :3].min(axis=2) < 0.5).mean() > 0.01  # not an empty page
   assert not np.array_equal(first, picture([rows[0] | {"loss": 2.3}, *rows[1:]]))
   picture([row(1, 1, loss_se=None)])  # a single dense cell, a single document
+
+
+@pytest.mark.parametrize("blocked, other", [("results.csv", "results.png"),
+                                            ("results.png", "results.csv")])
+def test_a_file_that_cannot_be_written_is_named_and_hides_nothing_else(
+    tmp_path, capsys, blocked, other):
+  (tmp_path / blocked).mkdir()
+  (problem,) = show([row()], [row()], epath.Path(tmp_path / "results.csv"))
+  assert problem.startswith(f"{blocked}: not written: ") and "\n" not in problem
+  assert (tmp_path / other).stat().st_size > 0
+  printed = capsys.readouterr().out
+  assert "1.9000 ± 0.0200" in printed and printed.splitlines()[-1] == str(tmp_path / other)
+  assert {file.name for file in tmp_path.iterdir()} == {blocked, other}  # no part is left
