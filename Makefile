@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint setup clean
+.PHONY: quickstart test test-slow lint setup
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,3 @@ test: setup lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests
-
-clean:
-	rm -rf runs build *.egg-info

@@ -57,8 +57,9 @@ class ModelConfig:
   """Numerics of the decoder that are not part of its shape.
 
   Attributes:
-    compute_dtype: type of activations and of the weights as they are multiplied; the
-      master weights, the router, norms, softmaxes and the loss are float32 throughout.
+    compute_dtype: type of activations and of the weights as they are multiplied, and in
+      which a weight's gradient is summed over devices; the master weights, their moments,
+      the router, norms, softmaxes and the loss are float32 throughout.
     rope_theta: base of the rotary embedding.
     norm_eps: epsilon of every RMSNorm.
   """
@@ -112,9 +113,9 @@ class TrainConfig:
     batch_size: sequences in a global batch.
     learning_rate: peak learning rate.
     schedule: `wsd` (warm-up, stable, linear decay) or `cosine` (warm-up, cosine decay).
-    warmup_steps: steps of linear warm-up from 0.
+    warmup_steps: steps of linear warm-up.
     decay_fraction: share of the steps in which `wsd` decays.
-    final_learning_rate_fraction: learning rate at the end, as a share of the peak.
+    final_learning_rate_fraction: what the decay heads for, as a share of the peak.
     weight_decay: decoupled weight decay, of matrices only (see train/optimizer.py).
     beta1, beta2, eps: of AdamW.
     clip_norm: largest global gradient norm.
@@ -173,8 +174,9 @@ class ExecutionConfig:
 
   Attributes:
     mesh: how devices are laid out.
-    remat: what the backward pass recomputes: `none`, `dots` (all but matrix products) or
-      `full` (each layer from its input).
+    remat: what the backward pass recomputes: `none`, `dots` (all but the dense projections;
+      attention scores and routed experts are computed again) or `full` (each layer from its
+      input).
     microbatches: parts the global batch is split into, one after another, to save memory.
       The result does not change; one more forward pass is paid when above 1.
     log_every: steps between two lines of metrics.

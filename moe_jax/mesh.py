@@ -34,9 +34,9 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
                        axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def param_sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+def param_spec(axes: tuple[str | None, ...]) -> P:
   """How a parameter with these logical axes is split."""
-  return NamedSharding(mesh, P(*(RULES.get(axis) for axis in axes)))
+  return P(*(RULES.get(axis) for axis in axes))
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.config import RunConfig
-from moe_jax.mesh import param_sharding
+from moe_jax.mesh import param_spec
 from moe_jax.model.transformer import Transformer
 from moe_jax.moe.router import RouterSums
 
@@ -36,7 +36,7 @@ def abstract_params(config: RunConfig, mesh: Mesh) -> Params:
     axes = variable.get_metadata("axes")
     stacked = (None,) * (len(shape) - len(axes))  # the layer axis
     return jax.ShapeDtypeStruct(shape, variable.get_value().dtype,
-                                sharding=param_sharding(mesh, stacked + axes))
+                                sharding=NamedSharding(mesh, param_spec(stacked + axes)))
 
   _, params = _abstract(config)
   return nnx.to_pure_dict(jax.tree.map(

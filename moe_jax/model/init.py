@@ -1,31 +1,35 @@
 """Initialisation: every scale in one place, with its source.
 
 All matrices are normal with standard deviation 1/sqrt(fan_in), which keeps the variance of
-activations through a layer whatever its width (LeCun et al. 1998), so that the cells of a
-grid, which differ in width, start alike. On top of that:
+activations through a layer whatever its width (LeCun et al. 1998): the cells of a grid differ
+in width. On top of that:
 
 * Depth. What a layer adds to the residual stream (attention output, feed-forward output)
   starts 1/sqrt(2 * n_layers) smaller, for there are 2 * n_layers such additions (GPT-2,
   Radford et al. 2019).
-* Routed outputs. With normalised weights of about 1/n_topk each, the sum of n_topk independent
-  expert outputs has 1/sqrt(n_topk) of the standard deviation of one. The experts' down
-  projection starts sqrt(n_topk) larger, so that the routed output starts at the scale of a
-  dense layer's and sparsity is not confounded with the residual scale. It is a factor of the
-  initial weights and not of the forward pass (as DeepSeek-V3's routed scaling factor is), which
-  therefore stays Qwen3-MoE's. Without normalisation the weights are about 1/n_exp, and the
-  factor is n_exp / sqrt(n_topk).
+* Routed outputs. A sum of independent expert outputs with weights w has |w| of the standard
+  deviation of one of them: with normalised weights about 1/sqrt(n_topk). The experts' down
+  projection starts 1/|w| larger, w being the weights expected at the start, so that the routed
+  output starts at the scale of a dense layer's and sparsity is not confounded with the residual
+  scale. It is a factor of the initial weights and not of the forward pass (as DeepSeek-V3's
+  routed scaling factor is), which therefore stays Qwen3-MoE's. Without normalisation the factor
+  is large, nearly n_exp / sqrt(n_topk), and the output grows as the router sharpens: one more
+  reason to normalise.
 * Router. Variance a tenth (Switch, arXiv 2101.03961, section 2.4): near-uniform at the start.
 * Embedding: 1/sqrt(d_model), which is also right for a tied output head.
 * Norm scales: 1.
 """
 
 import math
+import statistics
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.arch import Architecture
+
+ROUTER_SCALE = 0.1**0.5
 
 
 def residual_scale(arch: Architecture) -> float:
@@ -34,9 +38,16 @@ def residual_scale(arch: Architecture) -> float:
 
 
 def routed_scale(arch: Architecture, norm_topk_prob: bool) -> float:
-  """Factor of the experts' down projection: undoes the shrinking by the router's weights."""
-  typical_weight = 1 / arch.n_topk if norm_topk_prob else 1 / arch.n_exp
-  return 1 / (typical_weight * math.sqrt(arch.n_topk))
+  """Factor of the experts' down projection: 1 / |w| of the weights expected at the start.
+
+  Logits then are normal with the router's standard deviation; the i-th largest of n is near
+  the quantile (n - i + 5/8) / (n + 1/4) (Blom 1958).
+  """
+  n_exp, normal = arch.n_exp, statistics.NormalDist(0, ROUTER_SCALE)
+  prob_E = [math.exp(normal.inv_cdf((n_exp - i + 0.625) / (n_exp + 0.25)))
+            for i in range(1, n_exp + 1)]
+  chosen_K = prob_E[:arch.n_topk]
+  return sum(chosen_K if norm_topk_prob else prob_E) / math.hypot(*chosen_K)
 
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *,

@@ -15,7 +15,7 @@ from moe_jax.config import RunConfig
 from moe_jax.mesh import batch_sharding, replicated
 from moe_jax.model import init
 from moe_jax.model.attention import Attention, rms_norm
-from moe_jax.moe.expert_parallel import Experts, Semantics, sharded_moe_layer
+from moe_jax.moe.expert_parallel import EXPERT_AXES, Experts, Semantics, sharded_moe_layer
 from moe_jax.moe.router import RouterSums
 
 _REMAT_POLICIES = {
@@ -56,10 +56,12 @@ class MoE(nnx.Module):
     down_scale = init.residual_scale(arch)
     routed_scale = down_scale * init.routed_scale(arch, config.moe.norm_topk_prob)
     self.semantics = Semantics.of(config)
-    self.w_router_DE = init.matrix(rngs, (d, e), ("width", None), fan_in=d, scale=0.1**0.5)
-    self.w_gate_EDF = init.matrix(rngs, (e, d, f), ("experts", "expert_width", None), fan_in=d)
-    self.w_up_EDF = init.matrix(rngs, (e, d, f), ("experts", "expert_width", None), fan_in=d)
-    self.w_down_EFD = init.matrix(rngs, (e, f, d), ("experts", None, "expert_width"), fan_in=f,
+    self.w_router_DE = init.matrix(rngs, (d, e), ("width", None), fan_in=d,
+                                   scale=init.ROUTER_SCALE)
+    axes = EXPERT_AXES
+    self.w_gate_EDF = init.matrix(rngs, (e, d, f), axes.w_gate_EDF, fan_in=d)
+    self.w_up_EDF = init.matrix(rngs, (e, d, f), axes.w_up_EDF, fan_in=d)
+    self.w_down_EFD = init.matrix(rngs, (e, f, d), axes.w_down_EFD, fan_in=f,
                                   scale=routed_scale)
     if arch.n_shared_experts:
       self.shared = SwiGLU(d, arch.n_shared_experts * f, down_scale, rngs)

@@ -40,7 +40,8 @@ def reference_dispatch(x_TD: jax.Array, routing: Routing,
   n_tokens, n_exp = routing.prob_TE.shape
   x_ETD = jnp.broadcast_to(x_TD.astype(jnp.float32), (n_exp, *x_TD.shape))
   weight_TE = (jax.nn.one_hot(routing.expert_TK, n_exp) * routing.weight_TK[..., None]).sum(1)
-  y_TD = jnp.einsum("te,etd->td", weight_TE, run_experts(x_ETD))
+  y_TD = jnp.einsum("te,etd->td", weight_TE, run_experts(x_ETD),
+                    precision=jax.lax.Precision.HIGHEST)
   return y_TD.astype(x_TD.dtype), jnp.zeros(n_tokens, jnp.int32)
 
 
@@ -138,9 +139,9 @@ gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
 @jax.custom_vjp
 def combine_rows(y_SD: jax.Array, weight_TK: jax.Array, slots: Slots) -> jax.Array:
   """y_TD: the weighted sum of each token's outputs, summed in float32."""
-  y_TKD = _take(y_SD, slots.slot_TK)
-  return jnp.einsum("tkd,tk->td", y_TKD, weight_TK,
-                    preferred_element_type=jnp.float32).astype(y_SD.dtype)
+  # Multiplied and summed, not contracted: a matrix unit would round the float32 weights.
+  y_TKD = _take(y_SD, slots.slot_TK).astype(jnp.float32)
+  return (y_TKD * weight_TK[..., None]).sum(1).astype(y_SD.dtype)
 
 
 def _combine_rows_fwd(y_SD, weight_TK, slots):
@@ -151,8 +152,8 @@ def _combine_rows_bwd(residuals, dy_TD):
   y_SD, weight_TK, slots = residuals
   weight_S = _take(weight_TK.ravel(), slots.assignment_S)
   dy_SD = _take(dy_TD, slots.assignment_S // weight_TK.shape[-1]) * weight_S[:, None]
-  dweight_TK = jnp.einsum("tkd,td->tk", _take(y_SD, slots.slot_TK), dy_TD,
-                          preferred_element_type=jnp.float32)
+  y_TKD = _take(y_SD, slots.slot_TK).astype(jnp.float32)
+  dweight_TK = (y_TKD * dy_TD[:, None].astype(jnp.float32)).sum(-1)
   return dy_SD.astype(y_SD.dtype), dweight_TK, None
 
 

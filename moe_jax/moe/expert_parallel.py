@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.mesh import BATCH_AXES, DATA, EXPERT, FSDP
+from moe_jax.mesh import BATCH_AXES, DATA, EXPERT, FSDP, param_spec
 from moe_jax.moe.dispatch import (
     RunExperts,
     capacity_dispatch,
@@ -30,6 +30,11 @@ class Experts(NamedTuple):
   w_gate_EDF: jax.Array
   w_up_EDF: jax.Array
   w_down_EFD: jax.Array
+
+
+# Logical axes of the experts' weights, which mesh.RULES maps to the mesh.
+EXPERT_AXES = Experts(("experts", "expert_width", None), ("experts", "expert_width", None),
+                      ("experts", None, "expert_width"))
 
 
 class Semantics(NamedTuple):
@@ -57,11 +62,13 @@ class Semantics(NamedTuple):
 
 
 def swiglu(x_ERD: jax.Array, experts: Experts) -> jax.Array:
-  """Runs each expert on its rows, in the type of the rows."""
+  """Runs each expert on its rows, in the type of the rows; float32 is meant as it says."""
+  precision = jax.lax.Precision.HIGHEST if x_ERD.dtype == jnp.float32 else None
+  einsum = functools.partial(jnp.einsum, precision=precision)
   gate_EDF, up_EDF, down_EFD = (w.astype(x_ERD.dtype) for w in experts)
-  hidden_ERF = (jax.nn.silu(jnp.einsum("erd,edf->erf", x_ERD, gate_EDF))
-                * jnp.einsum("erd,edf->erf", x_ERD, up_EDF))
-  return jnp.einsum("erf,efd->erd", hidden_ERF, down_EFD)
+  hidden_ERF = (jax.nn.silu(einsum("erd,edf->erf", x_ERD, gate_EDF))
+                * einsum("erd,edf->erf", x_ERD, up_EDF))
+  return einsum("erf,efd->erd", hidden_ERF, down_EFD)
 
 
 def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts,
@@ -96,7 +103,7 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
   """
   if counted_BS is None:
     counted_BS = jnp.ones(x_BSD.shape[:2], bool)
-  specs = Experts(P(EXPERT, FSDP, None), P(EXPERT, FSDP, None), P(EXPERT, None, FSDP))
+  specs = Experts(*(param_spec(axes) for axes in EXPERT_AXES))
 
   @functools.partial(jax.shard_map, mesh=mesh,
                      in_specs=(P(BATCH_AXES), P(), specs, P(BATCH_AXES)),
@@ -104,8 +111,8 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
   def on_device(x_bSD, w_router_DE, experts_eDF, counted_bS):
     # Cast first: half the bytes travel when the tokens are bfloat16.
     dtype = jnp.float32 if semantics.capacity is None else x_bSD.dtype
-    local = Experts(*(_all_gather(w.astype(dtype), FSDP, spec.index(FSDP))
-                      for w, spec in zip(experts_eDF, specs, strict=True)))
+    local = Experts(*(_all_gather(w.astype(dtype), FSDP, axes.index("expert_width"))
+                      for w, axes in zip(experts_eDF, EXPERT_AXES, strict=True)))
 
     def run_experts(x_ERD):
       x_eRD = _all_to_all(x_ERD, split_axis=0, concat_axis=1)

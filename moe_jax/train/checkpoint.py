@@ -257,10 +257,12 @@ def check_free_space(run_dir: RunDir, state: Any, keep: int) -> None:
   each = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
              for leaf in jax.tree.leaves(state))
   needed = each * (keep + 1)
-  directory.mkdir(parents=True, exist_ok=True)
-  taken = sum((root / name).stat().length
-              for root, _, names in directory.walk() for name in names)
-  free = shutil.disk_usage(directory).free + taken
+  taken = 0
+  if directory.exists():
+    taken = sum((root / name).stat().length
+                for root, _, names in directory.walk() for name in names)
+  existing = next(path for path in (directory, *directory.parents) if path.exists())
+  free = shutil.disk_usage(existing).free + taken
   if needed > free:
     raise FieldError("out", str(run_dir.path), f"needs {_size(needed)} for {keep + 1} "
                      f"checkpoints of {_size(each)}, and {_size(free)} are free")

@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,6 @@ from absl import logging
 from etils import epath
 
 from moe_jax import run_dir as run_dir_lib
-from moe_jax.arch import count
 from moe_jax.config import RunConfig
 from moe_jax.data.loader import train_dataset, train_iterator
 from moe_jax.data.prepare import PreparedData, prepare
@@ -24,7 +24,8 @@ from moe_jax.grid import Cell
 from moe_jax.mesh import make_mesh, mesh_size
 from moe_jax.run_dir import RunDir
 from moe_jax.train import step as step_lib
-from moe_jax.train.checkpoint import Checkpointer, check_free_space
+from moe_jax.train.checkpoint import Checkpointer, check_free_space, checkpoint_steps
+from moe_jax.train.checkpoint_format import CheckpointError
 from moe_jax.train.metrics import MetricsWriter
 from moe_jax.train.progress import Progress
 from moe_jax.train.throughput import Throughput, peak_flops
@@ -33,7 +34,7 @@ _IN_STATUS = ("loss", "drop_rate", "tokens_per_second", "mfu")  # for launch.sta
 
 
 class Diverged(ArithmeticError):
-  """The loss or the gradient is no longer a number; names the step."""
+  """The loss or the gradient is no longer a number; names which, and the step."""
 
 
 def train(cell: Cell, out: str | os.PathLike) -> int:
@@ -55,23 +56,26 @@ def train(cell: Cell, out: str | os.PathLike) -> int:
     mesh = make_mesh(config)
     prepared = prepare(config.data, epath.Path(out) / "_data")
     train_dataset(prepared, config.data.seq_len, config.train.batch_size, config.seed_data)
-  except FieldError as error:
-    raise error.under("config") from None
+  except FieldError as error:  # `out` is a flag of its own, all else a field of the cell
+    raise error if error.field == "out" else error.under("config") from None
   use_compilation_cache(out)
   with run_dir.lock():
-    run_dir.claim(cell)
     if run_dir.read_status().get("state") == run_dir_lib.FINISHED:
       print(f"{run_dir.path} is finished already")
       return 0
     check_free_space(run_dir, step_lib.abstract_state(config, mesh),
                      config.execution.keep_checkpoints)
+    run_dir.claim(cell)
     run = _Run(config, run_dir, prepared, mesh)
     try:
       with stop_request() as stop, Progress(config.train.steps, name=cell.name) as progress:
         return run.go(stop, progress)
     except Diverged as error:
-      run.write_status(run_dir_lib.DIVERGED, error=str(error))
-      logging.error("%s", error)
+      saved = checkpoint_steps(run_dir)
+      line = (f"{error}: stopped; the last good checkpoint is "
+              + (f"that of step {saved[-1]}" if saved else "none: no step was saved"))
+      run.write_status(run_dir_lib.DIVERGED, error=line)
+      logging.error("%s", line)
       return run_dir_lib.EXIT_DIVERGED
     except BaseException as error:
       with contextlib.suppress(OSError):  # the disk may be what failed
@@ -85,21 +89,20 @@ class _Run:
   def __init__(self, config: RunConfig, run_dir: RunDir, prepared: PreparedData, mesh):
     self.config, self.run_dir, self.prepared, self.mesh = config, run_dir, prepared, mesh
     self.attempt = run_dir.next_attempt()
-    self.step = 0  # steps taken
     earlier = run_dir.read_status()
+    self.step = earlier.get("step", 0)  # steps taken; what is found in _begin counts
     self.latest = {name: earlier.get(name) for name in _IN_STATUS}  # what the last line said
     self._started = earlier.get("started", time.time())
     self._commit = git_commit()
-    self._status_written = 0.0
 
   def go(self, stop: list[int], progress: Progress) -> int:
     config = self.config
-    self.write_status(run_dir_lib.RUNNING)
-    with Checkpointer(self.run_dir, config.execution.keep_checkpoints) as checkpointer:
+    with (self._heartbeat(),
+          Checkpointer(self.run_dir, config.execution.keep_checkpoints) as checkpointer):
       state, batches = self._begin(checkpointer)
       train_step = step_lib.compile_train_step(config, self.mesh)
       writer = MetricsWriter(self.run_dir, self.attempt, self.step)
-      throughput = self._throughput()
+      throughput = Throughput(config, peak_flops(list(self.mesh.devices.flat)))
       throughput.look(self.step)
       pending = None
       while self.step < config.train.steps and not stop:
@@ -119,8 +122,9 @@ class _Run:
       writer.close()
     if self.step < config.train.steps:
       self.write_status(run_dir_lib.PREEMPTED)
-      logging.warning("stopped by %s with step %d of %d saved; the same command goes on",
-                      signal.Signals(stop[0]).name, self.step, config.train.steps)
+      saved = f"with step {self.step} saved" if self.step else "before the first step"
+      logging.warning("stopped by %s %s; the same command goes on to step %d",
+                      signal.Signals(stop[0]).name, saved, config.train.steps)
       return run_dir_lib.EXIT_PREEMPTED
     self.write_status(run_dir_lib.FINISHED)
     return 0
@@ -132,12 +136,14 @@ class _Run:
                              config.seed_data)
     restored = checkpointer.restore_latest(step_lib.abstract_state(config, self.mesh))
     if restored is None:
+      self.step = 0
       return step_lib.init_state(config, self.mesh), batches
     theirs = restored.meta["data_fingerprint"]
     if theirs != self.prepared.fingerprint:
-      raise FieldError("config.data.corpus", config.data.corpus,
-                       f"the text has changed since step {restored.step} was saved "
-                       f"(fingerprint {theirs} then, {self.prepared.fingerprint} now)")
+      raise CheckpointError(
+          f"the text of {config.data.corpus!r} has changed since step {restored.step} was "
+          f"saved (fingerprint {theirs} then, {self.prepared.fingerprint} now): put the old "
+          "text back, or begin the run anew elsewhere")
     batches.set_state(restored.data)
     self.step = restored.step
     print(f"going on from step {restored.step} of {config.train.steps}", flush=True)
@@ -155,30 +161,35 @@ class _Run:
     for name in ("loss", "grad_norm"):
       if not math.isfinite(values[name]):
         writer.flush()
-        raise Diverged(f"{name} is {values[name]} at step {step}: stopped; the last good "
-                       f"checkpoint is {self._last_checkpoint()}")
+        raise Diverged(f"{name} is {values[name]} at step {step}")
     if step % self.config.execution.log_every == 0 or step == self.config.train.steps:
-      values |= throughput.look(step)
+      values |= throughput.look(step, values.get("drop_rate", 0.0))
       self.latest = values
       writer.write(step, values)
       progress.update(step, loss=values["loss"], drop_rate=values.get("drop_rate"),
                       tokens_per_second=values.get("tokens_per_second"),
                       mfu=values.get("mfu"))
-    if time.time() - self._status_written > run_dir_lib.HEARTBEAT_SECONDS:
-      self.write_status(run_dir_lib.RUNNING)
 
-  def _last_checkpoint(self) -> str:
-    every = self.config.execution.checkpoint_every
-    last = (self.step - 1) // every * every
-    return f"that of step {last}" if last else "none: no step was saved"
+  @contextlib.contextmanager
+  def _heartbeat(self) -> Iterator[None]:
+    """Says now and then that the run lives, also while it compiles or waits for a disk."""
+    done = threading.Event()
 
-  def _throughput(self) -> Throughput:
-    devices = list(self.mesh.devices.flat)
-    flops = count.training_flops_per_token(self.config.arch, self.config.data.seq_len)
-    return Throughput(self.config.batch_tokens, flops, peak_flops(devices))
+    def beat():
+      while not done.wait(run_dir_lib.HEARTBEAT_SECONDS):
+        with contextlib.suppress(OSError):  # a full disk is reported by the checkpoints
+          self.write_status(run_dir_lib.RUNNING)
+
+    self.write_status(run_dir_lib.RUNNING)
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+      yield
+    finally:
+      done.set()
+      thread.join()
 
   def write_status(self, state: str, error: str | None = None) -> None:
-    self._status_written = time.time()
     device = self.mesh.devices.flat[0]
     self.run_dir.write_status({
         "state": state, "step": self.step, "steps": self.config.train.steps,

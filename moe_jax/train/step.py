@@ -74,7 +74,8 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig,
   if config.execution.microbatches == 1:
     nll, sums = run(jax.tree.map(lambda x_MBS: x_MBS[0], batch))
   else:
-    nll, sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(jax.checkpoint(run), batch))
+    parts = jax.lax.map(jax.checkpoint(run, prevent_cse=False), batch)
+    nll, sums = jax.tree.map(lambda x: x.sum(0), parts)
 
   loss = nll / config.batch_tokens
   return _with_router_losses(loss, sums, config)

@@ -5,19 +5,22 @@ import time
 import jax
 import jax.numpy as jnp
 
-from moe_jax.arch import hardware
+from moe_jax.arch import count, hardware
+from moe_jax.config import RunConfig
 
 
-def peak_flops(devices: list[jax.Device]) -> float:
-  """Peak FLOP/s of these devices together.
+def peak_flops(devices: list[jax.Device]) -> float | None:
+  """Peak FLOP/s of these devices together, or None if it is not known.
 
-  Accelerators: the published dense bfloat16 peak (arch/hardware.py). A processor has no such
-  figure: there it is the float32 speed of a large matrix product, measured now (a fifth of a
-  second), of the whole machine, which fake devices share.
+  Accelerators: the published dense bfloat16 peak (arch/hardware.py); none is better than a
+  wrong one. A processor has no such figure: there it is the float32 speed of a large matrix
+  product, measured now (a fifth of a second), of the whole machine, which fake devices share.
   """
   known = hardware.by_device_kind(devices[0].device_kind)
   if known is not None:
     return known.device_bf16_flops * len(devices)
+  if devices[0].platform != "cpu":
+    return None
   size, repeats = 1024, 5
   x = jnp.ones((size, size), jnp.float32)
   multiply = jax.jit(jnp.matmul)
@@ -34,19 +37,28 @@ class Throughput:
   """Speed between two looks.
 
   MFU counts the FLOPs of the active parameters and of causal attention, three forward passes
-  a step (arch.training_flops_per_token); padding slots, dropped tokens and recomputation are
-  no useful work and are not counted.
+  a step (count.training_flops_per_token). Padding slots, recomputation and the experts' share
+  of dropped assignments are no useful work and are not counted.
   """
 
-  def __init__(self, tokens_per_step: int, flops_per_token: float, peak: float):
-    self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak
+  def __init__(self, config: RunConfig, peak: float | None):
+    """`peak` FLOP/s of all devices together; without it there is no MFU."""
+    arch = config.arch
+    self._tokens, self._peak = config.batch_tokens, peak
+    self._flops = count.training_flops_per_token(arch, config.data.seq_len)
+    # Forward and twice that backward, 2 FLOPs a weight, three matrices an expert.
+    self._routed_flops = (3 * 2 * arch.n_moe_layers * arch.n_topk
+                          * 3 * arch.d_model * arch.d_expert)
     self._last: tuple[int, float] | None = None
 
-  def look(self, step: int) -> dict[str, float]:
+  def look(self, step: int, drop_rate: float = 0.0) -> dict[str, float]:
     """`tokens_per_second` and `mfu` since the last look; {} where no step lies between."""
     now = time.perf_counter()
     (last_step, last_time), self._last = self._last or (step, now), (step, now)
     if step == last_step:
       return {}
     speed = (step - last_step) * self._tokens / (now - last_time)
-    return {"tokens_per_second": speed, "mfu": speed * self._flops / self._peak}
+    if self._peak is None:
+      return {"tokens_per_second": speed}
+    useful = self._flops - drop_rate * self._routed_flops
+    return {"tokens_per_second": speed, "mfu": speed * useful / self._peak}

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.grid import select
 from moe_jax.run_dir import RunDir
-from tests.experiment_files import BASE, ROOT, run_module, write_tiny
+from tests.experiment_files import BASE, ROOT, run_module, write, write_tiny
 
 
 @pytest.fixture
@@ -26,12 +26,37 @@ def _finish(out, spec, changes=None):
                         "tokens_per_second": 1e4, "error": None})
 
 
+def commands(script):
+  """The lines of a dry run that a shell would run."""
+  return [line for line in script.splitlines() if not line.startswith("#")]
+
+
+def test_a_dry_run_shows_each_cells_exact_size_and_residual(tmp_path):
+  source = """
+from moe_jax.config import Architecture, RunConfig
+from moe_jax.grid import Grid
+
+RECIPE = RunConfig(arch=Architecture(n_layers=1, d_model=16, d_expert=8, n_exp=4, n_topk=2,
+                                     n_heads=2))
+
+
+def get_grid():
+  return Grid("sized", RECIPE, (RECIPE,), n_total=2_700)
+"""
+  spec = write(tmp_path, source, "sized.py")
+  done = run_module("-m", "launch.submit", f"--config={spec}", "--dry_run")
+  # By hand: 4*16*16 attention + 2*8 its norms + 2*16 norms + 16*4 router + 4*3*16*8 experts
+  # + 16 final norm = 2688; of them 2*3*16*8 idle.
+  assert done.stdout.splitlines()[1].split() == [
+      "#", "l1-d16-f8-e4-k2", "2,688", "-4444", "ppm", "1,920", "2", "2"]
+
+
 def test_a_dry_run_prints_the_trainers_commands_and_writes_nothing(tmp_path, spec):
   out = tmp_path / "my runs"
   done = run_module("-m", "launch.submit", f"--config={spec}", f"--out={out}", "--dry_run",
                     "--config.train.learning_rate=0.5")
   assert (done.returncode, done.stderr) == (0, "")
-  assert [shlex.split(line) for line in done.stdout.splitlines()] == [
+  assert [shlex.split(line) for line in commands(done.stdout)] == [
       [sys.executable, "-m", "moe_jax.train", f"--config={spec}:{cell}", f"--out={out}",
        "--config.train.learning_rate=0.5"] for cell in (BASE, f"{BASE}-s1")]
   assert not out.exists()
@@ -41,7 +66,7 @@ def test_a_dry_run_says_what_is_finished(tmp_path, spec):
   _finish(tmp_path / "runs", spec)
   done = run_module("-m", "launch.submit", f"--config={spec}", f"--out={tmp_path / 'runs'}",
                     "--dry_run")
-  first, second = done.stdout.splitlines()
+  _, _, _, first, second = done.stdout.splitlines()  # after a head and a shape for each cell
   assert first == f"# {BASE} is finished"
   assert f"{BASE}-s1" in second
 
@@ -49,7 +74,7 @@ def test_a_dry_run_says_what_is_finished(tmp_path, spec):
 def test_one_cell_can_be_submitted(tmp_path, spec):
   done = run_module("-m", "launch.submit", f"--config={spec}:{BASE}-s1", "--dry_run",
                     f"--out={tmp_path / 'runs'}")
-  assert len(done.stdout.splitlines()) == 1
+  assert len(commands(done.stdout)) == 1
   assert f"--config={spec}:{BASE}-s1" in done.stdout
 
 

@@ -108,3 +108,15 @@ def test_bytes_on_the_wire_are_those_of_the_compute_type():
   moves = [line for line in jaxpr.splitlines() if "= all_to_all[" in line
            or "= all_gather[" in line]
   assert len(moves) == 5 and all(":bf16[" in line for line in moves), moves
+
+
+def test_bfloat16_on_a_mesh_is_bfloat16_on_one_device():
+  """Forward the same rows are multiplied; gradients are summed over devices in bfloat16."""
+  semantics = Semantics(N_TOPK, True, GROUP, GROUP)
+  one, many = (value_and_grads(shape, semantics, jnp.bfloat16) for shape in ((1, 1, 1), (2, 2, 2)))
+  np.testing.assert_array_equal(one[1].assigned_E, many[1].assigned_E)
+  for a, b in zip(jax.tree.leaves((one[0], one[2])), jax.tree.leaves((many[0], many[2])),
+                  strict=True):
+    a, b = np.float32(a), np.float32(b)
+    # Eight partial sums, each rounded to 8 bits, and a rounding for each of three additions.
+    np.testing.assert_allclose(a, b, atol=np.abs(a).max() * 2**-6)

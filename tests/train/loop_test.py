@@ -15,11 +15,13 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.data.prepare import prepare
 from moe_jax.grid import select
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
 from moe_jax.run_dir import EXIT_BUSY, EXIT_DIVERGED, EXIT_PREEMPTED, RunDir
-from moe_jax.train.checkpoint import restore_params
+from moe_jax.train import step as step_lib
+from moe_jax.train.checkpoint import Checkpointer, restore_params
 from tests.experiment_files import ROOT, write
 from tests.small import ONE_DEVICE
 
@@ -152,13 +154,14 @@ def test_killed_and_started_again_it_is_bitwise_the_undisturbed_run(moment, runn
 
 @pytest.mark.slow
 def test_killed_ten_times_it_is_bitwise_the_undisturbed_run(runner, undisturbed):
-  rng = np.random.default_rng(0)
+  rng, resumed = np.random.default_rng(0), 0
   for kill in range(10):
     process = runner.start()
     time.sleep(1.0 + 3.0 * rng.random() + 0.3 * kill)
     if process.poll() is None:
       process.kill()
-    process.communicate()
+    resumed += "going on from step" in process.communicate()[0]
+  assert resumed, "every kill came before the first checkpoint: nothing was tested"
   assert runner.run()[0] == 0
   assert_same_run(runner, undisturbed)
 
@@ -218,6 +221,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(r
       select(runner.spec)[0].config, make_mesh(select(runner.spec)[0].config,
                                                jax.devices()[:1])))[1]
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_the_last_good_checkpoint_is_looked_up_and_not_computed(runner, undisturbed):
+  """A resumed run that diverges names what is there, whatever checkpoint_every is now."""
+  shutil.copytree(undisturbed.run_dir().path, runner.run_dir().path)
+  run_dir = runner.run_dir()
+  run_dir.write_status(run_dir.read_status() | {"state": "running"})
+  for step in (STEPS, STEPS - EVERY):  # the state is made bad: an infinite moment
+    shutil.rmtree(run_dir.checkpoints / str(step))
+    run_dir.checksums(step).unlink()
+  cell = select(runner.spec)[0]
+  mesh = make_mesh(cell.config, jax.devices()[:1])
+  state = step_lib.init_state(cell.config, mesh)
+  state["params"]["final_norm_D"] = state["params"]["final_norm_D"] * np.inf
+  with Checkpointer(run_dir, 2) as checkpointer:
+    meta = {"data_fingerprint": prepare(cell.config.data, runner.out / "_data").fingerprint}
+    checkpointer.save(7, state, {"next_index": 7}, meta)
+  code, _, err = runner.run("--config.execution.checkpoint_every=1000")
+  assert code == EXIT_DIVERGED
+  assert "loss is nan at step 8: stopped; the last good checkpoint is that of step 7" in err
 
 
 def test_a_second_process_is_refused_and_a_dead_ones_lock_is_free(runner, undisturbed):
