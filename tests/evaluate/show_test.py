@@ -13,9 +13,10 @@ from moe_jax.evaluate.table import print_table
 def row(n_exp=8, n_topk=2, **changes):
   return {"experiment": "small", "cell": f"l2-d16-f12-e{n_exp}-k{n_topk}",
           "evaluation": "heldout", "n_exp": n_exp, "sparsity": n_exp / n_topk,
-          "n_total": 1_000_000, "n_active": 300_000, "tokens": 1_600_000, "loss": 1.9, "loss_se": 0.02, "loss_at_capacity": 1.95,
-          "bits_per_byte": 2.7, "drop_rate": 0.0213, "load_variation": 0.3,
-          "unigram_loss": 3.0285, "heldout_documents": 25} | changes
+          "n_total": 1_000_000, "n_active": 300_000, "tokens": 1_600_000, "loss": 1.9,
+          "loss_se": 0.02, "loss_at_capacity": 1.95, "bits_per_byte": 2.7,
+          "drop_rate": 0.0213, "load_variation": 0.3, "unigram_loss": 3.0285,
+          "heldout_documents": 25} | changes
 
 
 def test_the_table_is_whole_on_a_pipe(capsys):
