@@ -4,6 +4,8 @@ Every command of the project starts through `run`, so that bad input ends in one
 stderr and exit code 2, before anything is compiled, launched or written.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,6 +68,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
       return main(found)
     except FieldError as error:
       _fail(f"--{error}")
+    except KeyboardInterrupt:
+      print("interrupted; what was finished is kept", file=sys.stderr, flush=True)
+      os._exit(128 + signal.SIGINT)  # not through the exit handlers of threads at work
 
   app.run(body, flags_parser=flags_parser)
 

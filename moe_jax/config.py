@@ -9,6 +9,7 @@ an invalid configuration cannot exist.
 import dataclasses
 import hashlib
 import json
+import re
 from typing import Any, Literal
 
 from moe_jax.arch import Architecture
@@ -91,10 +92,8 @@ class DataConfig:
 
   def __post_init__(self):
     require(self.seq_len >= 2, "seq_len", self.seq_len, "must be at least 2")
-    bpe_size = self.tokenizer.removeprefix("bpe-")
-    require(self.tokenizer == "bytes"
-            or (self.tokenizer.startswith("bpe-") and bpe_size.isdecimal()
-                and int(bpe_size) >= 257),
+    bpe = re.fullmatch("bpe-([1-9][0-9]{0,8})", self.tokenizer)
+    require(self.tokenizer == "bytes" or (bpe is not None and int(bpe[1]) >= 257),
             "tokenizer", self.tokenizer,
             "must be 'bytes' or 'bpe-N' with N at least 257, e.g. 'bpe-4096'")
 

@@ -75,6 +75,8 @@ class Grid:
   def __post_init__(self):
     require(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", self.name) is not None, "grid.name",
             self.name, "must be lower-case letters, digits, '.', '_' and '-'")
+    require(self.n_total is None or (isinstance(self.n_total, int) and self.n_total > 0),
+            "grid.n_total", self.n_total, "must be a whole number above 0, or None")
     require(len(self.cells) > 0, "grid.cells", self.cells, "must hold at least one cell")
     by_name = collections.defaultdict(list)
     for config in self.cells:
@@ -145,7 +147,7 @@ def load_grid(path: str) -> Grid:
     grid = module.get_grid()
   except FieldError as error:
     raise FieldError("config", path, f"the file gives {error}") from error
-  except Exception as error:  # whatever a user's file does, the answer is one line
+  except (Exception, SystemExit) as error:  # whatever a user's file does, the answer is one line
     line = ""
     for frame in _frames(error.__traceback__):
       if frame.tb_frame.f_code.co_filename == spec.origin:

@@ -85,6 +85,8 @@ def read_json(path: epath.Path) -> Any:
     return json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise FieldError("out", str(path), f"is damaged, not JSON: {error}") from None
+  except IsADirectoryError:
+    raise FieldError("out", str(path), "is damaged: a directory where a file belongs") from None
 
 
 def is_gone(host: str, pid: int) -> bool:
@@ -111,7 +113,10 @@ class RunDir:
     """The directory of a cell under the root `out`. Raises FieldError if it is out of reach."""
     if os.fspath(out).startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
       raise FieldError("out", os.fspath(out), "needs gcsfs: pip install 'moe_jax[gcs]'")
-    return cls(epath.Path(out) / cell.experiment / cell.name)
+    root = epath.Path(out)
+    if is_local(root) and root.exists() and not root.is_dir():
+      raise FieldError("out", os.fspath(out), "is a file; a directory is wanted")
+    return cls(root / cell.experiment / cell.name)
 
   @property
   def checkpoints(self) -> epath.Path:
@@ -179,7 +184,10 @@ class RunDir:
     status = read_json(path)
     if status is None:
       return {}
-    if not isinstance(status, dict) or not {"state", "host", "pid", "heartbeat"} <= set(status):
+    kinds = {"state": str, "host": str, "pid": int, "heartbeat": (int, float)}
+    if (not isinstance(status, dict)
+        or not all(isinstance(status.get(name), kind) for name, kind in kinds.items())
+        or not 0 < status["pid"] < 2**31):
       raise FieldError("out", str(path), "is damaged: no state, host, pid or heartbeat")
     return status
 

@@ -187,3 +187,14 @@ def test_cells_may_differ_in_execution_alone_within_one_name_space(tmp_path):
   assert [config.execution.log_every for config in again.cells] == [3, 3]
   assert dataclasses.replace(again, cells=grid.cells) == grid
   assert isinstance(again, grid_lib.Grid)
+
+
+@pytest.mark.parametrize("n_total", [0, -5, "many", float("nan")])
+def test_a_grids_size_must_be_a_size(n_total):
+  with pytest.raises(FieldError, match="grid.n_total"):
+    Grid("sized", RECIPE, (RECIPE,), n_total)
+
+
+def test_a_file_that_exits_is_no_success(tmp_path):
+  with pytest.raises(FieldError, match="raises at quits.py:2: SystemExit: 0"):
+    load_grid(write(tmp_path, "import sys\nsys.exit(0)\n", "quits.py"))

@@ -241,3 +241,23 @@ def test_evaluations_are_read_by_name(run_dir):
   run_dir.write_eval("heldout", {"loss": 2.0})
   run_dir.write_eval("domains", {"loss": {"a": 1.0}})
   assert run_dir.read_evals() == {"domains": {"loss": {"a": 1.0}}, "heldout": {"loss": 2.0}}
+
+
+def test_a_root_that_is_a_file_is_refused(tmp_path, cell):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(FieldError, match="is a file; a directory is wanted"):
+    RunDir.of(tmp_path / "file", cell)
+
+
+@pytest.mark.parametrize("wrong", [{"pid": "x"}, {"pid": 10**20}, {"heartbeat": None}])
+def test_a_status_of_wrong_types_is_damaged(run_dir, wrong):
+  run_dir.write_status({"state": "running"})
+  run_dir_lib.write_json(run_dir.path / "status.json", run_dir.read_status() | wrong)
+  with pytest.raises(FieldError, match="is damaged"):
+    run_dir.read_status()
+
+
+def test_a_directory_where_a_file_belongs_is_damage(run_dir):
+  (run_dir.path / "config.json").mkdir(parents=True)
+  with pytest.raises(FieldError, match="a directory where a file belongs"):
+    run_dir.read_config()

@@ -113,4 +113,4 @@ def _kept(run_dir: RunDir, cell: Cell, fingerprint: str) -> dict[str, Any] | Non
   steps = checkpoint_steps(run_dir)
   wanted = {"version": heldout.VERSION, "identity": config_lib.identity_hash(cell.config),
             "data_fingerprint": fingerprint, "step": steps[-1] if steps else None}
-  return old if old and wanted.items() <= old.items() else None
+  return old if isinstance(old, dict) and wanted.items() <= old.items() else None

@@ -72,6 +72,9 @@ def rows_of(run_dir: RunDir) -> list[Row]:
   config = run_dir.read_config()
   if config is None:
     return []
+  cell = run_dir_lib.read_json(run_dir.path / "config.json").get("cell")
+  if cell != run_dir.path.name:  # a copy would count twice in a fit
+    raise FieldError("out", str(run_dir.path), f"is a copy of the run {cell!r}")
   status = run_dir.read_status()
   identity = config_lib.identity_hash(config)
   flops = count.training_flops_per_token(config.arch, config.data.seq_len)

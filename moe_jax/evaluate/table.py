@@ -17,12 +17,12 @@ def table(rows: Sequence[Row]) -> rich.table.Table:
                           caption="Losses in nats per token; ± one standard error over "
                                   f"{rows[0]['heldout_documents']} documents.")
   made.add_column("cell", no_wrap=True)
-  for name in ("N_total", "N_active", "s", "loss", "at capacity", "bits/byte", "dropped",
+  for name in ("step", "N_total", "N_active", "s", "loss", "at capacity", "bits/byte", "dropped",
                "load variation", "unigram loss"):
     made.add_column(name, justify="right", no_wrap=True)
   for row in rows:
     made.add_row(
-        row["cell"], short(row["n_total"]), short(row["n_active"]),
+        row["cell"], str(row["step"]), short(row["n_total"]), short(row["n_active"]),
         f"{row['sparsity']:.3g}", _pm(row["loss"], row["loss_se"]),
         f"{row['loss_at_capacity']:.4f}", f"{row['bits_per_byte']:.4f}",
         _or_dash(row["drop_rate"], ".2%"), _or_dash(row["load_variation"], ".2f"),

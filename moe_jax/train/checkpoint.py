@@ -319,7 +319,7 @@ def _all_damaged(run_dir: RunDir, problems: Mapping[int, str]) -> CheckpointErro
   found = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
   return CheckpointError(
       f"no checkpoint in {_directory(run_dir)} is sound ({found or 'see process 0'}): put a "
-      "good copy back, or delete that folder to train from step 0")
+      "good copy back, or delete that folder and status.json beside it to train from step 0")
 
 
 def _disk_is_full(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 
 from moe_jax import run_dir as run_dir_lib
-from moe_jax.config import RunConfig
+from moe_jax.config import RunConfig, identity_hash
 from moe_jax.data.loader import train_dataset, train_iterator
 from moe_jax.data.prepare import PreparedData, prepare
 from moe_jax.errors import FieldError
@@ -144,6 +144,9 @@ class _Run:
           f"the text of {config.data.corpus!r} has changed since step {restored.step} was "
           f"saved (fingerprint {theirs} then, {self.prepared.fingerprint} now): put the old "
           "text back, or begin the run anew elsewhere")
+    if restored.meta["identity"] != identity_hash(config):  # config.json was lost
+      raise CheckpointError(f"step {restored.step} in {self.run_dir.path} was saved by a run of "
+                            f"another identity, {restored.meta['identity']}")
     batches.set_state(restored.data)
     self.step = restored.step
     print(f"going on from step {restored.step} of {config.train.steps}", flush=True)
@@ -152,7 +155,8 @@ class _Run:
   def _save(self, checkpointer: Checkpointer, state, batches, writer: MetricsWriter) -> None:
     writer.next_chunk()  # so that no step before a checkpoint is missing from the metrics
     checkpointer.save(self.step, state, batches.get_state(),
-                      {"data_fingerprint": self.prepared.fingerprint})
+                      {"data_fingerprint": self.prepared.fingerprint,
+                       "identity": identity_hash(self.config)})
 
   def _settle(self, step: int, metrics: step_lib.Metrics, writer: MetricsWriter,
               throughput: Throughput, progress: Progress) -> None:

@@ -1,4 +1,5 @@
 import csv
+import shutil
 
 import pytest
 from etils import epath
@@ -79,3 +80,12 @@ def test_a_damaged_file_is_named_and_hides_no_other_row(tmp_path, name, content)
 
 def test_no_experiment_has_no_rows(tmp_path):
   assert results.collect(tmp_path, "nothing") == ([], [])
+
+
+def test_a_copied_run_is_named_and_does_not_count_twice(tmp_path):
+  (cell,) = cells_of(seeds=1)
+  run_dir = leave(tmp_path, cell)
+  shutil.copytree(run_dir.path, run_dir.path.with_name("copy"))
+  rows, (problem,) = results.collect(tmp_path, "small")
+  assert [row["cell"] for row in rows] == [cell.name]
+  assert problem.startswith("copy: not in results.csv: ") and "is a copy of the run" in problem

@@ -11,7 +11,7 @@ from moe_jax.evaluate.table import print_table
 
 
 def row(n_exp=8, n_topk=2, **changes):
-  return {"experiment": "small", "cell": f"l2-d16-f12-e{n_exp}-k{n_topk}",
+  return {"experiment": "small", "step": 400, "cell": f"l2-d16-f12-e{n_exp}-k{n_topk}",
           "evaluation": "heldout", "n_exp": n_exp, "sparsity": n_exp / n_topk,
           "n_total": 1_000_000, "n_active": 300_000, "tokens": 1_600_000, "loss": 1.9,
           "loss_se": 0.02, "loss_at_capacity": 1.95, "bits_per_byte": 2.7,
@@ -25,7 +25,7 @@ def test_the_table_is_whole_on_a_pipe(capsys):
                           load_variation=None)])
   lines = capsys.readouterr().out.splitlines()
   (first,) = [line for line in lines if "e8-k2" in line]
-  for text in ("1M", "300k", " 4 ", "1.9000 ± 0.0200", "1.9500", "2.7000", "2.13%", "0.30",
+  for text in (" 400 ", "1M", "300k", " 4 ", "1.9000 ± 0.0200", "1.9500", "2.7000", "2.13%", "0.30",
                "3.0285"):
     assert text in first
   (second,) = [line for line in lines if name in line]

@@ -159,3 +159,12 @@ def test_routed_outputs_start_at_the_scale_of_a_dense_layer(n_topk, norm):
   dense_TD = swiglu(x_TD[None], Experts(*(w[:1] for w in experts)))[0]
   dense_TD /= init.routed_scale(arch, norm)
   assert 0.8 < y_TD.std() / dense_TD.std() < 1.25
+
+
+@pytest.mark.parametrize("field,value", [("rope_theta", 100.0), ("norm_eps", 0.5)])
+def test_the_models_numerics_are_those_of_the_configuration(field, value):
+  params, run = build(small_config(moe={"dispatch": "reference"}))
+  other_run = build(small_config(moe={"dispatch": "reference"}, model={field: value}))[1]
+  tokens_BS, segments_BS = tokens_like(), jnp.zeros((8, 16), jnp.int32)
+  difference = run(params, tokens_BS, segments_BS) - other_run(params, tokens_BS, segments_BS)
+  assert np.abs(difference).max() > 1e-3
