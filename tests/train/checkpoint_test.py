@@ -118,15 +118,16 @@ def test_save_does_not_see_a_later_donation(run_dir):
   """The step that follows a save overwrites the very buffers that are being written."""
   update = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  x_TD = np.random.default_rng(0).standard_normal((1024, 512)).astype(np.float32)
   for step, spec in enumerate((PartitionSpec(), PartitionSpec("data")), start=1):
-    sharding = NamedSharding(mesh, spec)
-    x_TD = np.random.default_rng(0).standard_normal((1024, 512)).astype(np.float32)
     # Made by a program: an array that shares NumPy's memory cannot be donated.
-    state = {"params": {"x_TD": jax.jit(lambda x: x + 0, out_shardings=sharding)(x_TD)}}
+    make = jax.jit(lambda x: x + 0, out_shardings=NamedSharding(mesh, spec))
+    unsaved, saved = make(x_TD), make(x_TD)
+    jax.block_until_ready(update(unsaved))
+    assert unsaved.is_deleted()  # so the update does overwrite what nobody holds
     with Checkpointer(run_dir, 2) as checkpointer:
-      checkpointer.save(step, state, {}, {})
-      jax.block_until_ready(update(state["params"]["x_TD"]))
-      assert state["params"]["x_TD"].is_deleted()
+      checkpointer.save(step, {"params": {"x_TD": saved}}, {}, {})
+      jax.block_until_ready(update(saved))
     _, params, _ = checkpoint.restore_params(
         run_dir, {"x_TD": jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype)})
     np.testing.assert_array_equal(params["x_TD"], x_TD)
