@@ -3,7 +3,8 @@
 Figures are the vendors' published ones: Cloud TPU's system architecture pages and NVIDIA's
 data sheets (SXM parts, dense bfloat16, no structured sparsity). TPU memory is in GiB, as the
 chips have it; NVIDIA's is taken as the decimal gigabytes of the data sheet, a few per cent
-below what the driver shows, so that a plan errs on the safe side.
+below what the driver shows, so that a plan errs on the safe side. Links between chips are
+published as the sum over all links of a chip and both directions; here is one direction, half.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ class Hardware:
     bf16_flops: peak dense bfloat16 FLOP/s of a chip.
     hbm_bytes: memory of a chip.
     hbm_bytes_per_second: peak memory bandwidth of a chip.
+    link_bytes_per_second: what a chip can send to others of its slice or NVLink domain, over
+      all its links (ICI, NVLink), in one direction.
     device_kinds: what `jax.Device.device_kind` says for it.
     devices_per_chip: JAX devices that share a chip (tpu7x shows its two cores).
   """
@@ -28,6 +31,7 @@ class Hardware:
   bf16_flops: float
   hbm_bytes: float
   hbm_bytes_per_second: float
+  link_bytes_per_second: float
   device_kinds: tuple[str, ...]
   devices_per_chip: int = 1
 
@@ -48,15 +52,15 @@ class Hardware:
 
 
 HARDWARE = {chip.name: chip for chip in (
-    Hardware("v4", 275e12, 32 * _GIB, 1200e9, ("TPU v4",)),
-    Hardware("v5e", 197e12, 16 * _GIB, 820e9, ("TPU v5 lite", "TPU v5e")),
-    Hardware("v5p", 459e12, 95 * _GIB, 2765e9, ("TPU v5", "TPU v5p")),
-    Hardware("v6e", 918e12, 32 * _GIB, 1640e9, ("TPU v6 lite", "TPU v6e")),
-    Hardware("tpu7x", 2307e12, 192 * _GIB, 7400e9, ("TPU7x",), devices_per_chip=2),
-    Hardware("a100-80", 312e12, 80e9, 2040e9, ("NVIDIA A100-SXM4-80GB",)),
-    Hardware("h100", 989e12, 80e9, 3350e9, ("NVIDIA H100 80GB HBM3",)),
-    Hardware("h200", 989e12, 141e9, 4800e9, ("NVIDIA H200",)),
-    Hardware("b200", 2250e12, 180e9, 8000e9, ("NVIDIA B200",)),
+    Hardware("v4", 275e12, 32 * _GIB, 1200e9, 270e9, ("TPU v4",)),
+    Hardware("v5e", 197e12, 16 * _GIB, 820e9, 200e9, ("TPU v5 lite", "TPU v5e")),
+    Hardware("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, ("TPU v5", "TPU v5p")),
+    Hardware("v6e", 918e12, 32 * _GIB, 1640e9, 400e9, ("TPU v6 lite", "TPU v6e")),
+    Hardware("tpu7x", 2307e12, 192 * _GIB, 7400e9, 600e9, ("TPU7x",), devices_per_chip=2),
+    Hardware("a100-80", 312e12, 80e9, 2040e9, 300e9, ("NVIDIA A100-SXM4-80GB",)),
+    Hardware("h100", 989e12, 80e9, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",)),
+    Hardware("h200", 989e12, 141e9, 4800e9, 450e9, ("NVIDIA H200",)),
+    Hardware("b200", 2250e12, 180e9, 8000e9, 900e9, ("NVIDIA B200",)),
 )}
 
 _BY_KIND = {kind: chip for chip in HARDWARE.values() for kind in chip.device_kinds}

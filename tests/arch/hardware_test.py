@@ -38,3 +38,10 @@ def test_tpu_figures_are_near_those_jax_has(name, version, cores):
   # v5p differs by 12 %: 2765 GB/s published, 2460 GB/s there.
   assert chip.device_hbm_bytes_per_second == pytest.approx(
       cores * info.mem_bw_bytes_per_second, rel=0.13)
+
+
+@pytest.mark.parametrize("name, both_directions", [
+    ("v4", 6 * 90e9), ("v5e", 400e9), ("v5p", 1200e9), ("v6e", 800e9), ("tpu7x", 1200e9),
+    ("a100-80", 600e9), ("h100", 900e9), ("h200", 900e9), ("b200", 1800e9)])
+def test_links_are_half_of_what_is_published_for_both_directions(name, both_directions):
+  assert 2 * HARDWARE[name].link_bytes_per_second == both_directions
