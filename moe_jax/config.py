@@ -9,6 +9,7 @@ an invalid configuration cannot exist.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from typing import Any, Literal
 
@@ -74,13 +75,21 @@ class ModelConfig:
     require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be above 0")
 
 
+NAME = "[a-z0-9]+(?:[._-][a-z0-9]+)*"  # of a corpus: it is a folder and a part of job names
+MIXTURE_PERIOD = 10_000  # rows in which each corpus has its share exactly
+_VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}  # the separator included
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """What is read.
 
   Attributes:
-    corpus: name of a corpus that `python -m moe_jax.data` knows, e.g. `sotu`.
-    tokenizer: `bytes`, or `bpe-N`: a byte-level BPE of N tokens trained on the corpus.
+    corpus: name of a corpus that `python -m moe_jax.data` knows, e.g. `sotu`; or several
+      with weights, `sotu:0.7,python:0.3`: the shares of the rows that are trained on.
+    tokenizer: `bytes`; `bpe-N`, a byte-level BPE of N tokens trained on the corpus; `gpt2`;
+      or the name that `python -m moe_jax.data` gave to a tokenizer.json, which ends in a
+      hash of it.
     seq_len: tokens in a packed sequence.
     mask_documents: whether attention stops at document boundaries.
   """
@@ -92,15 +101,45 @@ class DataConfig:
 
   def __post_init__(self):
     require(self.seq_len >= 2, "seq_len", self.seq_len, "must be at least 2")
+    _ = self.mixture
     bpe = re.fullmatch("bpe-([1-9][0-9]{0,8})", self.tokenizer)
-    require(self.tokenizer == "bytes" or (bpe is not None and int(bpe[1]) >= 257),
-            "tokenizer", self.tokenizer,
-            "must be 'bytes' or 'bpe-N' with N at least 257, e.g. 'bpe-4096'")
+    known = int(bpe[1]) >= 257 if bpe else (
+        self.tokenizer in _VOCAB_SIZES or re.fullmatch(NAME + "-[0-9a-f]{8}", self.tokenizer))
+    require(bool(known), "tokenizer", self.tokenizer,
+            "must be 'bytes' or 'bpe-N' with N at least 257, e.g. 'bpe-4096', or 'gpt2', or the "
+            "name that python -m moe_jax.data --tokenizer=FILE gives to a tokenizer.json")
 
   @property
-  def tokenizer_vocab_size(self) -> int:
-    """Token ids the tokenizer can emit, its document separator included."""
-    return 257 if self.tokenizer == "bytes" else int(self.tokenizer.removeprefix("bpe-"))
+  def mixture(self) -> dict[str, float]:
+    """Corpus -> its share of the rows, in the order of names; the shares sum to 1."""
+    weights: dict[str, float] = {}
+    for part in self.corpus.split(","):
+      name, colon, weight = part.strip().partition(":")
+      require(re.fullmatch(NAME, name) is not None and name not in weights
+              and (bool(colon) or part == self.corpus), "corpus", self.corpus,
+              "must be the name of a corpus (lower-case letters, digits, '.', '_' and '-'), or "
+              "several different ones with their weights: NAME:WEIGHT,NAME:WEIGHT")
+      try:
+        weights[name] = float(weight) if colon else 1.0
+      except ValueError:
+        weights[name] = math.nan
+      require(0 < weights[name] < math.inf, "corpus", self.corpus, f"the weight of {name!r} is "
+              f"{weight!r}: must be a finite number above 0")
+    shares = {name: weights[name] / sum(weights.values()) for name in sorted(weights)}
+    least = min(shares, key=shares.get)
+    require(shares[least] * MIXTURE_PERIOD > 1 - 1e-6, "corpus", self.corpus,
+            f"the share of {least!r} is {shares[least]:.3g}: must be at least one row in "
+            f"{MIXTURE_PERIOD}")
+    return shares
+
+  @property
+  def tokenizer_vocab_size(self) -> int | None:
+    """Token ids the tokenizer can emit, its document separator included.
+
+    None for a tokenizer.json: its size is known when the data are prepared.
+    """
+    bpe = re.fullmatch("bpe-([0-9]+)", self.tokenizer)
+    return int(bpe[1]) if bpe else _VOCAB_SIZES.get(self.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,9 +261,7 @@ class RunConfig:
     require(not (self.moe.norm_topk_prob and self.arch.n_topk == 1 < self.arch.n_exp),
             "moe.norm_topk_prob", True, "must be false for n_topk = 1: a weight that is "
             "always 1 gives the router no gradient")
-    require(self.data.tokenizer_vocab_size <= self.arch.vocab_size, "arch.vocab_size",
-            self.arch.vocab_size, f"must be at least the {self.data.tokenizer_vocab_size} "
-            f"tokens of the tokenizer {self.data.tokenizer!r}")
+    self.check_vocabulary(self.data.tokenizer_vocab_size or 0)
     require(self.group_tokens % self.data.seq_len == 0, "moe.routing_group_tokens",
             self.moe.routing_group_tokens, "must be 0 or a multiple of data.seq_len, "
             f"which is {self.data.seq_len}")
@@ -232,6 +269,11 @@ class RunConfig:
             == 0, "train.batch_size", self.train.batch_size,
             "must be a multiple of execution.microbatches * the sequences in a routing "
             f"group, which is {self.execution.microbatches} * {self.group_sequences}")
+
+  def check_vocabulary(self, vocab_size: int) -> None:
+    """Raises FieldError if the model has no embedding for one of so many token ids."""
+    require(vocab_size <= self.arch.vocab_size, "arch.vocab_size", self.arch.vocab_size,
+            f"must be at least the {vocab_size} tokens of the tokenizer {self.data.tokenizer!r}")
 
   @property
   def group_tokens(self) -> int:

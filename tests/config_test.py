@@ -226,6 +226,9 @@ def test_the_identity_of_equal_configurations_is_equal():
 # What is stored
 
 
+_CORPORA = strategies.from_regex(config_lib.NAME, fullmatch=True)
+
+
 def _configs():
   arch = strategies.builds(
       Architecture, n_layers=strategies.integers(1, 64),
@@ -240,7 +243,7 @@ def _configs():
       moe=strategies.builds(MoEConfig, capacity_factor=positive,
                             norm_topk_prob=strategies.booleans(),
                             balance_coef=strategies.floats(-0.0, 1)),
-      data=strategies.builds(DataConfig, corpus=strategies.text(),
+      data=strategies.builds(DataConfig, corpus=_CORPORA,
                              seq_len=strategies.integers(2, 4096)),
       train=strategies.builds(TrainConfig, learning_rate=positive,
                               weight_decay=strategies.integers(0, 1)),

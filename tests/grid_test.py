@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies
 
 from moe_jax import grid as grid_lib
-from moe_jax.config import Architecture, FieldError, RunConfig
+from moe_jax.config import NAME, Architecture, FieldError, RunConfig
 from moe_jax.fields import override
 from moe_jax.grid import Grid, cell_name, get_config, load_grid, select
 from tests.experiment_files import BASE, write, write_tiny
@@ -37,7 +37,7 @@ def test_a_name_tells_the_shape_and_what_differs_from_the_recipe(changes, name):
 
 
 @given(rate=strategies.floats(1e-12, 1e3), seed=strategies.integers(0, 2**31 - 1),
-       corpus=strategies.text(min_size=1, max_size=20))
+       corpus=strategies.from_regex(NAME, fullmatch=True))
 def test_any_name_suits_a_path_and_a_job(rate, seed, corpus):
   config = override(RECIPE, {"train.learning_rate": rate, "seed_init": seed,
                              "data.corpus": corpus})
