@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.law_fits --chinchilla=chinchilla_svg_extracted_data.csv \
         --gadre=gadre_openlm_scaling_points.csv --tlm26=tlm26_moe_tinystories.csv \
-        --li2026=li2026_moe_surpass_dense_bpc.csv
+        --li2026=li2026_moe_surpass_dense_bpc.csv --peers
 
-Any of the flags may be left out. The data are not part of the project:
+Any of the flags may be left out; --peers sets beside ours what the public fitters that are
+installed reach on the dense data (benchmarks/law_peers.py). The data are no part of the project:
   chinchilla  epoch-research/analyzing-chinchilla, data/svg_extracted_data.csv
   gadre       mlfoundations/scaling: params, tokens, loss_c4_val, a dataset a row
   tlm26       model card h1matthew/tlm26: n_exp, top_k, total_params, active_params, ce
@@ -16,6 +17,7 @@ import csv
 import numpy as np
 from absl import flags
 
+from benchmarks import law_peers
 from moe_jax import cli
 from moe_jax.errors import FieldError
 from moe_jax.laws import intervals
@@ -29,6 +31,7 @@ from moe_jax.laws.validate import f_test
 _CHINCHILLA, _GADRE, _TLM26, _LI2026 = (
     flags.DEFINE_string(name, None, "Data file; see the module's docstring.")
     for name in ("chinchilla", "gadre", "tlm26", "li2026"))
+_PEERS = flags.DEFINE_bool("peers", False, "Compare with public fitters on dense data.")
 _STARTS = flags.DEFINE_integer("starts", 64, "Starts of L-BFGS.", lower_bound=8)
 
 # Besiroglu et al. with the five outliers left out: A, B, E, alpha, beta.
@@ -74,7 +77,7 @@ def without_outliers(cells: Cells, n: int, starts: int) -> Cells:
   return cells
 
 
-def chinchilla_lines(path: str, starts: int) -> list[str]:
+def chinchilla_lines(path: str, starts: int, peers: bool = False) -> list[str]:
   rows = read(path, "chinchilla", ("Model Size", "Training FLOP", "loss"))
   size = numbers(rows, "Model Size")
   cells = Cells.of(numbers(rows, "loss"), n_active=size,
@@ -82,17 +85,22 @@ def chinchilla_lines(path: str, starts: int) -> list[str]:
   everything = fit(cells, "chinchilla", n_starts=starts)
   lines = dense_lines("chinchilla, all points", everything)
   lines.append(f"  published beta {_PUBLISHED_BETA}")
-  rest = fit(without_outliers(cells, 5, 8), "chinchilla", n_starts=starts)
+  without = without_outliers(cells, 5, 8)
+  rest = fit(without, "chinchilla", n_starts=starts)
   lines += dense_lines("chinchilla, five outliers left out one at a time", rest)
   lines.append("  published A {}, B {}, E {}, alpha {}, beta {}".format(
       *_PUBLISHED_WITHOUT_OUTLIERS))
   lines += [f"  {name:6s} {interval}" for found in (
       intervals.profile(rest), intervals.subsample(rest, draws=100, solver="huber"))
       for name, interval in found.items()]
+  if peers:
+    lines += ["", *law_peers.lines("chinchilla, all points", cells, starts, published=True),
+              *law_peers.lines("chinchilla, without the five outliers", without, starts,
+                               published=True)]
   return lines
 
 
-def gadre_lines(path: str, starts: int) -> list[str]:
+def gadre_lines(path: str, starts: int, peers: bool = False) -> list[str]:
   rows = read(path, "gadre", ("dataset", "params", "tokens", "loss_c4_val"))
   lines = []
   for dataset in sorted({row["dataset"] for row in rows}):
@@ -101,6 +109,9 @@ def gadre_lines(path: str, starts: int) -> list[str]:
                      tokens=numbers(part, "tokens"), architecture=numbers(part, "params"))
     lines += dense_lines(f"gadre, trained on {dataset}",
                          fit(cells, "chinchilla", n_starts=starts))
+    if peers:
+      lines += ["", *law_peers.lines(f"gadre, trained on {dataset}", cells, starts,
+                                     published=False)]
   return lines
 
 
@@ -141,8 +152,8 @@ def li2026_lines(path: str) -> list[str]:
 def main(overrides: list[str]) -> None:
   if overrides:
     raise FieldError(overrides[0], "", "is not a flag of this command")
-  given = ((_CHINCHILLA, lambda path: chinchilla_lines(path, _STARTS.value)),
-           (_GADRE, lambda path: gadre_lines(path, _STARTS.value)),
+  given = ((_CHINCHILLA, lambda path: chinchilla_lines(path, _STARTS.value, _PEERS.value)),
+           (_GADRE, lambda path: gadre_lines(path, _STARTS.value, _PEERS.value)),
            (_TLM26, tlm26_lines), (_LI2026, li2026_lines))
   if not any(flag.value for flag, _ in given):
     raise FieldError("chinchilla", None, "give at least one data file: --chinchilla, --gadre, "
