@@ -6,6 +6,7 @@ Every section checks itself when it is made, and `RunConfig` checks what spans s
 an invalid configuration cannot exist.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,11 @@ from moe_jax.errors import FieldError, require
 from moe_jax.fields import checked, from_dict, leaf_types, leaves
 
 SCHEMA_VERSION = 1
+
+# Fields that version 1 did not have when its first runs were made, and the value that says what
+# those runs did. A stored configuration may lack them, and at this value they leave the hash of
+# the identity as it was.
+_ADDED = {"moe.router": "softmax", "moe.bias_update_rate": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,24 +40,44 @@ class MoEConfig:
     norm_topk_prob: divide the chosen probabilities by their sum (as Qwen3-MoE does).
       Must be off for n_topk = 1 among several experts: a weight that is always 1 gives
       the router no gradient from the language-model loss.
-    balance_coef: weight of the load-balance loss (1 per layer at perfect balance).
-    z_coef: weight of the router z-loss.
+    balance_coef: weight of the load-balance loss (1 per layer at perfect balance); none
+      means 0.01 for `softmax` and 0 for the routers that balance without a loss.
+    z_coef: weight of the router z-loss, which keeps the logits of a softmax small; none
+      means 0.001, and 0 for `sigmoid`, whose scores it would push towards 1 / n_exp.
+    router: `softmax` (Qwen3-MoE's), or `sigmoid` (DeepSeek-V3's: sigmoid scores, balanced by
+      a bias on the selection alone).
+    bias_update_rate: how far a step moves the selection bias of `sigmoid`.
   """
 
   dispatch: Literal["capacity", "reference"] = "capacity"
   capacity_factor: float = 1.25
   routing_group_tokens: int = 0
   norm_topk_prob: bool = True
-  balance_coef: float = 0.01
-  z_coef: float = 0.001
+  balance_coef: float | None = None
+  z_coef: float | None = None
+  router: Literal["softmax", "sigmoid"] = "softmax"
+  bias_update_rate: float = 1e-3
 
   def __post_init__(self):
     require(self.capacity_factor > 0, "capacity_factor", self.capacity_factor,
             "must be above 0")
     require(self.routing_group_tokens >= 0, "routing_group_tokens",
             self.routing_group_tokens, "must be 0 (one sequence) or more")
-    for name in ("balance_coef", "z_coef"):
-      require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+    for name in ("balance_coef", "z_coef", "bias_update_rate"):
+      value = getattr(self, name)
+      require(value is None or value >= 0, name, value, "must be 0 or more")
+
+  @property
+  def balance_weight(self) -> float:
+    """Weight of the balance loss, resolved."""
+    default = 0.01 if self.router == "softmax" else 0.0
+    return default if self.balance_coef is None else self.balance_coef
+
+  @property
+  def z_weight(self) -> float:
+    """Weight of the z-loss, resolved."""
+    default = 0.0 if self.router == "sigmoid" else 0.001
+    return default if self.z_coef is None else self.z_coef
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,17 +347,21 @@ def resolve_mesh(config: RunConfig, n_devices: int) -> tuple[int, int, int]:
 def identity(config: RunConfig) -> dict[str, Any]:
   """The fields that decide the result, as a flat dict from dotted path to value.
 
-  A float written as a whole number (`weight_decay=0`) is the same identity as 0.0, and so
-  is -0.0.
+  Weights of losses are resolved: a default that is written out changes nothing. A float
+  written as a whole number (`weight_decay=0`) is the same identity as 0.0, and so is -0.0.
   """
   types = leaf_types(RunConfig)
-  return {path: float(value) + 0.0 if types[path] is float else value
-          for path, value in leaves(config).items() if not path.startswith("execution.")}
+  values = leaves(config) | {"moe.balance_coef": config.moe.balance_weight,
+                             "moe.z_coef": config.moe.z_weight}
+  return {path: float(value) + 0.0 if types[path] in (float, float | None) else value
+          for path, value in values.items() if not path.startswith("execution.")}
 
 
 def identity_hash(config: RunConfig) -> str:
   """Twelve hex digits that name the identity; in every row of every table."""
-  canonical = json.dumps(identity(config), sort_keys=True)
+  told = {path: value for path, value in identity(config).items()
+          if path not in _ADDED or value != _ADDED[path]}
+  canonical = json.dumps(told, sort_keys=True)
   return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 

@@ -23,6 +23,7 @@ _SUFFIX_TAGS = {
     "arch.n_shared_experts": "shared", "arch.n_dense_layers": "dense",
     "moe.capacity_factor": "cf", "moe.routing_group_tokens": "group",
     "moe.norm_topk_prob": "norm", "moe.balance_coef": "bal", "moe.z_coef": "z",
+    "moe.router": "",
     "data.seq_len": "seq", "train.batch_size": "b", "train.learning_rate": "lr",
     "train.warmup_steps": "warmup", "train.weight_decay": "wd",
     "seed_init": "s", "seed_data": "sd",

@@ -67,9 +67,10 @@ def dropless_factors(config: RunConfig) -> list[float]:
 class Forward:
   """The forward passes of one model."""
 
-  def __init__(self, config: RunConfig, mesh: Mesh, params: functional.Params):
+  def __init__(self, config: RunConfig, mesh: Mesh, params: functional.Params,
+               router: functional.Router | None = None):
     """`config` is that of evaluation_config; each capacity is compiled when first used."""
-    self._mesh, self._params = mesh, params
+    self._mesh, self._params, self._router = mesh, params, router
     self._at_capacity = self._compile(config)
     # Without drops groups mean nothing. One for all tokens of a device is the most even, so
     # that it needs the fewest slots.
@@ -98,10 +99,10 @@ class Forward:
   def _compile(self, config: RunConfig):
     mesh = self._mesh
 
-    def step(params, batch):
+    def step(params, router, batch):
       logits_BSV, sums = functional.apply(config, params, batch["inputs_BS"],
                                           batch["segments_BS"], mesh,
-                                          counted_BS=batch["mask_BS"])
+                                          counted_BS=batch["mask_BS"], router=router)
       return optax.softmax_cross_entropy_with_integer_labels(
           logits_BSV, batch["targets_BS"]), sums
 
@@ -109,4 +110,4 @@ class Forward:
 
   def _run(self, step, batch: Batch) -> Output:
     batch = jax.device_put(batch, batch_sharding(self._mesh))
-    return Output(*jax.device_get(step(self._params, batch)))
+    return Output(*jax.device_get(step(self._params, self._router, batch)))

@@ -23,10 +23,10 @@ from moe_jax.evaluate.estimate import ratio
 from moe_jax.evaluate.forward import Forward, Output, evaluation_config
 from moe_jax.grid import Cell
 from moe_jax.mesh import make_mesh
-from moe_jax.model.functional import abstract_params
+from moe_jax.model.functional import abstract_model
 from moe_jax.moe.router import RouterSums, router_metrics
 from moe_jax.run_dir import RunDir
-from moe_jax.train.checkpoint import restore_params
+from moe_jax.train.checkpoint import restore_model
 
 NAME = "heldout"  # of the file in eval/
 SPLIT = "heldout"
@@ -59,12 +59,12 @@ def evaluate(cell: Cell, run_dir: RunDir, prepared: PreparedData,
     logging.warning("%s: %s does not suit %d device(s): evaluated on %s, which gives the same",
                     cell.name, cell.config.execution.mesh, len(devices), config.execution.mesh)
   mesh = make_mesh(config, devices)
-  step, params, meta = restore_params(run_dir, abstract_params(config, mesh))
+  step, model, meta = restore_model(run_dir, abstract_model(config, mesh))
   if meta["data_fingerprint"] != prepared.fingerprint:
     raise FieldError("config.data.corpus", config.data.corpus,
                      f"the text has changed since the run read it (fingerprint "
                      f"{meta['data_fingerprint']} then, {prepared.fingerprint} now)")
-  measured = measure(config, Forward(config, mesh, params), prepared)
+  measured = measure(config, Forward(config, mesh, **model), prepared)
   if not math.isfinite(measured["loss"]):
     raise FieldError("out", str(run_dir.path), f"its held-out loss at step {step} is "
                      f"{measured['loss']}")
@@ -128,7 +128,8 @@ def _add(total: RouterSums | None, sums: RouterSums | None) -> RouterSums | None
 
 def _router_facts(sums: RouterSums | None) -> dict[str, Any]:
   if sums is None:
-    return dict.fromkeys(("drop_rate", "load_variation", "max_load", "router_entropy", "load"))
+    return dict.fromkeys(("drop_rate", "load_variation", "max_load", "dead_experts",
+                          "router_entropy", "load"))
   load_LE = sums.assigned_E / sums.assigned_E.mean(-1, keepdims=True)
   return {**{name: float(value) for name, value in router_metrics(sums).items()},
           "load": load_LE.round(4).tolist()}

@@ -26,8 +26,8 @@ Row = dict[str, Any]
 _MEASURED = (
     "step", "loss", "loss_se", "loss_at_capacity", "loss_at_capacity_se", "bits_per_byte",
     "bits_per_byte_se", "unigram_loss", "unigram_bits_per_byte", "drop_rate",
-    "load_variation", "max_load", "router_entropy", "heldout_documents", "heldout_targets",
-    "heldout_bytes", "data_fingerprint")
+    "load_variation", "max_load", "dead_experts", "router_entropy", "heldout_documents",
+    "heldout_targets", "heldout_bytes", "data_fingerprint")
 _OF_TRAINING = ("state", "steps", "tokens_per_second", "mfu", "device_kind", "n_devices",
                 "commit")
 
@@ -52,8 +52,8 @@ def facts(config: RunConfig) -> Row:
       "corpus": data.corpus, "tokenizer": data.tokenizer, "seq_len": data.seq_len,
       "mask_documents": data.mask_documents, "dispatch": moe.dispatch,
       "capacity_factor": moe.capacity_factor, "routing_group_tokens": config.group_tokens,
-      "norm_topk_prob": moe.norm_topk_prob, "balance_coef": moe.balance_coef,
-      "z_coef": moe.z_coef, "compute_dtype": config.model.compute_dtype,
+      "norm_topk_prob": moe.norm_topk_prob, "balance_coef": moe.balance_weight,
+      "z_coef": moe.z_weight, "router": moe.router, "compute_dtype": config.model.compute_dtype,
       "batch_tokens": config.batch_tokens, "learning_rate": train.learning_rate,
       "schedule": train.schedule, "warmup_steps": train.warmup_steps,
       "decay_fraction": train.decay_fraction, "weight_decay": train.weight_decay,

@@ -2,34 +2,36 @@
 
 Names in the dict are the modules' attributes and carry their shapes, e.g.
 `params["moe_layers"]["moe"]["w_gate_EDF"]` of shape [layers, E, D, F]: that is what a
-checkpoint holds.
+checkpoint holds. What a router carries beside its parameters (the selection bias of sigmoid
+scores, `router["moe_layers"]["moe"]["bias_E"]` of shape [layers, E]) is such a dict of its own.
 """
 
 import functools
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.config import RunConfig
 from moe_jax.mesh import param_spec
-from moe_jax.model.transformer import Transformer
+from moe_jax.model.transformer import RouterState, Transformer
 from moe_jax.moe.router import RouterSums
 
 Params = dict[str, Any]
+Router = dict[str, Any]  # {} for the routers that carry nothing
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State]:
-  """The decoder's structure, without arrays."""
+def _abstract(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+  """The decoder's structure, its parameters and its routers' state, without arrays."""
   model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
-  graphdef, params, _ = nnx.split(model, nnx.Param, ...)
-  return graphdef, params
+  return nnx.split(model, nnx.Param, RouterState)
 
 
-def abstract_params(config: RunConfig, mesh: Mesh) -> Params:
-  """ShapeDtypeStructs with shardings, for every parameter."""
+def abstract_model(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+  """{"params", "router"} as ShapeDtypeStructs with shardings: all that a forward pass needs."""
 
   def describe(variable):
     shape = variable.get_value().shape
@@ -38,9 +40,15 @@ def abstract_params(config: RunConfig, mesh: Mesh) -> Params:
     return jax.ShapeDtypeStruct(shape, variable.get_value().dtype,
                                 sharding=NamedSharding(mesh, param_spec(stacked + axes)))
 
-  _, params = _abstract(config)
-  return nnx.to_pure_dict(jax.tree.map(
-      describe, params, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+  _, *states = _abstract(config)
+  params, router = (nnx.to_pure_dict(jax.tree.map(
+      describe, state, is_leaf=lambda x: isinstance(x, nnx.Variable))) for state in states)
+  return {"params": params, "router": router}
+
+
+def abstract_params(config: RunConfig, mesh: Mesh) -> Params:
+  """ShapeDtypeStructs with shardings, for every parameter."""
+  return abstract_model(config, mesh)["params"]
 
 
 def init_params(config: RunConfig, mesh: Mesh) -> Params:
@@ -58,11 +66,24 @@ def init_params(config: RunConfig, mesh: Mesh) -> Params:
   return jax.jit(create, out_shardings=shardings, compiler_options=options)()
 
 
+def init_router(config: RunConfig, mesh: Mesh) -> Router:
+  """The routers' state before the first step: every bias is 0."""
+  return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype),
+                                                  leaf.sharding),
+                      abstract_model(config, mesh)["router"])
+
+
 def apply(config: RunConfig, params: Params, inputs_BS: jax.Array, segments_BS: jax.Array,
-          mesh: Mesh, remat: str = "none", counted_BS: jax.Array | None = None
-          ) -> tuple[jax.Array, RouterSums | None]:
-  """logits_BSV in float32 and the router's sums by layer; see Transformer."""
-  graphdef, abstract = _abstract(config)
-  state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the cached one stays abstract
-  nnx.replace_by_pure_dict(state, params)
-  return nnx.merge(graphdef, state)(inputs_BS, segments_BS, mesh, remat, counted_BS)
+          mesh: Mesh, remat: str = "none", counted_BS: jax.Array | None = None,
+          router: Router | None = None) -> tuple[jax.Array, RouterSums | None]:
+  """logits_BSV in float32 and the router's sums by layer; see Transformer.
+
+  `router` may be left out where the routers carry nothing.
+  """
+  graphdef, *abstract = _abstract(config)
+  states = jax.tree.map(lambda leaf: leaf, abstract)  # copies: the cached ones stay abstract
+  for state, values in zip(states, (params, router or {}), strict=True):
+    if jax.tree.structure(nnx.to_pure_dict(state)) != jax.tree.structure(values):
+      raise ValueError("params or router is not the tree of this configuration")
+    nnx.replace_by_pure_dict(state, values)
+  return nnx.merge(graphdef, *states)(inputs_BS, segments_BS, mesh, remat, counted_BS)

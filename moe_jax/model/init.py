@@ -13,8 +13,8 @@ in width. On top of that:
   output starts at the scale of a dense layer's and sparsity is not confounded with the residual
   scale. It is a factor of the initial weights and not of the forward pass (as DeepSeek-V3's
   routed scaling factor is), which therefore stays Qwen3-MoE's. Without normalisation the factor
-  is large, nearly n_exp / sqrt(n_topk), and the output grows as the router sharpens: one more
-  reason to normalise.
+  of a softmax is large, nearly n_exp / sqrt(n_topk), and the output grows as the router
+  sharpens: one more reason to normalise.
 * Router. Variance a tenth (Switch, arXiv 2101.03961, section 2.4): near-uniform at the start.
 * Embedding: 1/sqrt(d_model), which is also right for a tied output head.
 * Norm scales: 1.
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.arch import Architecture
+from moe_jax.config import MoEConfig
 
 ROUTER_SCALE = 0.1**0.5
 
@@ -37,17 +38,21 @@ def residual_scale(arch: Architecture) -> float:
   return 1 / math.sqrt(2 * arch.n_layers)
 
 
-def routed_scale(arch: Architecture, norm_topk_prob: bool) -> float:
+def routed_scale(arch: Architecture, moe: MoEConfig) -> float:
   """Factor of the experts' down projection: 1 / |w| of the weights expected at the start.
 
   Logits then are normal with the router's standard deviation; the i-th largest of n is near
   the quantile (n - i + 5/8) / (n + 1/4) (Blom 1958).
   """
   n_exp, normal = arch.n_exp, statistics.NormalDist(0, ROUTER_SCALE)
-  prob_E = [math.exp(normal.inv_cdf((n_exp - i + 0.625) / (n_exp + 0.25)))
-            for i in range(1, n_exp + 1)]
-  chosen_K = prob_E[:arch.n_topk]
-  return sum(chosen_K if norm_topk_prob else prob_E) / math.hypot(*chosen_K)
+  logit_E = [normal.inv_cdf((n_exp - i + 0.625) / (n_exp + 0.25)) for i in range(1, n_exp + 1)]
+  if moe.router == "sigmoid":
+    score_E, total = [1 / (1 + math.exp(-logit)) for logit in logit_E], 1.0
+  else:
+    score_E = [math.exp(logit) for logit in logit_E]
+    total = sum(score_E)
+  chosen_K = score_E[:arch.n_topk]
+  return (sum(chosen_K) if moe.norm_topk_prob else total) / math.hypot(*chosen_K)
 
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *,

@@ -47,6 +47,10 @@ class SwiGLU(nnx.Module):
     return (gate_BSF * (x_BSD @ gather(self.w_up_DF))) @ gather(self.w_down_FD)
 
 
+class RouterState(nnx.Variable):
+  """What a router carries from step to step beside its weights: no gradient, no decay."""
+
+
 class MoE(nnx.Module):
   """Routed experts, and shared ones beside them."""
 
@@ -54,10 +58,13 @@ class MoE(nnx.Module):
     arch = config.arch
     d, f, e = arch.d_model, arch.d_expert, arch.n_exp
     down_scale = init.residual_scale(arch)
-    routed_scale = down_scale * init.routed_scale(arch, config.moe.norm_topk_prob)
+    routed_scale = down_scale * init.routed_scale(arch, config.moe)
     self.semantics = Semantics.of(config)
     self.w_router_DE = init.matrix(rngs, (d, e), ("width", None), fan_in=d,
                                    scale=init.ROUTER_SCALE)
+    self.bias_E = None
+    if config.moe.router == "sigmoid":
+      self.bias_E = RouterState(jnp.zeros(e, jnp.float32), axes=(None,))
     axes = EXPERT_AXES
     self.w_gate_EDF = init.matrix(rngs, (e, d, f), axes.w_gate_EDF, fan_in=d)
     self.w_up_EDF = init.matrix(rngs, (e, d, f), axes.w_up_EDF, fan_in=d)
@@ -69,8 +76,9 @@ class MoE(nnx.Module):
   def __call__(self, x_BSD: jax.Array, gather, mesh: Mesh,
                counted_BS: jax.Array | None) -> tuple[jax.Array, RouterSums]:
     experts = Experts(self.w_gate_EDF[...], self.w_up_EDF[...], self.w_down_EFD[...])
+    bias_E = None if self.bias_E is None else self.bias_E[...]
     y_BSD, sums = sharded_moe_layer(x_BSD, gather(self.w_router_DE, dtype=jnp.float32), experts,
-                                    self.semantics, mesh, counted_BS)
+                                    self.semantics, mesh, counted_BS, bias_E)
     if hasattr(self, "shared"):
       y_BSD += self.shared(x_BSD, gather)
     return y_BSD, sums

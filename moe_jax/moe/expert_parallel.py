@@ -72,10 +72,10 @@ def swiglu(x_ERD: jax.Array, experts: Experts) -> jax.Array:
 
 
 def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts,
-              semantics: Semantics,
-              counted_T: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
+              semantics: Semantics, counted_T: jax.Array | None = None,
+              bias_E: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
   """Routes, dispatches, runs and combines the tokens of one device."""
-  routing = route(x_TD, w_router_DE, semantics.n_topk, semantics.norm_topk_prob)
+  routing = route(x_TD, w_router_DE, semantics.n_topk, semantics.norm_topk_prob, bias_E)
   if semantics.capacity is None:
     y_TD, dropped_T = reference_dispatch(x_TD, routing, run_experts)
   else:
@@ -87,7 +87,8 @@ def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts,
 
 def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts,
                       semantics: Semantics, mesh: Mesh,
-                      counted_BS: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
+                      counted_BS: jax.Array | None = None,
+                      bias_E: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
   """`moe_layer` on a mesh.
 
   Args:
@@ -97,6 +98,7 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
     semantics: see `Semantics`.
     mesh: with the axes data, fsdp, expert.
     counted_BS: bool, False for padding, which the sums leave out; None counts all.
+    bias_E: selection bias of sigmoid scores, the same on every device; None for a softmax.
 
   Returns:
     y_BSD split as x_BSD is, and sums over all tokens of the batch.
@@ -106,9 +108,9 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
   specs = Experts(*(param_spec(axes) for axes in EXPERT_AXES))
 
   @functools.partial(jax.shard_map, mesh=mesh,
-                     in_specs=(P(BATCH_AXES), P(), specs, P(BATCH_AXES)),
+                     in_specs=(P(BATCH_AXES), P(), specs, P(BATCH_AXES), P()),
                      out_specs=(P(BATCH_AXES), P()))
-  def on_device(x_bSD, w_router_DE, experts_eDF, counted_bS):
+  def on_device(x_bSD, w_router_DE, experts_eDF, counted_bS, bias_E):
     # Cast first: half the bytes travel when the tokens are bfloat16.
     dtype = jnp.float32 if semantics.capacity is None else x_bSD.dtype
     local = Experts(*(_all_gather(w.astype(dtype), FSDP, axes.index("expert_width"))
@@ -119,10 +121,11 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
       return _all_to_all(swiglu(x_eRD, local), split_axis=1, concat_axis=0)
 
     x_TD = x_bSD.reshape(-1, x_bSD.shape[-1])
-    y_TD, sums = moe_layer(x_TD, w_router_DE, run_experts, semantics, counted_bS.ravel())
+    y_TD, sums = moe_layer(x_TD, w_router_DE, run_experts, semantics, counted_bS.ravel(),
+                           bias_E)
     return y_TD.reshape(x_bSD.shape), jax.lax.psum(sums, (DATA, FSDP, EXPERT))
 
-  return on_device(x_BSD, w_router_DE, experts, counted_BS)
+  return on_device(x_BSD, w_router_DE, experts, counted_BS, bias_E)
 
 
 def _all_gather(x, axis_name, axis):

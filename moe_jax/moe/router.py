@@ -1,6 +1,7 @@
 """Token-choice top-k routing, its losses and its statistics, in float32.
 
-The math is Qwen3-MoE's: softmax over all experts, top-k, weights divided by their sum.
+The math is Qwen3-MoE's: softmax over all experts, top-k, weights divided by their sum; or
+DeepSeek-V3's: sigmoid scores, and a bias on the selection that balances without a loss.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ class Routing(NamedTuple):
   Attributes:
     expert_TK: int32, the chosen experts, best first.
     weight_TK: float32, what their outputs are multiplied by.
-    prob_TE: float32, softmax over all experts.
+    prob_TE: float32, the scores of all experts divided by their sum.
     logit_TE: float32.
   """
 
@@ -49,23 +50,62 @@ class RouterSums(NamedTuple):
   tokens: jax.Array
 
 
-def route(x_TD: jax.Array, w_router_DE: jax.Array, n_topk: int,
-          norm_topk_prob: bool) -> Routing:
+def route(x_TD: jax.Array, w_router_DE: jax.Array, n_topk: int, norm_topk_prob: bool,
+          bias_E: jax.Array | None = None) -> Routing:
   """Chooses `n_topk` experts for each token.
 
   Args:
     x_TD: tokens, any float type.
     w_router_DE: router weights.
     n_topk: experts a token.
-    norm_topk_prob: divide the chosen probabilities by their sum.
+    norm_topk_prob: divide the chosen scores by their sum.
+    bias_E: selection bias of sigmoid scores; None for a softmax.
   """
-  logit_TE = jnp.einsum("td,de->te", x_TD.astype(jnp.float32), w_router_DE.astype(jnp.float32),
-                        precision=jax.lax.Precision.HIGHEST)
+  logit_TE = router_logits(x_TD, w_router_DE)
+  if bias_E is None:
+    return softmax_top_k(logit_TE, n_topk, norm_topk_prob)
+  return sigmoid_top_k(logit_TE, bias_E, n_topk, norm_topk_prob)
+
+
+def router_logits(x_TD: jax.Array, w_router_DE: jax.Array) -> jax.Array:
+  """logit_TE in float32, whatever the type of the tokens."""
+  return jnp.einsum("td,de->te", x_TD.astype(jnp.float32), w_router_DE.astype(jnp.float32),
+                    precision=jax.lax.Precision.HIGHEST)
+
+
+def softmax_top_k(logit_TE: jax.Array, n_topk: int, norm_topk_prob: bool) -> Routing:
+  """The most probable experts, weighted by their probabilities (Qwen3-MoE)."""
   prob_TE = jax.nn.softmax(logit_TE)
   weight_TK, expert_TK = jax.lax.top_k(prob_TE, n_topk)
   if norm_topk_prob:
     weight_TK /= weight_TK.sum(-1, keepdims=True)
   return Routing(expert_TK, weight_TK, prob_TE, logit_TE)
+
+
+def sigmoid_top_k(logit_TE: jax.Array, bias_E: jax.Array, n_topk: int,
+                  norm_topk_prob: bool) -> Routing:
+  """The highest of sigmoid(logit) + bias, weighted by sigmoid(logit).
+
+  The bias decides who is chosen and nothing else, so that balancing sends no gradient
+  (DeepSeek-V3, arXiv 2412.19437, eq. 13-16; Wang et al., arXiv 2408.15664, eq. 3). `bias_E`
+  moves by `balanced_bias`.
+  """
+  score_TE = jax.nn.sigmoid(logit_TE)
+  _, expert_TK = jax.lax.top_k(jax.lax.stop_gradient(score_TE) + bias_E, n_topk)
+  weight_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
+  if norm_topk_prob:
+    weight_TK /= weight_TK.sum(-1, keepdims=True)
+  return Routing(expert_TK, weight_TK, score_TE / score_TE.sum(-1, keepdims=True), logit_TE)
+
+
+def balanced_bias(bias_E: jax.Array, assigned_E: jax.Array, rate: float) -> jax.Array:
+  """The selection bias for the next step: b_e + rate * sign(mean load - load_e).
+
+  An overloaded expert is chosen less from now on, by a fixed amount (arXiv 2408.15664,
+  algorithm 1). The loads are those of the global batch. Leading axes (layers) are kept.
+  """
+  excess_E = assigned_E - assigned_E.mean(-1, keepdims=True)
+  return bias_E - rate * jnp.sign(excess_E)
 
 
 def router_sums(routing: Routing, dropped_T: jax.Array,
@@ -81,8 +121,8 @@ def router_sums(routing: Routing, dropped_T: jax.Array,
   if counted_T is None:
     counted_T = jnp.ones(n_tokens, bool)
   lse_T = jax.nn.logsumexp(routing.logit_TE, axis=-1)
-  # H = lse - sum_e p_e logit_e: no logarithm of a probability that may be 0.
-  entropy_T = lse_T - (routing.prob_TE * routing.logit_TE).sum(-1)
+  # No loss: and the derivative at a probability of 0 would be infinite.
+  entropy_T = jax.scipy.special.entr(jax.lax.stop_gradient(routing.prob_TE)).sum(-1)
   # Padding goes to an expert past the last, which bincount leaves out.
   expert_TK = jnp.where(counted_T[:, None], routing.expert_TK, n_exp)
   return RouterSums(
@@ -116,12 +156,13 @@ def router_metrics(sums: RouterSums) -> dict[str, jax.Array]:
 
   drop_rate: share of assignments without a slot. load_variation: standard deviation of
   expert loads over their mean, worst layer. max_load: busiest expert's load over the mean,
-  worst layer. router_entropy: nats, mean.
+  worst layer. dead_experts: share of experts that no token chose. router_entropy: nats, mean.
   """
   load_E = sums.assigned_E / sums.assigned_E.mean(-1, keepdims=True)
   return {
       "drop_rate": sums.dropped.sum() / sums.assigned_E.sum(),
       "load_variation": load_E.std(-1).max(),
       "max_load": load_E.max(),
+      "dead_experts": (load_E == 0).mean(),
       "router_entropy": (sums.entropy / sums.tokens).mean(),
   }

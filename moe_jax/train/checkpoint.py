@@ -24,7 +24,7 @@ from moe_jax import run_dir as run_dir_lib
 from moe_jax.errors import FieldError
 from moe_jax.run_dir import RunDir
 from moe_jax.train import checkpoint_format, checksums
-from moe_jax.train.checkpoint_format import META, PARAMS, CheckpointError
+from moe_jax.train.checkpoint_format import META, PARAMS, ROUTER, CheckpointError
 
 _NONE, _ALL_DAMAGED = -1, -2  # in place of a step, when process 0 tells the others
 
@@ -191,24 +191,34 @@ class Checkpointer:
 
 def restore_params(run_dir: RunDir, abstract_params: Any,
                    step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
-  """Reads parameters alone, and changes nothing in the run directory.
+  """The parameters alone; else as `restore_model`."""
+  step, model, meta = restore_model(run_dir, {PARAMS: abstract_params}, step)
+  return step, model[PARAMS], meta
 
-  Safe while the run goes on. Only the files of `params` and `meta` are read and checked.
+
+def restore_model(run_dir: RunDir, abstract_model: Mapping[str, Any],
+                  step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
+  """Reads what a forward pass needs, and changes nothing in the run directory.
+
+  Safe while the run goes on. Only the files of what is asked for and of `meta` are read and
+  checked.
 
   Args:
     run_dir: of the run.
-    abstract_params: the parameters as jax.ShapeDtypeStruct, with the shardings to restore
-      to (any mesh; the first device where there is none).
+    abstract_model: a dict with `params` and perhaps `router` (functional.abstract_model) as
+      jax.ShapeDtypeStruct, with the shardings to restore to (any mesh; the first device
+      where there is none).
     step: of the checkpoint; None means the newest sound one. On many hosts name it, so
       that all read the same one while the run goes on.
 
   Returns:
-    (step, parameters, meta).
+    (step, a dict like `abstract_model`, meta).
 
   Raises:
     CheckpointError: there is no such checkpoint, it is damaged, or holds other arrays.
   """
-  items = (PARAMS, META)
+  items = tuple(name for name in (PARAMS, ROUTER) if jax.tree.leaves(
+      abstract_model.get(name))) + (META,)
   if step is None:
     step, problems = _newest_sound(run_dir, items)
     if step == _NONE:
@@ -223,9 +233,9 @@ def restore_params(run_dir: RunDir, abstract_params: Any,
   elif problem := _damage(run_dir, step, items):
     raise CheckpointError(f"{_step_dir(run_dir, step)} is damaged: {problem}; choose another "
                           "checkpoint")
-  state, _, meta = checkpoint_format.read(_step_dir(run_dir, step),
-                                          {PARAMS: abstract_params}, with_data=False)
-  return step, state[PARAMS], meta
+  model, _, meta = checkpoint_format.read(_step_dir(run_dir, step), abstract_model,
+                                          with_data=False)
+  return step, model, meta
 
 
 def checkpoint_steps(run_dir: RunDir) -> list[int]:

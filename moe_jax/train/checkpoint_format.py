@@ -1,13 +1,14 @@
 """What a checkpoint holds, and how it is read.
 
-A checkpoint `checkpoints/<step>/` holds four Orbax items:
+A checkpoint `checkpoints/<step>/` holds these Orbax items:
 
     params      the parameters: state["params"], nested dicts of arrays
+    router      what routers carry beside parameters: state["router"]; only if there is any
     optimizer   every other entry of the state, under its own name
     data        JSON: the position of the data iterator
     meta        JSON: format_version and what the caller adds
 
-Parameters are an item of their own so that an evaluation neither reads nor checks the
+Parameters and router are items of their own so that an evaluation neither reads nor checks the
 optimizer, which is twice as large. Any pytree can be saved: its leaves are stored under the
 names of their paths, so no class of this project or of optax is part of the format.
 """
@@ -22,7 +23,7 @@ from etils import epath
 
 FORMAT_VERSION = 1
 
-PARAMS, OPTIMIZER, DATA, META = "params", "optimizer", "data", "meta"
+PARAMS, ROUTER, OPTIMIZER, DATA, META = "params", "router", "optimizer", "data", "meta"
 
 
 class CheckpointError(RuntimeError):
@@ -66,7 +67,8 @@ def read(directory: epath.Path, abstract_state: Mapping[str, Any], with_data: bo
         name: ocp.args.PyTreeRestore(
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
         for name, tree in wanted.items()}))
-  nested = {PARAMS: restored.get(PARAMS, {}), **restored.get(OPTIMIZER, {})}
+  nested = {name: restored.get(name, {}) for name in (PARAMS, ROUTER)}
+  nested |= restored.get(OPTIMIZER, {})
   return _unnamed(nested, abstract_state), plain[DATA] if with_data else None, plain[META]
 
 
@@ -95,8 +97,9 @@ def _unnamed(nested: Any, like: Any) -> Any:
 
 def _items(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """State -> Orbax item -> nested dicts of arrays. An item without arrays is left out."""
-  rest = {name: value for name, value in state.items() if name != PARAMS}
-  items = {PARAMS: _named(state[PARAMS]), OPTIMIZER: _named(rest)}
+  rest = {name: value for name, value in state.items() if name not in (PARAMS, ROUTER)}
+  items = {PARAMS: _named(state[PARAMS]), ROUTER: _named(state.get(ROUTER, {})),
+           OPTIMIZER: _named(rest)}
   return {name: tree for name, tree in items.items() if tree}
 
 

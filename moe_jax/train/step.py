@@ -11,11 +11,17 @@ from jax.sharding import Mesh
 from moe_jax.config import RunConfig
 from moe_jax.mesh import batch_sharding, replicated
 from moe_jax.model import functional
-from moe_jax.moe.router import RouterSums, balance_loss, router_metrics, z_loss
+from moe_jax.moe.router import (
+    RouterSums,
+    balance_loss,
+    balanced_bias,
+    router_metrics,
+    z_loss,
+)
 from moe_jax.train.optimizer import learning_rate_schedule, make_optimizer
 
-# {"params", "mu", "nu": trees of the same shape; "step": steps taken}. This is what a
-# checkpoint holds, under these names.
+# {"params", "mu", "nu": trees of the same shape; "router": what routers carry beside their
+# parameters; "step": steps taken}. This is what a checkpoint holds, under these names.
 State = dict[str, Any]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -23,8 +29,8 @@ Metrics = dict[str, jax.Array]
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> State:
   """ShapeDtypeStructs with shardings. The moments lie where their parameters lie."""
-  params = functional.abstract_params(config, mesh)
-  return {"params": params, "mu": params, "nu": params,
+  model = functional.abstract_model(config, mesh)
+  return {**model, "mu": model["params"], "nu": model["params"],
           "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))}
 
 
@@ -33,7 +39,8 @@ def init_state(config: RunConfig, mesh: Mesh) -> State:
   params = functional.init_params(config, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
   zeros = jax.jit(lambda: jax.tree.map(jnp.zeros_like, params), out_shardings=shardings["mu"])
-  return {"params": params, "mu": zeros(), "nu": zeros(),
+  return {"params": params, "router": functional.init_router(config, mesh),
+          "mu": zeros(), "nu": zeros(),
           "step": jax.device_put(jnp.zeros((), jnp.int32), shardings["step"])}
 
 
@@ -51,12 +58,14 @@ def put_batch(batch: dict[str, Any], config: RunConfig, mesh: Mesh) -> Batch:
           for name, leaf in abstract_batch(config, mesh).items()}
 
 
-def batch_loss(params: functional.Params, batch: Batch, config: RunConfig,
-               mesh: Mesh) -> tuple[jax.Array, Metrics]:
+def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh: Mesh,
+               router: functional.Router | None = None
+               ) -> tuple[jax.Array, tuple[Metrics, RouterSums | None]]:
   """Mean loss in nats per token, with the router's losses, over the global batch.
 
   The total is cross-entropy + balance_coef * sum over layers of the balance loss
-  + z_coef * sum over layers of the z-loss.
+  + z_coef * sum over layers of the z-loss. Beside it stand metrics and the router's sums by
+  layer (None where every layer is dense).
 
   With microbatches, each is a rematerialised part of one function: the forward pass goes
   over all of them first, because the balance loss multiplies two sums over the global
@@ -67,7 +76,8 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig,
 
   def run(batch_BS):
     logits_BSV, sums = functional.apply(config, params, batch_BS["inputs"],
-                                        batch_BS["segments"], mesh, config.execution.remat)
+                                        batch_BS["segments"], mesh, config.execution.remat,
+                                        router=router)
     nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch_BS["targets"])
     return nll_BS.sum(), sums
 
@@ -77,8 +87,8 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig,
     parts = jax.lax.map(jax.checkpoint(run, prevent_cse=False), batch)
     nll, sums = jax.tree.map(lambda x: x.sum(0), parts)
 
-  loss = nll / config.batch_tokens
-  return _with_router_losses(loss, sums, config)
+  total, metrics = _with_router_losses(nll / config.batch_tokens, sums, config)
+  return total, (metrics, sums)
 
 
 def _with_router_losses(loss: jax.Array, sums: RouterSums | None,
@@ -86,7 +96,7 @@ def _with_router_losses(loss: jax.Array, sums: RouterSums | None,
   if sums is None:  # every layer is dense
     return loss, {"loss": loss}
   balance_L, z_L = balance_loss(sums), z_loss(sums)
-  total = loss + config.moe.balance_coef * balance_L.sum() + config.moe.z_coef * z_L.sum()
+  total = loss + config.moe.balance_weight * balance_L.sum() + config.moe.z_weight * z_L.sum()
   return total, {"loss": loss, "balance_loss": balance_L.mean(), "z_loss": z_L.mean(),
                  **router_metrics(sums)}
 
@@ -95,26 +105,35 @@ def train_step(state: State, batch: Batch, config: RunConfig,
                mesh: Mesh) -> tuple[State, Metrics]:
   """One optimizer step. Metrics are scalars of the global batch, before the update."""
   optimizer = make_optimizer(config.train)
-  params = state["params"]
-  (_, metrics), grads = jax.value_and_grad(batch_loss, has_aux=True)(params, batch, config, mesh)
+  params, router = state["params"], state["router"]
+  (_, (metrics, sums)), grads = jax.value_and_grad(batch_loss, has_aux=True)(
+      params, batch, config, mesh, router)
   opt_state = optax.tree.set(optimizer.init(params), mu=state["mu"], nu=state["nu"],
                              count=state["step"])
   updates, opt_state = optimizer.update(grads, opt_state, params)
   metrics |= {"grad_norm": optax.tree.norm(grads),
               "learning_rate": learning_rate_schedule(config.train)(state["step"])}
-  return {"params": optax.apply_updates(params, updates),
+  router = jax.tree.map(lambda bias_LE: balanced_bias(
+      bias_LE, sums.assigned_E, config.moe.bias_update_rate), router)
+  return {"params": optax.apply_updates(params, updates), "router": router,
           "mu": optax.tree.get(opt_state, "mu"), "nu": optax.tree.get(opt_state, "nu"),
           "step": state["step"] + 1}, metrics
 
 
-def compile_train_step(config: RunConfig, mesh: Mesh) -> Callable[[State, Batch],
-                                                                  tuple[State, Metrics]]:
-  """The compiled step; the state given to it is donated."""
+def lower_train_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
+  """The step for a mesh, of devices that are there or not, ready to compile. The state that
+  is given to it is donated. What `moe_jax.plan` compiles is this."""
   state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
   def step(state, batch):
     return train_step(state, batch, config, mesh)
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))).lower(
-      state, batch).compile()
+  return jax.jit(step, donate_argnums=0,
+                 out_shardings=(shardings, replicated(mesh))).lower(state, batch)
+
+
+def compile_train_step(config: RunConfig, mesh: Mesh) -> Callable[[State, Batch],
+                                                                  tuple[State, Metrics]]:
+  """The compiled step."""
+  return lower_train_step(config, mesh).compile()

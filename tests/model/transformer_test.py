@@ -157,7 +157,7 @@ def test_routed_outputs_start_at_the_scale_of_a_dense_layer(n_topk, norm):
   y_TD, _ = moe_layer(x_TD, moe["w_router_DE"], lambda x_ERD: swiglu(x_ERD, experts),
                       Semantics.of(layer))
   dense_TD = swiglu(x_TD[None], Experts(*(w[:1] for w in experts)))[0]
-  dense_TD /= init.routed_scale(arch, norm)
+  dense_TD /= init.routed_scale(arch, layer.moe)
   assert 0.8 < y_TD.std() / dense_TD.std() < 1.25
 
 
