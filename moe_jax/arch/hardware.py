@@ -5,11 +5,20 @@ data sheets (SXM parts, dense bfloat16, no structured sparsity). TPU memory is i
 chips have it; NVIDIA's is taken as the decimal gigabytes of the data sheet, a few per cent
 below what the driver shows, so that a plan errs on the safe side. Links between chips are
 published as the sum over all links of a chip and both directions; here is one direction, half.
+
+A TPU's clock is its published peak over what its matrix units do in a cycle (v4 and v5p eight
+units of 128 x 128, v5e four, v6e four of 256 x 256, tpu7x eight). A chip's share of the
+data-centre network is that of "How To Scale Your Model" (jax-ml.github.io/scaling-book); for
+v4 and tpu7x it is taken as that of the nearest generation.
 """
 
 import dataclasses
 
 _GIB = 2**30
+
+# Catalogue prices on demand, US regions, seen in 2026 and undated there: `--usd_per_chip_hour`
+# replaces them. None where there is no public price.
+PRICES_AS_OF = "a 2026 catalogue snapshot"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +34,9 @@ class Hardware:
       all its links (ICI, NVLink), in one direction.
     device_kinds: what `jax.Device.device_kind` says for it.
     devices_per_chip: JAX devices that share a chip (tpu7x shows its two cores).
+    clock_hz: of a TPU, to turn XLA's cycles into time; None for a GPU.
+    dcn_bytes_per_second: a chip's share of the network between TPU slices; None for a GPU.
+    usd_per_chip_hour: see PRICES_AS_OF.
   """
 
   name: str
@@ -34,6 +46,9 @@ class Hardware:
   link_bytes_per_second: float
   device_kinds: tuple[str, ...]
   devices_per_chip: int = 1
+  clock_hz: float | None = None
+  dcn_bytes_per_second: float | None = None
+  usd_per_chip_hour: float | None = None
 
   @property
   def device_bf16_flops(self) -> float:
@@ -52,11 +67,16 @@ class Hardware:
 
 
 HARDWARE = {chip.name: chip for chip in (
-    Hardware("v4", 275e12, 32 * _GIB, 1200e9, 270e9, ("TPU v4",)),
-    Hardware("v5e", 197e12, 16 * _GIB, 820e9, 200e9, ("TPU v5 lite", "TPU v5e")),
-    Hardware("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, ("TPU v5", "TPU v5p")),
-    Hardware("v6e", 918e12, 32 * _GIB, 1640e9, 400e9, ("TPU v6 lite", "TPU v6e")),
-    Hardware("tpu7x", 2307e12, 192 * _GIB, 7400e9, 600e9, ("TPU7x",), devices_per_chip=2),
+    Hardware("v4", 275e12, 32 * _GIB, 1200e9, 270e9, ("TPU v4",), clock_hz=1.05e9,
+             dcn_bytes_per_second=6.25e9, usd_per_chip_hour=3.22),
+    Hardware("v5e", 197e12, 16 * _GIB, 820e9, 200e9, ("TPU v5 lite", "TPU v5e"), clock_hz=1.5e9,
+             dcn_bytes_per_second=3.125e9, usd_per_chip_hour=1.20),
+    Hardware("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, ("TPU v5", "TPU v5p"), clock_hz=1.75e9,
+             dcn_bytes_per_second=6.25e9, usd_per_chip_hour=4.20),
+    Hardware("v6e", 918e12, 32 * _GIB, 1640e9, 400e9, ("TPU v6 lite", "TPU v6e"),
+             clock_hz=1.75e9, dcn_bytes_per_second=12.5e9, usd_per_chip_hour=2.70),
+    Hardware("tpu7x", 2307e12, 192 * _GIB, 7400e9, 600e9, ("TPU7x",), devices_per_chip=2,
+             clock_hz=2.2e9, dcn_bytes_per_second=12.5e9),
     Hardware("a100-80", 312e12, 80e9, 2040e9, 300e9, ("NVIDIA A100-SXM4-80GB",)),
     Hardware("h100", 989e12, 80e9, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",)),
     Hardware("h200", 989e12, 141e9, 4800e9, 450e9, ("NVIDIA H200",)),

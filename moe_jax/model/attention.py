@@ -51,14 +51,15 @@ class Attention(nnx.Module):
     query_BSHh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_query_DHh))
     key_BSKh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_key_DKh))
     value_BSKh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_value_DKh))
-    query_BSHh = rms_norm(query_BSHh, self.query_norm_h[...], model.norm_eps)
-    key_BSKh = rms_norm(key_BSKh, self.key_norm_h[...], model.norm_eps)
-    query_BSHh = rotate(query_BSHh, model.rope_theta)
-    key_BSKh = rotate(key_BSKh, model.rope_theta)
+    with jax.named_scope("attention"):
+      query_BSHh = rms_norm(query_BSHh, self.query_norm_h[...], model.norm_eps)
+      key_BSKh = rms_norm(key_BSKh, self.key_norm_h[...], model.norm_eps)
+      query_BSHh = rotate(query_BSHh, model.rope_theta)
+      key_BSKh = rotate(key_BSKh, model.rope_theta)
 
-    mask_B1SS = None
-    if self.config.data.mask_documents:
-      mask_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
-    out_BSHh = jax.nn.dot_product_attention(query_BSHh, key_BSKh, value_BSKh,
-                                            mask=mask_B1SS, is_causal=True)
+      mask_B1SS = None
+      if self.config.data.mask_documents:
+        mask_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
+      out_BSHh = jax.nn.dot_product_attention(query_BSHh, key_BSKh, value_BSKh,
+                                              mask=mask_B1SS, is_causal=True)
     return jnp.einsum("bsnh,nhd->bsd", out_BSHh, gather(self.w_out_HhD))

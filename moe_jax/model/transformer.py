@@ -73,12 +73,12 @@ class MoE(nnx.Module):
     if arch.n_shared_experts:
       self.shared = SwiGLU(d, arch.n_shared_experts * f, down_scale, rngs)
 
-  def __call__(self, x_BSD: jax.Array, gather, mesh: Mesh,
-               counted_BS: jax.Array | None) -> tuple[jax.Array, RouterSums]:
+  def __call__(self, x_BSD: jax.Array, gather, mesh: Mesh, counted_BS: jax.Array | None,
+               noise_key_B: jax.Array | None) -> tuple[jax.Array, RouterSums]:
     experts = Experts(self.w_gate_EDF[...], self.w_up_EDF[...], self.w_down_EFD[...])
     bias_E = None if self.bias_E is None else self.bias_E[...]
     y_BSD, sums = sharded_moe_layer(x_BSD, gather(self.w_router_DE, dtype=jnp.float32), experts,
-                                    self.semantics, mesh, counted_BS, bias_E)
+                                    self.semantics, mesh, counted_BS, bias_E, noise_key_B)
     if hasattr(self, "shared"):
       y_BSD += self.shared(x_BSD, gather)
     return y_BSD, sums
@@ -99,7 +99,8 @@ class Block(nnx.Module):
       self.moe = MoE(config, rngs)
 
   def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, mesh: Mesh,
-               counted_BS: jax.Array | None) -> tuple[jax.Array, RouterSums | None]:
+               counted_BS: jax.Array | None, noise_key_B: jax.Array | None
+               ) -> tuple[jax.Array, RouterSums | None]:
     eps = self.config.model.norm_eps
     gather = functools.partial(gather_whole, mesh=mesh, dtype=x_BSD.dtype)
     x_BSD += self.attention(rms_norm(x_BSD, self.attention_norm_D[...], eps), segments_BS,
@@ -107,7 +108,7 @@ class Block(nnx.Module):
     normed_BSD = rms_norm(x_BSD, self.ff_norm_D[...], eps)
     if self.dense:
       return x_BSD + self.ff(normed_BSD, gather), None
-    y_BSD, sums = self.moe(normed_BSD, gather, mesh, counted_BS)
+    y_BSD, sums = self.moe(normed_BSD, gather, mesh, counted_BS, noise_key_B)
     return x_BSD + y_BSD, sums
 
 
@@ -129,7 +130,8 @@ class Transformer(nnx.Module):
                                    fan_in=arch.d_model)
 
   def __call__(self, inputs_BS: jax.Array, segments_BS: jax.Array, mesh: Mesh,
-               remat: str = "none", counted_BS: jax.Array | None = None
+               remat: str = "none", counted_BS: jax.Array | None = None,
+               noise_key_B: jax.Array | None = None
                ) -> tuple[jax.Array, RouterSums | None]:
     """Runs the decoder.
 
@@ -140,6 +142,7 @@ class Transformer(nnx.Module):
       remat: what the backward pass recomputes: none, dots or full.
       counted_BS: bool, False for padding, which the router's sums leave out; None counts
         all.
+      noise_key_B: a random key for each row, for the router's jitter; None for none.
 
     Returns:
       logits_BSV in float32, and the router's sums with a leading axis of MoE layers (None
@@ -152,10 +155,12 @@ class Transformer(nnx.Module):
     sums = None
     for name in ("dense_layers", "moe_layers"):
       if hasattr(self, name):
-        x_BSD, sums = _scan(getattr(self, name), x_BSD, segments_BS, mesh, remat, counted_BS)
+        x_BSD, sums = _scan(getattr(self, name), x_BSD, segments_BS, mesh, remat, counted_BS,
+                            noise_key_B)
     x_BSD = rms_norm(x_BSD, self.final_norm_D[...], self.config.model.norm_eps)
-    head_DV = embedding_VD.T if self.config.arch.tie_embeddings else gather(self.w_head_DV)
-    logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, head_DV, preferred_element_type=jnp.float32)
+    with jax.named_scope("head"):
+      head_DV = embedding_VD.T if self.config.arch.tie_embeddings else gather(self.w_head_DV)
+      logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, head_DV, preferred_element_type=jnp.float32)
     return logits_BSV, sums
 
 
@@ -170,14 +175,20 @@ def _stack(config: RunConfig, dense: bool, n_layers: int, rngs: nnx.Rngs) -> Blo
   return create(rngs)
 
 
-def _scan(layers: Block, x_BSD, segments_BS, mesh, remat, counted_BS):
+def _scan(layers: Block, x_BSD, segments_BS, mesh, remat, counted_BS, noise_key_B):
   """Runs stacked blocks one after another; one compiled body, whatever the depth."""
   graphdef, stacked = nnx.split(layers)
+  key_LB = None
+  if noise_key_B is not None:
+    n_layers = len(jax.tree.leaves(stacked)[0])
+    key_LB = jax.vmap(lambda layer: jax.vmap(jax.random.fold_in, (0, None))(noise_key_B, layer))(
+        jnp.arange(n_layers))
 
-  def body(x_BSD, params):
+  def body(x_BSD, layer):
+    params, key_B = layer
     x_BSD = jax.lax.with_sharding_constraint(x_BSD, batch_sharding(mesh))
-    return nnx.merge(graphdef, params)(x_BSD, segments_BS, mesh, counted_BS)
+    return nnx.merge(graphdef, params)(x_BSD, segments_BS, mesh, counted_BS, key_B)
 
   if remat != "none":
     body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-  return jax.lax.scan(body, x_BSD, stacked)
+  return jax.lax.scan(body, x_BSD, (stacked, key_LB))

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
-from moe_jax.mesh import batch_sharding, replicated
+from moe_jax.mesh import batch_sharding, local_rows, replicated
 from moe_jax.model import functional
 from moe_jax.moe.router import (
     RouterSums,
@@ -52,9 +53,33 @@ def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
   return dict.fromkeys(("inputs", "targets", "segments"), leaf)
 
 
+def rows_to_read(config: RunConfig, mesh: Mesh) -> np.ndarray:
+  """Which rows of each global batch this process reads, ascending: those of its devices."""
+  leaf = abstract_batch(config, mesh)["inputs"]
+  n_micro, rows, _ = leaf.shape
+  mine = local_rows(leaf.sharding, leaf.shape, axis=1)
+  return (np.arange(n_micro)[:, None] * rows + mine).reshape(-1)
+
+
 def put_batch(batch: dict[str, Any], config: RunConfig, mesh: Mesh) -> Batch:
-  """A loader's batch (`inputs_BS`, ...) on the devices, split into microbatches."""
-  return {name: jax.device_put(batch[name + "_BS"].reshape(leaf.shape), leaf.sharding)
+  """This process's rows of a batch (`inputs_BS`, ...) on the devices, as microbatches.
+
+  Args:
+    batch: int32 [rows_to_read, tokens], the rows in that order. With one process, all.
+  """
+
+  def put(rows_BS, leaf):
+    mine = local_rows(leaf.sharding, leaf.shape, axis=1)
+    rows_MBS = rows_BS.reshape(leaf.shape[0], len(mine), leaf.shape[2])
+
+    def of_device(index):  # a device holds consecutive rows, which are consecutive here too
+      first, last, _ = index[1].indices(leaf.shape[1])
+      start = np.searchsorted(mine, first)
+      return rows_MBS[:, start:start + last - first]
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, of_device)
+
+  return {name: put(batch[name + "_BS"], leaf)
           for name, leaf in abstract_batch(config, mesh).items()}
 
 
@@ -78,7 +103,8 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
     logits_BSV, sums = functional.apply(config, params, batch_BS["inputs"],
                                         batch_BS["segments"], mesh, config.execution.remat,
                                         router=router)
-    nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch_BS["targets"])
+    with jax.named_scope("loss"):
+      nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch_BS["targets"])
     return nll_BS.sum(), sums
 
   if config.execution.microbatches == 1:
@@ -110,12 +136,14 @@ def train_step(state: State, batch: Batch, config: RunConfig,
       params, batch, config, mesh, router)
   opt_state = optax.tree.set(optimizer.init(params), mu=state["mu"], nu=state["nu"],
                              count=state["step"])
-  updates, opt_state = optimizer.update(grads, opt_state, params)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
   metrics |= {"grad_norm": optax.tree.norm(grads),
               "learning_rate": learning_rate_schedule(config.train)(state["step"])}
   router = jax.tree.map(lambda bias_LE: balanced_bias(
       bias_LE, sums.assigned_E, config.moe.bias_update_rate), router)
-  return {"params": optax.apply_updates(params, updates), "router": router,
+  return {"params": params, "router": router,
           "mu": optax.tree.get(opt_state, "mu"), "nu": optax.tree.get(opt_state, "nu"),
           "step": state["step"] + 1}, metrics
 

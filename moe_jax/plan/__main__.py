@@ -1,0 +1,65 @@
+"""Compiles every cell of a grid for a TPU slice that need not be there.
+
+    python -m moe_jax.plan --config=experiments/reference.py --topology=v5p-64
+
+Needs libtpu beside JAX (`pip install 'jax[tpu]'`), no TPU. Execution flags say how it is laid
+out, e.g. --config.execution.mesh.expert=8 --config.execution.mesh.fsdp=4.
+"""
+
+import json
+import math
+
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.errors import FieldError, require
+
+_CONFIG = cli.define_config_flag()
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "TPU slice, as gcloud names it: v4-*, v5litepod-*, v5p-*, v6e-*, tpu7x-*.",
+    required=True)
+_SLICES = flags.DEFINE_integer("slices", 1, "Equal slices, joined by the data-centre network.")
+_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments; plans are kept in it.")
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Compilations at once; each takes gigabytes.")
+_PRICE = flags.DEFINE_float("usd_per_chip_hour", None, "Replaces the table's price.")
+_JSON = flags.DEFINE_string("json", None, "File for everything that is known, as JSON.")
+_CSV = flags.DEFINE_string("csv", None, "File for a row a cell, as CSV.")
+_HLO_OUT = flags.DEFINE_string("hlo_out", None, "Folder for the compiled text of each cell.")
+
+
+def main(overrides: list[str]) -> int:
+  from moe_jax.plan import topology as topology_lib
+  topology = topology_lib.parse(_TOPOLOGY.value, _SLICES.value)
+  require(_PARALLEL.value >= 1, "parallel", _PARALLEL.value, "must be at least 1")
+  price = topology.hardware.usd_per_chip_hour if _PRICE.value is None else _PRICE.value
+  if price is not None and not (math.isfinite(price) and price >= 0):
+    raise FieldError("usd_per_chip_hour", price, "must be 0 or more")
+  cells = cli.selected_cells(_CONFIG.value, overrides)
+
+  import pathlib
+
+  import rich.console
+  import rich.measure
+
+  from moe_jax.plan import cells as cells_lib
+  from moe_jax.plan import table
+  plans = cells_lib.plan_cells(cells, topology, _OUT.value, parallel=_PARALLEL.value,
+                               hlo_out=_HLO_OUT.value, say=lambda line: print(line, flush=True))
+  shown = table.table(plans, price)
+  console = rich.console.Console()
+  console.width = max(console.width, rich.measure.Measurement.get(
+      console, console.options.update(max_width=10_000), shown).maximum)
+  console.print(shown)
+  print(table.summary(plans, price))
+  rows = [table.row(plan, price) for plan in plans]
+  if _CSV.value:
+    pathlib.Path(_CSV.value).write_text(table.csv_text(rows))
+  if _JSON.value:
+    detailed = [flat | {"dearest": plan.result.get("dearest", [])}
+                for flat, plan in zip(rows, plans, strict=True)]
+    pathlib.Path(_JSON.value).write_text(json.dumps(detailed, indent=1))
+  return 0 if all(plan.fits for plan in plans) else 1
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,261 @@
+"""Plans the cells of a grid, several at once, each in a process of its own. No JAX here."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+import moe_jax
+from moe_jax import config as config_lib
+from moe_jax.arch import count
+from moe_jax.config import RunConfig, resolve_mesh
+from moe_jax.errors import FieldError
+from moe_jax.grid import Cell
+from moe_jax.plan import worker
+from moe_jax.plan.topology import Topology
+from moe_jax.run_dir import write_json
+
+_REMEDIES = 3  # changes tried for a cell that does not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is known of one cell on one topology.
+
+  Attributes:
+    cell: its name.
+    config: what was compiled.
+    topology: where.
+    result: what worker.compile_cell returned; empty if it failed.
+    error: why there is no result, in one line; empty if there is one.
+    needs: bytes a device that a program too large asked for; None otherwise.
+    remedy: overrides under which it fits, if it does not and one was found.
+  """
+
+  cell: str
+  config: RunConfig
+  topology: Topology
+  result: dict[str, Any]
+  error: str = ""
+  needs: float | None = None
+  remedy: str = ""
+
+  @property
+  def hbm_there(self) -> float:
+    """Bytes of a device."""
+    return self.topology.hardware.device_hbm_bytes
+
+  @property
+  def hbm_needed(self) -> float | None:
+    """Bytes on a device: arguments, temporaries, what is not donated, and the program."""
+    return sum(self.result["memory"].values()) if self.result else self.needs
+
+  @property
+  def fits(self) -> bool | None:
+    """None where it is not known."""
+    return None if self.hbm_needed is None else bool(
+        self.result and self.hbm_needed <= self.hbm_there)
+
+  @property
+  def seconds(self) -> float | None:
+    """Estimated time of a step: a lower bound."""
+    return self.result.get("seconds")
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    return self.seconds and self.config.batch_tokens / self.seconds
+
+  @property
+  def mfu(self) -> float | None:
+    """Active parameters, causal attention; neither recomputation nor empty slots count."""
+    if not self.seconds:
+      return None
+    useful = count.training_flops_per_token(self.config.arch, self.config.data.seq_len)
+    peak = self.topology.hardware.device_bf16_flops * self.topology.devices
+    return useful * self.tokens_per_second / peak
+
+  @property
+  def chip_hours(self) -> float | None:
+    """Of all its steps."""
+    return self.seconds and self.seconds * self.config.train.steps * self.topology.chips / 3600
+
+  def usd(self, usd_per_chip_hour: float | None) -> float | None:
+    """What its steps cost; None without a price."""
+    if self.chip_hours is None or usd_per_chip_hour is None:
+      return None
+    return self.chip_hours * usd_per_chip_hour
+
+
+def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike, *,
+               parallel: int = 1, hlo_out: str | None = None,
+               say: Callable[[str], None] = print) -> list[Plan]:
+  """Compiles each cell, or reads what an earlier plan of it said.
+
+  Args:
+    cells: which.
+    topology: where.
+    out: directory of all experiments; results are kept in `<out>/_plans`.
+    parallel: compilations at once.
+    hlo_out: folder for the compiled text of each cell; None keeps none.
+    say: gets a line a cell as soon as it is known.
+
+  Raises:
+    FieldError: libtpu is missing or is not the one that this JAX asks for.
+  """
+  check_libtpu()
+  lock, done = threading.Lock(), 0
+
+  def one(cell: Cell) -> Plan:
+    nonlocal done
+    plan = plan_config(cell.name, cell.config, topology, out, hlo_out)
+    if plan.fits is False:
+      plan = dataclasses.replace(plan, remedy=_find_remedy(plan, out))
+    with lock:
+      done += 1
+      say(f"[{done}/{len(cells)}] {cell.name}: {verdict(plan)}")
+    return plan
+
+  with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+    return list(pool.map(one, cells))
+
+
+def plan_config(name: str, config: RunConfig, topology: Topology, out: str | os.PathLike,
+                hlo_out: str | None = None) -> Plan:
+  """Plans one configuration; an error is part of the answer."""
+  plan = Plan(name, config, topology, {})
+  try:
+    resolve_mesh(config, topology.devices)
+  except FieldError as error:
+    return dataclasses.replace(plan, error=str(error.under("config")))
+  cached = epath.Path(out) / "_plans" / f"{_key(config, topology)}.json"
+  hlo = None
+  if hlo_out:
+    folder = pathlib.Path(hlo_out)
+    folder.mkdir(parents=True, exist_ok=True)
+    hlo = os.fspath((folder / f"{name}.{topology.label}.hlo.txt").absolute())
+  if cached.exists() and hlo is None:
+    result = json.loads(cached.read_text())
+  else:
+    result = _compile(config, topology, hlo)
+    if "error" not in result or "hbm_needed" in result:
+      cached.parent.mkdir(parents=True, exist_ok=True)
+      write_json(cached, result)
+  if "error" in result:
+    return dataclasses.replace(plan, error=result["error"], needs=result.get("hbm_needed"))
+  return dataclasses.replace(plan, result=result)
+
+
+def verdict(plan: Plan) -> str:
+  """One phrase for a line of progress."""
+  gib = 2**30
+  if plan.fits is None:
+    return f"failed: {plan.error}"
+  if not plan.fits:
+    line = (f"does not fit: needs {plan.hbm_needed / gib:.1f} GiB of {plan.hbm_there / gib:.0f}"
+            f", {(plan.hbm_needed - plan.hbm_there) / gib:.1f} too many")
+    return line + (f"; fits with {plan.remedy}" if plan.remedy else "")
+  return (f"fits in {plan.hbm_needed / gib:.1f} of {plan.hbm_there / gib:.0f} GiB, at least "
+          f"{plan.seconds * 1e3:.1f} ms a step, compiled in {plan.result['compile_seconds']:.0f} s")
+
+
+def check_libtpu() -> None:
+  """Raises FieldError if libtpu is missing or is not the version that this JAX asks for."""
+  import importlib.metadata
+
+  from packaging.requirements import Requirement
+  found = worker.versions()
+  command = f"pip install 'jax[tpu]=={found['jax']}'"
+  if found["libtpu"] is None:
+    raise FieldError("topology", "libtpu", f"is not installed; it holds the TPU compiler: "
+                     f"{command}")
+  for text in importlib.metadata.requires("jax") or ():
+    wanted = Requirement(text)
+    if wanted.name == "libtpu" and not wanted.specifier.contains(found["libtpu"]):
+      raise FieldError("topology", f"libtpu {found['libtpu']}", f"jax {found['jax']} wants "
+                       f"libtpu{wanted.specifier}: {command}")
+
+
+def _find_remedy(plan: Plan, out: str | os.PathLike) -> str:
+  """Overrides under which the cell fits; empty if none of a few does."""
+  for overrides, config in remedies(plan.config, plan.topology):
+    if plan_config(plan.cell, config, plan.topology, out).fits:
+      return overrides
+  return ""
+
+
+def remedies(config: RunConfig, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
+  """Changes of execution that save memory, cheapest first: (flags, config). All valid."""
+  tried = []
+  whole = {"remat": "full"} if config.execution.remat != "full" else {}
+  if whole:
+    tried.append(whole)
+  for times in (2, 4, 8):
+    tried.append(whole | {"microbatches": config.execution.microbatches * times})
+  fsdp = config.execution.mesh.fsdp * 2
+  while fsdp <= topology.devices:
+    tried.append(whole | {"mesh": dataclasses.replace(config.execution.mesh, fsdp=fsdp, data=-1)})
+    fsdp *= 4
+  for number, changes in enumerate(_valid(config, topology, tried)):
+    if number == _REMEDIES:
+      return
+    yield changes
+
+
+def _valid(config: RunConfig, topology: Topology, tried) -> Iterator[tuple[str, RunConfig]]:
+  for changes in tried:
+    try:
+      changed = dataclasses.replace(
+          config, execution=dataclasses.replace(config.execution, **changes))
+      resolve_mesh(changed, topology.devices)
+    except FieldError:
+      continue
+    words = [f"--config.execution.mesh.fsdp={value.fsdp}" if name == "mesh"
+             else f"--config.execution.{name}={value}" for name, value in changes.items()]
+    yield " ".join(words), changed
+
+
+def _compile(config: RunConfig, topology: Topology, hlo: str | None) -> dict[str, Any]:
+  """Runs the worker; whatever happens to it is a result."""
+  with tempfile.TemporaryDirectory() as folder:
+    request, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
+    request.write_text(json.dumps({
+        "config": config_lib.to_dict(config), "topology": topology.name,
+        "slices": topology.n_slices, "hlo": hlo}))
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_jax.plan.worker", os.fspath(request), os.fspath(answer)],
+        env=os.environ | worker.ENVIRONMENT, capture_output=True, text=True, check=False)
+    if answer.exists():
+      return json.loads(answer.read_text())
+  if done.returncode == -9:
+    return {"error": "the compiler was killed: this machine has too little memory for it; try "
+                     "--parallel=1"}
+  said = [line for line in done.stderr.splitlines() if line.strip()]
+  return {"error": f"the compiler ended with {done.returncode}: "
+                   + (" ".join(said[-1].split())[:300] if said else "it said nothing")}
+
+
+@functools.cache
+def _source_hash() -> str:
+  """Of this package's files: another code compiles to another program."""
+  digest = hashlib.sha256()
+  for file in sorted(pathlib.Path(moe_jax.__file__).parent.rglob("*.py")):
+    digest.update(file.read_bytes())
+  return digest.hexdigest()
+
+
+def _key(config: RunConfig, topology: Topology) -> str:
+  """Names a plan: the configuration, the topology, the versions and this code."""
+  told = [config_lib.to_dict(config), topology.name, topology.n_slices, worker.versions(),
+          _source_hash()]
+  return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]

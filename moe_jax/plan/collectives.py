@@ -1,0 +1,145 @@
+"""How long a collective takes at least: its bytes over the links of its mesh axes.
+
+Formulas are lower bounds for a torus: every link busy all the time, no latency. With n devices
+in a group, B bytes on each device in the whole (gathered or unreduced) array, and w bytes a
+second one way over one link (r links a dimension: 2 where it wraps, 1 where it is a line):
+
+    all-gather, reduce-scatter   B (n - 1) / n / (w r dims)
+    all-reduce                   twice that
+    all-to-all                   B e / (4 w r), e the longest extent of the group: half of all
+                                 bytes cross the middle
+    collective-permute           B / w
+
+Between slices the data-centre network takes the place of the links.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from moe_jax.plan.hlo import Computation, Instruction
+from moe_jax.plan.topology import Topology
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+         "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+  """Where the devices of a mesh are.
+
+  Attributes:
+    axes: mesh axis -> size, in the order of the mesh.
+    coordinates: [devices, dimensions], the chip of each device in mesh order.
+    slices: [devices], the slice of each.
+  """
+
+  axes: Mapping[str, int]
+  coordinates: np.ndarray
+  slices: np.ndarray
+
+  @classmethod
+  def of(cls, mesh) -> "Devices":
+    devices = list(mesh.devices.flat)
+    coordinates = np.array([getattr(device, "coords", (i,)) for i, device in enumerate(devices)])
+    slices = np.array([getattr(device, "slice_index", 0) for device in devices])
+    return cls(dict(mesh.shape), coordinates, slices)
+
+
+def kind_of(instruction: Instruction) -> str | None:
+  """Which collective it is, also where it is the start of an asynchronous one."""
+  opcode = instruction.opcode.removesuffix("-start")
+  return opcode if opcode in KINDS else None
+
+
+def moved_bytes(kind: str, computation: Computation, instruction: Instruction) -> int:
+  """B of the formulas: bytes of the larger side, on one device."""
+  operands = computation.operand_bytes(instruction)
+  if instruction.opcode.endswith("-start"):  # its result holds operands and results
+    return max(operands, sum(array.bytes for array in instruction.type) - operands)
+  return max(operands, sum(array.bytes for array in instruction.type))
+
+
+def groups_of(attributes: str, n_devices: int) -> np.ndarray:
+  """[groups, size]: which devices, in mesh order, exchange. Reads every way XLA writes them."""
+  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes)
+  if mesh:
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+    names, used = list(sizes), re.findall(r"'([^']+)'", mesh[2])
+    grid = np.arange(n_devices).reshape([int(sizes[name]) for name in names])
+    order = ([i for i, name in enumerate(names) if name not in used]
+             + [names.index(name) for name in used])
+    return grid.transpose(order).reshape(-1, math.prod(int(sizes[name]) for name in used))
+  iota = re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", attributes)
+  if iota:
+    ids = np.arange(n_devices).reshape(_integers(iota[2]))
+    if iota[3]:
+      ids = ids.transpose(_integers(iota[3]))
+    return ids.reshape(_integers(iota[1]))
+  explicit = re.search(r"replica_groups=\{(\{[^=]*?\})\}", attributes)
+  if explicit:
+    return np.array([_integers(group) for group in re.findall(r"\{([0-9,]+)\}", explicit[1])])
+  pairs = re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", attributes)
+  if pairs:
+    return np.array([_integers(pair) for pair in re.findall(r"\{([0-9,]+)\}", pairs[1])])
+  return np.arange(n_devices)[None]  # no groups written: all devices
+
+
+def axes_of(groups: np.ndarray, axes: Mapping[str, int]) -> str:
+  """The mesh axes over which the groups exchange, e.g. `expert` or `fsdp+expert`.
+
+  The smallest set of axes whose own groups hold every group; axes of size 1 are left out.
+  """
+  names = [name for name, size in axes.items() if size > 1]
+  position = np.stack(np.unravel_index(np.arange(math.prod(axes.values())),
+                                       tuple(axes.values())))
+  rows = dict(zip(axes, position, strict=True))
+  for n in range(len(names) + 1):
+    for chosen in itertools.combinations(names, n):
+      others = [name for name in names if name not in chosen]
+      if all((rows[name][groups] == rows[name][groups[:, :1]]).all() for name in others):
+        return "+".join(chosen) or "none"
+  return "+".join(names)
+
+
+def seconds(kind: str, n_bytes: int, groups: np.ndarray, devices: Devices,
+            topology: Topology) -> float:
+  """The least time of one collective; the slowest group counts."""
+  if kind == "collective-permute":
+    return n_bytes / _link(topology)
+  group = groups[0]
+  size = len(group)
+  if size == 1:
+    return 0.0
+  n_slices = len(np.unique(devices.slices[group]))
+  if n_slices > 1:
+    # Each chip's share of the network carries what leaves its slice.
+    share = n_bytes * (n_slices - 1) / n_slices
+    per_chip = share / max(1, size // n_slices) if kind == "all-reduce" else share
+    return (2 if kind == "all-reduce" else 1) * per_chip / topology.hardware.dcn_bytes_per_second
+  chips = devices.coordinates[group]
+  extents = [len(np.unique(chips[:, axis])) for axis in range(chips.shape[1])]
+  spanned = [axis for axis, extent in enumerate(extents) if extent > 1]
+  if not spanned:  # the cores of one chip: on-chip, not over links
+    return 0.0
+  ports = sum(2 if extents[axis] == topology.shape[axis] and topology.wraps(axis) else 1
+              for axis in spanned)
+  if "all-to-all" in kind:
+    longest = max(spanned, key=lambda axis: extents[axis])
+    closed = extents[longest] == topology.shape[longest] and topology.wraps(longest)
+    return n_bytes * extents[longest] / (4 * (2 if closed else 1) * _link(topology))
+  passes = 2 if kind == "all-reduce" else 1
+  return passes * n_bytes * (size - 1) / size / (ports * _link(topology))
+
+
+def _link(topology: Topology) -> float:
+  """Bytes a second over one link, one way. A chip has two links a dimension of the torus."""
+  return topology.hardware.link_bytes_per_second / (2 * len(topology.shape))
+
+
+def _integers(text: str) -> list[int]:
+  return [int(number) for number in text.strip("{}").split(",")]

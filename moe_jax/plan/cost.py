@@ -1,0 +1,282 @@
+"""A loop-aware estimate of one step from compiled HLO.
+
+XLA:TPU writes its own `estimated_cycles` beside most instructions. Summing them misleads in
+three ways, which this walk mends: the body of a loop is written once and runs many times; what
+has no estimate (gathers, Pallas kernels, collectives) is not free; what runs asynchronously
+costs only what is not hidden. Every cost is one of
+
+    estimated  XLA's own cycles
+    priced     ours, for what XLA does not estimate: a kernel's roofline at KERNEL_EFFICIENCY,
+               gathers, scatters and sorts by the bytes they touch at the chip's bandwidth,
+               collectives by the links of their mesh axis (collectives.py)
+
+and the two subtotals are always kept apart. Both are optimistic: a lower bound until calibrated.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from moe_jax.plan import collectives, hlo
+from moe_jax.plan.collectives import Devices
+from moe_jax.plan.hlo import Computation, Instruction, Module
+from moe_jax.plan.topology import Topology
+
+# A Pallas kernel's share of its roofline, unless measured: what splash attention and grouped
+# matrix products reach on large shapes.
+KERNEL_EFFICIENCY = 0.6
+
+PARTS = ("matmul", "attention", "dispatch", "collective", "optimizer", "head", "other")
+
+# Innermost scope that matches wins. The scopes are `jax.named_scope`s of the model and the step.
+_SCOPES = {"attention": "attention", "route": "dispatch", "dispatch": "dispatch",
+           "combine": "dispatch", "experts": "matmul", "optimizer": "optimizer", "head": "head",
+           "loss": "head"}
+_FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
+                   "partition-id", "replica-id", "opt-barrier"))
+_BY_BYTES = frozenset(("sort", "gather", "scatter", "fusion", "custom-call", "copy", "select",
+                       "dynamic-slice", "dynamic-update-slice", "add", "multiply", "convert",
+                       "reduce", "broadcast", "reshape", "transpose", "concatenate", "pad"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """One instruction, over all its executions in a step on one device.
+
+  Attributes:
+    name: of the instruction.
+    op_name: the JAX scopes it came from.
+    part: one of PARTS.
+    times: executions in a step.
+    seconds: that the device cannot do anything else, in a step.
+    priced: whether the time is ours and not XLA's.
+    flops: of its matrix products, in a step.
+    collective: `all-gather`, ...; empty if it is none.
+    axes: mesh axes of a collective.
+    bytes: that a collective moves, in a step, on one device.
+    hidden_seconds: what an asynchronous operation takes behind others.
+  """
+
+  name: str
+  op_name: str
+  part: str
+  times: int
+  seconds: float
+  priced: bool
+  flops: int = 0
+  collective: str = ""
+  axes: str = ""
+  bytes: int = 0
+  hidden_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """The items of a step."""
+
+  items: tuple[Item, ...]
+  clock_hz: float
+
+  @property
+  def seconds(self) -> float:
+    """Estimated time of one step."""
+    return sum(item.seconds for item in self.items)
+
+  @property
+  def estimated_seconds(self) -> float:
+    """Of it, XLA's own estimates."""
+    return sum(item.seconds for item in self.items if not item.priced)
+
+  @property
+  def priced_seconds(self) -> float:
+    """Of it, what this model priced."""
+    return sum(item.seconds for item in self.items if item.priced)
+
+  @property
+  def estimated_cycles(self) -> float:
+    return self.estimated_seconds * self.clock_hz
+
+  @property
+  def flops(self) -> int:
+    """FLOPs of matrix products that one device executes, recomputation and empty slots too.
+
+    What a Pallas kernel does inside is not in the HLO: it counts what the kernel declares.
+    """
+    return sum(item.flops for item in self.items)
+
+  def by_part(self) -> dict[str, float]:
+    """Seconds of each part, every part named."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for item in self.items:
+      seconds[item.part] += item.seconds
+    return seconds
+
+  def by_collective(self) -> dict[tuple[str, str], tuple[int, float, float]]:
+    """(kind, axes) -> bytes on one device, seconds exposed, seconds hidden."""
+    found = collections.defaultdict(lambda: (0, 0.0, 0.0))
+    for item in self.items:
+      if item.collective:
+        n, exposed, hidden = found[item.collective, item.axes]
+        found[item.collective, item.axes] = (n + item.bytes, exposed + item.seconds,
+                                             hidden + item.hidden_seconds)
+    return dict(found)
+
+
+def estimate(module: Module, devices: Devices, topology: Topology,
+             kernel_efficiency: float = KERNEL_EFFICIENCY) -> Cost:
+  """Walks the module from its entry.
+
+  Raises:
+    ValueError: a loop whose length is not in the HLO.
+  """
+  walk = _Walk(module, devices, topology, kernel_efficiency)
+  walk.run(module.computations[module.entry], times=1)
+  return Cost(tuple(walk.items), topology.hardware.clock_hz)
+
+
+class _Walk:
+  """Goes through the call graph in scheduled order, with a clock for what overlaps."""
+
+  def __init__(self, module: Module, devices: Devices, topology: Topology, efficiency: float):
+    self.module, self.devices, self.topology = module, devices, topology
+    self.efficiency = efficiency
+    self.items: list[Item] = []
+
+  def run(self, computation: Computation, times: int) -> float:
+    """Adds the items of one computation that runs `times` times; returns seconds of one run."""
+    now = 0.0
+    queue: dict[str, float] = collections.defaultdict(float)  # links, copies -> free again at
+    begun: dict[str, tuple[float, Item]] = {}  # asynchronous start -> finishes at, its item
+    for instruction in computation.instructions:
+      if instruction.opcode in _FREE:
+        continue
+      if instruction.opcode == "while":
+        n = self.module.trip_count(instruction)
+        now += n * self.run(self.module.computations[instruction.called("body")], times * n)
+      elif instruction.opcode == "call":
+        now += self.run(self.module.computations[instruction.called("to_apply")], times)
+      elif instruction.opcode == "conditional":
+        now += self._dearest_branch(instruction, times)
+      elif instruction.opcode.endswith("-start"):
+        item, cost, resource = self._asynchronous(computation, instruction, times)
+        queue[resource] = max(now, queue[resource]) + cost
+        begun[instruction.name] = queue[resource], item
+      elif instruction.opcode.endswith("-done"):
+        finish, item = begun.pop(instruction.operands[0], (now, None))
+        exposed = max(0.0, finish - now)
+        if item is not None:
+          hidden = max(0.0, item.seconds - exposed * times)
+          self.items.append(dataclasses.replace(item, seconds=exposed * times,
+                                                hidden_seconds=hidden))
+        now += exposed
+      else:
+        item = self._synchronous(computation, instruction, times)
+        self.items.append(item)
+        now += item.seconds / times
+    return now
+
+  def _dearest_branch(self, instruction: Instruction, times: int) -> float:
+    """One branch runs; which, is not known: the one that takes longest."""
+    names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+    branches = (re.findall(r"%([^\s,]+)", names[1]) if names else
+                re.findall(r"(?:true|false)_computation=%([^\s,]+)", instruction.attributes))
+    best, found = 0.0, []
+    kept = self.items
+    for name in branches:
+      self.items = []
+      took = self.run(self.module.computations[name], times)
+      if took >= best:
+        best, found = took, self.items
+    self.items = kept + found
+    return best
+
+  def _asynchronous(self, computation, instruction, times) -> tuple[Item, float, str]:
+    """Its item with the whole cost, that cost for one run, and what it keeps busy."""
+    if collectives.kind_of(instruction):
+      item = self._collective(computation, instruction, times)
+      return item, item.seconds / times, "links"
+    if instruction.opcode == "copy-start":  # between HBM and VMEM, a prefetch
+      n_bytes = instruction.type[0].bytes
+      cost = n_bytes / self.topology.hardware.device_hbm_bytes_per_second
+      return self._item(instruction, times, cost, priced=True), cost, "copies"
+    inside = instruction.called("to_apply") or instruction.called("calls")
+    kept, self.items = self.items, []
+    cost = self.run(self.module.computations[inside], times) if inside else 0.0
+    inner, self.items = self.items, kept
+    collective = next((item for item in inner if item.collective), None)
+    item = self._item(instruction, times, cost, priced=all(i.priced for i in inner),
+                      flops=sum(i.flops for i in inner))
+    if collective:
+      item = dataclasses.replace(item, part="collective", collective=collective.collective,
+                                 axes=collective.axes, bytes=collective.bytes)
+    return item, cost, "links" if collective else "cores"
+
+  def _synchronous(self, computation, instruction, times) -> Item:
+    if collectives.kind_of(instruction):
+      return self._collective(computation, instruction, times)
+    flops = hlo.matmul_flops(computation, instruction) + sum(
+        hlo.matmul_flops(where, inner) for where, inner in self.module.nested(instruction))
+    cycles = instruction.estimated_cycles
+    if cycles is not None:
+      return self._item(instruction, times, cycles / self.topology.hardware.clock_hz,
+                        priced=False, flops=flops)
+    if 'custom_call_target="tpu_custom_call"' in instruction.attributes:
+      return self._kernel(computation, instruction, times)
+    cost = 0.0
+    if instruction.opcode in _BY_BYTES:
+      cost = self._touched_bytes(computation, instruction) / (
+          self.topology.hardware.device_hbm_bytes_per_second)
+    return self._item(instruction, times, cost, priced=True, flops=flops)
+
+  def _kernel(self, computation, instruction, times) -> Item:
+    """A Pallas kernel: the roofline of what it declares, at the stated efficiency."""
+    declared = re.search(r'"cost_estimate":\{"flops":"?(\d+)"?.*?"bytes_accessed":"?(\d+)"?',
+                         instruction.attributes, re.S)
+    n_bytes = computation.operand_bytes(instruction) + sum(a.bytes for a in instruction.type)
+    flops = int(declared[1]) if declared else 0
+    n_bytes = max(n_bytes, int(declared[2])) if declared else n_bytes
+    chip = self.topology.hardware
+    roofline = max(flops / chip.device_bf16_flops, n_bytes / chip.device_hbm_bytes_per_second)
+    return self._item(instruction, times, roofline / self.efficiency, priced=True, flops=flops)
+
+  def _touched_bytes(self, computation, instruction) -> int:
+    """A gather reads of its operand only what it returns; all else is read whole."""
+    result = sum(array.bytes for array in instruction.type)
+    opcodes = {instruction.opcode} | {inner.opcode
+                                      for _, inner in self.module.nested(instruction)}
+    if opcodes & {"gather", "dynamic-slice", "slice"}:
+      return 2 * result
+    if opcodes & {"scatter", "dynamic-update-slice"}:
+      operands = [array.bytes for name in instruction.operands
+                  for array in computation.by_name[name].type]
+      return 2 * (sum(operands) - max(operands, default=0))
+    return result + computation.operand_bytes(instruction)
+
+  def _collective(self, computation, instruction, times) -> Item:
+    kind = collectives.kind_of(instruction)
+    n_bytes = collectives.moved_bytes(kind, computation, instruction)
+    groups = collectives.groups_of(instruction.attributes, len(self.devices.slices))
+    cost = collectives.seconds(kind, n_bytes, groups, self.devices, self.topology)
+    item = self._item(instruction, times, cost, priced=True)
+    axes = collectives.axes_of(groups, self.devices.axes)
+    return dataclasses.replace(item, part="collective", collective=kind, axes=axes,
+                               bytes=n_bytes * times)
+
+  def _item(self, instruction: Instruction, times: int, seconds: float, priced: bool,
+            flops: int = 0) -> Item:
+    op_name = instruction.op_name
+    if flops and instruction.opcode == "fusion":  # named after its product, not its last add
+      for where, inner in self.module.nested(instruction):
+        if hlo.matmul_flops(where, inner):
+          op_name = inner.op_name or op_name
+    return Item(instruction.name, op_name, part_of(op_name, bool(flops)), times,
+                seconds * times, priced, flops * times)
+
+
+def part_of(op_name: str, is_matmul: bool, scopes: Mapping[str, str] = _SCOPES) -> str:
+  """Which part of the step an instruction belongs to, from its innermost known scope."""
+  for scope in reversed(re.split(r"[/()]+", op_name)):
+    if scope in scopes:
+      return scopes[scope]
+  return "matmul" if is_matmul else "other"

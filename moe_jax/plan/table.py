@@ -1,0 +1,97 @@
+"""Plans as a table for people, and as rows for programs. No JAX here."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import rich.box
+import rich.table
+
+from moe_jax.arch import count
+from moe_jax.arch.hardware import PRICES_AS_OF
+from moe_jax.config import identity_hash
+from moe_jax.plan import cost
+from moe_jax.plan.cells import Plan
+from moe_jax.text import short
+
+_GIB = 2**30
+
+
+def table(plans: Sequence[Plan], price: float | None) -> rich.table.Table:
+  """A line a cell: does it fit, how long is a step, where does it go, what does it cost."""
+  shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+  shown.add_column("cell", no_wrap=True)
+  for name in ("N_total", "N_active", "GiB/device", "fits", "step ms", "XLA's", "priced",
+               *cost.PARTS, "MFU", "tokens/s", "chip-hours", "USD"):
+    shown.add_column(name, justify="right", no_wrap=True)
+  for plan in plans:
+    arch = plan.config.arch
+    sizes = (short(count.n_total(arch)), short(count.n_active(arch)))
+    if plan.fits is None:
+      shown.add_row(plan.cell, *sizes, "", "failed")
+      continue
+    memory = f"{plan.hbm_needed / _GIB:.1f} / {plan.hbm_there / _GIB:.0f}"
+    if not plan.result:
+      shown.add_row(plan.cell, *sizes, memory, "no")
+      continue
+    result = plan.result
+    parts = [f"{result['parts'][part] / plan.seconds:.0%}" for part in cost.PARTS]
+    usd = plan.usd(price)
+    shown.add_row(plan.cell, *sizes, memory, "yes" if plan.fits else "no",
+                  f"{plan.seconds * 1e3:.1f}", f"{result['estimated_seconds'] * 1e3:.1f}",
+                  f"{result['priced_seconds'] * 1e3:.1f}", *parts, f"{plan.mfu:.1%}",
+                  short(plan.tokens_per_second), f"{plan.chip_hours:.4g}",
+                  "" if usd is None else f"{usd:,.0f}")
+  return shown
+
+
+def summary(plans: Sequence[Plan], price: float | None) -> str:
+  """What the grid costs, and how far that can be trusted."""
+  timed = [plan for plan in plans if plan.seconds]
+  hours = sum(plan.chip_hours for plan in timed)
+  label = plans[0].topology.label
+  line = (f"{len(timed)} of {len(plans)} cells planned on {label}: at least {hours:,.4g} "
+          "chip-hours")
+  if price is not None:
+    line += f", USD {hours * price:,.0f} at {price:g} a chip-hour"
+  return (line + ". Times are XLA's estimates plus what this model prices: a lower bound until "
+          f"calibrated. Default prices: {PRICES_AS_OF}.")
+
+
+def row(plan: Plan, price: float | None) -> dict[str, Any]:
+  """Everything that is known of one cell, flat."""
+  arch, result = plan.config.arch, plan.result
+  flat = {
+      "cell": plan.cell, "identity": identity_hash(plan.config),
+      "topology": plan.topology.label, "chips": plan.topology.chips,
+      "n_total": count.n_total(arch), "n_active": count.n_active(arch),
+      "fits": plan.fits, "error": plan.error, "remedy": plan.remedy,
+      "hbm_needed": plan.hbm_needed, "hbm_there": plan.hbm_there,
+      **{f"hbm_{name}": value for name, value in result.get("memory", {}).items()},
+      **{f"mesh_{axis}": size for axis, size in result.get("mesh", {}).items()},
+      "remat": plan.config.execution.remat,
+      "microbatches": plan.config.execution.microbatches,
+      "compile_seconds": result.get("compile_seconds"),
+      "step_seconds": plan.seconds, "estimated_seconds": result.get("estimated_seconds"),
+      "priced_seconds": result.get("priced_seconds"),
+      "estimated_cycles": result.get("estimated_cycles"),
+      "flops_per_device": result.get("flops"),
+      **{f"seconds_{part}": result["parts"][part] for part in (cost.PARTS if result else ())},
+      "mfu": plan.mfu, "tokens_per_second": plan.tokens_per_second,
+      "steps": plan.config.train.steps, "chip_hours": plan.chip_hours, "usd": plan.usd(price)}
+  for collective in result.get("collectives", ()):
+    name = f"{collective['kind']}[{collective['axes']}]"
+    flat[f"{name}_bytes"] = collective["bytes"]
+    flat[f"{name}_exposed_seconds"] = collective["exposed_seconds"]
+  return flat
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+  """Rows whose columns differ as one CSV."""
+  columns = list(dict.fromkeys(name for flat in rows for name in flat))
+  text = io.StringIO()
+  writer = csv.DictWriter(text, columns, lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue()

@@ -1,0 +1,131 @@
+"""Compiles one train step for one TPU slice, in a process of its own.
+
+    python -m moe_jax.plan.worker REQUEST.json RESULT.json
+
+A process of its own because libtpu reads its environment once, holds a lock, and takes
+gigabytes that only the end of a process gives back. `cells.py` writes the request and reads the
+result; whatever ends this process is one row of the table.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+from typing import Any
+
+from moe_jax import config as config_lib
+from moe_jax.plan import topology as topology_lib
+from moe_jax.plan.topology import Topology
+
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
+               "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+               "TF_CPP_MIN_LOG_LEVEL": "3",
+               "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
+
+# v4's two cores are one device to JAX on real slices; libtpu's default here is two.
+_CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
+
+
+def main(request_path: str, result_path: str) -> None:
+  request = json.loads(pathlib.Path(request_path).read_text())
+  config = config_lib.config_from_dict(request["config"])
+  topology = topology_lib.parse(request["topology"], request["slices"])
+  try:
+    result = compile_cell(config, topology, request["hlo"])
+  except Exception as error:  # the parent shows one line a cell, whatever went wrong
+    result = {"error": one_line(error)} | _memory_asked(str(error))
+  pathlib.Path(result_path).write_text(json.dumps(result))
+
+
+def tpu_devices(topology: Topology) -> list:
+  """The devices of a slice that is not there, from libtpu."""
+  from jax.experimental import topologies
+  name = f"{topology.hardware.name}:{'x'.join(map(str, topology.shape))}"
+  options: dict[str, Any] = dict(_CHIP_CONFIG.get(topology.hardware.name, {}))
+  if topology.n_slices > 1:
+    options["num_slices"] = topology.n_slices
+  if len(topology.shape) == 2 and topology.chips <= 8 * topology.n_slices:
+    options["chips_per_host_bounds"] = (*topology.shape, 1)  # slices of up to 8 are one host
+  return list(topologies.get_topology_desc(topology_name=name, platform="tpu",
+                                           **options).devices)
+
+
+def compile_cell(config: config_lib.RunConfig, topology: Topology,
+                 hlo_path: str | None) -> dict[str, Any]:
+  """Compiles the step that `moe_jax.train` runs; returns memory and costs as plain values.
+
+  Args:
+    config: of the cell, its mesh and remat among them.
+    topology: where it would run.
+    hlo_path: file for the compiled text; None keeps it nowhere.
+  """
+  from moe_jax.mesh import make_mesh
+  from moe_jax.plan import cost, hlo
+  from moe_jax.plan.collectives import Devices
+  from moe_jax.train.step import lower_train_step
+
+  mesh = make_mesh(config, tpu_devices(topology))
+  began = time.monotonic()
+  compiled = lower_train_step(config, mesh).compile()
+  seconds = time.monotonic() - began
+  text = compiled.as_text()
+  if hlo_path:
+    pathlib.Path(hlo_path).write_text(text)
+  step = cost.estimate(hlo.parse(text), Devices.of(mesh), topology)
+  return {
+      "mesh": dict(mesh.shape), "compile_seconds": seconds,
+      "memory": _memory(compiled.memory_analysis()),
+      "seconds": step.seconds, "estimated_seconds": step.estimated_seconds,
+      "priced_seconds": step.priced_seconds, "estimated_cycles": step.estimated_cycles,
+      "flops": step.flops, "parts": step.by_part(),
+      "collectives": [
+          {"kind": kind, "axes": axes, "bytes": n_bytes, "exposed_seconds": exposed,
+           "hidden_seconds": hidden}
+          for (kind, axes), (n_bytes, exposed, hidden) in sorted(step.by_collective().items())],
+      "dearest": [dataclasses.asdict(item) for item in
+                  sorted(step.items, key=lambda item: -item.seconds)[:20]],
+  }
+
+
+def _memory(stats) -> dict[str, int]:
+  """Bytes on one device. Donated arguments are not counted twice."""
+  return {"arguments": stats.argument_size_in_bytes,
+          "temporaries": stats.temp_size_in_bytes,
+          "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+          "code": stats.generated_code_size_in_bytes}
+
+
+def _memory_asked(message: str) -> dict[str, float]:
+  """What a program that does not fit would need, out of XLA's words."""
+  found = re.search(r"Used ([0-9.]+)([KMGT]) of ([0-9.]+)([KMGT]) hbm", message)
+  if not found:
+    return {}
+  unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+  return {"hbm_needed": float(found[1]) * unit[found[2]],
+          "hbm_there": float(found[3]) * unit[found[4]]}
+
+
+def one_line(error: Exception) -> str:
+  """An error on one line, cut before it becomes a page."""
+  text = " ".join(str(error).split())
+  return (text if len(text) <= 300 else text[:300] + " ...") or type(error).__name__
+
+
+def versions() -> dict[str, str | None]:
+  """Installed versions of what decides the result; None for a package that is missing."""
+  found: dict[str, str | None] = {}
+  for package in ("jax", "jaxlib", "libtpu", "flax"):
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = None
+  return found
+
+
+if __name__ == "__main__":
+  os.environ.update(ENVIRONMENT)
+  main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+
+from moe_jax.plan import cost, hlo, topology
+from moe_jax.plan.collectives import Devices
+from tests.plan.hlo_test import fixture
+
+V5E = topology.parse("v5litepod-8")
+EIGHT = Devices({"data": 2, "expert": 4},
+                np.stack(np.unravel_index(np.arange(8), (2, 4)), axis=1), np.zeros(8, int))
+CLOCK = V5E.hardware.clock_hz
+
+
+@pytest.fixture(scope="module")
+def scan():
+  return cost.estimate(fixture("scan.v5litepod-8"), EIGHT, V5E)
+
+
+def test_the_body_of_a_loop_counts_as_often_as_it_runs(scan):
+  assert scan.flops == 3 * 2 * 512**3
+  (exchange,) = [item for item in scan.items if item.collective == "all-to-all"]
+  assert (exchange.times, exchange.axes) == (3, "expert")
+  assert exchange.bytes == 3 * 4 * 128 * 512 * 2
+
+
+def test_estimated_and_priced_are_apart(scan):
+  assert scan.seconds == pytest.approx(scan.estimated_seconds + scan.priced_seconds)
+  assert scan.estimated_seconds > 0 and scan.priced_seconds > 0
+  assert sum(scan.by_part().values()) == pytest.approx(scan.seconds)
+  assert all(item.priced for item in scan.items if item.collective)
+
+
+def test_collectives_by_kind_and_axis(scan):
+  found = scan.by_collective()
+  assert set(found) == {("all-to-all", "expert"), ("all-reduce", "data+expert"),
+                        ("all-gather", "data+expert")}
+  assert found["all-gather", "data+expert"][0] == 4096 * 512 * 2
+
+
+def module(body: str) -> hlo.Module:
+  return hlo.parse(f"""HloModule m
+
+ENTRY %main (a: f32[1000000]) -> f32[1000000] {{
+  %a = f32[1000000]{{0}} parameter(0)
+{body}
+}}
+""")
+
+
+def busy(name: str, cycles: int) -> str:
+  return (f'  %{name} = f32[1000000]{{0}} negate(%a), backend_config='
+          f'{{"estimated_cycles":"{cycles}"}}')
+
+
+GATHER = ('  %s = (f32[1000000]{0}, f32[8000000]{0}) all-gather-start(%a), '
+          "replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}")
+DONE = "  ROOT %d = f32[8000000]{0} all-gather-done(%s)"
+
+
+def gather_seconds() -> float:
+  link = V5E.hardware.link_bytes_per_second / 4
+  return 32e6 * 7 / 8 / (2 * link)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 3.0])
+def test_only_what_is_not_hidden_costs(share):
+  cycles = round(share * gather_seconds() * CLOCK)
+  between = "\n".join([GATHER, busy("w", cycles), DONE])
+  found = cost.estimate(module(between), EIGHT, V5E)
+  exposed = max(0.0, gather_seconds() - cycles / CLOCK)
+  (item,) = [item for item in found.items if item.collective]
+  assert item.seconds == pytest.approx(exposed, abs=1e-12)
+  assert item.hidden_seconds == pytest.approx(gather_seconds() - exposed)
+  assert found.seconds == pytest.approx(max(gather_seconds(), cycles / CLOCK))
+
+
+def test_two_transfers_share_the_links():
+  second = GATHER.replace("%s ", "%s2 ")
+  text = "\n".join([GATHER, second, DONE.replace("ROOT %d", "%d"),
+                    "  ROOT %d2 = f32[8000000]{0} all-gather-done(%s2)"])
+  assert cost.estimate(module(text), EIGHT, V5E).seconds == pytest.approx(2 * gather_seconds())
+
+
+def test_a_kernel_is_priced_by_what_it_declares():
+  kernel = ('  ROOT %k = f32[1000000]{0} custom-call(%a), custom_call_target="tpu_custom_call", '
+            'backend_config={"custom_call_config":{"cost_estimate":{"flops":"197000000000",'
+            '"transcendentals":"0","bytes_accessed":"1000"}}}')
+  found = cost.estimate(module(kernel), EIGHT, V5E)
+  assert found.flops == 197_000_000_000
+  assert found.seconds == pytest.approx(1e-3 / cost.KERNEL_EFFICIENCY)
+  assert found.priced_seconds == found.seconds
+  assert cost.estimate(module(kernel), EIGHT, V5E, kernel_efficiency=1.0).seconds == (
+      pytest.approx(1e-3))
+
+
+def test_a_gather_reads_what_it_returns():
+  text = "  ROOT %g = f32[1000]{0} gather(%a, %a), offset_dims={1}"
+  assert cost.estimate(module(text), EIGHT, V5E).seconds == pytest.approx(2 * 4000 / 820e9)
+
+
+def test_the_dearest_branch_counts():
+  text = f"""HloModule m
+
+%cheap (a: f32[10]) -> f32[10] {{
+  %a = f32[10]{{0}} parameter(0)
+{busy("w", 5).replace("1000000", "10").replace("  %w", "  ROOT %w")}
+}}
+
+%dear (a: f32[10]) -> f32[10] {{
+  %a = f32[10]{{0}} parameter(0)
+{busy("w", 700).replace("1000000", "10").replace("  %w", "  ROOT %w")}
+}}
+
+ENTRY %main (a: f32[10], p: pred[]) -> f32[10] {{
+  %a = f32[10]{{0}} parameter(0)
+  %p = pred[] parameter(1)
+  ROOT %c = f32[10]{{0}} conditional(%p, %a, %a), branch_computations={{%dear, %cheap}}
+}}
+"""
+  assert cost.estimate(hlo.parse(text), EIGHT, V5E).estimated_cycles == pytest.approx(700)
+
+
+@pytest.mark.parametrize("op_name, is_matmul, part", [
+    ("jit(step)/jvp()/while/body/closed_call/attention/vmap()/sub", False, "attention"),
+    ("jit(step)/transpose(jvp())/while/body/checkpoint/dispatch/experts/dot_general", True,
+     "matmul"),
+    ("jit(step)/transpose(jvp(loss))/mul", False, "head"),
+    ("jit(step)/optimizer/mul", False, "optimizer"),
+    ("jit(step)/jvp()/dot_general", True, "matmul"),
+    ("", False, "other"),
+])
+def test_parts(op_name, is_matmul, part):
+  assert cost.part_of(op_name, is_matmul) == part
