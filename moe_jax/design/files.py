@@ -1,0 +1,82 @@
+"""The answer for programs: a dictionary for JSON, and rows for CSV."""
+
+import csv
+import os
+from typing import Any
+
+import numpy as np
+
+from moe_jax.design.answer import Answer, front, ranges
+from moe_jax.design.ask import Question
+from moe_jax.design.report import facts, is_inside
+from moe_jax.errors import FieldError
+
+
+def as_dict(question: Question, answer: Answer, seconds: float) -> dict[str, Any]:
+  """Everything that the tables say."""
+  found = answer.found
+  return {
+      "budgets": {b.field: b.most for b in found.budgets}, "tokens": question.tokens,
+      "dtype": question.serving.dtype, "batch": question.serving.batch,
+      "context": question.serving.context,
+      "hardware": str(question.serving.slice) if question.serving.slice else None,
+      "like": question.like.name if question.like else None,
+      "lattice": found.lattice, "within": int(found.within().sum()), "seconds": seconds,
+      "laws": [_law(answer, row) for row in range(len(answer.recommendations))],
+      "principle": _compared(answer, answer.principle),
+      "chosen": None if answer.chosen is None else _compared(answer, answer.chosen)}
+
+
+def _law(answer: Answer, row: int) -> dict[str, Any]:
+  r = answer.recommendations[row]
+  value = r.judge.value(answer.found.scores[row, r.best])
+  return {
+      "law": r.judge.name, "source": r.judge.source, "sees": r.judge.sees,
+      "best": _compared(answer, r.best),
+      "loss": value if r.judge.is_loss else None,
+      "equal_loss_dense_flops": None if r.judge.is_loss else value,
+      "inside": is_inside(answer, r, r.best), "notes": r.notes,
+      "edges": r.edges, "price_of_10_percent_in_log_loss": r.prices,
+      "as_good": {"within": r.judge.slack_text, "count": len(r.near),
+                  "ranges": ranges(answer.found, r.near),
+                  "leanest": {budget.field: facts(answer, index) for budget, index in
+                              zip(answer.found.budgets, r.leanest, strict=True)}},
+      "agrees_with_principle": answer.agrees(row)}
+
+
+def _compared(answer: Answer, index: int) -> dict[str, Any]:
+  """An architecture, and by how much it is worse than each law's best, in per cent."""
+  return facts(answer, index) | {"regret_percent": {
+      r.judge.name: float(100 * np.expm1(answer.regret(index, row)))
+      for row, r in enumerate(answer.recommendations)}}
+
+
+def check_writable(flag: str, path: str | None) -> None:
+  """Raises FieldError where a file cannot be made at `path`; before the search, not after."""
+  if path is None:
+    return
+  folder = os.path.dirname(path) or "."
+  if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    raise FieldError(flag, path, "must name a file in a folder that can be written")
+
+
+def write_csv(path: str, answer: Answer) -> None:
+  """A line for each point of each law's Pareto front, each law's best and what was compared.
+
+  Columns: law, what (best, front, principle, chosen), the architecture's numbers, `predicted`
+  (a loss; equal-loss dense FLOPs for a law of those) and `worse_percent`.
+  """
+  with open(path, "w", newline="") as file:
+    writer = None
+    for row, r in enumerate(answer.recommendations):
+      compared = [("principle", answer.principle), ("chosen", answer.chosen)]
+      listed = [("best", r.best), *(pair for pair in compared if pair[1] is not None),
+                *(("front", int(at)) for at in front(answer.found, row))]
+      for what, index in listed:
+        line = {"law": r.judge.name, "what": what, **facts(answer, index),
+                "predicted": r.judge.value(answer.found.scores[row, index]),
+                "worse_percent": 100 * np.expm1(answer.regret(index, row))}
+        if writer is None:
+          writer = csv.DictWriter(file, list(line))
+          writer.writeheader()
+        writer.writerow(line)

@@ -1,0 +1,56 @@
+"""The Pareto front: what cannot be had better in one respect without worse in another."""
+
+import bisect
+
+import numpy as np
+
+_BINS = 64
+
+
+def pareto_front(score_N: np.ndarray, *cost_N: np.ndarray) -> np.ndarray:
+  """Indices that no other candidate dominates, by score ascending.
+
+  One candidate dominates another if it is as good or better in score and in each of one or
+  two costs, and better in one. Of exact equals the first is kept.
+
+  Args:
+    score_N: less is better.
+    cost_N: one or two costs; less is better.
+  """
+  first_N, second_N = cost_N if len(cost_N) == 2 else (cost_N[0], np.zeros_like(score_N))
+  index = np.flatnonzero(_maybe(score_N, first_N, second_N))
+  order = index[np.lexsort((second_N[index], first_N[index], score_N[index]))]
+  kept = []
+  # A staircase of what is kept so far: first cost ascending, second descending.
+  firsts: list[float] = []
+  seconds: list[float] = []
+  for i in order:
+    first, second = float(first_N[i]), float(second_N[i])
+    at = bisect.bisect_right(firsts, first)
+    if at and seconds[at - 1] <= second:
+      continue
+    kept.append(i)
+    start = bisect.bisect_left(firsts, first)
+    end = start
+    while end < len(firsts) and seconds[end] >= second:
+      end += 1
+    firsts[start:end], seconds[start:end] = [first], [second]
+  return np.array(kept, np.int64)
+
+
+def _maybe(score_N: np.ndarray, first_N: np.ndarray, second_N: np.ndarray) -> np.ndarray:
+  """False for most of the dominated: a lower bin of both costs has a score as good."""
+  def binned(x_N):
+    edges = np.unique(np.quantile(x_N, np.linspace(0, 1, _BINS + 1)[1:-1]))
+    return np.searchsorted(edges, x_N, side="left")
+
+  i_N, j_N = binned(first_N), binned(second_N)
+  best_IJ = np.full((_BINS + 1, _BINS + 1), np.inf)
+  # Bins are moved by one: only strictly lower ones count. A cost of which there is one value
+  # has one bin, and its own counts.
+  down_i, down_j = int(i_N.max() > 0), int(j_N.max() > 0)
+  np.minimum.at(best_IJ, (i_N + down_i, j_N + down_j), score_N)
+  best_IJ = np.minimum.accumulate(np.minimum.accumulate(best_IJ, axis=0), axis=1)
+  if not (down_i or down_j):
+    return np.ones(len(score_N), bool)
+  return score_N < best_IJ[i_N, j_N]

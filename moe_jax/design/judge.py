@@ -1,0 +1,180 @@
+"""A law as the judge of a search: scores of many shapes, of which less is better.
+
+A score is ln L. Ling's law predicts no loss but the leverage EL of an MoE over a dense model: a
+dense model trained with EL C FLOPs is as good as an MoE trained with C. As the loss of dense
+models goes as compute^-0.05 (Kaplan et al., arXiv 2001.08361), -0.05 ln(EL C) stands for ln L.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moe_jax.errors import FieldError
+from moe_jax.laws.fit import Fit
+from moe_jax.laws.forms import Form, log_sum
+from moe_jax.laws.law import LOSS, Law, Training
+from moe_jax.laws.registry import LAWS
+from moe_jax.laws.shape import Shape
+from moe_jax.laws.validate import leave_one_architecture_out
+
+# Published laws come without covariances. Half a per cent of the loss is what their rounded
+# coefficients and their residuals leave open at best.
+TOLERANCE = 0.005
+LEVEL = 0.95
+COMPUTE_EXPONENT = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+  """A law bound to a training budget.
+
+  Attributes:
+    name: the law's.
+    source: where it comes from.
+    is_loss: whether exp(score) is a loss; otherwise exp(-score / COMPUTE_EXPONENT) is the
+      FLOPs that a dense model would need for the same loss.
+    sees: the project's words that it depends on.
+    score: Shape -> array.
+    inside: Shape -> whether it lies within the ranges and assumptions on record; bools.
+    notes: Shape -> lines on how it does not, and the law's standing caveat.
+    slack: (Shape, Shape of the best) -> by how much a score may be above the best's and be
+      as good for all the law knows; broadcasts.
+    slack_text: what that is, in words.
+  """
+
+  name: str
+  source: str
+  is_loss: bool
+  sees: tuple[str, ...]
+  score: Callable[[Shape], np.ndarray]
+  inside: Callable[[Shape], np.ndarray]
+  notes: Callable[[Shape], tuple[str, ...]]
+  slack: Callable[[Shape, Shape], ArrayLike]
+  slack_text: str
+
+  def value(self, score: float) -> float:
+    """A loss, or equal-loss dense FLOPs."""
+    return float(np.exp(score if self.is_loss else -score / COMPUTE_EXPONENT))
+
+  def text(self, score: float) -> str:
+    return f"{self.value(score):.4f}" if self.is_loss else f"{self.value(score):.3g} FLOPs"
+
+  def change_text(self, score: float, change: float) -> str:
+    """A change of score as one of the loss, or of FLOPs where the law predicts no loss."""
+    if self.is_loss:
+      return f"{self.value(score + change) - self.value(score):+.4f}"
+    return f"{100 * np.expm1(-change / COMPUTE_EXPONENT):+.1f} % FLOPs"
+
+
+def of_moe(law: Law) -> bool:
+  """Whether a law was fitted on mixtures of experts at all."""
+  probe = Shape(n_layers=8, d_model=512, d_expert=256, n_exp=np.array([64, 64, 512]),
+                n_topk=np.array([1, 8, 8]))
+  return all(np.any(assumption.holds(probe)) for assumption in law.assumes)
+
+
+MOE_LAWS = tuple(name for name, law in LAWS.items() if of_moe(law))
+
+
+def published(law: Law, tokens: float | None, tolerance: float = TOLERANCE) -> Judge:
+  """A published law as a judge. Raises FieldError where it needs tokens and has none."""
+  training = Training(tokens)
+  is_loss = law.quantity == LOSS
+
+  def score(shape: Shape) -> np.ndarray:
+    values = law.values(shape, training)
+    if is_loss:
+      return np.log(values)
+    return -COMPUTE_EXPONENT * np.log(values * 6 * shape.n_active * tokens)
+
+  law.variables_of(Shape(1, 128, 128, 8, 1), training)  # a missing variable is said now
+  return Judge(law.name, law.source, is_loss, law.sees, score,
+               lambda shape: law.inside(shape, training),
+               lambda shape: law.predict(shape, tokens).outside,
+               lambda shape, best: tolerance,
+               f"{100 * tolerance:.2g} % (a tolerance; no covariance is published)")
+
+
+def fitted(fit: Fit, tokens: float) -> Judge:
+  """A law of one's own as a judge.
+
+  Its slack is a one-sided 95 % bound on the difference of two scores: the covariance of the
+  parameters is the jackknife's over architectures, and the residual scatter of the fit
+  counts twice, as each of two models has its own.
+
+  Raises:
+    FieldError: the data do not identify a coefficient of the shape, by which a search would
+      choose all the same; or too few architectures can be left out for a covariance.
+  """
+  from scipy import stats
+  _require_identified(fit)
+  covariance_PP, df = jackknife(fit)
+  other_tokens = _other_tokens(fit, tokens)
+  scatter = float(np.sum(fit.residual**2) / max(1, len(fit.cells) - len(fit.parameters)))
+  quantile = stats.t.ppf(LEVEL, df)
+
+  def slack(shape: Shape, best: Shape) -> np.ndarray:
+    ours, its = (gradient(fit.form, fit.least_squares.theta, Fit.cells_of(s, tokens))
+                 for s in (shape, best))
+    apart_NP = ours - its
+    variance_N = np.einsum("np,pq,nq->n", apart_NP, covariance_PP, apart_NP)
+    # A model is as good as itself.
+    other_N = np.any(apart_NP != 0, axis=1)
+    return quantile * np.sqrt(variance_N + 2 * scatter * other_N)
+
+  def inside(shape: Shape) -> np.ndarray:
+    asked, data = Fit.cells_of(shape, tokens).columns, fit.cells.columns
+    return np.all([(0.999 * data[column].min() <= asked[column])
+                   & (asked[column] <= 1.001 * data[column].max())
+                   for column in fit.identified.asked.columns], axis=0)
+
+  def notes(shape: Shape) -> tuple[str, ...]:
+    return fit.predict(shape, tokens).outside + other_tokens
+
+  return Judge(
+      fit.form.name, f"fitted to {len(fit.cells)} cells", True, fit.form.columns,
+      lambda shape: fit.log_loss(Fit.cells_of(shape, tokens)),
+      inside, notes, slack,
+      f"{100 * LEVEL:g} %, parameters (jackknife over {fit.cells.n_architectures} "
+      "architectures) and residual scatter")
+
+
+def _require_identified(fit: Fit) -> None:
+  for term in fit.identified.asked.terms:
+    for name, basis in term.items():
+      if name in fit.identified.refused and set(basis.columns) - {"tokens"}:
+        raise FieldError("law", fit.form.name, f"these data do not identify {name} "
+                         f"({fit.identified.refused[name]}), and a search would rest on it: "
+                         "choose a form that they identify, or add runs that vary it")
+
+
+def _other_tokens(fit: Fit, tokens: float) -> tuple[str, ...]:
+  trained = fit.cells.columns["tokens"]
+  if "tokens" in fit.form.columns or trained.min() <= 1.1 * tokens <= 1.21 * trained.max():
+    return ()
+  return (f"it has no variable for tokens: the data have {trained.min():.4g}, {tokens:.4g} was "
+          "asked",)
+
+
+def jackknife(fit: Fit) -> tuple[np.ndarray, int]:
+  """(covariance of the estimates [P,P], degrees of freedom), leaving architectures out.
+
+  Raises:
+    FieldError: fewer than two can be left out.
+  """
+  thetas = [part.theta for part in leave_one_architecture_out(fit) if part.theta is not None]
+  if len(thetas) < 2:
+    raise FieldError("results", len(thetas), f"{fit.form.name} cannot be fitted without any "
+                     "one of its architectures: it has no covariance")
+  theta_GP = np.array(thetas)
+  apart_GP = theta_GP - theta_GP.mean(axis=0)
+  return apart_GP.T @ apart_GP * (len(thetas) - 1) / len(thetas), len(thetas) - 1
+
+
+def gradient(form: Form, theta_P: np.ndarray, cells) -> np.ndarray:
+  """d ln L / d theta, [n, P]."""
+  m_KNP = form.matrix(cells)
+  z_KN = m_KNP @ theta_P
+  return np.einsum("kn,knp->np", np.exp(z_KN - log_sum(z_KN)), m_KNP)
