@@ -1,11 +1,12 @@
 """A job: one cell, its run directory, the command that trains it, and launch.json."""
 
+import contextlib
 import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 
-from moe_jax.errors import FieldError
+from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.grid import Cell
 from moe_jax.run_dir import FINISHED, RunDir, read_json, write_json
 
@@ -83,6 +84,15 @@ class Job:
       return False
 
 
+  def missing_trunk(self) -> RunDir | None:
+    """The run it branches from, while that has not saved the step where this one begins."""
+    trunk = RunDir.trunk_of(self.run_dir.path.parent.parent, self.cell)
+    if (trunk is None or trunk.has_checkpoint(self.cell.config.train.branch_step)
+        or self.run_dir.has_checkpoint()):
+      return None
+    return trunk
+
+
 def train_command(cell: Cell, out: str | os.PathLike,
                   overrides: Sequence[str]) -> tuple[str, ...]:
   """The trainer's command line for one cell, with this interpreter."""
@@ -92,7 +102,7 @@ def train_command(cell: Cell, out: str | os.PathLike,
 
 def plan(cells: Sequence[Cell], out: str | os.PathLike,
          overrides: Sequence[str]) -> tuple[Job, ...]:
-  """The jobs of the cells; reads the run directories, writes nothing.
+  """The jobs of the cells, trunks before their branches; reads the run directories.
 
   Args:
     cells: what `--config` and the overrides select.
@@ -100,10 +110,22 @@ def plan(cells: Sequence[Cell], out: str | os.PathLike,
     overrides: the raw --config.PATH=VALUE arguments that `cells` were made with.
 
   Raises:
-    FieldError: a run directory holds a run of another identity; names the fields.
+    FieldError: a run directory holds a run of another identity; names the fields. One whose
+      files are damaged is its trainer's to refuse.
   """
   jobs = tuple(Job(cell, RunDir.of(out, cell), train_command(cell, out, overrides))
                for cell in cells)
   for job in jobs:
-    job.run_dir.check_identity(job.cell)
-  return jobs
+    with contextlib.suppress(DamagedFile):
+      job.run_dir.check_identity(job.cell)
+  return _trunks_first(jobs)
+
+
+def _trunks_first(jobs: Sequence[Job]) -> tuple[Job, ...]:
+  by_name = {job.name: job for job in jobs}
+
+  def depth(job: Job) -> int:
+    trunk = by_name.get(job.cell.config.train.branch_run)
+    return 0 if trunk is None else 1 + depth(trunk)
+
+  return tuple(sorted(jobs, key=depth))

@@ -23,7 +23,8 @@ SCHEMA_VERSION = 1
 # Fields that version 1 did not have when its first runs were made, and the value that says what
 # those runs did. A stored configuration may lack them, and at this value they leave the hash of
 # the identity as it was.
-_ADDED = {"moe.router": "softmax", "moe.bias_update_rate": 1e-3}
+_ADDED = {"moe.router": "softmax", "moe.bias_update_rate": 1e-3, "train.branch_from": None,
+          "execution.keep_steps": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +184,11 @@ class TrainConfig:
     weight_decay: decoupled weight decay, of matrices only (see train/optimizer.py).
     beta1, beta2, eps: of AdamW.
     clip_norm: largest global gradient norm.
+    branch_from: `RUN@STEP` takes the first STEP steps from another `wsd` run, the trunk,
+      instead of doing them again: STEP lies in the stable phase of both. RUN is a cell of
+      the same experiment, EXPERIMENT/CELL, or a path. Only the amount of training, the decay
+      and the execution may differ from the trunk's; so the result is that of the run done
+      alone, and one trunk serves several budgets (grid.trunk_and_branches).
   """
 
   steps: int = 1000
@@ -197,6 +203,7 @@ class TrainConfig:
   beta2: float = 0.95
   eps: float = 1e-8
   clip_norm: float = 1.0
+  branch_from: str | None = None
 
   def __post_init__(self):
     for name in ("steps", "batch_size"):
@@ -211,10 +218,34 @@ class TrainConfig:
     for name in ("decay_fraction", "final_learning_rate_fraction"):
       require(0 <= getattr(self, name) <= 1, name, getattr(self, name),
               "must lie between 0 and 1")
-    decay_steps = round(self.steps * self.decay_fraction) if self.schedule == "wsd" else 0
-    require(self.warmup_steps + decay_steps <= self.steps, "warmup_steps",
-            self.warmup_steps, f"with {decay_steps} steps of decay must fit into the "
+    stable = self.stable_steps if self.schedule == "wsd" else self.steps
+    require(self.warmup_steps <= stable, "warmup_steps",
+            self.warmup_steps, f"with {self.steps - stable} steps of decay must fit into the "
             f"{self.steps} steps of training")
+    if self.branch_from is not None:
+      require(re.fullmatch(r".+@[1-9][0-9]{0,15}", self.branch_from) is not None, "branch_from",
+              self.branch_from, "must be RUN@STEP: a cell of the same experiment, "
+              "EXPERIMENT/CELL or a path, and a step above 0")
+      require(self.schedule == "wsd", "branch_from", self.branch_from,
+              "needs the schedule 'wsd', which has a stable phase to branch from")
+      require(self.warmup_steps <= self.branch_step <= stable, "branch_from", self.branch_from,
+              f"must name a step of this run's stable phase, from {self.warmup_steps} (the end "
+              f"of the warm-up) to {stable} (where its decay begins)")
+
+  @property
+  def stable_steps(self) -> int:
+    """Steps before `wsd` begins to decay, warm-up included."""
+    return self.steps - round(self.steps * self.decay_fraction)
+
+  @property
+  def branch_run(self) -> str | None:
+    """RUN of `branch_from`."""
+    return None if self.branch_from is None else self.branch_from.rpartition("@")[0]
+
+  @property
+  def branch_step(self) -> int | None:
+    """STEP of `branch_from`."""
+    return None if self.branch_from is None else int(self.branch_from.rpartition("@")[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +277,8 @@ class ExecutionConfig:
     log_every: steps between two lines of metrics.
     checkpoint_every: steps between two checkpoints.
     keep_checkpoints: how many of the latest checkpoints are kept.
+    keep_steps: steps at which a checkpoint is written and kept whatever else is. A grid adds
+      those from which its cells branch.
   """
 
   mesh: MeshConfig = MeshConfig()
@@ -254,10 +287,14 @@ class ExecutionConfig:
   log_every: int = 10
   checkpoint_every: int = 200
   keep_checkpoints: int = 2
+  keep_steps: tuple[int, ...] = ()
 
   def __post_init__(self):
     for name in ("microbatches", "log_every", "checkpoint_every", "keep_checkpoints"):
       require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+    require(isinstance(self.keep_steps, tuple)
+            and all(isinstance(step, int) and step >= 1 for step in self.keep_steps),
+            "keep_steps", self.keep_steps, "must be a tuple of steps of at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,10 +386,13 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
   Weights of losses are resolved: a default that is written out changes nothing. A float
   written as a whole number (`weight_decay=0`) is the same identity as 0.0, and so is -0.0.
+  Of a branch's trunk the step alone is told: all else that decides its state there are fields
+  that the two share (branch.require_trunk), and where it lies decides nothing.
   """
   types = leaf_types(RunConfig)
   values = leaves(config) | {"moe.balance_coef": config.moe.balance_weight,
-                             "moe.z_coef": config.moe.z_weight}
+                             "moe.z_coef": config.moe.z_weight,
+                             "train.branch_from": config.train.branch_step}
   return {path: float(value) + 0.0 if types[path] in (float, float | None) else value
           for path, value in values.items() if not path.startswith("execution.")}
 
@@ -379,6 +419,14 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def config_from_dict(values: dict[str, Any]) -> RunConfig:
   """The inverse of `to_dict`. Raises FieldError on an unknown field or a wrong type."""
+  values = copy.deepcopy(values)
+  for path, before in _ADDED.items():
+    *sections, name = path.split(".")
+    inner = values
+    for section in sections:
+      inner = inner.get(section) if isinstance(inner, dict) else None
+    if isinstance(inner, dict):  # else it is refused below
+      inner.setdefault(name, before)
   return from_dict(RunConfig, values)
 
 

@@ -27,6 +27,10 @@ class FieldError(ValueError):
     return type(self)(f"{prefix}.{self.field}", self.value, self.accepted)
 
 
+class DamagedFile(FieldError):
+  """A file of a run that cannot be read: it is that run's failure alone."""
+
+
 def require(condition: bool, field: str, value: object, accepted: str) -> None:
   """Raises FieldError unless `condition` holds."""
   if not condition:

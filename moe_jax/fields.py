@@ -54,6 +54,9 @@ def parse(text: str, hint: Any, path: str) -> Any:
   if isinstance(hint, types.UnionType):
     (inner,) = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
     return None if text.lower() == "none" else parse(text, inner, path)
+  if typing.get_origin(hint) is tuple:
+    inner, _ = typing.get_args(hint)
+    return tuple(parse(part, inner, path) for part in text.split(",") if text)
   if hint is bool:
     values = {"true": True, "1": True, "false": False, "0": False}
     if text.lower() in values:
@@ -82,6 +85,9 @@ def checked(value: Any, hint: Any, path: str) -> Any:
     return value
   if isinstance(hint, types.UnionType) and value is None:
     return None
+  if typing.get_origin(hint) is tuple and isinstance(value, (tuple, list)):  # JSON has lists
+    inner, _ = typing.get_args(hint)
+    return tuple(checked(part, inner, path) for part in value)
   if isinstance(value, str):
     inner = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
     kind = inner[0] if isinstance(hint, types.UnionType) else hint

@@ -7,10 +7,11 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_jax.arch import count
+from moe_jax.branch import require_trunk
 from moe_jax.config import RunConfig, identity, identity_difference
 from moe_jax.errors import FieldError, did_you_mean, require
 from moe_jax.fields import override
@@ -26,6 +27,7 @@ _SUFFIX_TAGS = {
     "moe.router": "",
     "data.seq_len": "seq", "train.batch_size": "b", "train.learning_rate": "lr",
     "train.warmup_steps": "warmup", "train.weight_decay": "wd",
+    "train.decay_fraction": "decay", "train.branch_from": "branch",
     "seed_init": "s", "seed_data": "sd",
 }
 
@@ -64,7 +66,7 @@ class Grid:
   Attributes:
     name: the experiment's name, and its directory.
     recipe: what the cells have in common; a cell's name tells only where it differs.
-    cells: one configuration a cell.
+    cells: one configuration a cell. One from which others branch keeps those checkpoints.
     n_total: the size all cells are meant to have; None where sizes differ on purpose.
   """
 
@@ -87,6 +89,23 @@ class Grid:
         differing = identity_difference(first, others[0])
         raise FieldError("grid.cells", name, "two cells have this name: " + (
             "; ".join(differing) if differing else "they are the same run"))
+    object.__setattr__(self, "cells", self._keeping_branch_points())
+
+  def _keeping_branch_points(self) -> tuple[RunConfig, ...]:
+    """The cells; a trunk keeps the checkpoints its branches need. Raises FieldError."""
+    cells = dict(zip(self.names, self.cells, strict=True))
+    for name, config in cells.items():
+      trunk = cells.get(config.train.branch_run)
+      if trunk is None:  # no branch, or of a run that is not in this grid
+        continue
+      try:
+        require_trunk(config, trunk)
+      except FieldError as error:
+        raise FieldError("grid.cells", name, str(error)) from None
+      steps = {*trunk.execution.keep_steps, config.train.branch_step}
+      cells[config.train.branch_run] = override(
+          trunk, {"execution.keep_steps": tuple(sorted(steps))})
+    return tuple(cells.values())
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -101,9 +120,51 @@ class Grid:
 
   def override(self, changes: Mapping[str, Any]) -> "Grid":
     """The grid with the given fields replaced in every cell; the recipe stays, so that
-    names tell what was overridden."""
-    return dataclasses.replace(
-        self, cells=tuple(override(config, changes) for config in self.cells))
+    names tell what was overridden. A branch then follows its trunk to the new name."""
+    cells = [override(config, changes) for config in self.cells]
+    if "train.branch_from" not in changes:
+      new = {old: cell_name(config, self.recipe)
+             for old, config in zip(self.names, cells, strict=True)}
+      cells = [override(config, {"train.branch_from": f"{new[run]}@{config.train.branch_step}"})
+               if (run := config.train.branch_run) in new else config for config in cells]
+    return dataclasses.replace(self, cells=tuple(cells))
+
+  def only(self, cell: str, with_trunks: bool) -> "Grid":
+    """The grid of that cell, and of the cells it branches from. Raises FieldError."""
+    kept = []
+    while cell is not None and (not kept or cell in self.names):
+      kept.append(self.get_config(cell))
+      cell = kept[-1].train.branch_run if with_trunks else None
+    return dataclasses.replace(self, cells=tuple(kept))
+
+
+def trunk_and_branches(config: RunConfig, recipe: RunConfig,
+                       shares: Sequence[float] = (0.25, 0.5, 1.0)) -> tuple[RunConfig, ...]:
+  """A `wsd` trunk, and a branch for each share of the tokens, as cells of a grid.
+
+      def get_grid():
+        return Grid("budgets", RECIPE, trunk_and_branches(RECIPE, RECIPE))
+
+  With 1,000 steps and a decay_fraction of 0.2 the trunk takes 800 steps without decay, and the
+  branches end after 250, 500 and 1,000 steps, of which they do the last 50, 100 and 200: 1,150
+  steps are done instead of 1,750. Each result is bitwise that of the run done alone.
+
+  Args:
+    config: the longest run; its decay_fraction is that of every branch.
+    recipe: of the grid, from which the trunk's name follows.
+    shares: of the steps of `config`. The trunk ends where the last of them begins to decay.
+
+  Raises:
+    FieldError: a share leaves no stable phase behind the warm-up.
+  """
+  def with_train(**fields) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+
+  alone = [with_train(steps=round(share * config.train.steps)).train for share in shares]
+  trunk = with_train(steps=max(run.stable_steps for run in alone), decay_fraction=0.0)
+  name = cell_name(trunk, recipe)
+  return (trunk, *(with_train(steps=run.steps, branch_from=f"{name}@{run.stable_steps}")
+                   for run in alone))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,17 +236,19 @@ def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, .
   """
   path, _, wanted = spec.partition(":")
   grid = load_grid(path)
+  changes = changes or {}
   if wanted:
-    grid = dataclasses.replace(grid, cells=(grid.get_config(wanted),))
+    grid = grid.only(wanted, with_trunks="train.branch_from" not in changes)
   base_names = grid.names
   try:
-    grid = grid.override(changes or {})
+    grid = grid.override(changes)
   except FieldError as error:
     if error.field.startswith("grid."):  # no flag of that name: two cells became one
       raise FieldError("config", spec, f"the overrides give {error}") from None
     raise error.under("config") from None
-  return tuple(Cell(grid.name, f"{path}:{base}", name, config, _residual_ppm(config, grid))
-               for base, name, config in zip(base_names, grid.names, grid.cells, strict=True))
+  cells = tuple(Cell(grid.name, f"{path}:{base}", name, config, _residual_ppm(config, grid))
+                for base, name, config in zip(base_names, grid.names, grid.cells, strict=True))
+  return cells[:1] if wanted else cells
 
 
 def _residual_ppm(config: RunConfig, grid: Grid) -> float | None:

@@ -6,7 +6,7 @@
     checkpoints/<step>/               Orbax; checksums/<step>.json lists a hash for each file
     eval/NAME.json                    by evaluations
     launch.json, log.txt              by the launcher
-    tensorboard/
+    tensorboard/, profile/            for TensorBoard; profile/ on request
 
 It may lie on an object store, which has no append and no atomic rename: so each file has one
 writer and is written whole. `<out>/<experiment>/results.csv` is derived from these files.
@@ -28,7 +28,7 @@ from etils import epath
 
 from moe_jax import config as config_lib
 from moe_jax.config import RunConfig
-from moe_jax.errors import FieldError
+from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.grid import Cell
 
 HEARTBEAT_SECONDS = 10.0
@@ -78,15 +78,15 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 
 def read_json(path: epath.Path) -> Any:
-  """The content, or None where there is no file. Raises FieldError if it is not JSON."""
+  """The content, or None where there is no file. Raises DamagedFile if it is not JSON."""
   if not path.exists():
     return None
   try:
     return json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise FieldError("out", str(path), f"is damaged, not JSON: {error}") from None
+    raise DamagedFile("out", str(path), f"is damaged, not JSON: {error}") from None
   except IsADirectoryError:
-    raise FieldError("out", str(path), "is damaged: a directory where a file belongs") from None
+    raise DamagedFile("out", str(path), "is damaged: a directory where a file belongs") from None
 
 
 def is_gone(host: str, pid: int) -> bool:
@@ -118,6 +118,16 @@ class RunDir:
       raise FieldError("out", os.fspath(out), "is a file; a directory is wanted")
     return cls(root / cell.experiment / cell.name)
 
+  @classmethod
+  def trunk_of(cls, out: str | os.PathLike, cell: Cell) -> "RunDir | None":
+    """The directory of the run that a cell branches from; None if it does not."""
+    run = cell.config.train.branch_run
+    if run is None:
+      return None
+    if run.startswith(("/", "./", "../")) or run.count("/") > 1:
+      return cls(epath.Path(run))
+    return cls(epath.Path(out) / run if "/" in run else epath.Path(out) / cell.experiment / run)
+
   @property
   def checkpoints(self) -> epath.Path:
     return self.path / "checkpoints"
@@ -134,8 +144,18 @@ class RunDir:
   def log(self) -> epath.Path:
     return self.path / "log.txt"
 
+  @property
+  def profile(self) -> epath.Path:
+    return self.path / "profile"
+
   def checksums(self, step: int) -> epath.Path:
     return self.path / "checksums" / f"{step}.json"
+
+  def has_checkpoint(self, step: int | None = None) -> bool:
+    """Whether the checkpoint of that step, or any, is finished. It may be damaged."""
+    if step is not None:
+      return (self.checkpoints / str(step)).exists()
+    return any(file.name.isdecimal() for file in self.checkpoints.glob("[0-9]*"))
 
   # config.json
 
@@ -153,17 +173,27 @@ class RunDir:
                          + "; ".join(differing))
     return theirs is not None
 
-  def claim(self, cell: Cell) -> None:
+  def claim(self, cell: Cell, branched_from: Mapping[str, Any] | None = None) -> None:
     """Writes config.json, or checks that the one there has this identity.
+
+    Args:
+      cell: what is trained here.
+      branched_from: of a branch that has not left its trunk's checkpoint yet: `run`,
+        `identity` and `step` of that checkpoint.
 
     Raises:
       FieldError: the directory belongs to a run of another identity; names the fields.
     """
-    if not self.check_identity(cell):
-      write_json(self.path / "config.json", {
-          "experiment": cell.experiment, "cell": cell.name,
-          "identity": config_lib.identity_hash(cell.config),
-          "config": config_lib.to_dict(cell.config)})
+    if self.check_identity(cell) and branched_from in (None, self.read_branched_from()):
+      return
+    write_json(self.path / "config.json", {
+        "experiment": cell.experiment, "cell": cell.name,
+        "identity": config_lib.identity_hash(cell.config),
+        "branched_from": branched_from, "config": config_lib.to_dict(cell.config)})
+
+  def read_branched_from(self) -> dict[str, Any] | None:
+    """`run`, `identity` and `step` of the trunk's checkpoint that a branch began with."""
+    return (read_json(self.path / "config.json") or {}).get("branched_from")
 
   def read_config(self) -> RunConfig | None:
     """The configuration the run began with, or None before it began."""
@@ -173,8 +203,8 @@ class RunDir:
     try:
       return config_lib.config_from_dict(stored["config"])
     except (FieldError, KeyError, TypeError) as error:
-      raise FieldError("out", str(self.path / "config.json"),
-                       f"is not a run configuration: {error}") from None
+      raise DamagedFile("out", str(self.path / "config.json"),
+                        f"is not a run configuration: {error}") from None
 
   # status.json
 
@@ -188,7 +218,7 @@ class RunDir:
     if (not isinstance(status, dict)
         or not all(isinstance(status.get(name), kind) for name, kind in kinds.items())
         or not 0 < status["pid"] < 2**31):
-      raise FieldError("out", str(path), "is damaged: no state, host, pid or heartbeat")
+      raise DamagedFile("out", str(path), "is damaged: no state, host, pid or heartbeat")
     return status
 
   def write_status(self, status: Mapping[str, Any]) -> None:
@@ -271,8 +301,8 @@ class RunDir:
           record = json.loads(line)
           by_step[record["step"]] = record
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-          raise FieldError("out", f"{file}:{number}",
-                           f"is damaged, not a record of metrics: {error}") from None
+          raise DamagedFile("out", f"{file}:{number}",
+                            f"is damaged, not a record of metrics: {error}") from None
     return [by_step[step] for step in sorted(by_step)]
 
   def _metrics_files(self) -> list[epath.Path]:

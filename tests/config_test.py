@@ -214,6 +214,7 @@ def test_no_field_of_the_execution_changes_the_hash(path):
   assert identity_hash(other) == identity_hash(CONFIG)
   assert identity_difference(CONFIG, other) == []
 
+    "train.branch_from": "trunk@500", "execution.keep_steps": (500,),
 
 def test_the_schema_version_is_part_of_the_identity():
   assert identity(CONFIG)["schema_version"] == config_lib.SCHEMA_VERSION

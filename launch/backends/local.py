@@ -9,6 +9,9 @@ Ctrl-C (SIGINT), SIGTERM or SIGHUP to the launcher sends SIGTERM to every child,
 trainer saves a checkpoint and ends; a second one kills them. The launcher's exit code is 0
 if all cells are finished, 128 + the signal's number if it was stopped, else 1.
 
+A branch waits until its trunk has saved the checkpoint that it begins with, and then runs beside
+it. Where the trunk ends without, the branch is not started.
+
 A killed launcher leaves its children running. They hold their run directories, so that the
 next launch sees them, names the process, and leaves those cells alone.
 
@@ -145,9 +148,16 @@ class _Launcher:
   # children
 
   def _start_waiting(self) -> None:
-    while self._waiting and len(self._running) < self._parallel and not self._received:
-      job = self._waiting.popleft()
+    while len(self._running) < self._parallel and not self._received:
+      job = self._next_ready()
+      if job is None:
+        return
       if job.is_finished():  # already, or by another launcher meanwhile
+        continue
+      if (trunk := job.missing_trunk()) and self._is_ours(trunk):
+        self._unfinished[job.name] = (f"its trunk {trunk.path.name} ended before it saved step "
+                                      f"{job.cell.config.train.branch_step}")
+        self._say(f"{job.name}: not started: {self._unfinished[job.name]}")
         continue
       try:
         with job.run_dir.lock():
@@ -159,6 +169,19 @@ class _Launcher:
         continue
       self._running.append(child)
       self._say(f"{job.name}: started, process {child.process.pid}, log {job.run_dir.log}")
+
+  def _next_ready(self) -> Job | None:
+    """Takes the first waiting cell whose trunk is not still to come."""
+    to_come = {job.run_dir for job in self._waiting} | {
+        child.job.run_dir for child in self._running}
+    for job in self._waiting:
+      if job.missing_trunk() not in to_come:
+        self._waiting.remove(job)
+        return job
+    return None
+
+  def _is_ours(self, run_dir: run_dir_lib.RunDir) -> bool:
+    return any(job.run_dir == run_dir for job in self._jobs)
 
   def _reap(self) -> None:
     for child in list(self._running):

@@ -2,7 +2,8 @@
 
     python trainer.py BEHAVIOUR --config=FILE:CELL --out=DIR [--config.PATH=VALUE ...]
 
-Its checkpoint is a file with the step in it, saved every `execution.checkpoint_every` steps.
+Its checkpoint is a file with the step in it, saved every `execution.checkpoint_every` steps, and
+a folder for each of `execution.keep_steps`.
 BEHAVIOUR is one of
 
     ok          trains
@@ -89,6 +90,8 @@ def _train(run_dir, config):
         raise RuntimeError("step 7 is cursed")
     if step % config.execution.checkpoint_every == 0:
       checkpoint.write_text(str(step))
+    if step in config.execution.keep_steps:
+      (run_dir.checkpoints / str(step)).mkdir(parents=True, exist_ok=True)
   say(run_dir_lib.FINISHED)
   return 0
 
