@@ -1,0 +1,70 @@
+"""The paper's study for TPU pods: what do N_total, sparsity and the number of experts do?
+
+Sizes from 30M to 3B parameters, 32 to 256 experts, 2 to 16 of them active, the same tokens for
+every cell: the range of arXiv 2601.08215. Its own tables of configurations and learning rates
+are not public, so those here are ours: granularity 2, d_model / n_layers near 64, four heads,
+no shared expert.
+
+    python -m moe_jax.plan --config=experiments/scaling_law.py --topology=v5p-64 --parallel=2
+    python -m launch.submit --config=experiments/scaling_law.py ...
+
+9B tokens a cell are 17,166 steps; --config.train.steps sets another number. Before the grid is
+run, sweep the learning rate at its corners (the best one falls with size and moves with
+sparsity) and put what was found in place of LEARNING_RATES. The corpus is one that
+`python -m moe_jax.data` is given the name of.
+"""
+
+import dataclasses
+
+from moe_jax import arch
+from moe_jax.config import (
+    Architecture,
+    DataConfig,
+    ExecutionConfig,
+    ModelConfig,
+    MoEConfig,
+    RunConfig,
+    TrainConfig,
+)
+from moe_jax.grid import Grid
+
+TOKENS = 9_000_000_000
+BATCH_SIZE, SEQ_LEN = 256, 2048
+
+# N_total -> peak learning rate to begin a sweep with.
+LEARNING_RATES = {30_000_000: 3e-3, 100_000_000: 2e-3, 300_000_000: 1.4e-3,
+                  1_000_000_000: 1e-3, 3_000_000_000: 7e-4}
+EXPERTS = (32, 64, 128, 256)
+TOPK = (2, 4, 8, 16)
+
+RECIPE = RunConfig(
+    arch=Architecture(n_layers=8, d_model=512, d_expert=256, n_exp=64, n_topk=8, n_heads=4,
+                      vocab_size=50304),
+    moe=MoEConfig(capacity_factor=1.25),
+    model=ModelConfig(compute_dtype="bfloat16"),
+    data=DataConfig(corpus="fineweb-edu", tokenizer="gpt2", seq_len=SEQ_LEN),
+    train=TrainConfig(steps=TOKENS // (BATCH_SIZE * SEQ_LEN), batch_size=BATCH_SIZE,
+                      learning_rate=1e-3, warmup_steps=500, schedule="wsd"),
+    execution=ExecutionConfig(remat="full", log_every=50, checkpoint_every=1000),
+)
+
+
+def _limits(n_total: int) -> arch.IsoLimits:
+  """A TPU multiplies in tiles of 128: small models have too few widths to choose from."""
+  fine = n_total < 1_000_000_000
+  return arch.IsoLimits(d_model_multiple=8 if fine else 64, d_expert_multiple=4 if fine else 16,
+                        max_shift=0.5)
+
+
+def get_grid() -> Grid:
+  """Every size with every pair of n_exp and n_topk: 80 cells."""
+  pairs = [(n_exp, n_topk) for n_exp in EXPERTS for n_topk in TOPK]
+  cells = []
+  for n_total, learning_rate in LEARNING_RATES.items():
+    for n_exp, n_topk in pairs:
+      shape = arch.solve(template=RECIPE.arch, n_total=n_total, n_exp=n_exp, n_topk=n_topk,
+                         aspect=64, granularity=2.0, limits=_limits(n_total))
+      cells.append(dataclasses.replace(
+          RECIPE, arch=shape.arch,
+          train=dataclasses.replace(RECIPE.train, learning_rate=learning_rate)))
+  return Grid("scaling_law", RECIPE, tuple(cells))
