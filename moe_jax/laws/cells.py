@@ -19,6 +19,8 @@ class Cells:
     columns: the variables by the project's words, positive: n_total, n_exp, tokens ...
     architecture: which architecture a cell has; errors are clustered by it.
     loss_se: standard error of the loss between seeds; NaN where it is not known.
+    seeds: how many runs each loss is the mean of, in effect: the seeds, or what the vertex
+      of a sweep is worth.
     notes: lines on what was done to get here, for the report.
   """
 
@@ -27,12 +29,14 @@ class Cells:
   columns: Mapping[str, np.ndarray]
   architecture: np.ndarray
   loss_se: np.ndarray
+  seeds: np.ndarray
   notes: tuple[str, ...] = ()
 
   @classmethod
   def of(cls, loss: ArrayLike, names: tuple[str, ...] | None = None,
          architecture: ArrayLike | None = None, loss_se: ArrayLike | None = None,
-         notes: tuple[str, ...] = (), **columns: ArrayLike) -> "Cells":
+         notes: tuple[str, ...] = (), seeds: ArrayLike = 1.0,
+         **columns: ArrayLike) -> "Cells":
     """Cells of plain arrays; sparsity and granularity are derived where they can be.
 
     Without `architecture` every cell is its own. Raises FieldError for a value that is
@@ -56,7 +60,8 @@ class Cells:
     clusters = np.arange(n) if architecture is None else np.unique(
         np.asarray(architecture), axis=0, return_inverse=True)[1].reshape(n)
     errors = np.full(n, np.nan) if loss_se is None else np.asarray(loss_se, float)
-    return cls(names, loss, arrays, clusters, errors, notes)
+    return cls(names, loss, arrays, clusters, errors,
+               np.broadcast_to(np.asarray(seeds, float), (n,)), notes)
 
   def __len__(self) -> int:
     return len(self.loss)
@@ -64,6 +69,11 @@ class Cells:
   @property
   def n_architectures(self) -> int:
     return len(np.unique(self.architecture))
+
+  @property
+  def seed_noise(self) -> float:
+    """Standard deviation of ln L between seeds; NaN where no cell was repeated."""
+    return float(np.mean(self.loss_se / self.loss * np.sqrt(self.seeds)))
 
   @property
   def log_loss(self) -> np.ndarray:
@@ -82,4 +92,5 @@ class Cells:
     return dataclasses.replace(
         self, names=tuple(self.names[i] for i in index), loss=self.loss[index],
         columns={name: values[index] for name, values in self.columns.items()},
-        architecture=self.architecture[index], loss_se=self.loss_se[index])
+        architecture=self.architecture[index], loss_se=self.loss_se[index],
+        seeds=self.seeds[index])

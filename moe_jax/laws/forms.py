@@ -137,6 +137,13 @@ def paper_curved(cells: Cells) -> Form:
                   "+ q/2 (ln s - mean)²", _PAPER | {"q": curvature(cells, "sparsity")})
 
 
+def paper_active(cells: Cells) -> Form:
+  """The same with ln n_active beside it: is b_minus_c more than fewer active parameters?"""
+  return _log_log("paper-active", cells, "c0 - a ln n_total + b_minus_c ln n_exp + c ln s "
+                  "+ q/2 (ln s - mean)² + active ln n_active",
+                  _PAPER | {"q": curvature(cells, "sparsity"), "active": ln("n_active")})
+
+
 def total_sparsity(cells: Cells) -> Form:
   """The rival that knows no n_exp of its own: nested in `paper` at b_minus_c = 0."""
   return _log_log("total-sparsity", cells, "c0 - a ln n_total + c ln s", _TOTAL_SPARSITY)
@@ -216,14 +223,16 @@ def joint(cells: Cells) -> Form:
 
 
 FORMS: dict[str, Callable[[Cells], Form]] = {
-    "paper": paper, "paper-curved": paper_curved, "paper-tokens": paper_tokens,
+    "paper": paper, "paper-curved": paper_curved, "paper-active": paper_active,
+    "paper-tokens": paper_tokens,
     "total-active": total_active, "total-sparsity": total_sparsity,
     "experts-or-core": experts_or_core, "core-or-active": core_or_active,
     "chinchilla": chinchilla, "krajewski": krajewski, "joint-moe": joint,
 }
 
 # What a form looks at while it is made, to centre its products.
-_CENTRED = {"paper-curved": ("sparsity",), "joint-moe": ("sparsity", "n_active", "tokens")}
+_CENTRED = {"paper-curved": ("sparsity",), "paper-active": ("sparsity",),
+            "joint-moe": ("sparsity", "n_active", "tokens")}
 
 
 def form_for(name: str, cells: Cells) -> Form:

@@ -20,6 +20,7 @@ import numpy as np
 
 from moe_jax.laws import solvers
 from moe_jax.laws.fit import Fit
+from moe_jax.laws.information import degrees_of_freedom
 from moe_jax.laws.solvers import Problem
 
 SUBSAMPLE = 0.8
@@ -41,12 +42,6 @@ class Interval:
   def __str__(self) -> str:
     return (f"{self.estimate:+.4g} [{self.low:+.4g}, {self.high:+.4g}] "
             f"({100 * self.level:g} %, {self.method})")
-
-
-def degrees_of_freedom(fitted: Fit) -> int:
-  """Cells minus parameters; with several cells an architecture, at most those minus 1."""
-  n, p = len(fitted.cells), len(fitted.parameters)
-  return max(1, min(n - p, fitted.cells.n_architectures - 1))
 
 
 def bootstrap(fitted: Fit, level: float = 0.95, draws: int = 999,
@@ -126,7 +121,8 @@ def subsample(fitted: Fit, level: float = 0.95, draws: int = 200, seed: int = 0,
   scale = np.sqrt(m / (len(labels) - m))
   with np.errstate(over="ignore"):  # a subsample that ran off leaves the interval infinite
     error_P = scale * np.sqrt(np.mean((np.array(theta_BP) - centre)**2, axis=0))
-  width_P = stats.t.ppf((1 + level) / 2, degrees_of_freedom(fitted)) * error_P
+  df = degrees_of_freedom(len(fitted.cells), len(fitted.parameters), len(labels))
+  width_P = stats.t.ppf((1 + level) / 2, df) * error_P
   return {name: Interval(float(centre[p]), float(centre[p] - width_P[p]),
                          float(centre[p] + width_P[p]), level,
                          f"{solver}, rescaled subsamples")

@@ -34,7 +34,7 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
   noise, df = _seed_noise(groups)
   kept, refused = {}, []
   for key, group in groups.items():
-    best = _envelope(group, noise)
+    best = _envelope(group)
     if best is None:
       refused.append(group[0]["cell"])
     else:
@@ -43,10 +43,11 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
     raise FieldError("results", source, "in every cell the best learning rate is at the "
                      "edge of those swept: no optimum can be used")
   values = np.array(list(kept))
-  log_loss, error = np.array(list(kept.values())).T
+  log_loss, share = np.array(list(kept.values())).T
   return Cells.of(
       np.exp(log_loss), names=tuple(groups[key][0]["cell"] for key in kept),
-      architecture=values[:, :len(ARCHITECTURE)], loss_se=error * np.exp(log_loss),
+      architecture=values[:, :len(ARCHITECTURE)],
+      loss_se=noise * np.sqrt(share) * np.exp(log_loss), seeds=1 / share,
       notes=tuple(_notes(rows, groups, kept, refused, noise, df)),
       **dict(zip(_COLUMNS, values.T, strict=True)))
 
@@ -79,13 +80,16 @@ def _seed_noise(groups: dict[tuple, list[Row]]) -> tuple[float, int]:
   return (math.sqrt(squares / df), df) if df else (math.nan, 0)
 
 
-def _envelope(group: list[Row], noise: float) -> tuple[float, float] | None:
-  """(ln L, its standard error from seeds) at the best learning rate; None at an edge."""
+def _envelope(group: list[Row]) -> tuple[float, float] | None:
+  """(ln L, the share of one seed's variance left in it) at the best learning rate.
+
+  None where that is at the edge of those swept.
+  """
   swept = _by_learning_rate(group)
   means = np.array([np.mean(losses) for losses in swept.values()])
   counts = np.array([len(losses) for losses in swept.values()])
   if len(means) == 1:
-    return float(means[0]), noise / math.sqrt(counts[0])
+    return float(means[0]), 1 / counts[0]
   best = int(np.argmin(means))
   if best in (0, len(means) - 1):
     return None
@@ -97,7 +101,7 @@ def _envelope(group: list[Row], noise: float) -> tuple[float, float] | None:
   # Where the slope is zero the vertex's own error does not count, to first order.
   weights = [np.prod([(vertex - x[j]) / (x[i] - x[j]) for j in range(3) if j != i])
              for i in range(3)]
-  return float(curve(vertex)), noise * math.sqrt(np.sum(np.square(weights) / counts[around]))
+  return float(curve(vertex)), float(np.sum(np.square(weights) / counts[around]))
 
 
 def _notes(rows, groups, kept, refused, noise, df) -> list[str]:

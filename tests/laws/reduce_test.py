@@ -54,6 +54,8 @@ def test_seeds_are_averaged_and_give_the_noise():
   noise = 0.01 / math.sqrt(2)  # the standard deviation of two values 0.01 apart
   assert cells.loss_se[0] / cells.loss[0] == pytest.approx(noise / math.sqrt(2))
   assert cells.loss_se[1] / cells.loss[1] == pytest.approx(noise)
+  assert cells.seeds.tolist() == [2, 1] and cells.seed_noise == pytest.approx(noise)
+  assert np.isnan(to_cells(rows[1:]).seed_noise)
 
 
 def test_the_envelope_has_an_error():

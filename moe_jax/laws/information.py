@@ -1,0 +1,157 @@
+"""What a grid tells about the coefficients of a form, whether or not it has been run.
+
+    ln L of a cell = form + u + e
+
+u is what the form does not know of an architecture: the same in all its cells, and no repeat
+averages it out. e is the noise between seeds, divided by sqrt(seeds) in a cell that is the
+mean of several. Cells of one architecture at several token counts share u and not e; the
+branches of one trunk share part of e as well, which is not modelled.
+
+Variances are those of unweighted least squares, which is what moe_jax.laws.fit does:
+(X'X)^-1 X'VX (X'X)^-1 with V the covariance of u + e.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from moe_jax.errors import FieldError, require
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.fit import Fit
+from moe_jax.laws.forms import Form, log_sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+  """Standard deviations of ln L, which are shares of the loss.
+
+  Attributes:
+    seed: between two seeds of one cell.
+    architecture: of what the form does not know of an architecture.
+    seed_source, architecture_source: where each comes from, a phrase.
+  """
+
+  seed: float
+  architecture: float
+  seed_source: str = "given"
+  architecture_source: str = "given"
+
+  def __post_init__(self):
+    for name in ("seed", "architecture"):
+      value = getattr(self, name)
+      require(0 <= value < 1, f"{name}_sd", value, "must be a share of the loss, 0 or more "
+              "and below 1")
+    require(self.seed + self.architecture > 0, "seed_sd", self.seed,
+            "and architecture_sd must not both be 0: without noise any grid will do")
+
+  def __str__(self) -> str:
+    return (f"between seeds {100 * self.seed:.3g} % of the loss ({self.seed_source}), between "
+            f"architectures {100 * self.architecture:.3g} % ({self.architecture_source})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+  """A grid as a fit sees it: N cells, P parameters.
+
+  Attributes:
+    parameters: P names.
+    x_NP: derivative of ln L in each parameter.
+    architecture_N: which architecture a cell has.
+    seeds_N: how many runs it is the mean of.
+  """
+
+  parameters: tuple[str, ...]
+  x_NP: np.ndarray
+  architecture_N: np.ndarray
+  seeds_N: np.ndarray
+
+  def errors_shared(self) -> np.ndarray:
+    """[N,N], 1 where two cells have one architecture."""
+    return (self.architecture_N[:, None] == self.architecture_N).astype(float)
+
+  def covariance(self, noise: Noise) -> np.ndarray:
+    """Of the least-squares estimates, [P,P]. The columns of x_NP must be independent."""
+    solve_PN = np.linalg.pinv(self.x_NP)
+    return solve_PN @ self.errors(noise) @ solve_PN.T
+
+  def degrees_of_freedom(self, noise: Noise, contrast_P: np.ndarray) -> float:
+    """Of the interval of contrast_P @ theta: with what a standard error is estimated.
+
+    N - P where every cell is an architecture of its own. Else those of the error that the
+    cluster jackknife estimates from sums over architectures, which are far fewer: Bell and
+    McCaffrey's (2002), (sum of the eigenvalues)² / sum of their squares, of the covariance
+    of these sums.
+    """
+    n, p = self.x_NP.shape
+    labels = np.unique(self.architecture_N)
+    if len(labels) == n:
+      return n - p
+    solve_PN = np.linalg.pinv(self.x_NP)
+    left_NN = np.eye(n) - self.x_NP @ solve_PN
+    weight_N = contrast_P @ solve_PN
+    sums = [left_NN[:, group] @ np.linalg.pinv(left_NN[np.ix_(group, group)], rcond=1e-9)
+            @ weight_N[group] for group in (self.architecture_N == label for label in labels)]
+    covariance_GG = np.array(sums) @ self.errors(noise) @ np.array(sums).T
+    return max(1.0, float(np.trace(covariance_GG)**2 / np.sum(covariance_GG**2)))
+
+  def errors(self, noise: Noise) -> np.ndarray:
+    """Covariance of u + e, [N,N]."""
+    return (noise.architecture**2 * self.errors_shared()
+            + np.diag(noise.seed**2 / self.seeds_N))
+
+  def standard_errors(self, noise: Noise) -> dict[str, float]:
+    errors = np.sqrt(np.diag(self.covariance(noise)))
+    return dict(zip(self.parameters, errors.tolist(), strict=True))
+
+
+def degrees_of_freedom(n: int, p: int, n_architectures: int) -> int:
+  """Cells minus parameters; with several cells an architecture, at most those minus 1."""
+  return max(1, min(n - p, n_architectures - 1))
+
+
+def design_of(form: Form, cells: Cells, theta_P: np.ndarray | None = None) -> Design:
+  """The design of these cells for a form.
+
+  Args:
+    form: all of whose parameters the cells identify (see moe_jax.laws.identify).
+    cells: their losses do not matter.
+    theta_P: where to take the derivatives; a log-log form needs none.
+
+  Raises:
+    FieldError: the form is not log-log and there is no theta.
+  """
+  if theta_P is None and not form.is_linear:
+    raise FieldError("law", form.name, "is not log-log: what a grid tells about it depends on "
+                     "its coefficients, so it needs results to fit them to")
+  m_KNP = form.matrix(cells)
+  z_KN = m_KNP @ (np.zeros(m_KNP.shape[2]) if theta_P is None else theta_P)
+  x_NP = np.einsum("kn,knp->np", np.exp(z_KN - log_sum(z_KN)), m_KNP)
+  return Design(form.parameters, x_NP, cells.architecture, cells.seeds)
+
+
+def noise_of(fitted: Fit, seed_sd: float, architecture_sd: float) -> Noise:
+  """The noise of a fitted grid: seeds from its repeats, architectures from its residuals.
+
+  E[RSS] = tr(R V), R = I - H: what the noise between seeds leaves unexplained is ascribed to
+  architectures (method of moments; never below 0). An interaction that the form lacks is
+  therefore counted among it.
+
+  Args:
+    fitted: the fit.
+    seed_sd: taken where no cell was repeated.
+    architecture_sd: taken where no degree of freedom is left.
+  """
+  design = design_of(fitted.form, fitted.cells, fitted.least_squares.theta)
+  n, p = design.x_NP.shape
+  measured = fitted.cells.seed_noise
+  seed = seed_sd if np.isnan(measured) else measured
+  seed_source = "assumed: no cell was repeated" if np.isnan(measured) else "from repeated runs"
+  if n == p:
+    return Noise(seed, architecture_sd, seed_source, "assumed: no residual is left")
+  r_NN = np.eye(n) - design.x_NP @ np.linalg.pinv(design.x_NP)
+  of_seeds = seed**2 * np.sum(np.diag(r_NN) / design.seeds_N)
+  left = float(np.sum(fitted.residual**2)) - of_seeds
+  architecture = np.sqrt(max(0.0, left / np.sum(r_NN * design.errors_shared())))
+  return Noise(seed, float(architecture), seed_source,
+               f"from the residuals, {n - p} degree{'s' * (n - p > 1)} of freedom"
+               + ("; less than seeds explain" if left <= 0 else ""))

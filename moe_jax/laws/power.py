@@ -1,0 +1,116 @@
+"""What effect a grid can detect, and what absence of one it can show.
+
+Both tests are those of moe_jax.laws.claims: a two-sided 95 % interval that excludes 0, and a
+90 % interval within ± the margin. Student's t throughout, the error estimated from the
+residuals. Power is the normal probability given that estimate, averaged over its
+distribution. Where cells share architectures the wild bootstrap of a dozen of them has somewhat
+less: about 72 % where 80 % is stated (tests/laws/power_test.py).
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from moe_jax.errors import require
+from moe_jax.laws.information import Design, Noise
+
+LEVEL = 0.95
+POWER = 0.80
+_QUANTILES = (np.arange(1000) + 0.5) / 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Power:
+  """What a design can say about one coefficient, in units of the coefficient.
+
+  Attributes:
+    parameter: its name.
+    df: degrees of freedom of its interval.
+    standard_error: of its estimate.
+    half_width: expected half-width of its 95 % interval.
+    detectable: least true value whose interval excludes 0 in 80 % of grids.
+    margin: least equivalence margin that 80 % of grids show if the true value is 0.
+    at_margin: share of grids that show equivalence at the asked margin, likewise.
+  """
+
+  parameter: str
+  df: float
+  standard_error: float
+  half_width: float
+  detectable: float
+  margin: float
+  at_margin: float
+
+
+def power_of(design: Design, noise: Noise, margin: float) -> list[Power]:
+  """For each coefficient. Raises FieldError for a margin that is not positive.
+
+  Args:
+    design: with independent columns.
+    noise: what the losses scatter by.
+    margin: of the equivalence test, in units of the coefficient.
+  """
+  require(margin > 0, "margin", margin, "must be above 0")
+  found = []
+  for p, (name, error) in enumerate(design.standard_errors(noise).items()):
+    df = design.degrees_of_freedom(noise, np.eye(len(design.parameters))[p])
+    found.append(Power(name, df, error, error * t_quantile(df), error * detectable(df),
+                       error * equivalence_margin(df),
+                       equivalence_power(margin / error, df)))
+  return found
+
+
+@functools.cache
+def t_quantile(df: float, level: float = LEVEL) -> float:
+  """Of the two-sided interval of that level."""
+  from scipy import stats
+  return float(stats.t.ppf((1 + level) / 2, df))
+
+
+@functools.cache
+def _estimated_error(df: float) -> np.ndarray:
+  """Quantiles of the estimated standard error over the true one."""
+  from scipy import stats
+  return np.sqrt(stats.chi2.ppf(_QUANTILES, df) / df)
+
+
+def detection_power(effect: float, df: float) -> float:
+  """Share of two-sided 95 % intervals that exclude 0; `effect` in standard errors."""
+  from scipy import stats
+  needed = t_quantile(df) * _estimated_error(df)
+  return float(np.mean(stats.norm.cdf(effect - needed) + stats.norm.cdf(-effect - needed)))
+
+
+@functools.cache
+def detectable(df: float, power: float = POWER) -> float:
+  """The effect, in standard errors, that is detected with this power."""
+  import scipy.optimize
+  return float(scipy.optimize.brentq(lambda effect: detection_power(effect, df) - power,
+                                     0, 3 * t_quantile(df)))
+
+
+def equivalence_power(margin: float, df: float, effect: float = 0.0) -> float:
+  """Share of 90 % intervals within ± margin; margin and effect in standard errors."""
+  from scipy import stats
+  room = margin - t_quantile(df, 0.90) * _estimated_error(df)
+  inside = stats.norm.cdf(room - effect) - stats.norm.cdf(-room - effect)
+  return float(np.mean(np.maximum(0, inside)))
+
+
+@functools.cache
+def equivalence_margin(df: float, power: float = POWER) -> float:
+  """The margin, in standard errors, that is shown with this power if there is no effect."""
+  import scipy.optimize
+  return float(scipy.optimize.brentq(lambda margin: equivalence_power(margin, df) - power,
+                                     0, 6 * t_quantile(df, 0.90)))
+
+
+def percent_over(slope: float, fold: float) -> float:
+  """The change of the loss, in percent, where a variable grows `fold`-fold."""
+  return 100 * float(np.expm1(slope * np.log(fold)))
+
+
+def slope_of(percent: float, fold: float) -> float:
+  """The inverse of `percent_over`."""
+  return float(np.log1p(percent / 100) / np.log(fold))
