@@ -76,6 +76,7 @@ def rows_of(run_dir: RunDir) -> list[Row]:
   if cell != run_dir.path.name:  # a copy would count twice in a fit
     raise FieldError("out", str(run_dir.path), f"is a copy of the run {cell!r}")
   status = run_dir.read_status()
+  trunk = run_dir.read_branched_from() or {}
   identity = config_lib.identity_hash(config)
   flops = count.training_flops_per_token(config.arch, config.data.seq_len)
   rows = []
@@ -89,6 +90,7 @@ def rows_of(run_dir: RunDir) -> list[Row]:
     rows.append({
         "experiment": run_dir.path.parent.name, "cell": run_dir.path.name,
         "identity": identity, "evaluation": name, **facts(config),
+        "trunk_identity": trunk.get("identity"), "trunk_step": trunk.get("step"),
         "tokens": tokens, "training_flops": tokens * flops,
         **{key: found.get(key) for key in _MEASURED},
         **{key: status.get(key) for key in _OF_TRAINING}})

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -39,8 +40,8 @@ def save_args(state: Mapping[str, Any], data: Any, meta: Mapping[str, Any]
       meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta}))
 
 
-def read(directory: epath.Path, abstract_state: Mapping[str, Any], with_data: bool = True
-         ) -> tuple[Any, Any, dict[str, Any]]:
+def read(directory: epath.Path, abstract_state: Mapping[str, Any], with_data: bool = True,
+         cast: bool = False) -> tuple[Any, Any, dict[str, Any]]:
   """(state, data, meta) of the sound checkpoint at `directory`; data may be left out.
 
   Args:
@@ -48,6 +49,7 @@ def read(directory: epath.Path, abstract_state: Mapping[str, Any], with_data: bo
     abstract_state: the state, or those of its entries that are wanted, as
       jax.ShapeDtypeStruct, with the shardings to restore to.
     with_data: whether `data` is read; it is None otherwise.
+    cast: whether floats may be asked for in another type of float, to which they are rounded.
 
   Raises:
     CheckpointError: another format version, or other arrays.
@@ -62,7 +64,7 @@ def read(directory: epath.Path, abstract_state: Mapping[str, Any], with_data: bo
                             f"{FORMAT_VERSION}: use the code that wrote it")
     wanted = _items(jax.tree.map(_placed, abstract_state))
     for name, tree in wanted.items():
-      _require_same_arrays(directory, name, tree)
+      _require_same_arrays(directory, name, tree, cast)
     restored = reader.restore(directory, args=ocp.args.Composite(**{
         name: ocp.args.PyTreeRestore(
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
@@ -111,17 +113,27 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
                               .SingleDeviceSharding(jax.devices()[0]))
 
 
-def _require_same_arrays(directory: epath.Path, item: str, wanted: Any) -> None:
+def _require_same_arrays(directory: epath.Path, item: str, wanted: Any, cast: bool) -> None:
   """Raises CheckpointError, naming the first array that differs in name, type or shape."""
   if not (directory / item).exists():
     raise CheckpointError(f"{directory} does not fit: it has no {item}")
   stored = ocp.PyTreeCheckpointHandler().metadata(directory / item).tree
-  there, here = ({jax.tree_util.keystr(path, simple=True, separator="/"):
-                  f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+  there, here = ({jax.tree_util.keystr(path, simple=True, separator="/"): leaf
                   for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
                  for tree in (stored, wanted))
   for name in sorted(there.keys() | here.keys()):
-    if there.get(name) != here.get(name):
+    if not _fits(there.get(name), here.get(name), cast):
       raise CheckpointError(
           f"{directory} does not fit this configuration: {item}/{name} is "
-          f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here")
+          f"{_described(there.get(name))} there and {_described(here.get(name))} here")
+
+
+def _fits(stored: Any, wanted: Any, cast: bool) -> bool:
+  if stored is None or wanted is None or tuple(stored.shape) != tuple(wanted.shape):
+    return False
+  return np.dtype(stored.dtype) == np.dtype(wanted.dtype) or (
+      cast and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in (stored, wanted)))
+
+
+def _described(leaf: Any) -> str:
+  return "absent" if leaf is None else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
