@@ -26,5 +26,11 @@ lint: setup
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
 
-test-slow: setup
+# The TPU compiler, apart from JAX: beside it, every start of JAX would look for a TPU.
+$(VENV)/.libtpu: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/libtpu \
+		"$$($(BIN)/python -m tests.plan.libtpu)"
+	touch $@
+
+test-slow: setup $(VENV)/.libtpu
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests

@@ -1,0 +1,130 @@
+"""What surrounds the compiler; plan_test.py runs it."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_jax.arch import count
+from moe_jax.config import MeshConfig, resolve_mesh
+from moe_jax.errors import FieldError
+from moe_jax.plan import cells, cost, table, topology, worker
+from tests.small import small_config
+
+V5P = topology.parse("v5p-16")
+RESULT = {"mesh": {"data": 8, "fsdp": 1, "expert": 1}, "compile_seconds": 2.0,
+          "memory": {"arguments": 10 * 2**30, "temporaries": 5 * 2**30, "outputs": 0, "code": 0},
+          "seconds": 0.5, "estimated_seconds": 0.4, "priced_seconds": 0.1,
+          "estimated_cycles": 7e8, "flops": 10**12, "parts": dict.fromkeys(cost.PARTS, 0.0),
+          "collectives": [{"kind": "all-gather", "axes": "fsdp", "bytes": 5,
+                           "exposed_seconds": 0.1, "hidden_seconds": 0.0}], "dearest": []}
+
+
+def config(batch_size=32):
+  base = small_config()
+  return dataclasses.replace(
+      base, train=dataclasses.replace(base.train, batch_size=batch_size),
+      execution=dataclasses.replace(base.execution, mesh=MeshConfig()))
+
+
+def plan(**changes) -> cells.Plan:
+  return dataclasses.replace(cells.Plan("cell", config(), V5P, RESULT), **changes)
+
+
+def test_what_a_plan_derives():
+  found = plan()
+  assert found.fits and found.hbm_needed == 15 * 2**30
+  assert found.tokens_per_second == pytest.approx(found.config.batch_tokens / 0.5)
+  assert found.chip_hours == pytest.approx(0.5 * found.config.train.steps * 8 / 3600)
+  assert found.usd(4.2) == pytest.approx(4.2 * found.chip_hours)
+  assert found.usd(None) is None
+  useful = count.training_flops_per_token(found.config.arch, found.config.data.seq_len)
+  assert found.mfu == pytest.approx(useful * found.tokens_per_second / (8 * 459e12))
+
+
+def test_a_program_that_is_too_large_says_by_how_much():
+  found = plan(result={}, error="RESOURCE_EXHAUSTED", needs=100 * 2**30,
+               remedy="--config.execution.remat=full")
+  assert found.fits is False and found.seconds is None and found.usd(1.0) is None
+  line = cells.verdict(found)
+  assert "needs 100.0 GiB of 95, 5.0 too many" in line
+  assert line.endswith("fits with --config.execution.remat=full")
+
+
+def test_what_xla_says_of_memory():
+  said = ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. "
+          "Exceeded hbm capacity by 4.75G.")
+  assert worker._memory_asked(said) == {"hbm_needed": 20.5 * 2**30, "hbm_there": 15.75 * 2**30}
+  assert worker._memory_asked("another error") == {}
+
+
+@given(st.sampled_from(["none", "dots", "full"]), st.sampled_from([1, 2, 4]),
+       st.sampled_from([1, 2]), st.sampled_from([32, 64]))
+def test_remedies_are_valid_and_save(remat, microbatches, fsdp, batch_size):
+  base = config(batch_size)
+  base = dataclasses.replace(base, execution=dataclasses.replace(
+      base.execution, remat=remat, microbatches=microbatches, mesh=MeshConfig(fsdp=fsdp)))
+  resolve_mesh(base, V5P.devices)
+  for words, changed in cells.remedies(base, V5P):
+    resolve_mesh(changed, V5P.devices)
+    assert changed != base and changed.execution.remat == "full"
+    assert changed.execution.microbatches >= microbatches
+    assert changed.execution.mesh.fsdp >= fsdp
+    assert all(word.startswith("--config.execution.") for word in words.split())
+
+
+def test_a_batch_that_does_not_divide_is_that_cells_row(tmp_path):
+  found = cells.plan_config("cell", config(batch_size=4), V5P, tmp_path)
+  assert found.fits is None and "config.train.batch_size=4" in found.error
+  assert cells.verdict(found).startswith("failed: config.train.batch_size")
+  assert not list(tmp_path.iterdir())
+
+
+def test_without_libtpu_the_command_that_installs_it_is_named(monkeypatch):
+  versions = worker.versions() | {"libtpu": None}
+  monkeypatch.setattr(worker, "versions", lambda: versions)
+  with pytest.raises(FieldError, match=r"libtpu.*not installed.*pip install 'jax\[tpu\]=="):
+    cells.check_libtpu()
+
+
+def test_another_libtpu_than_jax_wants_is_refused(monkeypatch):
+  versions = worker.versions() | {"libtpu": "0.0.1"}
+  monkeypatch.setattr(worker, "versions", lambda: versions)
+  with pytest.raises(FieldError, match=r"libtpu 0.0.1.*wants libtpu==.*pip install"):
+    cells.check_libtpu()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is there")
+def test_what_a_worker_dies_of_is_one_line_and_not_kept(tmp_path):
+  found = cells.plan_config("cell", config(), V5P, tmp_path)
+  assert found.fits is None and found.error and "\n" not in found.error
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_is_named_by_all_that_decides_it():
+  a = cells._key(config(), V5P)
+  assert a == cells._key(config(), V5P)
+  remat = dataclasses.replace(config(), execution=dataclasses.replace(
+      config().execution, remat="full"))
+  others = [cells._key(remat, V5P), cells._key(config(64), V5P),
+            cells._key(config(), topology.parse("v5p-32")),
+            cells._key(config(), topology.parse("v5p-16", 2))]
+  assert len({a, *others}) == 5
+
+
+def test_tables_hold_every_plan():
+  plans = [plan(), plan(cell="large", result={}, error="too large", needs=1e12),
+           plan(cell="bad", result={}, error="a reason")]
+  rows = [table.row(found, 4.2) for found in plans]
+  assert [flat["fits"] for flat in rows] == [True, False, None]
+  assert rows[0]["all-gather[fsdp]_bytes"] == 5
+  text = table.csv_text(rows)
+  assert len(text.splitlines()) == 4 and "a reason" in text
+  json.dumps(rows)
+  assert table.table(plans, 4.2).row_count == 3
+  words = table.summary(plans, 4.2)
+  assert words.startswith("1 of 3 cells planned on v5p-16") and "lower bound" in words
+  assert "USD" not in table.summary(plans, None)

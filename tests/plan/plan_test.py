@@ -1,0 +1,104 @@
+"""The whole command with the real compiler, for slices that are not there."""
+
+import csv
+import gzip
+import json
+import re
+
+import pytest
+
+from moe_jax.arch import count
+from moe_jax.grid import load_grid
+from moe_jax.plan import cost, hlo, topology
+from tests.experiment_files import ROOT, run_module, write
+from tests.plan import libtpu
+
+pytestmark = pytest.mark.slow
+
+_SOURCE = '''"""Which of these fit?"""
+
+import dataclasses
+
+from moe_jax.config import (Architecture, DataConfig, ExecutionConfig, MeshConfig, ModelConfig,
+                            RunConfig, TrainConfig)
+from moe_jax.grid import Grid
+
+RECIPE = RunConfig(
+    arch=Architecture(n_layers=2, d_model=128, d_expert=64, n_exp=8, n_topk=2, n_heads=2),
+    model=ModelConfig(compute_dtype="bfloat16"), data=DataConfig(seq_len=128),
+    train=TrainConfig(steps=100, batch_size=16, warmup_steps=2),
+    execution=ExecutionConfig(remat="full", mesh=MeshConfig(expert=4)))
+
+
+def get_grid():
+  odd = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, batch_size=12))
+  return Grid("tiny", RECIPE, (RECIPE, odd))
+'''
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+  """One cell that compiles and one whose batch does not divide."""
+  folder = tmp_path_factory.mktemp("plan")
+  file = write(folder, _SOURCE)
+
+  def run():
+    return run_module(
+        "-m", "moe_jax.plan", f"--config={file}", "--topology=v5litepod-8",
+        f"--out={folder / 'runs'}", f"--csv={folder / 'plan.csv'}",
+        f"--json={folder / 'plan.json'}", timeout=500, **libtpu.environment())
+
+  return folder, run, run()
+
+
+def test_every_cell_has_its_row(planned):
+  folder, _, done = planned
+  assert done.returncode == 1, done.stderr  # one cell has no plan
+  assert "1 of 2 cells planned on v5litepod-8" in done.stdout
+  good, odd = csv.DictReader((folder / "plan.csv").open())
+  assert good["fits"] == "True" and float(good["step_seconds"]) > 0
+  assert odd["fits"] == "" and "train.batch_size=12" in odd["error"]
+  assert float(good["priced_seconds"]) + float(good["estimated_seconds"]) == pytest.approx(
+      float(good["step_seconds"]))
+
+
+def test_its_flops_are_those_that_are_counted(planned):
+  """Executed: recomputation, the full square of scores, slots and not assignments."""
+  folder, _, _ = planned
+  config = load_grid(str(folder / "tiny.py")).cells[0]
+  arch, tokens = config.arch, config.batch_tokens // 8
+  layer = (count.n_active(arch) - count.n_parameters(arch, 0)) // arch.n_layers
+  slots = -(-config.moe.capacity_factor * config.data.seq_len * arch.n_topk // arch.n_exp)
+  waste = slots * arch.n_exp / (config.data.seq_len * arch.n_topk)
+  dense = 4 * arch.d_model**2 + arch.d_model * arch.n_exp
+  forward = 2 * tokens * arch.n_layers * (dense + layer * waste
+                                          + 2 * config.data.seq_len * arch.d_model)
+  head = 2 * tokens * arch.d_model * arch.vocab_size
+  (good, _) = json.loads((folder / "plan.json").read_text())
+  assert good["flops_per_device"] == pytest.approx(4 * forward + 3 * head, rel=0.05)
+
+
+def test_it_is_not_compiled_twice(planned):
+  folder, run, first = planned
+  kept = {file: file.stat().st_mtime_ns for file in (folder / "runs" / "_plans").iterdir()}
+  assert len(kept) == 1
+  second = run()
+  assert {file: file.stat().st_mtime_ns for file in kept} == kept
+  assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+
+
+def test_the_kept_module_reads_as_a_fresh_one(tmp_path):
+  """The format that the fast tests rely on is still what libtpu writes."""
+  fresh = run_module("-c", "import os; from moe_jax.plan import worker; "
+                     "os.environ.update(worker.ENVIRONMENT); "
+                     "from tests.plan.make_fixtures import scan_and_collectives; "
+                     "print(scan_and_collectives())", timeout=300, **libtpu.environment())
+  assert fresh.returncode == 0, fresh.stderr
+  text = fresh.stdout[fresh.stdout.index("HloModule"):]
+  with gzip.open(ROOT / "tests/plan/fixtures/scan.v5litepod-8.hlo.gz", "rt") as file:
+    kept = file.read()
+  from tests.plan.cost_test import EIGHT
+  where = topology.parse("v5litepod-8")
+  a, b = (cost.estimate(hlo.parse(t), EIGHT, where) for t in (text, kept))
+  assert a.flops == b.flops and set(a.by_collective()) == set(b.by_collective())
+  assert re.search("is_scheduled=true", text)
