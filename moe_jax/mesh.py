@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,6 +43,12 @@ def param_spec(axes: tuple[str | None, ...]) -> P:
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
   """How an array is split whose dimension `axis` is the batch."""
   return NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES))
+
+
+def local_rows(sharding: NamedSharding, shape: tuple[int, ...], axis: int = 0) -> np.ndarray:
+  """Numbers, ascending, of the rows along `axis` that the devices of this process hold."""
+  held = sharding.addressable_devices_indices_map(shape).values()
+  return np.unique(np.concatenate([np.arange(shape[axis])[index[axis]] for index in held]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
