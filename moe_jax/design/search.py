@@ -132,32 +132,19 @@ def _block(space: Space, left: np.ndarray, n_exp: int, n_topk: int, cost: np.nda
 
 
 def explain(space: Space, budgets: Sequence[Budget]) -> FieldError:
-  """Why no architecture of the space meets the budgets: the smallest values that work."""
-  grid = np.stack(space.shapes())
+  """Why no architecture of the space meets the budgets: the smallest values that work.
+
+  Every cost grows with every variable, so with fewest experts, fewest of them a token.
+  """
+  n_exp, topks = next(iter(space.routings().items()))
+  shapes = space.shapes()
+  costs = _costs(budgets, space.shape(*shapes, n_exp, topks[0]), len(shapes[0]))
   most = _most(budgets) * _ROUNDING
-  alone, joint = (np.full(len(budgets), np.inf) for _ in range(2))
-  for n_exp, n_topk in ((n, k) for n, topks in space.routings().items() for k in topks):
-    cost = _costs(budgets, space.shape(*grid, n_exp, n_topk), grid.shape[1])
-    fits = cost <= most
-    alone = np.minimum(alone, cost.min(axis=1))
-    for b in range(len(budgets)):
-      others = np.delete(fits, b, axis=0).all(axis=0)
-      joint[b] = min(joint[b], cost[b, others].min(initial=np.inf))
-  short_of = [b for b in range(len(budgets)) if alone[b] > most[b, 0]]
-  first = short_of[0] if short_of else 0
-  kept = " and ".join(f"--{budget.field}={budget.most:g}" for b, budget in enumerate(budgets)
-                      if b != first)
-  works = [budget.flag(value) for budget, value in zip(budgets, joint, strict=True)
-           if np.isfinite(value)]
-  if len(short_of) > 1:
-    least = ", ".join(budgets[b].flag(alone[b]) for b in short_of)
-    line = f"each of these alone needs more in this search: at least {least}"
-  elif short_of and np.isfinite(joint[first]):
-    line = f"too small; the smallest that works with {kept} is {budgets[first].flag(joint[first])}"
-  elif short_of:
-    line = (f"too small: this search needs at least {budgets[first].flag(alone[first])}, and "
-            f"{kept} does not go with that either")
-  else:
-    line = f"does not go with {kept}; what works is " + " or ".join(works)
-  size = " (a smaller --multiple or lower --experts reach smaller models)"
-  return FieldError(budgets[first].field, budgets[first].most, line + size)
+  missed = [b for b, cost in enumerate(costs) if cost.min() > most[b, 0]] or [0]
+  # One architecture that fits all that is not missed, so that what is named works together.
+  fits = np.all(np.delete(costs <= most, missed, axis=0), axis=0)
+  least = [budgets[b].flag(float(costs[b, fits].min())) for b in missed]
+  line = (f"too small; the smallest that works in this search is {least[0]}" if len(least) == 1
+          else f"too small, and not alone; the smallest that work are {' and '.join(least)}")
+  return FieldError(budgets[missed[0]].field, budgets[missed[0]].most, line + " (a smaller "
+                    "--multiple or --vocab_size, or lower --experts, reaches smaller models)")
