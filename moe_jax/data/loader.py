@@ -32,15 +32,22 @@ def n_train_rows(prepared: PreparedData, seq_len: int) -> int:
   return (prepared.splits["train"].n_tokens - 1) // seq_len
 
 
-def train_dataset(prepared: PreparedData, seq_len: int, batch_size: int,
-                  seed_data: int) -> grain.MapDataset:
+def train_dataset(prepared: PreparedData, seq_len: int, batch_size: int, seed_data: int,
+                  mine: np.ndarray | None = None) -> grain.MapDataset:
   """Global batches by random access: element n is the batch of step n, without end.
 
   Every epoch goes through all rows once in another order; a batch may span two epochs, so
   that no row is skipped.
 
+  Args:
+    prepared: the corpus.
+    seq_len: tokens in a row.
+    batch_size: rows in a global batch.
+    seed_data: of the order.
+    mine: which rows of a global batch this process reads, of 0 to batch_size - 1; all if None.
+
   Returns:
-    A dataset of dicts of int32 [batch_size, seq_len]: `inputs_BS`, `targets_BS`, and
+    A dataset of dicts of int32 [rows read, seq_len]: `inputs_BS`, `targets_BS`, and
     `segments_BS`, the document of each input by its number in the split.
 
   Raises:
@@ -54,7 +61,9 @@ def train_dataset(prepared: PreparedData, seq_len: int, batch_size: int,
   offsets_S = np.arange(seq_len)
 
   def load(rows_B: np.ndarray) -> Batch:
-    return _gather(split, np.asarray(rows_B)[:, None] * seq_len + offsets_S)
+    rows_B = np.asarray(rows_B)
+    rows_B = rows_B if mine is None else rows_B[mine]
+    return _gather(split, rows_B[:, None] * seq_len + offsets_S)
 
   # Row numbers are batched before tokens are read, so that a batch is one numpy gather.
   numbers = grain.MapDataset.range(rows).seed(seed_data).shuffle().repeat()
@@ -62,14 +71,15 @@ def train_dataset(prepared: PreparedData, seq_len: int, batch_size: int,
 
 
 def train_iterator(prepared: PreparedData, seq_len: int, batch_size: int, seed_data: int,
-                   start_step: int = 0) -> grain.DatasetIterator:
+                   start_step: int = 0, mine: np.ndarray | None = None
+                   ) -> grain.DatasetIterator:
   """Iterates over `train_dataset` from `start_step`, reading ahead in a thread.
 
   `get_state()` is `{"next_index": step}`, the step of the batch that `next` gives: JSON,
   and the same whatever the number of processes or devices. `set_state` takes it back.
-  Every process of a pod reads the whole global batch and takes its share.
+  Every process of a pod knows the order of all rows and reads those that are its own.
   """
-  dataset = train_dataset(prepared, seq_len, batch_size, seed_data)
+  dataset = train_dataset(prepared, seq_len, batch_size, seed_data, mine)
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH_BATCHES)
   iterator = iter(dataset.to_iter_dataset(options))
   iterator.set_state({"next_index": start_step})

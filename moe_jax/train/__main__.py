@@ -1,15 +1,26 @@
-"""python -m moe_jax.train --config=experiments/quickstart.py:CELL --out=runs"""
+"""python -m moe_jax.train --config=experiments/quickstart.py:CELL --out=runs
+
+A run of many processes is this command in each of them. On Cloud TPU, GKE and SLURM they find one
+another; elsewhere --coordinator_address, --num_processes and --process_id say where they are.
+"""
 
 import os
+import signal
 import sys
 
 from absl import flags, logging
 
-from moe_jax import cli
+from moe_jax import cli, cluster, run_dir
 from moe_jax.errors import FieldError
 
 _CONFIG = cli.define_config_flag()
-_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or gs://.")
+_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or gs://; all "
+                           "processes of a run must see it.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, to "
+                                   "which all others have a way; any free port.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; 1 looks for "
+                                      "no others.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
 
 
 def main(overrides: list[str]) -> int:
@@ -19,21 +30,38 @@ def main(overrides: list[str]) -> int:
     raise FieldError("config", _CONFIG.value, f"selects {len(cells)} cells and trains one: "
                      "add :CELL, or use launch.submit for all. Cells: "
                      + ", ".join(cell.name for cell in cells))
-  from moe_jax import run_dir  # what follows imports JAX: bad input is answered before that
-  from moe_jax.train.checkpoint import CheckpointError
+  arguments = cluster.meeting(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
+                              os.environ)
+  from moe_jax import processes  # this imports JAX: bad input is answered before that
   from moe_jax.train.loop import train
   try:
-    return train(cells[0], _OUT.value)
-  except run_dir.RunDirBusy as error:
-    print(f"error: {error}", file=sys.stderr)
-    return run_dir.EXIT_BUSY
-  except CheckpointError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  except OSError as error:
-    print(f"error: {error}; what was saved is kept, and the same command goes on",
-          file=sys.stderr, flush=True)
-    os._exit(1)  # on a full disk the exit handlers of libraries fail too, with pages to tell
+    return processes.run(lambda: train(cells[0], _OUT.value), arguments, _ending)
+  except Exception as error:
+    known = _ending(error)
+    if known is None or isinstance(error, FieldError):
+      raise
+    code, line = known
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    if isinstance(error, OSError):
+      os._exit(code)  # on a full disk the exit handlers of libraries fail too, with pages to tell
+    return code
+
+
+def _ending(error: BaseException) -> tuple[int, str] | None:
+  """Exit code and line of what may end a run; None for what nobody foresaw."""
+  from moe_jax.train.checkpoint import CheckpointError
+  match error:
+    case FieldError():
+      return cli.EXIT_BAD_INPUT, f"--{error}"
+    case run_dir.RunDirBusy():
+      return run_dir.EXIT_BUSY, str(error)
+    case CheckpointError():
+      return 1, str(error)
+    case OSError():
+      return 1, f"{error}; what was saved is kept, and the same command goes on"
+    case KeyboardInterrupt():
+      return 128 + signal.SIGINT, "interrupted; what was finished is kept"
+  return None
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
+from moe_jax import processes
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.errors import FieldError
 from moe_jax.run_dir import RunDir
@@ -118,8 +118,7 @@ class Checkpointer:
         _warn(self._run_dir, step, problems[step], "deleted")
         _step_dir(self._run_dir, step).rmtree()  # a step that exists cannot be saved again
       self._sweep_checksums()
-    if jax.process_count() > 1:
-      found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    found = processes.from_first(lambda: found)
     self._manager.reload()
     if found == _ALL_DAMAGED:
       raise _all_damaged(self._run_dir, problems)

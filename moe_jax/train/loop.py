@@ -1,4 +1,8 @@
-"""The training loop: takes a run from wherever it stands to its last step."""
+"""The training loop: takes a run from wherever it stands to its last step.
+
+Where a run is many processes, all of them go through the same steps, checkpoints and ends, and
+process 0 alone writes what is not a checkpoint.
+"""
 
 import contextlib
 import math
@@ -15,11 +19,13 @@ import jax
 from absl import logging
 from etils import epath
 
+from moe_jax import processes
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.config import RunConfig, identity_hash
 from moe_jax.data.loader import train_dataset, train_iterator
 from moe_jax.data.prepare import PreparedData, prepare
-from moe_jax.errors import FieldError
+from moe_jax.errors import FieldError, require
+from moe_jax.fields import leaves
 from moe_jax.grid import Cell
 from moe_jax.mesh import make_mesh, mesh_size
 from moe_jax.run_dir import RunDir
@@ -49,6 +55,7 @@ def train(cell: Cell, out: str | os.PathLike) -> int:
       written then.
     RunDirBusy: another process trains this cell.
     CheckpointError: a checkpoint cannot be written or read.
+    Any of them may be raised on one of many processes alone: processes.run ends the others.
   """
   config, run_dir = cell.config, RunDir.of(out, cell)
   run_dir.check_identity(cell)
@@ -58,29 +65,46 @@ def train(cell: Cell, out: str | os.PathLike) -> int:
     train_dataset(prepared, config.data.seq_len, config.train.batch_size, config.seed_data)
   except FieldError as error:  # `out` is a flag of its own, all else a field of the cell
     raise error if error.field == "out" else error.under("config") from None
+  processes.require_same(
+      {"config." + path: value for path, value in leaves(config).items()}
+      | {"cell": f"{cell.experiment}/{cell.name}", "fingerprint of the text":
+         prepared.fingerprint, "number of devices": jax.local_device_count()})
   use_compilation_cache(out)
-  with run_dir.lock():
-    if run_dir.read_status().get("state") == run_dir_lib.FINISHED:
-      print(f"{run_dir.path} is finished already")
+  first = processes.is_first()
+  with run_dir.lock() if first else contextlib.nullcontext():
+    if processes.from_first(lambda: _is_finished(cell, run_dir, mesh)):
       return 0
-    check_free_space(run_dir, step_lib.abstract_state(config, mesh),
-                     config.execution.keep_checkpoints)
-    run_dir.claim(cell)
+    require(run_dir.check_identity(cell), "out", os.fspath(out), "is not shared: this process "
+            "does not see the run that process 0 has begun there")
     run = _Run(config, run_dir, prepared, mesh)
     try:
-      with stop_request() as stop, Progress(config.train.steps, name=cell.name) as progress:
+      with (stop_request() as stop, processes.told_of_the_end(run.fail),
+            Progress(config.train.steps, name=cell.name) if first
+            else contextlib.nullcontext() as progress):
         return run.go(stop, progress)
     except Diverged as error:
       saved = checkpoint_steps(run_dir)
       line = (f"{error}: stopped; the last good checkpoint is "
               + (f"that of step {saved[-1]}" if saved else "none: no step was saved"))
       run.write_status(run_dir_lib.DIVERGED, error=line)
-      logging.error("%s", line)
+      if first:
+        logging.error("%s", line)
       return run_dir_lib.EXIT_DIVERGED
     except BaseException as error:
       with contextlib.suppress(OSError):  # the disk may be what failed
-        run.write_status(run_dir_lib.FAILED, error=f"{type(error).__name__}: {error}")
+        run.fail(f"{type(error).__name__}: {error}")
       raise
+
+
+def _is_finished(cell: Cell, run_dir: RunDir, mesh) -> bool:
+  """Whether there is nothing left to do; if there is, the directory is claimed for it."""
+  if run_dir.read_status().get("state") == run_dir_lib.FINISHED:
+    print(f"{run_dir.path} is finished already")
+    return True
+  check_free_space(run_dir, step_lib.abstract_state(cell.config, mesh),
+                   cell.config.execution.keep_checkpoints)
+  run_dir.claim(cell)
+  return False
 
 
 class _Run:
@@ -94,20 +118,25 @@ class _Run:
     self.latest = {name: earlier.get(name) for name in _IN_STATUS}  # what the last line said
     self._started = earlier.get("started", time.time())
     self._commit = git_commit()
+    self._first = processes.is_first()
+    self._ended = threading.Event()
 
-  def go(self, stop: list[int], progress: Progress) -> int:
+  def go(self, stop: list[int], progress: Progress | None) -> int:
+    """Trains until the end or a signal in `stop`. `progress` is None if another shows it."""
     config = self.config
     with (self._heartbeat(),
           Checkpointer(self.run_dir, config.execution.keep_checkpoints) as checkpointer):
       state, batches = self._begin(checkpointer)
       train_step = step_lib.compile_train_step(config, self.mesh)
-      writer = MetricsWriter(self.run_dir, self.attempt, self.step)
-      throughput = Throughput(config, peak_flops(list(self.mesh.devices.flat)))
+      writer = MetricsWriter(self.run_dir, self.attempt, self.step) if self._first else None
+      throughput = Throughput(config, peak_flops(list(self.mesh.devices.flat))
+                              if self._first else None)
       throughput.look(self.step)
-      pending = None
-      while self.step < config.train.steps and not stop:
+      vote, stopped, pending = processes.StopVote(stop, self.mesh), 0, None
+      while self.step < config.train.steps and not (stopped := vote.result()):
         batch = step_lib.put_batch(next(batches), config, self.mesh)
         state, metrics = train_step(state, batch)
+        vote.cast()
         if pending is not None:  # looked at while the device is busy with the next step
           self._settle(*pending, writer, throughput, progress)
         self.step, pending = self.step + 1, (self.step + 1, metrics)
@@ -119,12 +148,14 @@ class _Run:
         self._settle(*pending, writer, throughput, progress)
         self._save(checkpointer, state, batches, writer)
       checkpointer.wait()
-      writer.close()
+      if writer:
+        writer.close()
     if self.step < config.train.steps:
       self.write_status(run_dir_lib.PREEMPTED)
       saved = f"with step {self.step} saved" if self.step else "before the first step"
-      logging.warning("stopped by %s %s; the same command goes on to step %d",
-                      signal.Signals(stop[0]).name, saved, config.train.steps)
+      if self._first:
+        logging.warning("stopped by %s %s; the same command goes on to step %d",
+                        signal.Signals(stopped).name, saved, config.train.steps)
       return run_dir_lib.EXIT_PREEMPTED
     self.write_status(run_dir_lib.FINISHED)
     return 0
@@ -133,7 +164,7 @@ class _Run:
     """The state and the batches to go on with: from the last checkpoint, or new."""
     config = self.config
     batches = train_iterator(self.prepared, config.data.seq_len, config.train.batch_size,
-                             config.seed_data)
+                             config.seed_data, mine=step_lib.rows_to_read(config, self.mesh))
     restored = checkpointer.restore_latest(step_lib.abstract_state(config, self.mesh))
     if restored is None:
       self.step = 0
@@ -149,24 +180,29 @@ class _Run:
                             f"another identity, {restored.meta['identity']}")
     batches.set_state(restored.data)
     self.step = restored.step
-    print(f"going on from step {restored.step} of {config.train.steps}", flush=True)
+    if self._first:
+      print(f"going on from step {restored.step} of {config.train.steps}", flush=True)
     return restored.state, batches
 
-  def _save(self, checkpointer: Checkpointer, state, batches, writer: MetricsWriter) -> None:
-    writer.next_chunk()  # so that no step before a checkpoint is missing from the metrics
+  def _save(self, checkpointer: Checkpointer, state, batches,
+            writer: MetricsWriter | None) -> None:
+    if writer:
+      writer.next_chunk()  # so that no step before a checkpoint is missing from the metrics
     checkpointer.save(self.step, state, batches.get_state(),
                       {"data_fingerprint": self.prepared.fingerprint,
                        "identity": identity_hash(self.config)})
 
-  def _settle(self, step: int, metrics: step_lib.Metrics, writer: MetricsWriter,
-              throughput: Throughput, progress: Progress) -> None:
+  def _settle(self, step: int, metrics: step_lib.Metrics, writer: MetricsWriter | None,
+              throughput: Throughput, progress: Progress | None) -> None:
     """Looks at the metrics of a step that is done: stops at NaN, logs when it is time."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     for name in ("loss", "grad_norm"):
       if not math.isfinite(values[name]):
-        writer.flush()
+        if writer:
+          writer.flush()
         raise Diverged(f"{name} is {values[name]} at step {step}")
-    if step % self.config.execution.log_every == 0 or step == self.config.train.steps:
+    if self._first and (step % self.config.execution.log_every == 0
+                        or step == self.config.train.steps):
       values |= throughput.look(step, values.get("drop_rate", 0.0))
       self.latest = values
       writer.write(step, values)
@@ -177,10 +213,8 @@ class _Run:
   @contextlib.contextmanager
   def _heartbeat(self) -> Iterator[None]:
     """Says now and then that the run lives, also while it compiles or waits for a disk."""
-    done = threading.Event()
-
     def beat():
-      while not done.wait(run_dir_lib.HEARTBEAT_SECONDS):
+      while not self._ended.wait(run_dir_lib.HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):  # a full disk is reported by the checkpoints
           self.write_status(run_dir_lib.RUNNING)
 
@@ -190,10 +224,17 @@ class _Run:
     try:
       yield
     finally:
-      done.set()
+      self._ended.set()
       thread.join()
 
+  def fail(self, error: str) -> None:
+    """Says that the run ended in an error, and stops saying that it lives."""
+    self._ended.set()
+    self.write_status(run_dir_lib.FAILED, error=error)
+
   def write_status(self, state: str, error: str | None = None) -> None:
+    if not self._first:
+      return
     device = self.mesh.devices.flat[0]
     self.run_dir.write_status({
         "state": state, "step": self.step, "steps": self.config.train.steps,
