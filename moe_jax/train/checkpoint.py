@@ -53,13 +53,21 @@ class Checkpointer:
   must hold `RunDir.lock`. Use it as a context manager: leaving it waits for the last save.
   """
 
-  def __init__(self, run_dir: RunDir, keep: int):
-    """Opens the checkpoints of `run_dir`, of which the latest `keep` are kept."""
-    self._run_dir, self._keep = run_dir, keep
+  def __init__(self, run_dir: RunDir, keep: int, keep_steps: Sequence[int] = ()):
+    """Opens the checkpoints of a run.
+
+    Args:
+      run_dir: of the run.
+      keep: how many of the latest are kept.
+      keep_steps: those of these steps are kept too.
+    """
+    self._run_dir, self._keep = run_dir, keep + len(keep_steps)
     self._writing: int | None = None
     self._space_checked = False
+    policies = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+        preservation_policy=policies.AnyPreservationPolicy(
+            [policies.LatestN(keep), policies.CustomSteps(keep_steps)]),
         lightweight_initialize=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=self._record_checksums))
     if jax.process_index() == 0:
@@ -206,7 +214,7 @@ def restore_model(run_dir: RunDir, abstract_model: Mapping[str, Any],
     run_dir: of the run.
     abstract_model: a dict with `params` and perhaps `router` (functional.abstract_model) as
       jax.ShapeDtypeStruct, with the shardings to restore to (any mesh; the first device
-      where there is none).
+      where there is none). Floats are rounded to the type that is asked for, e.g. bfloat16.
     step: of the checkpoint; None means the newest sound one. On many hosts name it, so
       that all read the same one while the run goes on.
 
@@ -226,15 +234,28 @@ def restore_model(run_dir: RunDir, abstract_model: Mapping[str, Any],
       raise _all_damaged(run_dir, problems)
     for damaged, problem in problems.items():
       _warn(run_dir, damaged, problem, "passed over")
-  elif step not in checkpoint_steps(run_dir):
-    raise CheckpointError(f"{_directory(run_dir)} holds no checkpoint {step}: it has "
-                          f"{', '.join(map(str, checkpoint_steps(run_dir))) or 'none'}")
-  elif problem := _damage(run_dir, step, items):
-    raise CheckpointError(f"{_step_dir(run_dir, step)} is damaged: {problem}; choose another "
-                          "checkpoint")
+  else:
+    _require_sound(run_dir, step, items)
   model, _, meta = checkpoint_format.read(_step_dir(run_dir, step), abstract_model,
-                                          with_data=False)
+                                          with_data=False, cast=True)
   return step, model, meta
+
+
+def restore_step(run_dir: RunDir, step: int, abstract_state: Mapping[str, Any]) -> Restored:
+  """Reads one whole checkpoint, and changes nothing in the run directory.
+
+  Every process of a run calls it; process 0 looks for damage.
+
+  Args:
+    run_dir: of any run.
+    step: of one of its checkpoints.
+    abstract_state: as for Checkpointer.restore_latest.
+
+  Raises:
+    CheckpointError: there is no such checkpoint, it is damaged, or holds other arrays.
+  """
+  processes.from_first(lambda: _require_sound(run_dir, step, None))
+  return Restored(step, *checkpoint_format.read(_step_dir(run_dir, step), abstract_state))
 
 
 def checkpoint_steps(run_dir: RunDir) -> list[int]:
@@ -244,6 +265,20 @@ def checkpoint_steps(run_dir: RunDir) -> list[int]:
     return []
   return sorted(found.step for found in
                 ocp.path.step.standard_name_format().find_all(directory))
+
+
+def lost_end(run_dir: RunDir, step: int) -> str | None:
+  """What is wrong with the last checkpoint of a run that has finished, as a phrase.
+
+  None if it is sound, or if all of them were deleted, which is somebody's wish.
+  """
+  steps = checkpoint_steps(run_dir)
+  if not steps:
+    return None
+  if steps[-1] != step:
+    return f"its last checkpoint is that of step {steps[-1]} of {step}"
+  problem = _damage(run_dir, step, None)
+  return problem and f"its last checkpoint is damaged: {problem}"
 
 
 def check_free_space(run_dir: RunDir, state: Any, keep: int) -> None:
@@ -304,6 +339,16 @@ def _remove_unfinished(run_dir: RunDir) -> None:
 
 def _damage(run_dir: RunDir, step: int, items: Sequence[str] | None) -> str | None:
   return checksums.damage(_step_dir(run_dir, step), run_dir.checksums(step), items)
+
+
+def _require_sound(run_dir: RunDir, step: int, items: Sequence[str] | None) -> None:
+  """Raises CheckpointError where there is no such checkpoint, or a damaged one."""
+  if step not in checkpoint_steps(run_dir):
+    raise CheckpointError(f"{_directory(run_dir)} holds no checkpoint {step}: it has "
+                          f"{', '.join(map(str, checkpoint_steps(run_dir))) or 'none'}")
+  if problem := _damage(run_dir, step, items):
+    raise CheckpointError(f"{_step_dir(run_dir, step)} is damaged: {problem}; choose another "
+                          "checkpoint")
 
 
 def _newest_sound(run_dir: RunDir, items: Sequence[str] | None = None

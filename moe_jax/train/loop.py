@@ -30,11 +30,17 @@ from moe_jax.grid import Cell
 from moe_jax.mesh import make_mesh, mesh_size
 from moe_jax.run_dir import RunDir
 from moe_jax.train import step as step_lib
-from moe_jax.train.checkpoint import Checkpointer, check_free_space, checkpoint_steps
+from moe_jax.train.checkpoint import (
+    Checkpointer,
+    check_free_space,
+    checkpoint_steps,
+    lost_end,
+)
 from moe_jax.train.checkpoint_format import CheckpointError
 from moe_jax.train.metrics import MetricsWriter
 from moe_jax.train.progress import Progress
 from moe_jax.train.throughput import Throughput, peak_flops
+from moe_jax.train.trunk import Trunk, find_trunk
 
 _IN_STATUS = ("loss", "drop_rate", "tokens_per_second", "mfu")  # for launch.status
 
@@ -62,6 +68,7 @@ def train(cell: Cell, out: str | os.PathLike) -> int:
   try:
     mesh = make_mesh(config)
     prepared = prepare(config.data, epath.Path(out) / "_data")
+    config.check_vocabulary(prepared.vocab_size)
     train_dataset(prepared, config.data.seq_len, config.train.batch_size, config.seed_data)
   except FieldError as error:  # `out` is a flag of its own, all else a field of the cell
     raise error if error.field == "out" else error.under("config") from None
@@ -72,11 +79,11 @@ def train(cell: Cell, out: str | os.PathLike) -> int:
   use_compilation_cache(out)
   first = processes.is_first()
   with run_dir.lock() if first else contextlib.nullcontext():
-    if processes.from_first(lambda: _is_finished(cell, run_dir, mesh)):
+    if processes.from_first(lambda: _is_finished(cell, out, mesh)):
       return 0
     require(run_dir.check_identity(cell), "out", os.fspath(out), "is not shared: this process "
             "does not see the run that process 0 has begun there")
-    run = _Run(config, run_dir, prepared, mesh)
+    run = _Run(config, run_dir, prepared, mesh, find_trunk(out, cell))
     try:
       with (stop_request() as stop, processes.told_of_the_end(run.fail),
             Progress(config.train.steps, name=cell.name) if first
@@ -96,22 +103,30 @@ def train(cell: Cell, out: str | os.PathLike) -> int:
       raise
 
 
-def _is_finished(cell: Cell, run_dir: RunDir, mesh) -> bool:
+def _is_finished(cell: Cell, out: str | os.PathLike, mesh) -> bool:
   """Whether there is nothing left to do; if there is, the directory is claimed for it."""
+  run_dir, execution = RunDir.of(out, cell), cell.config.execution
   if run_dir.read_status().get("state") == run_dir_lib.FINISHED:
-    print(f"{run_dir.path} is finished already")
-    return True
+    lost = lost_end(run_dir, cell.config.train.steps)
+    print(f"{run_dir.path} is finished already" if lost is None
+          else f"{run_dir.path} was finished, but {lost}", flush=True)
+    if lost is None:
+      return True
+  trunk = find_trunk(out, cell)
   check_free_space(run_dir, step_lib.abstract_state(cell.config, mesh),
-                   cell.config.execution.keep_checkpoints)
-  run_dir.claim(cell)
+                   execution.keep_checkpoints + len(execution.keep_steps))
+  run_dir.claim(cell, trunk and trunk.record)
   return False
 
 
 class _Run:
   """What the loop holds on to: the files it writes and where it stands."""
 
-  def __init__(self, config: RunConfig, run_dir: RunDir, prepared: PreparedData, mesh):
+  def __init__(self, config: RunConfig, run_dir: RunDir, prepared: PreparedData, mesh,
+               trunk: Trunk | None):
     self.config, self.run_dir, self.prepared, self.mesh = config, run_dir, prepared, mesh
+    self._trunk = trunk
+    self._branched_from = run_dir.read_branched_from()
     self.attempt = run_dir.next_attempt()
     earlier = run_dir.read_status()
     self.step = earlier.get("step", 0)  # steps taken; what is found in _begin counts
@@ -123,9 +138,10 @@ class _Run:
 
   def go(self, stop: list[int], progress: Progress | None) -> int:
     """Trains until the end or a signal in `stop`. `progress` is None if another shows it."""
-    config = self.config
+    config, execution = self.config, self.config.execution
     with (self._heartbeat(),
-          Checkpointer(self.run_dir, config.execution.keep_checkpoints) as checkpointer):
+          Checkpointer(self.run_dir, execution.keep_checkpoints,
+                       execution.keep_steps) as checkpointer):
       state, batches = self._begin(checkpointer)
       train_step = step_lib.compile_train_step(config, self.mesh)
       writer = MetricsWriter(self.run_dir, self.attempt, self.step) if self._first else None
@@ -140,7 +156,7 @@ class _Run:
         if pending is not None:  # looked at while the device is busy with the next step
           self._settle(*pending, writer, throughput, progress)
         self.step, pending = self.step + 1, (self.step + 1, metrics)
-        if self.step % config.execution.checkpoint_every == 0:
+        if self.step % execution.checkpoint_every == 0 or self.step in execution.keep_steps:
           self._settle(*pending, writer, throughput, progress)
           self._save(checkpointer, state, batches, writer)
           pending = None
@@ -165,7 +181,10 @@ class _Run:
     config = self.config
     batches = train_iterator(self.prepared, config.data.seq_len, config.train.batch_size,
                              config.seed_data, mine=step_lib.rows_to_read(config, self.mesh))
-    restored = checkpointer.restore_latest(step_lib.abstract_state(config, self.mesh))
+    abstract = step_lib.abstract_state(config, self.mesh)
+    restored, identity = checkpointer.restore_latest(abstract), identity_hash(config)
+    if restored is None and self._trunk is not None:
+      restored, identity = self._trunk.restore(abstract), self._trunk.identity
     if restored is None:
       self.step = 0
       return step_lib.init_state(config, self.mesh), batches
@@ -175,13 +194,15 @@ class _Run:
           f"the text of {config.data.corpus!r} has changed since step {restored.step} was "
           f"saved (fingerprint {theirs} then, {self.prepared.fingerprint} now): put the old "
           "text back, or begin the run anew elsewhere")
-    if restored.meta["identity"] != identity_hash(config):  # config.json was lost
-      raise CheckpointError(f"step {restored.step} in {self.run_dir.path} was saved by a run of "
-                            f"another identity, {restored.meta['identity']}")
+    if restored.meta["identity"] != identity:  # config.json was lost
+      where = (self._trunk.run_dir if self._trunk else self.run_dir).path
+      raise CheckpointError(f"step {restored.step} in {where} was saved by a run of another "
+                            f"identity, {restored.meta['identity']}")
     batches.set_state(restored.data)
     self.step = restored.step
     if self._first:
-      print(f"going on from step {restored.step} of {config.train.steps}", flush=True)
+      origin = f" of the trunk {self._trunk.record['run']}" if self._trunk else ""
+      print(f"going on from step {restored.step} of {config.train.steps}{origin}", flush=True)
     return restored.state, batches
 
   def _save(self, checkpointer: Checkpointer, state, batches,
@@ -240,7 +261,8 @@ class _Run:
         "state": state, "step": self.step, "steps": self.config.train.steps,
         "attempt": self.attempt, "started": self._started, "commit": self._commit,
         "device_kind": device.device_kind, "n_devices": mesh_size(self.mesh),
-        "error": error, **{name: self.latest.get(name) for name in _IN_STATUS}})
+        "branched_from": self._branched_from, "error": error,
+        **{name: self.latest.get(name) for name in _IN_STATUS}})
 
 
 @contextlib.contextmanager
