@@ -1,39 +1,93 @@
-"""Prepares a corpus and prints its card.
+"""Prepares a corpus and prints its card; adds corpora made of text of your own.
 
     python -m moe_jax.data --corpus=sotu --tokenizer=bpe-4096 --data_dir=runs/_data
+    python -m moe_jax.data --corpus=sotu:0.7,python:0.3 --tokenizer=bpe-4096
+
+    python -m moe_jax.data --add=stories --from='stories/*.jsonl' --text_field=story
+    python -m moe_jax.data --add=web --from=web/ --domain=web     # text, JSON lines, Parquet
+    python -m moe_jax.data --add=wiki --tfds=wiki --tfds_dir=gs://bucket/tfds
 """
 
 import json
+import pathlib
 
 from absl import flags
 
 from moe_jax import cli
 from moe_jax.config import DataConfig
+from moe_jax.data import adding, documents, tokenizer
 from moe_jax.data.prepare import prepare
-from moe_jax.errors import FieldError
+from moe_jax.data.sources import Source
+from moe_jax.errors import FieldError, require
 
-_FLAGS = {"data.corpus": "corpus", "data.tokenizer": "tokenizer", "out": "data_dir"}
+_FLAGS = {"data.corpus": "corpus", "corpus": "corpus", "data.tokenizer": "tokenizer",
+          "out": "data_dir"}
 
-_CORPUS = flags.DEFINE_string("corpus", DataConfig.corpus, "Name of the corpus.")
+_CORPUS = flags.DEFINE_string(
+    "corpus", DataConfig.corpus, "Name of the corpus, or several: NAME:WEIGHT,NAME:WEIGHT.")
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", DataConfig.tokenizer, "'bytes', or 'bpe-N': a byte-level BPE of N tokens "
-    "trained on the corpus.")
+    "tokenizer", DataConfig.tokenizer, "'bytes'; 'bpe-N': a byte-level BPE of N tokens trained "
+    "on the corpus; 'gpt2'; or a path of a tokenizer.json, which is kept and gets a name.")
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", "runs/_data", "Local directory for prepared data; runs share it.")
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "Processes that read or tokenise; as many as there are cores by default.",
+    lower_bound=1)
+
+_ADD = flags.DEFINE_string(
+    "add", None, "Adds a corpus of this name, made of --from or --tfds. With --tokenizer it is "
+    "also tokenised.")
+_FROM = flags.DEFINE_multi_string(
+    "from", [], "File, folder or pattern of text, .jsonl or .parquet files; may be repeated. "
+    "Local or gs://.")
+_TEXT_FIELD = flags.DEFINE_string(
+    "text_field", Source.text_field, "JSON field, Parquet column or TFDS feature with the text.")
+_SEPARATOR = flags.DEFINE_string(
+    "separator", None, "What stands between documents in a text file, e.g. '<|endoftext|>'. By "
+    "default a text file is one document.")
+_DOMAIN = flags.DEFINE_string(
+    "domain", None, "Label under which the corpus's losses are reported; its name by default.")
+_HELDOUT_FRACTION = flags.DEFINE_float(
+    "heldout_fraction", documents.HELDOUT_FRACTION, "Share of the documents that is held out.")
+_TFDS = flags.DEFINE_string(
+    "tfds", None, "An existing TFDS dataset of array_record files: NAME, NAME/CONFIG or "
+    "NAME:VERSION.")
+_TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "The data_dir of --tfds, local or gs://.")
+_TFDS_SPLIT = flags.DEFINE_string("tfds_split", Source.tfds_split, "The split of --tfds to read.")
 
 
 def main(overrides: list[str]) -> None:
   if overrides:
     field, _, value = overrides[0].removeprefix("--").partition("=")
-    raise FieldError(field, value, "is not a flag of this command; it takes --corpus, "
-                     "--tokenizer and --data_dir")
+    raise FieldError(field, value, "is not a flag of this command; see --help")
   try:
-    data = DataConfig(corpus=_CORPUS.value, tokenizer=_TOKENIZER.value)
-    prepared = prepare(data, _DATA_DIR.value)
+    card = _prepare() if _ADD.value is None else _add()
   except FieldError as error:  # this command's flags are not those of a run
     raise FieldError(_FLAGS.get(error.field, error.field), error.value,
                      error.accepted) from None
-  print(json.dumps(prepared.card, indent=2))
+  print(json.dumps(card, indent=2))
+
+
+def _prepare(corpus: str | None = None) -> dict:
+  for flag in (_FROM, _TFDS, _SEPARATOR, _DOMAIN):
+    require(corpus is not None or not flag.value, flag.name, flag.value,
+            "belongs to --add=NAME, which gives the text a name")
+  # The corpus is looked at before a tokenizer is kept.
+  data = DataConfig(corpus=_CORPUS.value if corpus is None else corpus)
+  file = _TOKENIZER.value
+  name = tokenizer.add(pathlib.Path(file).expanduser(), pathlib.Path(_DATA_DIR.value)) if (
+      file.endswith(".json")) else file
+  return prepare(DataConfig(corpus=data.corpus, tokenizer=name), _DATA_DIR.value,
+                 _PROCESSES.value).card
+
+
+def _add() -> dict:
+  source = Source(tuple(_FROM.value), _TEXT_FIELD.value, _SEPARATOR.value, _TFDS.value,
+                  _TFDS_DIR.value, _TFDS_SPLIT.value)
+  card = adding.add(
+      _ADD.value, source, _DATA_DIR.value, domain=_DOMAIN.value,
+      heldout_fraction=_HELDOUT_FRACTION.value, processes=_PROCESSES.value)
+  return _prepare(_ADD.value) if flags.FLAGS["tokenizer"].present else card
 
 
 if __name__ == "__main__":

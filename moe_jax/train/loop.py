@@ -69,6 +69,7 @@ def train(cell: Cell, out: str | os.PathLike) -> int:
     mesh = make_mesh(config)
     prepared = prepare(config.data, epath.Path(out) / "_data")
     config.check_vocabulary(prepared.vocab_size)
+    config.check_vocabulary(prepared.vocab_size)
     train_dataset(prepared, config.data.seq_len, config.train.batch_size, config.seed_data)
   except FieldError as error:  # `out` is a flag of its own, all else a field of the cell
     raise error if error.field == "out" else error.under("config") from None

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from moe_jax.data import corpus
+from moe_jax.data import corpus, offline
 
 TEXT = ("the union of states stands strong while commerce and labor prosper under wise laws "
          "peace reigns abroad treaties were signed congress shall deliberate upon revenue "
@@ -20,7 +20,7 @@ def write_documents(folder, count=20, words=120):
 
 
 def folder_corpus(folder, version="1.0.0"):
-  return corpus.Corpus("tiny", version, lambda: corpus.read_folder(folder))
+  return corpus.Corpus("tiny", version, lambda: offline.read_folder(folder))
 
 
 @pytest.fixture

