@@ -7,6 +7,7 @@ import numpy as np
 from moe_jax.design.answer import PRINCIPLE, Answer, Recommendation, front, name, ranges
 from moe_jax.design.ask import Question
 from moe_jax.design.inference import CACHE_DTYPE
+from moe_jax.design.judge import COMPUTE_EXPONENT
 from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.text import short
 
@@ -110,8 +111,10 @@ def _star(answer: Answer, r: Recommendation, index: int) -> str:
 def regret_table(answer: Answer) -> Sheet:
   made = Sheet("Law against law: by how much the row's architecture is worse than the "
                "column's own best", ["best by"], [r.judge.name for r in answer.recommendations],
-               "Per cent of the loss. * lies outside what the column's law was fitted on. ling "
-               "predicts compute, not loss: 1 % of compute counts as 0.05 % of the loss.")
+               "Per cent of the loss. * lies outside what the column's law was fitted on."
+               + "".join(f" {r.judge.name} predicts compute, not loss: 1 % of compute counts as "
+                         f"{COMPUTE_EXPONENT:g} % of the loss." for r in answer.recommendations
+                         if not r.judge.is_loss))
   for who, index, _ in compared(answer):
     made.add(who, *(
         f"{100 * np.expm1(answer.regret(index, j)):+.2f}{_star(answer, r, index)}"
