@@ -5,13 +5,14 @@ another; elsewhere --coordinator_address, --num_processes and --process_id say w
 """
 
 import os
+import re
 import signal
 import sys
 
 from absl import flags, logging
 
 from moe_jax import cli, cluster, run_dir
-from moe_jax.errors import FieldError
+from moe_jax.errors import FieldError, require
 
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or gs://; all "
@@ -21,6 +22,8 @@ _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of pr
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; 1 looks for "
                                       "no others.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
+_PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, e.g. 10:12: profiles these "
+                               "steps, of process 0, into the run's profile/, for xprof.")
 
 
 def main(overrides: list[str]) -> int:
@@ -32,10 +35,11 @@ def main(overrides: list[str]) -> int:
                      + ", ".join(cell.name for cell in cells))
   arguments = cluster.meeting(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
                               os.environ)
+  profile_steps = _profile_steps(_PROFILE.value, cells[0].config.train.steps)
   from moe_jax import processes  # this imports JAX: bad input is answered before that
   from moe_jax.train.loop import train
   try:
-    return processes.run(lambda: train(cells[0], _OUT.value), arguments, _ending)
+    return processes.run(lambda: train(cells[0], _OUT.value, profile_steps), arguments, _ending)
   except Exception as error:
     known = _ending(error)
     if known is None or isinstance(error, FieldError):
@@ -45,6 +49,17 @@ def main(overrides: list[str]) -> int:
     if isinstance(error, OSError):
       os._exit(code)  # on a full disk the exit handlers of libraries fail too, with pages to tell
     return code
+
+
+def _profile_steps(text: str | None, steps: int) -> tuple[int, int] | None:
+  """`10:12` -> (10, 12). Raises FieldError."""
+  if text is None:
+    return None
+  match = re.fullmatch(r"([0-9]{1,15}):([0-9]{1,15})", text)
+  first, last = map(int, match.groups()) if match else (0, 0)
+  require(1 <= first <= last <= steps, "profile_steps", text,
+          f"must be FIRST:LAST, two steps from 1 to {steps}")
+  return first, last
 
 
 def _ending(error: BaseException) -> tuple[int, str] | None:

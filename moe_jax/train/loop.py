@@ -38,6 +38,7 @@ from moe_jax.train.checkpoint import (
 )
 from moe_jax.train.checkpoint_format import CheckpointError
 from moe_jax.train.metrics import MetricsWriter
+from moe_jax.train.profile import Profile
 from moe_jax.train.progress import Progress
 from moe_jax.train.throughput import Throughput, peak_flops
 from moe_jax.train.trunk import Trunk, find_trunk
@@ -49,8 +50,14 @@ class Diverged(ArithmeticError):
   """The loss or the gradient is no longer a number; names which, and the step."""
 
 
-def train(cell: Cell, out: str | os.PathLike) -> int:
+def train(cell: Cell, out: str | os.PathLike,
+          profile_steps: tuple[int, int] | None = None) -> int:
   """Trains one cell in `<out>/<experiment>/<cell>/`, going on where it was left.
+
+  Args:
+    cell: what to train.
+    out: directory of all experiments.
+    profile_steps: (first, last) of the steps that are profiled, counted from 1.
 
   Returns:
     An exit code of run_dir.py: 0 finished, EXIT_PREEMPTED after a signal (the same command
@@ -68,7 +75,6 @@ def train(cell: Cell, out: str | os.PathLike) -> int:
   try:
     mesh = make_mesh(config)
     prepared = prepare(config.data, epath.Path(out) / "_data")
-    config.check_vocabulary(prepared.vocab_size)
     config.check_vocabulary(prepared.vocab_size)
     train_dataset(prepared, config.data.seq_len, config.train.batch_size, config.seed_data)
   except FieldError as error:  # `out` is a flag of its own, all else a field of the cell
@@ -89,7 +95,7 @@ def train(cell: Cell, out: str | os.PathLike) -> int:
       with (stop_request() as stop, processes.told_of_the_end(run.fail),
             Progress(config.train.steps, name=cell.name) if first
             else contextlib.nullcontext() as progress):
-        return run.go(stop, progress)
+        return run.go(stop, progress, profile_steps if first else None)
     except Diverged as error:
       saved = checkpoint_steps(run_dir)
       line = (f"{error}: stopped; the last good checkpoint is "
@@ -137,12 +143,14 @@ class _Run:
     self._first = processes.is_first()
     self._ended = threading.Event()
 
-  def go(self, stop: list[int], progress: Progress | None) -> int:
+  def go(self, stop: list[int], progress: Progress | None,
+         profile_steps: tuple[int, int] | None) -> int:
     """Trains until the end or a signal in `stop`. `progress` is None if another shows it."""
     config, execution = self.config, self.config.execution
     with (self._heartbeat(),
           Checkpointer(self.run_dir, execution.keep_checkpoints,
-                       execution.keep_steps) as checkpointer):
+                       execution.keep_steps) as checkpointer,
+          Profile(self.run_dir, profile_steps) as profile):
       state, batches = self._begin(checkpointer)
       train_step = step_lib.compile_train_step(config, self.mesh)
       writer = MetricsWriter(self.run_dir, self.attempt, self.step) if self._first else None
@@ -152,7 +160,9 @@ class _Run:
       vote, stopped, pending = processes.StopVote(stop, self.mesh), 0, None
       while self.step < config.train.steps and not (stopped := vote.result()):
         batch = step_lib.put_batch(next(batches), config, self.mesh)
+        profile.begin(self.step + 1)
         state, metrics = train_step(state, batch)
+        profile.end(self.step + 1, metrics)
         vote.cast()
         if pending is not None:  # looked at while the device is busy with the next step
           self._settle(*pending, writer, throughput, progress)
@@ -226,7 +236,7 @@ class _Run:
     if self._first and (step % self.config.execution.log_every == 0
                         or step == self.config.train.steps):
       values |= throughput.look(step, values.get("drop_rate", 0.0))
-      self.latest = values
+      self.latest = values | throughput.typical()
       writer.write(step, values)
       progress.update(step, loss=values["loss"], drop_rate=values.get("drop_rate"),
                       tokens_per_second=values.get("tokens_per_second"),

@@ -1,5 +1,6 @@
 """Tokens per second, and what share of the machine's peak they are."""
 
+import statistics
 import time
 
 import jax
@@ -50,6 +51,7 @@ class Throughput:
     self._routed_flops = (3 * 2 * arch.n_moe_layers * arch.n_topk
                           * 3 * arch.d_model * arch.d_expert)
     self._last: tuple[int, float] | None = None
+    self._speeds: list[dict[str, float]] = []
 
   def look(self, step: int, drop_rate: float = 0.0) -> dict[str, float]:
     """`tokens_per_second` and `mfu` since the last look; {} where no step lies between."""
@@ -58,7 +60,15 @@ class Throughput:
     if step == last_step:
       return {}
     speed = (step - last_step) * self._tokens / (now - last_time)
-    if self._peak is None:
-      return {"tokens_per_second": speed}
-    useful = self._flops - drop_rate * self._routed_flops
-    return {"tokens_per_second": speed, "mfu": speed * useful / self._peak}
+    found = {"tokens_per_second": speed}
+    if self._peak is not None:
+      useful = self._flops - drop_rate * self._routed_flops
+      found["mfu"] = speed * useful / self._peak
+    self._speeds.append(found)
+    return found
+
+  def typical(self) -> dict[str, float]:
+    """Medians over all looks but the first that saw steps, in which caches were cold."""
+    speeds = self._speeds[1:] or self._speeds
+    return {name: statistics.median(each[name] for each in speeds)
+            for name in (speeds[0] if speeds else ())}

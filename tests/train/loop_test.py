@@ -262,6 +262,13 @@ def test_the_last_good_checkpoint_is_looked_up_and_not_computed(runner, undistur
   assert "loss is nan at step 8: stopped; the last good checkpoint is that of step 7" in err
 
 
+def test_a_profile_on_request(runner):
+  code, _, err = runner.run("--profile_steps=2:3")
+  assert code == 0, err
+  files = list(pathlib.Path(runner.run_dir().profile).glob("plugins/profile/*/*.xplane.pb"))
+  assert len(files) == 1 and files[0].stat().st_size > 10_000
+
+
 def test_a_second_process_is_refused_and_a_dead_ones_lock_is_free(runner, undisturbed):
   first = runner.start_and_wait_for(f"checkpoints/{EVERY}", "--config.train.steps=20000",
                                     "--config.train.warmup_steps=2")

@@ -22,6 +22,18 @@ def test_speed_and_mfu_follow_from_steps_and_time(monkeypatch):
   assert speed.look(10) == {}  # no step lies between
 
 
+def test_the_typical_speed_is_the_median_without_the_first_look(monkeypatch):
+  """One slow interval (a checkpoint, a neighbour) is not the speed of the run."""
+  now = iter([0.0, 100.0, 101.0, 103.0, 203.0])
+  monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+  speed = throughput.Throughput(small_config(), peak=1e9)
+  assert speed.look(0) == speed.typical() == {}
+  first = speed.look(1)
+  assert speed.typical() == first  # the best there is yet
+  looks = [speed.look(step, drop_rate=0.1 * step) for step in (2, 3, 4)]
+  assert speed.typical() == {"tokens_per_second": 64.0, "mfu": looks[1]["mfu"]}
+
+
 def test_dropped_assignments_are_no_useful_work(monkeypatch):
   """With everything dropped the FLOPs left are those of a model without routed experts."""
   now = iter([0.0, 1.0])
