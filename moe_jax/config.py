@@ -23,7 +23,8 @@ SCHEMA_VERSION = 1
 # Fields that version 1 did not have when its first runs were made, and the value that says what
 # those runs did. A stored configuration may lack them, and at this value they leave the hash of
 # the identity as it was.
-_ADDED = {"moe.router": "softmax", "moe.bias_update_rate": 1e-3, "train.branch_from": None,
+_ADDED = {"moe.router": "softmax", "moe.bias_update_rate": 1e-3, "moe.jitter": 0.0,
+          "moe.drop_order": "position", "train.branch_from": None,
           "execution.keep_steps": ()}
 
 
@@ -45,9 +46,16 @@ class MoEConfig:
       means 0.01 for `softmax` and 0 for the routers that balance without a loss.
     z_coef: weight of the router z-loss, which keeps the logits of a softmax small; none
       means 0.001, and 0 for `sigmoid`, whose scores it would push towards 1 / n_exp.
-    router: `softmax` (Qwen3-MoE's), or `sigmoid` (DeepSeek-V3's: sigmoid scores, balanced by
-      a bias on the selection alone).
+    router: `softmax` (Qwen3-MoE's), `sigmoid` (DeepSeek-V3's: sigmoid scores, balanced by a
+      bias on the selection alone) or `expert_choice` (each expert picks its tokens, as many
+      as n_topk a token on average; not causal, so for research only; it has its own number
+      of slots and drops nothing).
     bias_update_rate: how far a step moves the selection bias of `sigmoid`.
+    jitter: what the router sees of a token in training is multiplied by noise that is
+      uniform in 1 +- this.
+    drop_order: which assignments `capacity` drops first, within a group and expert: those of
+      later `position`, or those of the lowest weight (`score`: what drops then depends on
+      later tokens too).
   """
 
   dispatch: Literal["capacity", "reference"] = "capacity"
@@ -56,8 +64,10 @@ class MoEConfig:
   norm_topk_prob: bool = True
   balance_coef: float | None = None
   z_coef: float | None = None
-  router: Literal["softmax", "sigmoid"] = "softmax"
+  router: Literal["softmax", "sigmoid", "expert_choice"] = "softmax"
   bias_update_rate: float = 1e-3
+  jitter: float = 0.0
+  drop_order: Literal["position", "score"] = "position"
 
   def __post_init__(self):
     require(self.capacity_factor > 0, "capacity_factor", self.capacity_factor,
@@ -67,6 +77,18 @@ class MoEConfig:
     for name in ("balance_coef", "z_coef", "bias_update_rate"):
       value = getattr(self, name)
       require(value is None or value >= 0, name, value, "must be 0 or more")
+    require(0 <= self.jitter < 1, "jitter", self.jitter, "must be at least 0 and below 1")
+    if self.router == "expert_choice":
+      require(self.dispatch in ("capacity", "reference"), "dispatch", self.dispatch,
+              "must be 'capacity' or 'reference' for expert_choice, whose experts all take the "
+              "same number of tokens")
+      require(not self.norm_topk_prob, "norm_topk_prob", self.norm_topk_prob, "must be false "
+              "for expert_choice: the weights of a token's experts need not sum to 1")
+
+  @property
+  def causal(self) -> bool:
+    """Whether a token's output depends on no later token, but for what capacity drops."""
+    return self.router != "expert_choice"
 
   @property
   def balance_weight(self) -> float:
@@ -325,6 +347,12 @@ class RunConfig:
             "moe.norm_topk_prob", True, "must be false for n_topk = 1: a weight that is "
             "always 1 gives the router no gradient")
     self.check_vocabulary(self.data.tokenizer_vocab_size or 0)
+    require(self.moe.router != "expert_choice"
+            or self.group_tokens * self.arch.n_topk % self.arch.n_exp == 0,
+            "moe.routing_group_tokens", self.moe.routing_group_tokens, f"makes groups of "
+            f"{self.group_tokens} tokens, of which each expert must pick a whole number: "
+            f"{self.group_tokens} * n_topk ({self.arch.n_topk}) must be a multiple of n_exp "
+            f"({self.arch.n_exp})")
     require(self.group_tokens % self.data.seq_len == 0, "moe.routing_group_tokens",
             self.moe.routing_group_tokens, "must be 0 or a multiple of data.seq_len, "
             f"which is {self.data.seq_len}")
@@ -352,6 +380,13 @@ class RunConfig:
   def batch_tokens(self) -> int:
     """Tokens in a global batch."""
     return self.train.batch_size * self.data.seq_len
+
+
+def require_causal(config: RunConfig) -> None:
+  """Raises FieldError for a model that cannot decode, token after token."""
+  require(config.moe.causal, "moe.router", config.moe.router, "cannot decode: it is not "
+          "causal, for an expert picks a token by comparing it with later ones; must be "
+          "softmax or sigmoid")
 
 
 def resolve_mesh(config: RunConfig, n_devices: int) -> tuple[int, int, int]:
@@ -434,5 +469,5 @@ __all__ = [
     "Architecture", "DataConfig", "ExecutionConfig", "FieldError", "MeshConfig",
     "ModelConfig", "MoEConfig", "RunConfig", "SCHEMA_VERSION", "TrainConfig",
     "config_from_dict", "identity", "identity_difference", "identity_hash",
-    "resolve_mesh", "to_dict",
+    "require_causal", "resolve_mesh", "to_dict",
 ]

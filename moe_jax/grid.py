@@ -24,7 +24,7 @@ _SUFFIX_TAGS = {
     "arch.n_shared_experts": "shared", "arch.n_dense_layers": "dense",
     "moe.capacity_factor": "cf", "moe.routing_group_tokens": "group",
     "moe.norm_topk_prob": "norm", "moe.balance_coef": "bal", "moe.z_coef": "z",
-    "moe.router": "",
+    "moe.router": "", "moe.bias_update_rate": "rate", "moe.drop_order": "drop",
     "data.seq_len": "seq", "train.batch_size": "b", "train.learning_rate": "lr",
     "train.warmup_steps": "warmup", "train.weight_decay": "wd",
     "train.decay_fraction": "decay", "train.branch_from": "branch",

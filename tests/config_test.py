@@ -52,6 +52,14 @@ CONFIG = RunConfig(arch=ARCH)
     ({"moe.capacity_factor": 0.0}, r"moe\.capacity_factor=0\.0: must be above 0"),
     ({"moe.balance_coef": -0.1}, r"moe\.balance_coef=-0\.1: must be 0 or more"),
     ({"moe.z_coef": -0.1}, r"moe\.z_coef=-0\.1: must be 0 or more"),
+    ({"moe.router": "hash"}, r"moe\.router='hash': must be 'softmax' or 'sigmoid' or"),
+    ({"moe.bias_update_rate": -1.0}, r"moe\.bias_update_rate=-1\.0: must be 0 or more"),
+    ({"moe.jitter": 1.0}, r"moe\.jitter=1\.0: must be at least 0 and below 1"),
+    ({"moe.jitter": -0.1}, r"moe\.jitter=-0\.1: must be at least 0 and below 1"),
+    ({"moe.drop_order": "age"}, r"moe\.drop_order='age': must be 'position' or 'score'"),
+    ({"moe.router": "expert_choice"}, r"moe\.norm_topk_prob=True: must be false for expert_ch"),
+    ({"moe.router": "expert_choice", "moe.norm_topk_prob": False, "arch.n_exp": 24},
+     r"moe\.routing_group_tokens=0: .*256 \* n_topk \(2\) must be a multiple of n_exp \(24\)"),
     ({"moe.dispatch": "magic"}, r"moe\.dispatch='magic': must be 'capacity' or"),
     ({"moe.routing_group_tokens": -1}, r"moe\.routing_group_tokens=-1: must be 0"),
     ({"moe.routing_group_tokens": 300},
@@ -168,6 +176,34 @@ def test_a_resolved_mesh_uses_all_devices_and_splits_evenly(n_devices, data):
   assert CONFIG.train.batch_size % n_devices == 0
 
 
+# Routers
+
+
+def test_the_weights_of_the_losses_follow_the_router_unless_they_are_given():
+  assert (CONFIG.moe.balance_weight, CONFIG.moe.z_weight) == (0.01, 0.001)
+  for router, weights in (("sigmoid", (0, 0)), ("expert_choice", (0, 0.001))):
+    moe = MoEConfig(router=router, norm_topk_prob=False)
+    assert (moe.balance_weight, moe.z_weight) == weights
+    given = dataclasses.replace(moe, balance_coef=0.5, z_coef=0.25)
+    assert (given.balance_weight, given.z_weight) == (0.5, 0.25)
+
+
+def test_a_default_weight_that_is_written_out_is_the_same_identity():
+  written = override(CONFIG, {"moe.balance_coef": 0.01, "moe.z_coef": 0.001})
+  assert identity_hash(written) == identity_hash(CONFIG)
+  assert identity_difference(written, CONFIG) == []
+  assert identity_hash(override(CONFIG, {"moe.balance_coef": 0.0})) != identity_hash(CONFIG)
+
+
+def test_only_expert_choice_is_not_causal_and_cannot_decode():
+  config_lib.require_causal(CONFIG)
+  config_lib.require_causal(override(CONFIG, {"moe.router": "sigmoid"}))
+  peeking = override(CONFIG, {"moe.router": "expert_choice", "moe.norm_topk_prob": False})
+  with pytest.raises(FieldError, match=r"moe\.router='expert_choice': cannot decode: it is not "
+                                       r"causal.*must be softmax or sigmoid"):
+    config_lib.require_causal(peeking)
+
+
 # Identity and execution
 
 
@@ -177,7 +213,9 @@ _ANOTHER = {
     "data.tokenizer": "bpe-260", "moe.dispatch": "reference", "train.schedule": "cosine",
     "model.compute_dtype": "float32", "moe.routing_group_tokens": 512,
     "moe.balance_coef": 0.5, "moe.z_coef": 0.5, "moe.router": "sigmoid",
+    "moe.drop_order": "score",
     "execution.mesh.data": 1, "execution.remat": "full",
+    "train.branch_from": "trunk@500", "execution.keep_steps": (500,),
 }
 
 
@@ -214,7 +252,6 @@ def test_no_field_of_the_execution_changes_the_hash(path):
   assert identity_hash(other) == identity_hash(CONFIG)
   assert identity_difference(CONFIG, other) == []
 
-    "train.branch_from": "trunk@500", "execution.keep_steps": (500,),
 
 def test_the_schema_version_is_part_of_the_identity():
   assert identity(CONFIG)["schema_version"] == config_lib.SCHEMA_VERSION
@@ -261,6 +298,22 @@ def test_a_configuration_survives_json(config):
   stored = config_from_dict(json.loads(json.dumps(to_dict(config))))
   assert stored == config
   assert identity_hash(stored) == identity_hash(config)
+
+
+def test_a_configuration_stored_before_a_field_was_added_is_read_as_it_was_meant():
+  stored = to_dict(CONFIG)
+  for path in config_lib._ADDED:
+    *sections, name = path.split(".")
+    inner = stored
+    for section in sections:
+      inner = inner[section]
+    del inner[name]
+  assert config_from_dict(stored) == CONFIG
+
+
+def test_fields_that_were_added_leave_old_hashes_as_they_were():
+  """A run that began before them goes on: its checkpoints hold this hash."""
+  assert identity_hash(CONFIG) == "dda6293406e7"
 
 
 @pytest.mark.parametrize("break_it, message", [

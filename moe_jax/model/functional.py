@@ -75,7 +75,8 @@ def init_router(config: RunConfig, mesh: Mesh) -> Router:
 
 def apply(config: RunConfig, params: Params, inputs_BS: jax.Array, segments_BS: jax.Array,
           mesh: Mesh, remat: str = "none", counted_BS: jax.Array | None = None,
-          router: Router | None = None) -> tuple[jax.Array, RouterSums | None]:
+          router: Router | None = None, noise_key_B: jax.Array | None = None
+          ) -> tuple[jax.Array, RouterSums | None]:
   """logits_BSV in float32 and the router's sums by layer; see Transformer.
 
   `router` may be left out where the routers carry nothing.
@@ -86,4 +87,5 @@ def apply(config: RunConfig, params: Params, inputs_BS: jax.Array, segments_BS: 
     if jax.tree.structure(nnx.to_pure_dict(state)) != jax.tree.structure(values):
       raise ValueError("params or router is not the tree of this configuration")
     nnx.replace_by_pure_dict(state, values)
-  return nnx.merge(graphdef, *states)(inputs_BS, segments_BS, mesh, remat, counted_BS)
+  return nnx.merge(graphdef, *states)(inputs_BS, segments_BS, mesh, remat, counted_BS,
+                                      noise_key_B)

@@ -62,9 +62,8 @@ class MoE(nnx.Module):
     self.semantics = Semantics.of(config)
     self.w_router_DE = init.matrix(rngs, (d, e), ("width", None), fan_in=d,
                                    scale=init.ROUTER_SCALE)
-    self.bias_E = None
-    if config.moe.router == "sigmoid":
-      self.bias_E = RouterState(jnp.zeros(e, jnp.float32), axes=(None,))
+    sigmoid = config.moe.router == "sigmoid"
+    self.bias_E = RouterState(jnp.zeros(e, jnp.float32), axes=(None,)) if sigmoid else None
     axes = EXPERT_AXES
     self.w_gate_EDF = init.matrix(rngs, (e, d, f), axes.w_gate_EDF, fan_in=d)
     self.w_up_EDF = init.matrix(rngs, (e, d, f), axes.w_up_EDF, fan_in=d)

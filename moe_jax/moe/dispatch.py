@@ -38,19 +38,25 @@ def reference_dispatch(x_TD: jax.Array, routing: Routing,
                        run_experts: RunExperts) -> tuple[jax.Array, jax.Array]:
   """Every expert on every token, in float32: slow and obviously right. Drops nothing."""
   n_tokens, n_exp = routing.prob_TE.shape
-  x_ETD = jnp.broadcast_to(x_TD.astype(jnp.float32), (n_exp, *x_TD.shape))
   weight_TE = (jax.nn.one_hot(routing.expert_TK, n_exp) * routing.weight_TK[..., None]).sum(1)
+  return run_every_expert(x_TD, weight_TE, run_experts), jnp.zeros(n_tokens, jnp.int32)
+
+
+def run_every_expert(x_TD: jax.Array, weight_TE: jax.Array,
+                     run_experts: RunExperts) -> jax.Array:
+  """y_TD: the outputs of all experts for each token, by weight, in float32."""
+  x_ETD = jnp.broadcast_to(x_TD.astype(jnp.float32), (weight_TE.shape[1], *x_TD.shape))
   y_TD = jnp.einsum("te,etd->td", weight_TE, run_experts(x_ETD),
                     precision=jax.lax.Precision.HIGHEST)
-  return y_TD.astype(x_TD.dtype), jnp.zeros(n_tokens, jnp.int32)
+  return y_TD.astype(x_TD.dtype)
 
 
 def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts, *,
-                      group_tokens: int, capacity: int) -> tuple[jax.Array, jax.Array]:
+                      group_tokens: int, capacity: int,
+                      priority_TK: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
   """A fixed number of slots for each expert and routing group; what overflows is dropped.
 
-  Within a group earlier positions are served first. A dropped assignment contributes
-  nothing to its token; the other weights stay as they are.
+  A dropped assignment contributes nothing to its token; the other weights stay as they are.
 
   Args:
     x_TD: tokens; T must be a multiple of `group_tokens`.
@@ -58,9 +64,10 @@ def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts
     run_experts: x_ERD -> y_ERD with R = groups * capacity.
     group_tokens: N, consecutive tokens that compete for the same slots.
     capacity: C, slots per expert and group.
+    priority_TK: who is served first at an expert; None means earlier positions.
   """
   n_exp, d_model = routing.prob_TE.shape[-1], x_TD.shape[-1]
-  slots = assign_slots(routing.expert_TK, n_exp, group_tokens, capacity)
+  slots = assign_slots(routing.expert_TK, n_exp, group_tokens, capacity, priority_TK)
   x_ERD = gather_rows(x_TD, slots).reshape(n_exp, -1, d_model)
   y_SD = run_experts(x_ERD).reshape(-1, d_model)
   y_TD = combine_rows(y_SD, routing.weight_TK, slots)
@@ -81,8 +88,15 @@ class Slots(NamedTuple):
   slot_TK: jax.Array
 
 
-def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: int) -> Slots:
-  """Gives each assignment a slot of its expert, earlier positions of a group first."""
+def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: int,
+                 priority_TK: jax.Array | None = None) -> Slots:
+  """Gives each assignment a slot of its expert, earlier positions of a group first.
+
+  With priorities the highest come first, and position decides between equal ones. V-MoE's
+  batch-prioritized routing (arXiv 2106.05974, section 4.1) is the same for n_topk = 1; above,
+  it ranks tokens by their largest weight and serves all first choices before second ones,
+  where here each expert ranks what was assigned to it.
+  """
   n_tokens, n_topk = expert_TK.shape
   n_groups, remainder = divmod(n_tokens, group_tokens)
   assert remainder == 0, f"{n_tokens} tokens are not whole groups of {group_tokens}"
@@ -90,7 +104,8 @@ def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: 
   n_slots = n_exp * n_groups * capacity
 
   expert_GA = expert_TK.reshape(n_groups, group_size)
-  order_GA = jnp.argsort(expert_GA, axis=-1, stable=True)  # by expert, then by position
+  keys = () if priority_TK is None else (-priority_TK.reshape(n_groups, group_size),)
+  order_GA = jnp.lexsort((*keys, expert_GA), axis=-1)  # by expert; stable, so then by position
   sorted_GA = jnp.take_along_axis(expert_GA, order_GA, axis=-1)
   bounds = jax.vmap(lambda row: jnp.searchsorted(row, jnp.arange(n_exp + 1)))(sorted_GA)
   start_GE, end_GE = bounds[:, :-1], bounds[:, 1:]

@@ -21,7 +21,20 @@ from moe_jax.moe.dispatch import (
     expert_capacity,
     reference_dispatch,
 )
-from moe_jax.moe.router import RouterSums, route, router_sums
+from moe_jax.moe.expert_choice import (
+    choice_dispatch,
+    choice_sums,
+    choose_tokens,
+    reference_choice_dispatch,
+)
+from moe_jax.moe.router import (
+    RouterSums,
+    Routing,
+    jitter_noise,
+    route,
+    router_logits,
+    router_sums,
+)
 
 
 class Experts(NamedTuple):
@@ -45,12 +58,18 @@ class Semantics(NamedTuple):
     norm_topk_prob: whether the chosen weights are divided by their sum.
     group_tokens: tokens in a routing group.
     capacity: slots per expert and group; None for the reference, which drops nothing.
+    router: of MoEConfig.
+    jitter: of MoEConfig.
+    drop_order: of MoEConfig.
   """
 
   n_topk: int
   norm_topk_prob: bool
   group_tokens: int
   capacity: int | None
+  router: str = "softmax"
+  jitter: float = 0.0
+  drop_order: str = "position"
 
   @classmethod
   def of(cls, config) -> "Semantics":
@@ -58,7 +77,8 @@ class Semantics(NamedTuple):
     capacity = expert_capacity(moe.capacity_factor, config.group_tokens, arch.n_topk,
                                arch.n_exp)
     return cls(arch.n_topk, moe.norm_topk_prob, config.group_tokens,
-               None if moe.dispatch == "reference" else capacity)
+               None if moe.dispatch == "reference" else capacity,
+               moe.router, moe.jitter, moe.drop_order)
 
 
 def swiglu(x_ERD: jax.Array, experts: Experts) -> jax.Array:
@@ -73,22 +93,46 @@ def swiglu(x_ERD: jax.Array, experts: Experts) -> jax.Array:
 
 def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts,
               semantics: Semantics, counted_T: jax.Array | None = None,
-              bias_E: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
-  """Routes, dispatches, runs and combines the tokens of one device."""
-  routing = route(x_TD, w_router_DE, semantics.n_topk, semantics.norm_topk_prob, bias_E)
+              bias_E: jax.Array | None = None,
+              noise_TD: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
+  """Routes, dispatches, runs and combines the tokens of one device.
+
+  The router sees the tokens times `noise_TD`; for the other arguments see sharded_moe_layer.
+  """
+  seen_TD = x_TD if noise_TD is None else x_TD * noise_TD
+  if semantics.router == "expert_choice":
+    with jax.named_scope("route"):
+      choice = choose_tokens(router_logits(seen_TD, w_router_DE), semantics.n_topk,
+                             semantics.group_tokens, counted_T)
+    dispatch = reference_choice_dispatch if semantics.capacity is None else choice_dispatch
+    return dispatch(x_TD, choice, run_experts), choice_sums(choice, counted_T)
+
+  with jax.named_scope("route"):
+    routing = route(seen_TD, w_router_DE, semantics.n_topk, semantics.norm_topk_prob, bias_E)
   if semantics.capacity is None:
     y_TD, dropped_T = reference_dispatch(x_TD, routing, run_experts)
   else:
     y_TD, dropped_T = capacity_dispatch(x_TD, routing, run_experts,
                                         group_tokens=semantics.group_tokens,
-                                        capacity=semantics.capacity)
+                                        capacity=semantics.capacity,
+                                        priority_TK=_priority(routing, semantics, counted_T))
   return y_TD, router_sums(routing, dropped_T, counted_T)
+
+
+def _priority(routing: Routing, semantics: Semantics,
+              counted_T: jax.Array | None) -> jax.Array | None:
+  """Who is served first at an expert, for capacity_dispatch; padding last."""
+  if semantics.drop_order == "position":
+    return None
+  weight_TK = jax.lax.stop_gradient(routing.weight_TK)
+  return weight_TK if counted_T is None else jnp.where(counted_T[:, None], weight_TK, -1)
 
 
 def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts,
                       semantics: Semantics, mesh: Mesh,
                       counted_BS: jax.Array | None = None,
-                      bias_E: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
+                      bias_E: jax.Array | None = None,
+                      noise_key_B: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
   """`moe_layer` on a mesh.
 
   Args:
@@ -99,6 +143,8 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
     mesh: with the axes data, fsdp, expert.
     counted_BS: bool, False for padding, which the sums leave out; None counts all.
     bias_E: selection bias of sigmoid scores, the same on every device; None for a softmax.
+    noise_key_B: a random key for each row, from which the jitter of what its router sees
+      follows; None (as in evaluation) means no jitter.
 
   Returns:
     y_BSD split as x_BSD is, and sums over all tokens of the batch.
@@ -108,9 +154,9 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
   specs = Experts(*(param_spec(axes) for axes in EXPERT_AXES))
 
   @functools.partial(jax.shard_map, mesh=mesh,
-                     in_specs=(P(BATCH_AXES), P(), specs, P(BATCH_AXES), P()),
+                     in_specs=(P(BATCH_AXES), P(), specs, P(BATCH_AXES), P(), P(BATCH_AXES)),
                      out_specs=(P(BATCH_AXES), P()))
-  def on_device(x_bSD, w_router_DE, experts_eDF, counted_bS, bias_E):
+  def on_device(x_bSD, w_router_DE, experts_eDF, counted_bS, bias_E, noise_key_b):
     # Cast first: half the bytes travel when the tokens are bfloat16.
     dtype = jnp.float32 if semantics.capacity is None else x_bSD.dtype
     local = Experts(*(_all_gather(w.astype(dtype), FSDP, axes.index("expert_width"))
@@ -121,11 +167,14 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
       return _all_to_all(swiglu(x_eRD, local), split_axis=1, concat_axis=0)
 
     x_TD = x_bSD.reshape(-1, x_bSD.shape[-1])
+    noise_TD = None
+    if noise_key_b is not None:
+      noise_TD = jitter_noise(noise_key_b, *x_bSD.shape[1:], semantics.jitter).reshape(x_TD.shape)
     y_TD, sums = moe_layer(x_TD, w_router_DE, run_experts, semantics, counted_bS.ravel(),
-                           bias_E)
+                           bias_E, noise_TD)
     return y_TD.reshape(x_bSD.shape), jax.lax.psum(sums, (DATA, FSDP, EXPERT))
 
-  return on_device(x_BSD, w_router_DE, experts, counted_BS, bias_E)
+  return on_device(x_BSD, w_router_DE, experts, counted_BS, bias_E, noise_key_B)
 
 
 def _all_gather(x, axis_name, axis):

@@ -39,6 +39,7 @@ class RouterSums(NamedTuple):
     squared_lse: sum of squared log-sum-exp of the logits.
     entropy: sum of the entropies of the router's distributions, in nats.
     dropped: assignments that found no slot.
+    left_behind: tokens that no expert served.
     tokens: how many tokens.
   """
 
@@ -47,6 +48,7 @@ class RouterSums(NamedTuple):
   squared_lse: jax.Array
   entropy: jax.Array
   dropped: jax.Array
+  left_behind: jax.Array
   tokens: jax.Array
 
 
@@ -65,6 +67,20 @@ def route(x_TD: jax.Array, w_router_DE: jax.Array, n_topk: int, norm_topk_prob: 
   if bias_E is None:
     return softmax_top_k(logit_TE, n_topk, norm_topk_prob)
   return sigmoid_top_k(logit_TE, bias_E, n_topk, norm_topk_prob)
+
+
+def jitter_noise(key_B: jax.Array, seq_len: int, d_model: int, jitter: float) -> jax.Array:
+  """noise_BSD, uniform in 1 +- jitter: what the router's inputs are multiplied by in training.
+
+  So that a token near a boundary is sent to either side now and then (input jitter of Switch,
+  arXiv 2101.03961, appendix C). Each row has its own key, so that a row's noise is the same
+  on whatever device and in whatever microbatch it is. The experts see the tokens as they are.
+  """
+
+  def draw(key):
+    return jax.random.uniform(key, (seq_len, d_model), jnp.float32, 1 - jitter, 1 + jitter)
+
+  return jax.vmap(draw)(key_B)
 
 
 def router_logits(x_TD: jax.Array, w_router_DE: jax.Array) -> jax.Array:
@@ -120,17 +136,28 @@ def router_sums(routing: Routing, dropped_T: jax.Array,
   n_tokens, n_exp = routing.prob_TE.shape
   if counted_T is None:
     counted_T = jnp.ones(n_tokens, bool)
-  lse_T = jax.nn.logsumexp(routing.logit_TE, axis=-1)
-  # No loss: and the derivative at a probability of 0 would be infinite.
-  entropy_T = jax.scipy.special.entr(jax.lax.stop_gradient(routing.prob_TE)).sum(-1)
   # Padding goes to an expert past the last, which bincount leaves out.
   expert_TK = jnp.where(counted_T[:, None], routing.expert_TK, n_exp)
+  return sums_over_tokens(routing.prob_TE, routing.logit_TE,
+                          assigned_E=jnp.bincount(expert_TK.ravel(), length=n_exp),
+                          dropped_T=dropped_T, left_behind_T=dropped_T == expert_TK.shape[1],
+                          counted_T=counted_T)
+
+
+def sums_over_tokens(prob_TE: jax.Array, logit_TE: jax.Array, *, assigned_E: jax.Array,
+                     dropped_T: jax.Array, left_behind_T: jax.Array,
+                     counted_T: jax.Array) -> RouterSums:
+  """RouterSums of the tokens that count; `assigned_E` is counted already."""
+  lse_T = jax.nn.logsumexp(logit_TE, axis=-1)
+  # No loss: and the derivative at a probability of 0 would be infinite.
+  entropy_T = jax.scipy.special.entr(jax.lax.stop_gradient(prob_TE)).sum(-1)
   return RouterSums(
-      assigned_E=jnp.bincount(expert_TK.ravel(), length=n_exp).astype(jnp.float32),
-      prob_E=jnp.where(counted_T[:, None], routing.prob_TE, 0).sum(0),
+      assigned_E=assigned_E.astype(jnp.float32),
+      prob_E=jnp.where(counted_T[:, None], prob_TE, 0).sum(0),
       squared_lse=jnp.where(counted_T, lse_T**2, 0).sum(),
       entropy=jnp.where(counted_T, entropy_T, 0).sum(),
       dropped=jnp.where(counted_T, dropped_T, 0).sum().astype(jnp.float32),
+      left_behind=(counted_T & left_behind_T).sum().astype(jnp.float32),
       tokens=counted_T.sum().astype(jnp.float32))
 
 
@@ -154,13 +181,15 @@ def z_loss(sums: RouterSums) -> jax.Array:
 def router_metrics(sums: RouterSums) -> dict[str, jax.Array]:
   """Plain numbers to log, over layers where the sums have them.
 
-  drop_rate: share of assignments without a slot. load_variation: standard deviation of
+  drop_rate: share of assignments without a slot. left_behind: share of tokens that no expert
+  served. load_variation: standard deviation of
   expert loads over their mean, worst layer. max_load: busiest expert's load over the mean,
   worst layer. dead_experts: share of experts that no token chose. router_entropy: nats, mean.
   """
   load_E = sums.assigned_E / sums.assigned_E.mean(-1, keepdims=True)
   return {
       "drop_rate": sums.dropped.sum() / sums.assigned_E.sum(),
+      "left_behind": sums.left_behind.sum() / sums.tokens.sum(),
       "load_variation": load_E.std(-1).max(),
       "max_load": load_E.max(),
       "dead_experts": (load_E == 0).mean(),

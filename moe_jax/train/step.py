@@ -27,6 +27,8 @@ State = dict[str, Any]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
+_NOISE = 0x6A697474  # keeps the keys of the noise apart from those of the initial weights
+
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> State:
   """ShapeDtypeStructs with shardings. The moments lie where their parameters lie."""
@@ -84,13 +86,13 @@ def put_batch(batch: dict[str, Any], config: RunConfig, mesh: Mesh) -> Batch:
 
 
 def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh: Mesh,
-               router: functional.Router | None = None
+               router: functional.Router | None = None, step: jax.Array | None = None
                ) -> tuple[jax.Array, tuple[Metrics, RouterSums | None]]:
   """Mean loss in nats per token, with the router's losses, over the global batch.
 
   The total is cross-entropy + balance_coef * sum over layers of the balance loss
   + z_coef * sum over layers of the z-loss. Beside it stand metrics and the router's sums by
-  layer (None where every layer is dense).
+  layer (None where every layer is dense). `step` decides the router's jitter, None means none.
 
   With microbatches, each is a rematerialised part of one function: the forward pass goes
   over all of them first, because the balance loss multiplies two sums over the global
@@ -99,22 +101,37 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
   loss would train another model.
   """
 
-  def run(batch_BS):
+  def run(batch_BS, noise_key_B):
     logits_BSV, sums = functional.apply(config, params, batch_BS["inputs"],
                                         batch_BS["segments"], mesh, config.execution.remat,
-                                        router=router)
+                                        router=router, noise_key_B=noise_key_B)
     with jax.named_scope("loss"):
       nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch_BS["targets"])
     return nll_BS.sum(), sums
 
+  parts = batch, None if step is None else _noise_keys(config, step)
   if config.execution.microbatches == 1:
-    nll, sums = run(jax.tree.map(lambda x_MBS: x_MBS[0], batch))
+    nll, sums = run(*jax.tree.map(lambda x_MB: x_MB[0], parts))
   else:
-    parts = jax.lax.map(jax.checkpoint(run, prevent_cse=False), batch)
+    run = jax.checkpoint(run, prevent_cse=False)
+    parts = jax.lax.map(lambda part: run(*part), parts)
     nll, sums = jax.tree.map(lambda x: x.sum(0), parts)
 
   total, metrics = _with_router_losses(nll / config.batch_tokens, sums, config)
   return total, (metrics, sums)
+
+
+def _noise_keys(config: RunConfig, step: jax.Array) -> jax.Array | None:
+  """key_MB: a key for each row of the global batch, from `seed_init` and the step.
+
+  So a row's noise depends neither on the mesh nor on the microbatches, nor on a resume.
+  """
+  if not config.moe.jitter:
+    return None
+  key = jax.random.fold_in(jax.random.key(config.seed_init), _NOISE)
+  row_MB = jnp.arange(config.train.batch_size).reshape(config.execution.microbatches, -1)
+  return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(
+      jax.random.fold_in(key, step), row_MB)
 
 
 def _with_router_losses(loss: jax.Array, sums: RouterSums | None,
@@ -133,7 +150,7 @@ def train_step(state: State, batch: Batch, config: RunConfig,
   optimizer = make_optimizer(config.train)
   params, router = state["params"], state["router"]
   (_, (metrics, sums)), grads = jax.value_and_grad(batch_loss, has_aux=True)(
-      params, batch, config, mesh, router)
+      params, batch, config, mesh, router, state["step"])
   opt_state = optax.tree.set(optimizer.init(params), mu=state["mu"], nu=state["nu"],
                              count=state["step"])
   with jax.named_scope("optimizer"):

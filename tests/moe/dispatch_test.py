@@ -26,8 +26,10 @@ def random_assignment(n_tokens, n_exp, n_topk, seed):
   return np.argsort(-scores_TE, axis=1)[:, :n_topk].astype(np.int32)
 
 
-def slots_by_hand(expert_TK, n_exp, group_tokens, capacity):
-  """The same map by counting: token by token, expert by expert."""
+def slots_by_hand(expert_TK, n_exp, group_tokens, capacity, priority_TK=None):
+  """The same map by counting: assignment by assignment, in the order in which they are served."""
+  if priority_TK is None:
+    priority_TK = np.zeros(expert_TK.shape)
   n_tokens, n_topk = expert_TK.shape
   n_groups = n_tokens // group_tokens
   n_slots = n_exp * n_groups * capacity
@@ -35,23 +37,27 @@ def slots_by_hand(expert_TK, n_exp, group_tokens, capacity):
   slot_TK = np.full((n_tokens, n_topk), n_slots)
   for group in range(n_groups):
     used = [0] * n_exp
-    for t in range(group * group_tokens, (group + 1) * group_tokens):
-      for k in range(n_topk):
-        e = expert_TK[t, k]
-        if used[e] < capacity:
-          slot_TK[t, k] = (e * n_groups + group) * capacity + used[e]
-          assignment_S[slot_TK[t, k]] = t * n_topk + k
-          used[e] += 1
+    served = sorted((-priority_TK[t, k], t, k) for k in range(n_topk)
+                    for t in range(group * group_tokens, (group + 1) * group_tokens))
+    for _, t, k in served:
+      e = expert_TK[t, k]
+      if used[e] < capacity:
+        slot_TK[t, k] = (e * n_groups + group) * capacity + used[e]
+        assignment_S[slot_TK[t, k]] = t * n_topk + k
+        used[e] += 1
   return assignment_S, slot_TK
 
 
-@hypothesis.given(shape=st.sampled_from(SHAPES), seed=SEEDS)
-@hypothesis.settings(max_examples=100, deadline=None)
-def test_slots_equal_counting_by_hand(shape, seed):
+@hypothesis.given(shape=st.sampled_from(SHAPES), seed=SEEDS, by_score=st.booleans())
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_slots_equal_counting_by_hand(shape, seed, by_score):
   n_groups, group_tokens, n_exp, n_topk, capacity = shape
   expert_TK = random_assignment(n_groups * group_tokens, n_exp, n_topk, seed)
-  slots = assign_slots(jnp.asarray(expert_TK), n_exp, group_tokens, capacity)
-  assignment_S, slot_TK = slots_by_hand(expert_TK, n_exp, group_tokens, capacity)
+  # Few different priorities, so that some are equal.
+  priority_TK = np.random.default_rng(seed).integers(0, 4, expert_TK.shape) / 4
+  priority_TK = priority_TK.astype(np.float32) if by_score else None
+  slots = assign_slots(jnp.asarray(expert_TK), n_exp, group_tokens, capacity, priority_TK)
+  assignment_S, slot_TK = slots_by_hand(expert_TK, n_exp, group_tokens, capacity, priority_TK)
   np.testing.assert_array_equal(slots.assignment_S, assignment_S)
   np.testing.assert_array_equal(slots.slot_TK, slot_TK)
 
@@ -102,8 +108,8 @@ def random_layer(n_tokens=48, d_model=8, n_exp=6, d_expert=5, seed=0):
   return x_TD, w_router_DE, experts
 
 
-def run(x_TD, w_router_DE, experts, semantics):
-  return moe_layer(x_TD, w_router_DE, lambda x_ERD: swiglu(x_ERD, experts), semantics)
+def run(x_TD, w_router_DE, experts, semantics, counted_T=None):
+  return moe_layer(x_TD, w_router_DE, lambda x_ERD: swiglu(x_ERD, experts), semantics, counted_T)
 
 
 def by_hand(x_TD, w_router_DE, experts, n_topk, norm_topk_prob):
@@ -187,6 +193,29 @@ def test_dropped_tokens_keep_only_their_served_experts():
       layer[0], routing._replace(weight_TK=routing.weight_TK * kept_TK),
       lambda x_ERD: swiglu(x_ERD, layer[2]))
   np.testing.assert_allclose(y_TD, expected_TD, rtol=1e-5, atol=1e-4)
+
+
+def test_by_score_the_lowest_weights_drop_and_padding_before_all():
+  layer = random_layer()
+  by_score = Semantics(2, True, 24, 5, drop_order="score")
+  routing = router.route(layer[0], layer[1], 2, True)
+  counted_T = np.arange(48) % 5 > 0
+  for counted in (None, counted_T):
+    priority_TK = np.asarray(routing.weight_TK)
+    if counted is not None:
+      priority_TK = np.where(counted[:, None], priority_TK, -1)
+    _, slot_TK = slots_by_hand(np.asarray(routing.expert_TK), 6, 24, 5, priority_TK)
+    kept_TK = slot_TK < 6 * 2 * 5
+    expected_TD, _ = dispatch.reference_dispatch(
+        layer[0], routing._replace(weight_TK=routing.weight_TK * kept_TK),
+        lambda x_ERD: swiglu(x_ERD, layer[2]))
+    y_TD, sums = run(*layer, by_score, counted)
+    np.testing.assert_allclose(y_TD, expected_TD, rtol=1e-5, atol=1e-4)
+    lost_TK = ~kept_TK if counted is None else ~kept_TK & counted[:, None]
+    assert int(sums.dropped) == lost_TK.sum() > 0
+    assert int(sums.left_behind) == lost_TK.all(1).sum()
+  by_position = run(*layer, by_score._replace(drop_order="position"))[0]
+  assert np.abs(run(*layer, by_score)[0] - by_position).max() > 0.1
 
 
 @hypothesis.given(seed=st.integers(0, 2**31 - 1))

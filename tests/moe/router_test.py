@@ -3,6 +3,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax.moe import router
 
@@ -31,6 +32,101 @@ def test_top_k_takes_the_most_probable_and_weights_follow(n_exp, n_topk, norm, s
     np.testing.assert_allclose(weight_TK, best_TK / best_TK.sum(1, keepdims=True), rtol=1e-5)
   else:
     np.testing.assert_array_equal(weight_TK, best_TK)
+
+
+def sigmoid_by_hand(logit_TE, bias_E, n_topk, norm):
+  """Token by token in float64: experts, weights, and each weight's gradient by its logits."""
+  logit_TE, bias_E = np.float64(logit_TE), np.float64(bias_E)
+  for logit_E in logit_TE:
+    score_E = 1 / (1 + np.exp(-logit_E))
+    slope_E = score_E * (1 - score_E)
+    chosen = np.argsort(-(score_E + bias_E), kind="stable")[:n_topk]
+    total = score_E[chosen].sum() if norm else 1.0
+    gradient_KE = np.zeros((n_topk, len(logit_E)))
+    for k, e in enumerate(chosen):
+      gradient_KE[k, e] += slope_E[e] / total
+      for other in chosen if norm else ():
+        gradient_KE[k, other] -= score_E[e] * slope_E[other] / total**2
+    yield chosen, score_E[chosen] / total, gradient_KE
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@hypothesis.given(seed=st.integers(0, 2**31 - 1), shape=st.sampled_from([(7, 3), (4, 1), (5, 5)]))
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_sigmoid_routing_is_the_formula_forward_and_backward(norm, seed, shape):
+  n_exp, n_topk = shape
+  rng = np.random.default_rng(seed)
+  logit_TE = jnp.asarray(rng.normal(size=(6, n_exp)) * 2, jnp.float32)
+  bias_E = jnp.asarray(rng.normal(size=n_exp) / 4, jnp.float32)
+  factor_TK = rng.normal(size=(6, n_topk))
+
+  def weighed(logit_TE, bias_E):
+    routing = router.sigmoid_top_k(logit_TE, bias_E, n_topk, norm)
+    return (routing.weight_TK * factor_TK).sum(), routing
+
+  (logit_grad_TE, bias_grad_E), routing = jax.grad(weighed, (0, 1), has_aux=True)(logit_TE, bias_E)
+  for t, (chosen, weight_K, gradient_KE) in enumerate(
+      sigmoid_by_hand(logit_TE, bias_E, n_topk, norm)):
+    np.testing.assert_array_equal(routing.expert_TK[t], chosen)
+    np.testing.assert_allclose(routing.weight_TK[t], weight_K, rtol=1e-5)
+    np.testing.assert_allclose(logit_grad_TE[t], factor_TK[t] @ gradient_KE, rtol=1e-4, atol=1e-6)
+  np.testing.assert_array_equal(bias_grad_E, 0)
+  np.testing.assert_allclose(routing.prob_TE.sum(1), 1, rtol=1e-5)
+
+
+def test_the_bias_decides_who_is_chosen_and_not_the_weights():
+  logit_TE = jnp.array([[2.0, 1.0, 0.0, -3.0]])
+  routing = router.sigmoid_top_k(logit_TE, jnp.array([0.0, 0.0, 0.0, 5.0]), 2, True)
+  np.testing.assert_array_equal(routing.expert_TK, [[3, 0]])
+  score = 1 / (1 + np.exp([3.0, -2.0]))
+  np.testing.assert_allclose(routing.weight_TK[0], score / score.sum(), rtol=1e-6)
+
+
+@hypothesis.given(load_LE=st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4),
+                                   min_size=2, max_size=2))
+@hypothesis.settings(deadline=None)
+def test_the_bias_moves_by_the_rate_against_the_load(load_LE):
+  load_LE = np.array(load_LE, np.float32)
+  before_LE = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
+  after_LE = router.balanced_bias(before_LE, load_LE, 0.25)
+  for layer, (mean, loads) in enumerate(zip(load_LE.mean(1), load_LE, strict=True)):
+    for e, load in enumerate(loads):
+      step = -0.25 if load > mean else 0.25 if load < mean else 0.0
+      np.testing.assert_allclose(after_LE[layer, e], before_LE[layer, e] + step, rtol=1e-6)
+
+
+def test_the_bias_balances_a_router_that_prefers_some_experts():
+  keys = jax.random.split(jax.random.key(0), 2)
+  logit_TE = jax.random.normal(keys[0], (512, 8)) + 2 * jax.random.normal(keys[1], (8,))
+
+  def step(bias_E, _):
+    routing = router.sigmoid_top_k(logit_TE, bias_E, 2, True)
+    sums = router.router_sums(routing, jnp.zeros(512, jnp.int32))
+    metrics = router.router_metrics(sums)
+    return router.balanced_bias(bias_E, sums.assigned_E, 0.002), metrics["load_variation"]
+
+  _, variation = jax.lax.scan(step, jnp.zeros(8), length=300)
+  assert variation[0] > 1
+  assert variation[-10:].max() < 0.1  # steps of a fixed size go to and fro about the balance
+
+
+def test_dead_experts_and_tokens_left_behind_are_counted():
+  prob_TE = np.full((4, 4), 0.25)
+  routing = router.Routing(jnp.array([[0, 1]] * 4), jnp.ones((4, 2)), jnp.asarray(prob_TE),
+                           jnp.zeros((4, 4)))
+  metrics = router.router_metrics(router.router_sums(routing, jnp.array([0, 1, 2, 2])))
+  assert (metrics["dead_experts"], metrics["left_behind"]) == (0.5, 0.5)
+  np.testing.assert_allclose(metrics["drop_rate"], 5 / 8)
+
+
+def test_jitter_is_uniform_noise_of_each_row_for_itself():
+  keys = jax.random.split(jax.random.key(0), 4)
+  noise_BSD = router.jitter_noise(keys, 32, 16, 0.1)
+  assert noise_BSD.shape == (4, 32, 16) and noise_BSD.dtype == jnp.float32
+  assert 0.9 <= noise_BSD.min() < 0.905 and 1.095 < noise_BSD.max() <= 1.1
+  np.testing.assert_allclose(noise_BSD.mean(), 1, atol=5 * 0.1 / np.sqrt(3 * noise_BSD.size))
+  np.testing.assert_array_equal(router.jitter_noise(keys[2:3], 32, 16, 0.1)[0], noise_BSD[2])
+  assert not np.array_equal(noise_BSD[0], noise_BSD[1])
 
 
 def test_one_expert_without_normalisation_has_weight_one():

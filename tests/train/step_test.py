@@ -30,9 +30,12 @@ def loss_and_grads(config):
                    else jax.devices()[:np.prod(dataclasses.astuple(config.execution.mesh))])
   params = step.init_state(config, mesh)["params"]
   batch = step.put_batch(batch_of(config), config, mesh)
-  run = jax.jit(jax.value_and_grad(
-      lambda params, batch: step.batch_loss(params, batch, config, mesh), has_aux=True))
-  return jax.device_get(run(params, batch))
+
+  def loss(params, batch):
+    total, (metrics, _) = step.batch_loss(params, batch, config, mesh)
+    return total, metrics
+
+  return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch))
 
 
 def assert_same(ours, theirs, tolerance=1e-5):
