@@ -17,3 +17,11 @@ def short(number: float | None) -> str:
 def natural(name: str) -> list[str | int]:
   """The key that sorts l2 before l10."""
   return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def aligned(rows: list[tuple[str, ...]], left: int = 1) -> list[str]:
+  """A line a row, columns aligned: the first `left` of them to the left, numbers to the right."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return ["  ".join(cell.ljust(width) if i < left else cell.rjust(width)
+                    for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+          for row in rows]

@@ -129,29 +129,21 @@ def design_of(form: Form, cells: Cells, theta_P: np.ndarray | None = None) -> De
   return Design(form.parameters, x_NP, cells.architecture, cells.seeds)
 
 
-def noise_of(fitted: Fit, seed_sd: float, architecture_sd: float) -> Noise:
-  """The noise of a fitted grid: seeds from its repeats, architectures from its residuals.
+def noise_of(fitted: Fit, seed_sd: float | None = None) -> tuple[float, float]:
+  """(SD between seeds, SD between architectures) of a fitted grid, both of ln L.
 
-  E[RSS] = tr(R V), R = I - H: what the noise between seeds leaves unexplained is ascribed to
-  architectures (method of moments; never below 0). An interaction that the form lacks is
-  therefore counted among it.
+  Seeds from repeated runs; E[RSS] = tr(R V), R = I - H, and what the noise between seeds
+  leaves of RSS is ascribed to architectures (method of moments; never below 0). An effect
+  that the form lacks is therefore counted among it. A form has at least one cell more than
+  parameters, so there is a residual.
 
   Args:
     fitted: the fit.
-    seed_sd: taken where no cell was repeated.
-    architecture_sd: taken where no degree of freedom is left.
+    seed_sd: instead of what the repeats say; needed where no cell was repeated.
   """
   design = design_of(fitted.form, fitted.cells, fitted.least_squares.theta)
-  n, p = design.x_NP.shape
-  measured = fitted.cells.seed_noise
-  seed = seed_sd if np.isnan(measured) else measured
-  seed_source = "assumed: no cell was repeated" if np.isnan(measured) else "from repeated runs"
-  if n == p:
-    return Noise(seed, architecture_sd, seed_source, "assumed: no residual is left")
-  r_NN = np.eye(n) - design.x_NP @ np.linalg.pinv(design.x_NP)
+  seed = fitted.cells.seed_noise if seed_sd is None else seed_sd
+  r_NN = np.eye(len(fitted.cells)) - design.x_NP @ np.linalg.pinv(design.x_NP)
   of_seeds = seed**2 * np.sum(np.diag(r_NN) / design.seeds_N)
   left = float(np.sum(fitted.residual**2)) - of_seeds
-  architecture = np.sqrt(max(0.0, left / np.sum(r_NN * design.errors_shared())))
-  return Noise(seed, float(architecture), seed_source,
-               f"from the residuals, {n - p} degree{'s' * (n - p > 1)} of freedom"
-               + ("; less than seeds explain" if left <= 0 else ""))
+  return seed, float(np.sqrt(max(0.0, left / np.sum(r_NN * design.errors_shared()))))

@@ -1,0 +1,107 @@
+"""What effect a grid of this size and noise can detect, before or after it is run.
+
+    python -m moe_jax.study.power --config=experiments/quickstart.py --law=paper-curved
+    python -m moe_jax.study.power --results=runs/quickstart/results.csv
+"""
+
+from absl import flags
+
+from moe_jax import cli
+from moe_jax.errors import FieldError, require
+from moe_jax.laws import power
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.fit import fit
+from moe_jax.laws.forms import FORMS, Form, form_for
+from moe_jax.laws.identify import Identified, identify
+from moe_jax.laws.information import Design, Noise, design_of
+from moe_jax.laws.reduce import to_cells
+from moe_jax.laws.table import read_results
+from moe_jax.study import noise as noise_lib
+from moe_jax.study.noise import ARCHITECTURE_SD, SEED_SD
+from moe_jax.study.sample import not_yet_run
+from moe_jax.text import aligned
+
+_CONFIG = cli.define_config_flag(required=False)
+_RESULTS = flags.DEFINE_string("results", None, "results.csv of a grid that has been run; its "
+                               "noise is taken from it.")
+_LAW = flags.DEFINE_string("law", "paper", f"The form to fit: {', '.join(FORMS)}.")
+_WHERE = flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: keep these rows alone.")
+_WITHOUT = flags.DEFINE_list("without", [], "Cells to leave out, by name.")
+_SEED_SD = flags.DEFINE_float("seed_sd", None, "Standard deviation of ln L between seeds; "
+                              f"default: from repeated runs, else {SEED_SD}.")
+_ARCHITECTURE_SD = flags.DEFINE_float(
+    "architecture_sd", None, "The same of what the form does not know of an architecture; "
+    f"default: from the residuals, else {ARCHITECTURE_SD}.")
+_FOLD = flags.DEFINE_float("fold", 8.0, "Effects are told as percent of the loss where a "
+                           "variable grows so many fold.")
+_MARGIN = flags.DEFINE_float("margin_percent", 0.25, "Margin of the equivalence test, in "
+                             "percent of the loss over --fold.")
+
+
+def main(overrides: list[str]) -> None:
+  require((_CONFIG.value is None) != (_RESULTS.value is None), "config", _CONFIG.value,
+          "give one of --config, an experiment file, and --results")
+  require(_FOLD.value > 1, "fold", _FOLD.value, "must be above 1")
+  require(0 < _MARGIN.value < 100, "margin_percent", _MARGIN.value, "must be above 0 and "
+          "below 100")
+  if _RESULTS.value is None:
+    cells = not_yet_run(cli.selected_cells(_CONFIG.value, overrides), _WITHOUT.value)
+    noise = noise_lib.given(_SEED_SD.value, _ARCHITECTURE_SD.value)
+    found, design = planned(cells, _LAW.value)
+  else:
+    require(not overrides, "results", _RESULTS.value, "takes no --config.PATH=VALUE")
+    cells = to_cells(read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value),
+                     _RESULTS.value)
+    found, design, noise = measured(cells, _LAW.value, _SEED_SD.value, _ARCHITECTURE_SD.value)
+  print("\n".join(report(cells, found, design, noise, _FOLD.value, _MARGIN.value)))
+
+
+def planned(cells: Cells, law: str) -> tuple[Identified, Design]:
+  """The design of a grid that has not been run. Raises FieldError for a form not log-log."""
+  found = identify(form_for(law, cells), cells)
+  return found, design_of(found.form, cells)
+
+
+def measured(cells: Cells, law: str, seed_sd: float | None = None,
+             architecture_sd: float | None = None) -> tuple[Identified, Design, Noise]:
+  """The same of results, and their noise."""
+  fitted = fit(cells, law)
+  noise = noise_lib.measured(fitted, seed_sd, architecture_sd)
+  return fitted.identified, design_of(fitted.form, cells, fitted.least_squares.theta), noise
+
+
+def report(cells: Cells, found: Identified, design: Design, noise: Noise, fold: float,
+           margin_percent: float) -> list[str]:
+  """The lines that the command prints."""
+  margin = power.slope_of(margin_percent, fold)
+  repeated = Design(design.parameters, design.x_NP, design.architecture_N, 2 * design.seeds_N)
+  twice = {p.parameter: p for p in power.power_of(repeated, noise, margin)}
+  lines = [*cells.notes, f"noise: {noise}", *found.lines(),
+           f"two-sided tests at 5 %, {100 * power.POWER:.0f} % power; effects in percent of the "
+           f"loss where the variable grows {fold:g}-fold"]
+  rows = [("coefficient", "of ln", "df", "95 % interval", "detectable", "twice the seeds",
+           "shown absent below", f"chance for {margin_percent:g} %")]
+  for one in power.power_of(design, noise, margin):
+    variable = _variable(found.form, one.parameter)
+    if variable is not None:
+      half, least, with_two, absent = (
+          f"{power.percent_over(value, fold):.2f} %" for value in
+          (one.half_width, one.detectable, twice[one.parameter].detectable, one.margin))
+      rows.append((one.parameter, variable, f"{one.df:.3g}", f"± {half}", least, with_two, absent,
+                   f"{100 * one.at_margin:.0f} %"))
+  if len(rows) == 1:
+    raise FieldError("law", found.form.name, "has no slope of ln L along one variable: take a "
+                     "log-log form, such as paper")
+  return lines + aligned(rows, left=2)
+
+
+def _variable(form: Form, parameter: str) -> str | None:
+  """The variable of which a parameter is the slope of ln L; None where it is none."""
+  if not form.is_linear:
+    return None
+  basis = form.terms[0][parameter]
+  return basis.columns[0] if basis.sign else None
+
+
+if __name__ == "__main__":
+  cli.run(main)
