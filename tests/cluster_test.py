@@ -1,0 +1,86 @@
+"""Whether a process has others, and where they are."""
+
+import pytest
+
+from moe_jax.cluster import find, meeting
+from moe_jax.errors import FieldError
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0",
+         "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
+
+
+@pytest.fixture
+def no_chips(tmp_path):
+  return tmp_path
+
+
+@pytest.fixture(params=["accel0", "vfio/0"])
+def chips(request, tmp_path):
+  (tmp_path / request.param).parent.mkdir(exist_ok=True)
+  (tmp_path / request.param).touch()
+  return tmp_path
+
+
+@pytest.mark.parametrize("environ,kind", [
+    ({}, None),
+    (SLURM, "SLURM"),
+    (SLURM | {"SLURM_NTASKS": "1"}, None),
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, None),  # in a batch script, without srun
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "GKE"),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, "GKE"),
+    ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "JAX_PLATFORMS": "tpu,cpu"}, "GKE"),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, None),
+    ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "1"}, "Kubernetes"),
+    ({"KUBERNETES_SERVICE_HOST": "h"}, None),
+])
+def test_the_environment_shows_a_cluster(environ, kind, no_chips):
+  assert find(environ, no_chips) == kind
+  assert meeting(None, None, None, environ, no_chips) == (None if kind is None else {})
+
+
+def test_tpu_chips_are_a_reason_to_ask(chips):
+  assert find({}, chips) == "Cloud TPU"
+  assert find({"JAX_PLATFORMS": "cpu"}, chips) is None
+  assert find({"TPU_SKIP_MDS_QUERY": "1"}, chips) is None
+  assert find({"TPU_WORKER_HOSTNAMES": "localhost"}, chips) is None
+
+
+def test_flags_are_passed_on_and_nothing_else_is_looked_for(no_chips):
+  assert meeting("h:12", 4, 3, SLURM, no_chips) == {
+      "coordinator_address": "h:12", "num_processes": 4, "process_id": 3,
+      "cluster_detection_method": "deactivate"}
+  assert meeting(None, 1, None, SLURM, no_chips) is None
+  assert meeting("h:12", 1, 0, {}, no_chips) is None
+
+
+@pytest.mark.parametrize("flags,line", [
+    (("h:12", None, None), "num_processes='': is needed too"),
+    ((None, 2, 0), "coordinator_address='': is needed too"),
+    (("h:12", 2, None), "process_id='': is needed too"),
+    (("h:12", 0, 0), "num_processes=0: must be at least 1"),
+    (("h:12", 2, 2), "process_id=2: must be at least 0 and below num_processes, which is 2"),
+    (("h:12", 2, -1), "process_id=-1: "),
+    (("h", 2, 0), "coordinator_address='h': must be HOST:PORT"),
+    (("h:0", 2, 0), "coordinator_address='h:0': "),
+    (("h:70000", 2, 0), "coordinator_address='h:70000': "),
+])
+def test_flags_that_do_not_go_together_are_refused(flags, line, no_chips):
+  with pytest.raises(FieldError) as refused:
+    meeting(*flags, {}, no_chips)
+  assert str(refused.value).startswith(line)
+
+
+def test_slurm_must_not_leave_gpus_idle():
+  one_a_node = SLURM | {"SLURM_NTASKS": "2", "SLURM_GPUS_ON_NODE": "8",
+                        "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+  with pytest.raises(FieldError, match=r"1 task\(s\) on this node of 8 GPUs.*7 would idle"):
+    find(one_a_node)
+  assert find(one_a_node | {"JAX_PLATFORMS": "cpu"}) == "SLURM"
+  assert find(one_a_node | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) == "SLURM"
+  uneven = one_a_node | {"SLURM_STEP_TASKS_PER_NODE": "8,4"}
+  assert find(uneven | {"SLURM_NODEID": "0"}) == "SLURM"
+  with pytest.raises(FieldError, match="4 would idle"):
+    find(uneven | {"SLURM_NODEID": "1"})
+  with pytest.raises(FieldError, match="gpus-per-task hides"):
+    find(SLURM | {"SLURM_GPUS_PER_TASK": "1"})
