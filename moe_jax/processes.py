@@ -11,6 +11,7 @@ works before the first computation, and while one hangs. A process that is alone
 
 import collections
 import contextlib
+import faulthandler
 import itertools
 import json
 import os
@@ -244,6 +245,9 @@ def _join(arguments: Mapping[str, Any]) -> bool:
   address = arguments.get("coordinator_address")
   if address and arguments["process_id"] == 0:
     _require_free_port(address)
+  # Where process 0 dies JAX aborts the others: without a page of what each thread was doing.
+  if faulthandler.is_enabled():
+    faulthandler.enable(all_threads=False)
   # JAX's own would swallow SIGTERM, on which the loop saves.
   jax.config.update("jax_enable_preemption_service", False)
   # JAX ends a process that waited in vain with an abort and a stack trace: we are quicker.
