@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,6 +23,7 @@ class Cells:
     seeds: how many runs each loss is the mean of, in effect: the seeds, or what the vertex
       of a sweep is worth.
     notes: lines on what was done to get here, for the report.
+    runs: the rows of the results table that each loss was made of; empty where there is none.
   """
 
   names: tuple[str, ...]
@@ -31,6 +33,7 @@ class Cells:
   loss_se: np.ndarray
   seeds: np.ndarray
   notes: tuple[str, ...] = ()
+  runs: tuple[tuple[Mapping[str, Any], ...], ...] = ()
 
   @classmethod
   def of(cls, loss: ArrayLike, names: tuple[str, ...] | None = None,
@@ -93,4 +96,4 @@ class Cells:
         self, names=tuple(self.names[i] for i in index), loss=self.loss[index],
         columns={name: values[index] for name, values in self.columns.items()},
         architecture=self.architecture[index], loss_se=self.loss_se[index],
-        seeds=self.seeds[index])
+        seeds=self.seeds[index], runs=tuple(self.runs[i] for i in index if self.runs))

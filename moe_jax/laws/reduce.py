@@ -1,6 +1,7 @@
 """Rows to cells: seeds are repeats, a sweep of learning rates gives its lower envelope."""
 
 import collections
+import dataclasses
 import math
 
 import numpy as np
@@ -44,12 +45,13 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
                      "edge of those swept: no optimum can be used")
   values = np.array(list(kept))
   log_loss, share = np.array(list(kept.values())).T
-  return Cells.of(
+  cells = Cells.of(
       np.exp(log_loss), names=tuple(groups[key][0]["cell"] for key in kept),
       architecture=values[:, :len(ARCHITECTURE)],
       loss_se=noise * np.sqrt(share) * np.exp(log_loss), seeds=1 / share,
       notes=tuple(_notes(rows, groups, kept, refused, noise, df)),
       **dict(zip(_COLUMNS, values.T, strict=True)))
+  return dataclasses.replace(cells, runs=tuple(tuple(groups[key]) for key in kept))
 
 
 def _check_repeats(group: list[Row], source: str) -> None:

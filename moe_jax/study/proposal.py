@@ -1,0 +1,262 @@
+"""The next runs of a grid: read what there is, generate candidates, choose, tell, write."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.arch import count
+from moe_jax.config import RunConfig
+from moe_jax.errors import FieldError, require
+from moe_jax.grid import Grid, cell_name
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.exchange import Choice, Pool, Target, choose
+from moe_jax.laws.fit import Fit, fit
+from moe_jax.laws.forms import Form, form_for
+from moe_jax.laws.identify import identify
+from moe_jax.laws.information import Noise, design_of
+from moe_jax.laws.power import power_of
+from moe_jax.laws.reduce import to_cells
+from moe_jax.laws.shape import Shape
+from moe_jax.laws.table import ARCHITECTURE, Row, read_results
+from moe_jax.study import candidates, targets
+from moe_jax.study import noise as noise_lib
+from moe_jax.study.sample import COLUMNS, variables
+from moe_jax.study.so_far import SoFar, so_far
+from moe_jax.study.write import write_experiment
+from moe_jax.text import aligned, short
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+  """What is wanted.
+
+  Attributes:
+    law: the form.
+    target: a coefficient, `all`, `mean` or `choice`; see moe_jax.study.targets.
+    add: at most so many runs.
+    flops: that they may cost together; None counts runs alone.
+    region: fields of candidates.Region that are not to follow the runs so far.
+    seed_sd, architecture_sd: noise that is not to be taken from the runs.
+    choice: N_total of the architectures to choose from and their most N_active.
+  """
+
+  law: str = "paper"
+  target: str = "b_minus_c"
+  add: int = 5
+  flops: float | None = None
+  region: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  seed_sd: float | None = None
+  architecture_sd: float | None = None
+  choice: tuple[int | None, int | None] = (None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+  """What to run next.
+
+  Attributes:
+    history: the runs so far.
+    configs: the runs proposed, best first.
+    choice: their rows in the pool, and what each brings.
+    target: what they were chosen by.
+    before, after: half-width of each coefficient's 95 % interval, of those that are
+      identified so far and with all the runs proposed.
+    notes: lines on the runs so far and on the candidates.
+  """
+
+  history: SoFar
+  configs: tuple[RunConfig, ...]
+  choice: Choice
+  target: Target
+  before: dict[str, float]
+  after: dict[str, float]
+  notes: tuple[str, ...]
+
+  @property
+  def grid(self) -> Grid:
+    """As an experiment of the same name and recipe."""
+    return Grid(self.history.experiment, self.history.recipe, self.configs)
+
+  def lines(self) -> list[str]:
+    """The report."""
+    rows = [("", "run", "N_total", "n_exp", "s", "g", "tokens", "FLOPs", "alone", "together"),
+            ("", "so far", *[""] * 7, self.so_far)]
+    for i, (config, alone, together) in enumerate(zip(
+        self.configs, self.choice.alone, self.choice.half_width[1:], strict=True), start=1):
+      arch = config.arch
+      rows.append((str(i), cell_name(config, self.history.recipe),
+                   short(count.n_total(arch)), str(arch.n_exp), f"{arch.sparsity:g}",
+                   f"{arch.granularity:.3g}", short(config.train.steps * config.batch_tokens),
+                   f"{candidates.flops(config):.3g}", _plus_minus(alone),
+                   _plus_minus(together)))
+    return [*self.notes, f"half-width of the 95 % interval of {self.target.name}, with each run "
+            "alone and with those above it:", *aligned(rows, left=2), "by coefficient:",
+            *aligned(self._by_coefficient(), left=1)]
+
+  @property
+  def so_far(self) -> str:
+    """The target's interval before."""
+    before = self.before.get(self.target.name, np.inf)
+    return _plus_minus(before if np.isfinite(before) or len(self.before) < len(self.after)
+                       else self.choice.half_width[0])
+
+  def _by_coefficient(self) -> list[tuple[str, ...]]:
+    names = list(dict.fromkeys([*self.before, *self.after]))
+    return [("", "so far", "with all of them")] + [
+        (name, *(_plus_minus(known.get(name, np.inf)) for known in (self.before, self.after)))
+        for name in names]
+
+  def write(self, path: str) -> None:
+    """As an experiment file. Raises FieldError where one is there already."""
+    write_experiment(path, self.grid, "\n".join([
+        f"Which runs tell most about {self.target.name}? Proposed by python -m "
+        "moe_jax.study.next.", "",
+        f"Expected half-width of the 95 % interval: so far {self.so_far}, with these runs "
+        f"{_plus_minus(self.choice.half_width[-1])}.",
+        "The runs belong to the experiment of those they add to, and to its results.csv."]))
+
+
+def _plus_minus(value: float) -> str:
+  return f"± {value:.3g}" if np.isfinite(value) else "not identified"
+
+
+def propose(results: str, ask: Ask, experiment_file: str | None = None,
+            where: Sequence[str] = (), without: Sequence[str] = ()) -> Proposal:
+  """The runs that would tell most.
+
+  Raises:
+    FieldError: results, configurations or flags that will not do; a target that nothing
+      identifies, or a choice that is not in doubt.
+  """
+  require(ask.add >= 1, "add", ask.add, "must be at least 1")
+  rows = read_results(results, where, without)
+  cells = to_cells(rows, results)
+  used = [row for runs in cells.runs for row in runs]
+  history = so_far(used, results, experiment_file)
+  config_of = dict(zip([row["cell"] for row in used], history.configs, strict=True))
+  done = [config_of[min(runs, key=lambda row: row["loss"])["cell"]] for runs in cells.runs]
+  region = candidates.region(done, **ask.region)
+  new = candidates.new_cells(region, done)
+  configs = [*done, *new.configs]
+  everything = _with_new(cells, new.configs)
+
+  asked = form_for(ask.law, cells)
+  found = identify(asked, everything)
+  fitted = _fitted(cells, ask.law)
+  noise = (noise_lib.given(ask.seed_sd, ask.architecture_sd) if fitted is None else
+           noise_lib.measured(fitted, ask.seed_sd, ask.architecture_sd))
+  whole = design_of(found.form, everything, _theta(found.form, fitted))
+  cost = np.array([candidates.flops(config) for config in configs])
+  pool = Pool(dataclasses.replace(
+      whole, seeds_N=np.concatenate([cells.seeds, np.zeros(len(new.configs))])),
+      np.ones(len(cost)) if ask.flops is None else cost)
+  notes = [*cells.notes, f"noise: {noise}", f"candidates: {len(new.configs)} new cells and a "
+           f"repeat of {len(done)}; {region}"]
+  notes += [f"  {new.unsolved} combinations have no shape of that size"] if new.unsolved else []
+  notes += [f"  {len(new.refused)} are refused, as {new.refused[0]}"] if new.refused else []
+  notes += [f"  {name}: not identified with all of them either: {why}"
+            for name, why in found.refused.items()]
+  if ask.target == targets.CHOICE:
+    doubt = _doubt(ask, region, done, fitted, found.form, noise)
+    target, notes = doubt.target, [*notes, *doubt.lines]
+  else:
+    target = targets.coefficients(ask.target, found.form, found.refused)
+  require(ask.flops is None or ask.flops >= cost.min(), "flops", ask.flops,
+          f"pays for no run: the cheapest takes {cost.min():.3g}")
+  chosen = choose(pool, noise, target, ask.add, np.inf if ask.flops is None else ask.flops)
+  grown = dataclasses.replace(everything, seeds=pool.design.seeds_N + np.bincount(
+      chosen.added, minlength=len(configs)))
+  before, after = (_known(asked, found.form, _theta(found.form, fitted), some, noise)
+                   for some in (cells, grown.take(grown.seeds > 0)))
+  return Proposal(history, tuple(_runs(chosen.added, configs, rows)), chosen, target, before,
+                  after, tuple(notes))
+
+
+def _known(asked: Form, form: Form, theta: np.ndarray | None, cells: Cells,
+           noise: Noise) -> dict[str, float]:
+  """Half-widths of the exponents that these cells identify; of no others."""
+  if asked.is_linear:
+    try:
+      form, theta = identify(asked, cells).form, None
+    except FieldError:  # too few cells
+      return {}
+  return {one.parameter: one.half_width
+          for p, one in enumerate(power_of(design_of(form, cells, theta), noise, margin=1.0))
+          if p not in form.intercepts}
+
+
+def _with_new(cells: Cells, new: Sequence[RunConfig]) -> Cells:
+  """The cells so far, then the new ones, losses of 1."""
+  columns = {name: np.concatenate([cells.columns[name], [variables(c)[name] for c in new]])
+             for name in COLUMNS}
+  return Cells.of(np.ones(len(cells) + len(new)),
+                  architecture=np.stack([columns[name] for name in ARCHITECTURE], axis=1),
+                  **columns)
+
+
+def _fitted(cells: Cells, law: str) -> Fit | None:
+  """None where there are too few cells for it."""
+  try:
+    return fit(cells, law)
+  except FieldError as error:
+    if error.field in ("cells", "architectures"):
+      return None
+    raise
+
+
+def _theta(form: Form, fitted: Fit | None) -> np.ndarray | None:
+  """The fit's coefficients, if they are this form's. Raises FieldError where they must be."""
+  if fitted is not None and fitted.parameters == form.parameters:
+    return fitted.least_squares.theta
+  if not form.is_linear:
+    raise FieldError("law", form.name, "is not log-log, and the runs so far do not identify it: "
+                     "what more of them would tell depends on its coefficients; take a log-log "
+                     "form, such as paper")
+  return None
+
+
+def _doubt(ask: Ask, region: candidates.Region, done: Sequence[RunConfig], fitted: Fit | None,
+           form: Form, noise: Noise) -> targets.Doubt:
+  """Target `choice`: the architectures of that size in the region's n_exp, s and g."""
+  n_total, n_active = ask.choice
+  for name, value in (("choice_n_total", n_total), ("choice_n_active", n_active)):
+    require(value is not None, name, value, "is needed for --target=choice")
+  if fitted is None or fitted.parameters != form.parameters:
+    raise FieldError("target", targets.CHOICE, f"the runs so far do not identify {form.name}: "
+                     "begin with --target=all")
+  wide = dataclasses.replace(region, n_total=(n_total,), n_layers=None,
+                             aspect=region.aspect or candidates.mean_aspect(done))
+  archs = [config.arch for config in candidates.new_cells(wide, done).configs
+           if count.n_active(config.arch) <= n_active]
+  tokens = float(fitted.cells.columns["tokens"].max())
+  if len(archs) < 2:
+    raise FieldError("choice_n_active", n_active, f"leaves {len(archs)} architecture"
+                     f"{'s' * (not archs)} of N_total {short(n_total)} ({wide}); allow more")
+  asked = Fit.cells_of(Shape.of(archs), tokens)
+  own = design_of(form, fitted.cells, fitted.least_squares.theta)
+  slopes = [p for p in range(len(form.parameters)) if p not in form.intercepts]
+  df = min(own.degrees_of_freedom(noise, row) for row in np.eye(len(form.parameters))[slopes])
+  doubt = targets.choice(archs, asked, form, fitted.least_squares.theta, own.covariance(noise),
+                         df)
+  outside = fitted.predict(Shape.of(archs), tokens).outside
+  return dataclasses.replace(doubt, lines=(*doubt.lines, *(f"  {line}" for line in outside)))
+
+
+def _runs(added: Sequence[int], configs: Sequence[RunConfig],
+          rows: Sequence[Row]) -> list[RunConfig]:
+  """The runs of these rows of the pool; a repeat takes the next seed that is not in use."""
+  last: dict[tuple, int] = collections.defaultdict(lambda: -1)
+  for row in rows:
+    shape = tuple(float(row[name]) for name in ARCHITECTURE)
+    last[shape] = max(last[shape], int(float(row["seed_init"])))
+  found = []
+  for j in added:
+    config = configs[j]
+    shape = tuple(variables(config)[name] for name in ARCHITECTURE)
+    seed = config.seed_init if shape not in last else last[shape] + 1
+    last[shape] = seed
+    found.append(candidates.like_run(config, config.arch, seed))
+  return found

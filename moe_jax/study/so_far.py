@@ -1,0 +1,76 @@
+"""What the runs of a results table were: their configurations and their common recipe."""
+
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from etils import epath
+
+from moe_jax.config import RunConfig
+from moe_jax.errors import FieldError, require
+from moe_jax.grid import cell_name, load_grid
+from moe_jax.laws.table import Row
+from moe_jax.run_dir import RunDir
+from moe_jax.study.sample import variables
+
+
+@dataclasses.dataclass(frozen=True)
+class SoFar:
+  """Runs that have been made.
+
+  Attributes:
+    experiment: their grid's name, and their directory.
+    recipe: what their names are relative to.
+    configs: a configuration for each row of the table, in its order.
+  """
+
+  experiment: str
+  recipe: RunConfig
+  configs: tuple[RunConfig, ...]
+
+
+def so_far(rows: Sequence[Row], results: str, experiment_file: str | None = None) -> SoFar:
+  """Reads the configurations beside the table, or from the experiment file.
+
+  Without the file the recipe is one to which all the runs' names are relative.
+
+  Raises:
+    FieldError: several experiments; a run whose configuration is neither beside the table
+      nor in the file, or is another; no recipe fits the names.
+  """
+  experiments = sorted({str(row.get("experiment")) for row in rows})
+  require(len(experiments) == 1, "results", results, "mixes the experiments "
+          f"{', '.join(experiments)}; choose with --where=experiment={experiments[0]}")
+  grid = load_grid(experiment_file) if experiment_file else None
+  if grid is not None:
+    require(experiments[0] in (grid.name, "None"), "config", experiment_file, f"is the grid "
+            f"{grid.name!r}; {results} is of {experiments[0]!r}")
+  known = dict(zip(grid.names, grid.cells, strict=True)) if grid else {}
+  configs = tuple(_config(row, results, known) for row in rows)
+  if grid is not None:
+    return SoFar(grid.name, grid.recipe, configs)
+  return SoFar(experiments[0], _recipe(rows, configs, results), configs)
+
+
+def _config(row: Row, results: str, known: dict[str, RunConfig]) -> RunConfig:
+  cell = row["cell"]
+  config = RunDir(epath.Path(results).parent / cell).read_config() or known.get(cell)
+  require(config is not None, "config", None, f"is needed: {cell} of {results} has no "
+          f"{cell}/config.json beside it; give the experiment file that has this cell")
+  for name, value in variables(config).items():
+    if name != "tokens" and row[name] != value:
+      raise FieldError("results", results, f"{cell} has {name} {row[name]:g}; its "
+                       f"configuration has {value:g}")
+  return config
+
+
+def _recipe(rows: Sequence[Row], configs: Sequence[RunConfig], results: str) -> RunConfig:
+  """One of the configurations that gives every run the name it has; the most frequent first."""
+  frequent = collections.Counter(configs)
+  for recipe, _ in frequent.most_common():
+    if all(cell_name(config, recipe) == row["cell"]
+           for row, config in zip(rows, configs, strict=True)):
+      return recipe
+  raise FieldError("config", None, f"is needed: the names in {pathlib.Path(results).name} are "
+                   "relative to a recipe that none of its runs has; give the experiment file")

@@ -1,0 +1,96 @@
+"""What the next runs are for: a coefficient, all of them, or the choice of an architecture."""
+
+import dataclasses
+
+import numpy as np
+
+from moe_jax.arch import count
+from moe_jax.arch.architecture import Architecture
+from moe_jax.errors import FieldError, did_you_mean
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.exchange import Target
+from moe_jax.laws.forms import Form
+from moe_jax.laws.information import design_of
+from moe_jax.laws.power import t_quantile
+from moe_jax.text import short
+
+ALL, MEAN, CHOICE = "all", "mean", "choice"
+
+
+def coefficients(name: str, form: Form, refused: dict[str, str]) -> Target:
+  """The target of that name: a parameter of the form, `all` or `mean`.
+
+  `all` is the joint volume of the slopes' uncertainty (D-optimality), `mean` their mean
+  variance (A-optimality); intercepts are left out.
+
+  Raises:
+    FieldError: an unknown name, or a parameter that no candidate can identify.
+  """
+  rows = np.eye(len(form.parameters))
+  if name in (ALL, MEAN):
+    slopes = [p for p in range(len(rows)) if p not in form.intercepts]
+    return Target("all exponents (" + ("geometric mean over the axes of their joint region)"
+                                       if name == ALL else "root mean square)"),
+                  rows[slopes], volume=name == ALL)
+  if name in refused:
+    raise FieldError("target", name, f"no candidate identifies it: {refused[name]}; widen "
+                     "--n_total, --n_exp, --sparsity or --granularity")
+  if name not in form.parameters:
+    known = [*form.parameters, ALL, MEAN, CHOICE]
+    raise FieldError("target", name, did_you_mean(name, known))
+  return Target(name, rows[[form.parameters.index(name)]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubt:
+  """Among which architectures a fitted law cannot choose.
+
+  Attributes:
+    target: the loss differences between its best and those.
+    lines: what was compared.
+  """
+
+  target: Target
+  lines: tuple[str, ...]
+
+
+def choice(archs: list[Architecture], asked: Cells, form: Form, theta_P: np.ndarray,
+           covariance_PP: np.ndarray, df: float) -> Doubt:
+  """The differences in ln L between the predicted best and those within its doubt.
+
+  In doubt is what has a predicted difference within its own 95 % interval of 0, by the
+  uncertainty of the coefficients alone: what the form does not know of an architecture is no
+  measurement's to reduce.
+
+  Args:
+    archs: two or more that the budget allows; `asked` has them as cells of the law.
+    theta_P, covariance_PP: the fit and its uncertainty.
+    df: its degrees of freedom.
+
+  Raises:
+    FieldError: none is in doubt.
+  """
+  predicted = form.log_loss(theta_P, asked)
+  x_NP = design_of(form, asked, theta_P).x_NP
+  order = np.argsort(predicted)
+  best = order[0]
+  apart_NP = x_NP - x_NP[best]
+  half_N = t_quantile(df) * np.sqrt(np.einsum("np,pq,nq->n", apart_NP, covariance_PP, apart_NP))
+  rivals = [i for i in order[1:] if predicted[i] - predicted[best] < half_N[i]]
+  if not rivals:
+    second = order[1]
+    raise FieldError("target", CHOICE, f"is not in doubt: {_named(archs[best])} is predicted "
+                     f"{100 * (predicted[second] - predicted[best]):.2g} % better than the next, "
+                     f"± {100 * half_N[second]:.2g} %")
+  lines = [f"best of {len(archs)} architectures by the fit: {_named(archs[best])}; it may be "
+           f"matched by {len(rivals)}:"]
+  lines += [f"  {_named(archs[i])}: +{100 * (predicted[i] - predicted[best]):.2g} % ± "
+            f"{100 * half_N[i]:.2g} %" for i in rivals[:5]]
+  lines += [f"  and {len(rivals) - 5} more"] if len(rivals) > 5 else []
+  return Doubt(Target("the differences in ln L to the best (root mean square)",
+                      apart_NP[rivals]), tuple(lines))
+
+
+def _named(arch: Architecture) -> str:
+  return (f"l{arch.n_layers}-d{arch.d_model}-f{arch.d_expert}-e{arch.n_exp}-k{arch.n_topk} "
+          f"({short(count.n_active(arch))} active)")
