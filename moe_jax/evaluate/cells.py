@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from moe_jax import config as config_lib
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.errors import FieldError
+from moe_jax.evaluate.results import SEEN_THE_FUTURE
 from moe_jax.grid import Cell
 from moe_jax.run_dir import RunDir
 
@@ -95,7 +96,8 @@ def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike,
       failed.append(f"{label}failed: out of memory: raise "
                     "--config.execution.microbatches (smaller batches, the same result)")
     else:
-      say(f"{label}step {result['step']}, held-out loss {result['loss']:.4f}, {done}")
+      peeks = "" if cell.config.moe.causal else f" (NOT CAUSAL: {SEEN_THE_FUTURE})"
+      say(f"{label}step {result['step']}, held-out loss {result['loss']:.4f}{peeks}, {done}")
       continue
     say(failed[-1])
   return failed

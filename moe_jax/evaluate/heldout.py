@@ -81,6 +81,8 @@ def measure(config: config_lib.RunConfig, forward: Forward,
 
   Losses are in nats per token, standard errors (`_se`) are over documents; see
   estimate.ratio. Bits per byte divide by the bytes of the text, so they compare tokenizers.
+  With a router that is not causal (`causal` is false) they have seen the future: they compare
+  with each other and with no other model's. There `loss` is that of training's routing groups.
   What the router does is measured in the pass at the capacity of training: the share of
   assignments dropped, loads (over their mean) of each layer's experts, and their spread as
   in router_metrics; None where every layer is dense.
@@ -103,7 +105,7 @@ def measure(config: config_lib.RunConfig, forward: Forward,
   bits_per_byte = ratio(nats_D, split.bytes_D).scaled(1 / math.log(2))
   card = prepared.card["splits"][SPLIT]
   return {
-      "loss": loss.value, "loss_se": loss.se,
+      "causal": config.moe.causal, "loss": loss.value, "loss_se": loss.se,
       "loss_at_capacity": at_capacity.value, "loss_at_capacity_se": at_capacity.se,
       "bits_per_byte": bits_per_byte.value, "bits_per_byte_se": bits_per_byte.se,
       "unigram_loss": card["unigram_nats_per_token"],
@@ -129,7 +131,7 @@ def _add(total: RouterSums | None, sums: RouterSums | None) -> RouterSums | None
 def _router_facts(sums: RouterSums | None) -> dict[str, Any]:
   if sums is None:
     return dict.fromkeys(("drop_rate", "load_variation", "max_load", "dead_experts",
-                          "router_entropy", "load"))
+                          "left_behind", "router_entropy", "load"))
   load_LE = sums.assigned_E / sums.assigned_E.mean(-1, keepdims=True)
   return {**{name: float(value) for name, value in router_metrics(sums).items()},
           "load": load_LE.round(4).tolist()}

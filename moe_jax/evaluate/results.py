@@ -22,12 +22,15 @@ from moe_jax.text import natural
 
 Row = dict[str, Any]
 
+# Of a loss whose router is not causal.
+SEEN_THE_FUTURE = "its router has seen the future, so it compares with no other model's"
+
 # What eval/NAME.json and status.json say, as it stands there.
 _MEASURED = (
     "step", "loss", "loss_se", "loss_at_capacity", "loss_at_capacity_se", "bits_per_byte",
     "bits_per_byte_se", "unigram_loss", "unigram_bits_per_byte", "drop_rate",
-    "load_variation", "max_load", "dead_experts", "router_entropy", "heldout_documents",
-    "heldout_targets", "heldout_bytes", "data_fingerprint")
+    "load_variation", "max_load", "dead_experts", "left_behind", "router_entropy",
+    "heldout_documents", "heldout_targets", "heldout_bytes", "data_fingerprint")
 _OF_TRAINING = ("state", "steps", "tokens_per_second", "mfu", "device_kind", "n_devices",
                 "commit")
 
@@ -53,7 +56,9 @@ def facts(config: RunConfig) -> Row:
       "mask_documents": data.mask_documents, "dispatch": moe.dispatch,
       "capacity_factor": moe.capacity_factor, "routing_group_tokens": config.group_tokens,
       "norm_topk_prob": moe.norm_topk_prob, "balance_coef": moe.balance_weight,
-      "z_coef": moe.z_weight, "router": moe.router, "compute_dtype": config.model.compute_dtype,
+      "z_coef": moe.z_weight, "router": moe.router, "bias_update_rate": moe.bias_update_rate,
+      "jitter": moe.jitter, "drop_order": moe.drop_order, "causal": moe.causal,
+      "compute_dtype": config.model.compute_dtype,
       "batch_tokens": config.batch_tokens, "learning_rate": train.learning_rate,
       "schedule": train.schedule, "warmup_steps": train.warmup_steps,
       "decay_fraction": train.decay_fraction, "weight_decay": train.weight_decay,

@@ -7,15 +7,18 @@ import rich.console
 import rich.measure
 import rich.table
 
-from moe_jax.evaluate.results import Row
+from moe_jax.evaluate.results import SEEN_THE_FUTURE, Row
 from moe_jax.text import short
 
 
 def table(rows: Sequence[Row]) -> rich.table.Table:
   """A line a cell: its size, its losses, and what its router did."""
+  caption = ("Losses in nats per token; ± one standard error over "
+             f"{rows[0]['heldout_documents']} documents.")
+  if not all(row["causal"] for row in rows):
+    caption += f"\n* NOT CAUSAL: {SEEN_THE_FUTURE}."
   made = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, caption_justify="left",
-                          caption="Losses in nats per token; ± one standard error over "
-                                  f"{rows[0]['heldout_documents']} documents.")
+                          caption=caption)
   made.add_column("cell", no_wrap=True)
   for name in ("step", "N_total", "N_active", "s", "loss", "at capacity", "bits/byte", "dropped",
                "load variation", "unigram loss"):
@@ -23,7 +26,7 @@ def table(rows: Sequence[Row]) -> rich.table.Table:
   for row in rows:
     made.add_row(
         row["cell"], str(row["step"]), short(row["n_total"]), short(row["n_active"]),
-        f"{row['sparsity']:.3g}", _pm(row["loss"], row["loss_se"]),
+        f"{row['sparsity']:.3g}", _pm(row["loss"], row["loss_se"]) + "*" * (not row["causal"]),
         f"{row['loss_at_capacity']:.4f}", f"{row['bits_per_byte']:.4f}",
         _or_dash(row["drop_rate"], ".2%"), _or_dash(row["load_variation"], ".2f"),
         f"{row['unigram_loss']:.4f}")

@@ -56,13 +56,17 @@ def cells_of(seeds=2, **sections) -> list[Cell]:
 
 
 def finish(out: pathlib.Path, cell: Cell, steps=(2, 4), fingerprint=None,
-           n_devices=1) -> RunDir:
-  """Leaves a run as the trainer does, but with initial parameters."""
+           n_devices=1, bias=0.0) -> RunDir:
+  """Leaves a run as the trainer does, but with initial parameters.
+
+  `bias` is the selection bias of expert 0, where the router has one.
+  """
   run_dir = RunDir.of(out, cell)
   run_dir.claim(cell)
   if fingerprint is None:
     fingerprint = prepare(cell.config.data, out / "_data").fingerprint
   state = init_state(cell.config, make_mesh(cell.config, jax.devices()[:n_devices]))
+  state["router"] = jax.tree.map(lambda bias_LE: bias_LE.at[:, 0].set(bias), state["router"])
   with Checkpointer(run_dir, keep=2) as checkpointer:
     for step in steps:
       checkpointer.save(step, state, {}, {"data_fingerprint": fingerprint})

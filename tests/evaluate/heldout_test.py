@@ -242,3 +242,29 @@ def test_a_mesh_that_suits_is_kept():
   config = small_config(execution={"mesh": MESHES["fsdp4_expert2"]})
   assert evaluation_config(config, 8).execution.mesh == MESHES["fsdp4_expert2"]
   assert evaluation_config(config, 3).execution.mesh == MeshConfig(3, 1, 1)
+
+
+# Routers
+
+
+def test_the_selection_bias_is_that_of_the_checkpoint(out):
+  """With a bias of 1 every token goes to expert 0: seen in the loads, on other devices too."""
+  unbiased, biased = cells_of(moe={"router": "sigmoid"})
+  prepared = prepare(biased.config.data, out / "_data")
+  found = evaluate(unbiased, finish(out, unbiased), prepared, jax.devices()[:1])
+  assert found["causal"] and np.array(found["load"]).max() < 3.9
+  run_dir = finish(out, biased, bias=1.0)
+  for n_devices in (1, 8):
+    found = evaluate(biased, run_dir, prepared, jax.devices()[:n_devices])
+    load_LE = np.array(found["load"])
+    np.testing.assert_allclose(load_LE[:, 0], ARCH.n_exp / ARCH.n_topk)
+    assert found["load_variation"] > 1 and found["drop_rate"] > 0
+
+
+def test_expert_choice_is_measured_in_its_groups_and_marked():
+  config, forward = forward_of(small_config(
+      moe={"router": "expert_choice", "norm_topk_prob": False}))
+  found = measure(config, forward, PREPARED)
+  assert found["causal"] is False
+  assert found["loss"] == found["loss_at_capacity"] and found["drop_rate"] == 0
+  assert found["left_behind"] > 0

@@ -16,7 +16,7 @@ def row(n_exp=8, n_topk=2, **changes):
           "n_total": 1_000_000, "n_active": 300_000, "tokens": 1_600_000, "loss": 1.9,
           "loss_se": 0.02, "loss_at_capacity": 1.95, "bits_per_byte": 2.7,
           "drop_rate": 0.0213, "load_variation": 0.3, "unigram_loss": 3.0285,
-          "heldout_documents": 25} | changes
+          "heldout_documents": 25, "causal": True} | changes
 
 
 def test_the_table_is_whole_on_a_pipe(capsys):
@@ -31,6 +31,15 @@ def test_the_table_is_whole_on_a_pipe(capsys):
   (second,) = [line for line in lines if name in line]
   assert "±" not in second and second.split()[-3:] == ["-", "-", "3.0285"]
   assert any("25 documents" in line for line in lines)
+
+
+def test_the_table_marks_what_is_not_causal(capsys):
+  print_table([row(), row(64, 8, loss=1.5, causal=False)])
+  out = capsys.readouterr().out
+  assert "1.5000 ± 0.0200*" in out and "1.9000 ± 0.0200*" not in out
+  assert "* NOT CAUSAL: its router has seen the future" in out
+  print_table([row()])
+  assert "CAUSAL" not in capsys.readouterr().out
 
 
 def test_only_runs_of_equally_many_tokens_are_compared():
