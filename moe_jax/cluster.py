@@ -74,6 +74,18 @@ def find(environ: Mapping[str, str], devices: pathlib.Path = pathlib.Path("/dev"
   return None
 
 
+def is_one_of_many(environ: Mapping[str, str]) -> bool:
+  """Whether this process surely has others beside it, for commands that want to be alone.
+
+  On Cloud TPU the environment does not show it and JAX is asked, which takes the chips.
+  """
+  kind = find(environ)
+  if kind == "Cloud TPU":
+    import jax
+    return jax.process_count() > 1
+  return kind in ("SLURM", "GKE")
+
+
 def _has_tpu(devices: pathlib.Path) -> bool:
   return any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))
 

@@ -1,9 +1,14 @@
 """Whether a process has others, and where they are."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from moe_jax.cluster import find, meeting
+from moe_jax.cluster import find, is_one_of_many, meeting
 from moe_jax.errors import FieldError
+from tests.experiment_files import ROOT
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0",
          "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
@@ -37,6 +42,21 @@ def chips(request, tmp_path):
 def test_the_environment_shows_a_cluster(environ, kind, no_chips):
   assert find(environ, no_chips) == kind
   assert meeting(None, None, None, environ, no_chips) == (None if kind is None else {})
+
+
+def test_a_command_that_wants_to_be_alone_is_told():
+  assert is_one_of_many(SLURM)
+  assert not is_one_of_many(SLURM | {"SLURM_NTASKS": "1"})
+  assert not is_one_of_many({})
+
+
+def test_evaluation_is_refused_as_one_of_many():
+  environ = os.environ | SLURM
+  done = subprocess.run([sys.executable, "-m", "moe_jax.evaluate",
+                         "--config=experiments/quickstart.py"], cwd=ROOT, env=environ, text=True,
+                        capture_output=True)
+  assert done.returncode == 2
+  assert "evaluation is the work of one process" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_tpu_chips_are_a_reason_to_ask(chips):

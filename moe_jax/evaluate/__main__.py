@@ -6,11 +6,12 @@ What is evaluated already is not done again. Execution flags say how to run, e.g
 --config.execution.mesh.expert=4 or --config.execution.microbatches=4 for smaller batches.
 """
 
+import os
 import sys
 
 from absl import flags, logging
 
-from moe_jax import cli
+from moe_jax import cli, cluster
 from moe_jax.errors import FieldError
 
 _CONFIG = cli.define_config_flag()
@@ -20,6 +21,11 @@ _OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local o
 def main(overrides: list[str]) -> int:
   logging.set_verbosity(logging.WARNING)
   cells = cli.selected_cells(_CONFIG.value, overrides)
+  if cluster.is_one_of_many(os.environ):
+    print("error: evaluation is the work of one process and this is one of several: start it "
+          "once, on one host with its own devices (a run of any number of processes is "
+          "evaluated there)", file=sys.stderr)
+    return cli.EXIT_BAD_INPUT
   from moe_jax.evaluate import results
   from moe_jax.evaluate.cells import evaluate_cells, survey
   found = survey(cells, _OUT.value)
