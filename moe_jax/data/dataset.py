@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_generated_pb2
 
 from moe_jax.data import tfds_source
 
@@ -56,7 +57,7 @@ class ShardWriter:
   """Writes documents into a file that appears when all are written; not after an error."""
 
   def __init__(self, path: pathlib.Path):
-    self._path, self._encoder = path, features()
+    self._path = path
     self._partial = path.with_name(f".{path.name}.{os.getpid()}")
 
   def __enter__(self) -> "ShardWriter":
@@ -65,7 +66,12 @@ class ShardWriter:
     return self
 
   def write(self, name: str, text: str) -> None:
-    self._writer.write(self._encoder.serialize_example({"id": name, "text": text}))
+    example = tf_example_generated_pb2.Example()
+    for feature, value in (("id", name), ("text", text)):
+      example.features.feature[feature].bytes_list.value.append(value.encode())
+    # Not features().serialize_example: its bytes differ from process to process, since protobuf
+    # writes a map in any order.
+    self._writer.write(example.SerializeToString(deterministic=True))
 
   def __exit__(self, kind, *_) -> None:
     self._writer.close()

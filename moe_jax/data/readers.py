@@ -136,7 +136,7 @@ def _split(piece: Piece, separator: bytes, limit: int) -> Iterator[tuple[int, by
   with sources.open_file(piece.path) as file:
     buffer, base, at = b"", 0, 0  # the buffer's first byte is byte `base` of the file
     if piece.start > 0:  # the first that begins here follows a separator that ends here or later
-      base = piece.start - len(separator)
+      base = max(0, piece.start - len(separator))
       file.seek(base)
     stop = float("inf") if sources.is_compressed(piece.path) else piece.stop
     skipping, ended = piece.start > 0, False

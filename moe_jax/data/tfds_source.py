@@ -52,9 +52,9 @@ def find_shards(source: Source) -> list[Piece]:
   require(source.text_field in info.features, "text_field", source.text_field,
           f"is no feature {where}; " + did_you_mean(source.text_field, list(info.features)))
   feature = info.features[source.text_field]
-  require(feature.shape == () and feature.np_dtype in (np.object_, np.str_, np.bytes_),
-          "text_field", source.text_field, f"is a feature of {feature.np_dtype.__name__} with "
-          f"shape {feature.shape} {where}; one text is wanted")
+  kind = np.dtype(feature.np_dtype)
+  require(feature.shape == () and kind.kind in "OSU", "text_field", source.text_field,
+          f"is a feature of {kind} with shape {feature.shape} {where}; one text is wanted")
   split = info.splits[source.tfds_split]
   paths = [os.fspath(path) for path in split.filepaths]
   missing = [path for path in paths if not epath.Path(path).exists()]
