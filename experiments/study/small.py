@@ -1,0 +1,8 @@
+"""The study's two smaller sizes, both arms: what the largest is predicted from."""
+
+from experiments.study import arms
+from moe_jax.grid import Grid
+
+
+def get_grid() -> Grid:
+  return arms.study(arms.SIZES[:2])
