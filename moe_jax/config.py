@@ -33,8 +33,9 @@ class MoEConfig:
   """Routing and dispatch semantics (identity: they decide which expert sees which token).
 
   Attributes:
-    dispatch: `capacity` (fixed slots, drops what overflows) or `reference` (every expert
-      on every token: slow, drops nothing).
+    dispatch: `capacity` (fixed slots, drops what overflows), `dropless` (as many rows as
+      there are, sorted by expert) or `reference` (every expert on every token: slow, drops
+      nothing).
     capacity_factor: slots per expert and routing group are
       ceil(capacity_factor * group tokens * n_topk / n_exp).
     routing_group_tokens: tokens that compete for the same slots; a whole number of
@@ -58,7 +59,7 @@ class MoEConfig:
       later tokens too).
   """
 
-  dispatch: Literal["capacity", "reference"] = "capacity"
+  dispatch: Literal["capacity", "dropless", "reference"] = "capacity"
   capacity_factor: float = 1.25
   routing_group_tokens: int = 0
   norm_topk_prob: bool = True

@@ -21,12 +21,15 @@ from moe_jax.moe.dispatch import (
     expert_capacity,
     reference_dispatch,
 )
+from moe_jax.moe.dropless import RunGroups, dropless_dispatch
 from moe_jax.moe.expert_choice import (
     choice_dispatch,
     choice_sums,
     choose_tokens,
     reference_choice_dispatch,
 )
+from moe_jax.moe.grouped_matmul import block_rows, grouped_matmul, n_block_rows
+from moe_jax.moe.ragged_exchange import exchange, plan_exchange
 from moe_jax.moe.router import (
     RouterSums,
     Routing,
@@ -57,10 +60,12 @@ class Semantics(NamedTuple):
     n_topk: experts a token.
     norm_topk_prob: whether the chosen weights are divided by their sum.
     group_tokens: tokens in a routing group.
-    capacity: slots per expert and group; None for the reference, which drops nothing.
+    capacity: slots per expert and group; None where nothing is dropped.
     router: of MoEConfig.
     jitter: of MoEConfig.
     drop_order: of MoEConfig.
+    dropless: whether, without a capacity, assignments are sorted by expert; the reference
+      runs every expert on every token instead.
   """
 
   n_topk: int
@@ -70,6 +75,11 @@ class Semantics(NamedTuple):
   router: str = "softmax"
   jitter: float = 0.0
   drop_order: str = "position"
+  dropless: bool = False
+
+  @property
+  def reference(self) -> bool:
+    return self.capacity is None and not self.dropless
 
   @classmethod
   def of(cls, config) -> "Semantics":
@@ -77,8 +87,8 @@ class Semantics(NamedTuple):
     capacity = expert_capacity(moe.capacity_factor, config.group_tokens, arch.n_topk,
                                arch.n_exp)
     return cls(arch.n_topk, moe.norm_topk_prob, config.group_tokens,
-               None if moe.dispatch == "reference" else capacity,
-               moe.router, moe.jitter, moe.drop_order)
+               capacity if moe.dispatch == "capacity" else None,
+               moe.router, moe.jitter, moe.drop_order, moe.dispatch == "dropless")
 
 
 def swiglu(x_ERD: jax.Array, experts: Experts) -> jax.Array:
@@ -91,13 +101,26 @@ def swiglu(x_ERD: jax.Array, experts: Experts) -> jax.Array:
   return einsum("erf,efd->erd", hidden_ERF, down_EFD)
 
 
-def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts,
+def grouped_swiglu(x_SD: jax.Array, size_E: jax.Array, experts: Experts,
+                   platform: str) -> jax.Array:
+  """`swiglu` on rows sorted by expert, in the layout of grouped_matmul.py."""
+  gate_EDF, up_EDF, down_EFD = (w.astype(x_SD.dtype) for w in experts)
+  # Side by side, so that the rows are read once for both.
+  gate_up_SF = grouped_matmul(x_SD, jnp.concatenate([gate_EDF, up_EDF], axis=-1), size_E, platform)
+  gate_SF, up_SF = jnp.split(gate_up_SF, 2, axis=-1)
+  return grouped_matmul(jax.nn.silu(gate_SF) * up_SF, down_EFD, size_E, platform)
+
+
+def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts | RunGroups,
               semantics: Semantics, counted_T: jax.Array | None = None,
               bias_E: jax.Array | None = None,
-              noise_TD: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
+              noise_TD: jax.Array | None = None,
+              block: int = 1) -> tuple[jax.Array, RouterSums]:
   """Routes, dispatches, runs and combines the tokens of one device.
 
-  The router sees the tokens times `noise_TD`; for the other arguments see sharded_moe_layer.
+  `run_experts` takes rows as the dispatch lays them out: dropless with their sizes, in blocks
+  of `block`. The router sees the tokens times `noise_TD`; for the other arguments see
+  sharded_moe_layer.
   """
   seen_TD = x_TD if noise_TD is None else x_TD * noise_TD
   if semantics.router == "expert_choice":
@@ -109,7 +132,9 @@ def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts,
 
   with jax.named_scope("route"):
     routing = route(seen_TD, w_router_DE, semantics.n_topk, semantics.norm_topk_prob, bias_E)
-  if semantics.capacity is None:
+  if semantics.dropless:
+    y_TD, dropped_T = dropless_dispatch(x_TD, routing, run_experts, block=block)
+  elif semantics.capacity is None:
     y_TD, dropped_T = reference_dispatch(x_TD, routing, run_experts)
   else:
     y_TD, dropped_T = capacity_dispatch(x_TD, routing, run_experts,
@@ -152,15 +177,20 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
   if counted_BS is None:
     counted_BS = jnp.ones(x_BSD.shape[:2], bool)
   specs = Experts(*(param_spec(axes) for axes in EXPERT_AXES))
+  # Rows that travel stand dense; where they arrive they are laid out in blocks.
+  block = block_rows(_platform(mesh)) if mesh.shape[EXPERT] == 1 else 1
 
   @functools.partial(jax.shard_map, mesh=mesh,
                      in_specs=(P(BATCH_AXES), P(), specs, P(BATCH_AXES), P(), P(BATCH_AXES)),
                      out_specs=(P(BATCH_AXES), P()))
   def on_device(x_bSD, w_router_DE, experts_eDF, counted_bS, bias_E, noise_key_b):
     # Cast first: half the bytes travel when the tokens are bfloat16.
-    dtype = jnp.float32 if semantics.capacity is None else x_bSD.dtype
+    dtype = jnp.float32 if semantics.reference else x_bSD.dtype
     local = Experts(*(_all_gather(w.astype(dtype), FSDP, axes.index("expert_width"))
                       for w, axes in zip(experts_eDF, EXPERT_AXES, strict=True)))
+
+    def run_groups(x_SD, size_E):
+      return _run_groups(x_SD, size_E, local, semantics.n_topk, mesh)
 
     def run_experts(x_ERD):
       x_eRD = _all_to_all(x_ERD, split_axis=0, concat_axis=1)
@@ -170,11 +200,34 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
     noise_TD = None
     if noise_key_b is not None:
       noise_TD = jitter_noise(noise_key_b, *x_bSD.shape[1:], semantics.jitter).reshape(x_TD.shape)
-    y_TD, sums = moe_layer(x_TD, w_router_DE, run_experts, semantics, counted_bS.ravel(),
-                           bias_E, noise_TD)
+    y_TD, sums = moe_layer(x_TD, w_router_DE,
+                           run_groups if semantics.dropless else run_experts, semantics,
+                           counted_bS.ravel(), bias_E, noise_TD, block)
     return y_TD.reshape(x_bSD.shape), jax.lax.psum(sums, (DATA, FSDP, EXPERT))
 
   return on_device(x_BSD, w_router_DE, experts, counted_BS, bias_E, noise_key_B)
+
+
+def _run_groups(x_SD: jax.Array, size_E: jax.Array, experts: Experts, n_topk: int,
+                mesh: Mesh) -> jax.Array:
+  """Rows of one device, sorted by expert, through experts of all devices along `expert`."""
+  platform, n_devices = _platform(mesh), mesh.shape[EXPERT]
+  # Each device has its own rows: its share of the weights' gradient is its own, too.
+  experts = jax.tree.map(lambda w: jax.lax.pcast(w, DATA, to="varying"), experts)
+  if n_devices == 1:
+    return grouped_swiglu(x_SD, size_E, experts, platform)
+  block = block_rows(platform)
+  plan = plan_exchange(jax.lax.all_gather(size_E, EXPERT), jax.lax.axis_index(EXPERT), block)
+  n_sent, e = x_SD.shape[0], plan.size_e.shape[0]
+  n_arriving = n_devices * n_sent // n_topk * min(n_topk, e)  # at most
+  x_RD = exchange(x_SD, plan.there, plan.back, n_block_rows(n_arriving, e, block), EXPERT,
+                  platform)
+  y_RD = grouped_swiglu(x_RD, plan.size_e, experts, platform)
+  return exchange(y_RD, plan.back, plan.there, n_sent, EXPERT, platform)
+
+
+def _platform(mesh: Mesh) -> str:
+  return mesh.devices.flat[0].platform
 
 
 def _all_gather(x, axis_name, axis):

@@ -11,6 +11,8 @@ from moe_jax.moe.expert_parallel import Experts, Semantics, sharded_moe_layer
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (1, 2, 4), (2, 2, 2),
           (1, 4, 2)]
 N_TOPK, GROUP = 3, 12
+REFERENCE = Semantics(N_TOPK, True, GROUP, None)
+DROPLESS = Semantics(N_TOPK, True, GROUP, None, dropless=True)
 
 
 def mesh_of(shape):
@@ -27,7 +29,7 @@ def layer(dtype=jnp.float32):
       *(jax.random.normal(key, shape) / 4 for key, shape in zip(keys[2:], shapes, strict=True)))
 
 
-def value_and_grads(shape, semantics, dtype=jnp.float32):
+def value_and_grads(shape, semantics, dtype=jnp.float32, inputs=layer):
   mesh = mesh_of(shape)
 
   @jax.jit
@@ -40,13 +42,13 @@ def value_and_grads(shape, semantics, dtype=jnp.float32):
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(
         x_BSD, w_router_DE, experts)
 
-  (_, (y_BSD, sums)), grads = run(*layer(dtype))
+  (_, (y_BSD, sums)), grads = run(*inputs(dtype))
   return jax.device_get((y_BSD, sums, grads))
 
 
 @pytest.fixture(scope="module")
 def reference():
-  return value_and_grads((1, 1, 1), Semantics(N_TOPK, True, GROUP, None))
+  return value_and_grads((1, 1, 1), REFERENCE)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,35 @@ def test_capacity_equals_reference_on_every_mesh(shape, reference):
   np.testing.assert_array_equal(ours[1].assigned_E, reference[1].assigned_E)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+# The rest is in the matrix test of the whole model.
+@pytest.mark.parametrize("shape", [
+    shape if shape[2] > 1 and shape[0] != 4 else pytest.param(shape, marks=pytest.mark.slow)
+    for shape in MESHES], ids=str)
+def test_dropless_equals_reference_on_every_mesh(shape, reference):
+  """Outputs, sums and all gradients to 1e-5."""
+  ours = value_and_grads(shape, DROPLESS)
+  np.testing.assert_array_equal(ours[1].assigned_E, reference[1].assigned_E)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("experts", [(0, 1, 2), (3, 6, 7)])
+def test_dropless_drops_nothing_where_all_tokens_want_few_devices(experts):
+  """Four devices of two experts; what arrives at one is as much as can arrive."""
+
+  def skewed(dtype=jnp.float32):
+    x_BSD, w_router_DE, weights = layer(dtype)
+    x_BSD = x_BSD.at[..., 0].set(1.0)
+    return x_BSD, w_router_DE.at[0, jnp.array(experts)].add(100.0), weights
+
+  truth, ours = (value_and_grads(shape, semantics, inputs=skewed) for shape, semantics in (
+      ((1, 1, 1), REFERENCE), ((1, 2, 4), DROPLESS)))
+  assert ours[1].dropped == 0
+  np.testing.assert_array_equal(np.flatnonzero(ours[1].assigned_E), experts)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(b).max()))
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -94,7 +125,7 @@ def test_padding_at_the_end_is_in_no_sum_on_a_mesh():
 
 @pytest.mark.parametrize("shape", [(1, 1, 8), (2, 2, 2)], ids=str)
 def test_the_reference_too_runs_expert_parallel(shape, reference):
-  ours = value_and_grads(shape, Semantics(N_TOPK, True, GROUP, None))
+  ours = value_and_grads(shape, REFERENCE)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

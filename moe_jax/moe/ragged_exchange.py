@@ -1,0 +1,145 @@
+"""Ragged all-to-all: each row to the device that holds its expert, and back again.
+
+A device's rows stand sorted by expert, dense. It sends each expert's as one slice to the
+expert's device, where the slices of all senders meet in the layout of grouped_matmul.py:
+expert by expert, within an expert in the order of the devices. So the rows need no sorting
+where they arrive, and no padding travels.
+
+Arrays have static shapes, and nothing may be dropped: the room for what arrives is that for
+the worst case, in which all tokens of all devices along the axis want this device's experts.
+That is devices * T * min(K, e) rows, up to devices times what arrives on average. Rows that
+nobody sent cost memory but no product.
+
+Starts and sizes are computed once, for `jax.lax.ragged_all_to_all`, which TPUs have (compiled
+for TPU, never run there). Where it is missing (CPU has none) a stand-in reads the very same
+numbers: it gathers the rows of all devices and picks what was sent here.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.grouped_matmul import group_starts
+
+
+class Slices(NamedTuple):
+  """What one device sends and receives, in the order that ragged_all_to_all wants.
+
+  An axis of P devices with e slices for each, numbered by the other device first.
+
+  Attributes:
+    send_start: int32 [P * e], where each slice that is sent begins here.
+    send_size: int32 [P * e].
+    arrive_start: int32 [P * e], where it begins on the device that it is sent to.
+    receive_size: int32 [P * e], of the slices that arrive here.
+  """
+
+  send_start: jax.Array
+  send_size: jax.Array
+  arrive_start: jax.Array
+  receive_size: jax.Array
+
+
+class Plan(NamedTuple):
+  """The way to the experts, the way back, and the rows of each expert of this device."""
+
+  there: Slices
+  back: Slices
+  size_e: jax.Array
+
+
+def plan_exchange(size_PE: jax.Array, device: jax.Array | int, block: int) -> Plan:
+  """The plan of one of P devices.
+
+  Args:
+    size_PE: rows that each device has for each expert.
+    device: which of the P this is.
+    block: of the layout in which rows arrive.
+  """
+  n_devices, n_exp = size_PE.shape
+  e = n_exp // n_devices
+  # Where each expert's slices begin, on the device that has the rows and on the expert's.
+  home_PE = jnp.cumsum(size_PE, axis=1) - size_PE
+  group_E = group_starts(size_PE.sum(0).reshape(n_devices, e), block).ravel()
+  away_PE = group_E + jnp.cumsum(size_PE, axis=0) - size_PE
+
+  def of_my_experts(x_PE):
+    return jax.lax.dynamic_slice_in_dim(x_PE, device * e, e, axis=1)
+
+  size_Pe = of_my_experts(size_PE)
+  sent_E, arriving_E = size_PE[device], size_Pe.ravel()
+  there = Slices(home_PE[device], sent_E, away_PE[device], arriving_E)
+  back = Slices(of_my_experts(away_PE).ravel(), arriving_E, of_my_experts(home_PE).ravel(),
+                sent_E)
+  return Plan(there, back, size_Pe.sum(0))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def exchange(x_SD: jax.Array, way: Slices, way_back: Slices, n_rows: int, axis_name: str,
+             platform: str) -> jax.Array:
+  """y_RD: what arrives here, zeros between the slices.
+
+  The gradient travels the way back: a row goes to one place, so no sum is needed.
+
+  Args:
+    x_SD: rows, varying over the axis.
+    way, way_back: of a Plan, either first.
+    n_rows: R, room for what arrives.
+    axis_name: the axis over which devices exchange.
+    platform: of the devices.
+  """
+  move = _native if platform == "tpu" else _stand_in
+  return move(x_SD, way, n_rows, axis_name)
+
+
+def _exchange_fwd(x_SD, way, way_back, n_rows, axis_name, platform):
+  y_RD = exchange(x_SD, way, way_back, n_rows, axis_name, platform)
+  return y_RD, (way, way_back, x_SD.shape[0])
+
+
+def _exchange_bwd(n_rows, axis_name, platform, residuals, dy_RD):
+  way, way_back, n_sent = residuals
+  return exchange(dy_RD, way_back, way, n_sent, axis_name, platform), None, None
+
+
+exchange.defvjp(_exchange_fwd, _exchange_bwd)
+
+
+def _native(x_SD, way, n_rows, axis_name):
+  zeros_RD = jnp.zeros_like(x_SD, shape=(n_rows, x_SD.shape[1]))
+  return jax.lax.ragged_all_to_all(x_SD, zeros_RD, *way, axis_name=axis_name)
+
+
+def _stand_in(x_SD, way, n_rows, axis_name):
+  """ragged_all_to_all by means of all_gather."""
+  x_PSD = jax.lax.all_gather(x_SD, axis_name)
+  way = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name), way)
+  n_devices = x_PSD.shape[0]
+  e = way.send_size.shape[1] // n_devices
+  first = jax.lax.axis_index(axis_name) * e
+
+  def sent_here(numbers):
+    return jax.lax.dynamic_slice_in_dim(numbers, first, e, axis=1)
+
+  size = sent_here(way.send_size).ravel()
+  row_S = jnp.arange(n_devices)[:, None] * x_SD.shape[0] + sent_here(way.send_start)
+  index_R = slice_index(row_S.ravel(), sent_here(way.arrive_start).ravel(), size, n_rows)
+  return x_PSD.reshape(-1, x_SD.shape[1]).at[index_R].get(mode="fill", fill_value=0)
+
+
+def slice_index(source: jax.Array, target: jax.Array, size: jax.Array,
+                n_rows: int) -> jax.Array:
+  """index_R: for each row of the result, where it comes from; a huge number for no place.
+
+  Slices of these sizes are read from `source` on and written from `target` on.
+  """
+  begin = jnp.where(size > 0, target, n_rows)  # empty slices may begin where others do
+  order = jnp.argsort(begin)
+  row_R = jnp.arange(n_rows, dtype=jnp.int32)
+  last_R = jnp.searchsorted(begin[order], row_R, side="right") - 1
+  slice_R = order.at[last_R].get(mode="clip")
+  offset_R = row_R - target[slice_R]
+  inside_R = (last_R >= 0) & (offset_R < size[slice_R])
+  return jnp.where(inside_R, source[slice_R] + offset_R, jnp.iinfo(jnp.int32).max)
