@@ -1,14 +1,20 @@
 """Fits a law to results.csv and says what the data show and cannot show.
 
-    python -m moe_jax.laws --results=runs/grid/results.csv --law=paper
+    python -m moe_jax.laws --results=runs/grid/results.csv --law=paper --report=report.html
+
+The report is one page with its pictures inside; `report_files/` beside it has every picture as
+PNG and every table as CSV and Markdown. The same results give the same bytes.
 """
 
 from absl import flags
 
 from moe_jax import cli
 from moe_jax.errors import FieldError
+from moe_jax.laws.analysis import analyse
 from moe_jax.laws.claims import MARGIN
 from moe_jax.laws.forms import FORMS
+from moe_jax.laws.publish.page import check_path, publish
+from moe_jax.laws.publish.sections import law_sections, lead_of, title_of
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.report import report
 from moe_jax.laws.table import read_results
@@ -18,6 +24,8 @@ _LAW = flags.DEFINE_string("law", "paper", f"The form to fit: {', '.join(FORMS)}
 _WHERE = flags.DEFINE_multi_string(
     "where", [], "COLUMN=VALUE: keep these rows alone, e.g. state=finished. May be repeated.")
 _WITHOUT = flags.DEFINE_list("without", [], "Cells to leave out, by name.")
+_REPORT = flags.DEFINE_string("report", None, "Write the report as this .html file, with its "
+                              "pictures and tables in a folder beside it.")
 _MARGIN = flags.DEFINE_float("margin", MARGIN, "Effects below it, a unit of ln x, count as "
                              "none in the equivalence tests.")
 _DRAWS = flags.DEFINE_integer("draws", 999, "Draws of the bootstrap.", lower_bound=99)
@@ -28,9 +36,16 @@ def main(overrides: list[str]) -> None:
   if overrides:
     field, _, value = overrides[0].removeprefix("--").partition("=")
     raise FieldError(field, value, "is not a flag of this command; it reads --results")
+  if _REPORT.value is not None:
+    check_path(_REPORT.value)
   rows = read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value)
   cells = to_cells(rows, _RESULTS.value)
-  print("\n".join(report(cells, _LAW.value, _MARGIN.value, _DRAWS.value, _SEED.value)))
+  found = analyse(cells, _LAW.value, _MARGIN.value, _DRAWS.value, _SEED.value)
+  print("\n".join(report(found)))
+  if _REPORT.value is not None:
+    files = publish(_REPORT.value, title_of(found), lead_of(found),
+                    law_sections(found, _RESULTS.value))
+    print(f"{files[0]}, and {len(files) - 1} pictures and tables in {files[1].parent}/")
 
 
 if __name__ == "__main__":

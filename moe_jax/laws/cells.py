@@ -24,6 +24,7 @@ class Cells:
       of a sweep is worth.
     notes: lines on what was done to get here, for the report.
     runs: the rows of the results table that each loss was made of; empty where there is none.
+    unused: the rows that are in no cell, each with the reason under table.UNUSED.
   """
 
   names: tuple[str, ...]
@@ -34,6 +35,7 @@ class Cells:
   seeds: np.ndarray
   notes: tuple[str, ...] = ()
   runs: tuple[tuple[Mapping[str, Any], ...], ...] = ()
+  unused: tuple[Mapping[str, Any], ...] = ()
 
   @classmethod
   def of(cls, loss: ArrayLike, names: tuple[str, ...] | None = None,

@@ -53,14 +53,15 @@ _CLAIMS = (
 )
 
 
-def assess(cells: Cells, margin: float = MARGIN, seed: int = 0) -> list[Claim]:
-  """Both claims, on the log-log form.
+def assess(cells: Cells, margin: float = MARGIN, seed: int = 0,
+           law: str = "paper") -> list[Claim]:
+  """Both claims, on a log-log form that has c and b_minus_c.
 
   Raises:
     FieldError: the form cannot be fitted at all, or the margin is not positive.
   """
   require(margin > 0, "margin", margin, "must be above 0")
-  fitted = fit(cells, "paper")
+  fitted = fit(cells, law)
   wide, narrow = (bootstrap(fitted, level, seed=seed) for level in (0.95, 0.90))
   return [_claim(fitted, wide, narrow, margin, *claim) for claim in _CLAIMS]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.errors import FieldError
 from moe_jax.laws.cells import Cells
-from moe_jax.laws.table import ARCHITECTURE, DETAILS, RECIPE, Row
+from moe_jax.laws.table import ARCHITECTURE, DETAILS, RECIPE, UNUSED, Row
 
 _COLUMNS = (*ARCHITECTURE, "tokens")
 
@@ -19,12 +19,15 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
   Losses of seeds are averaged (in ln L). Where a cell was trained at several learning
   rates its loss is the vertex of the parabola in ln(learning rate) through the best and its
   two neighbours; a best at the edge of what was swept is refused, and said so in the notes.
+  Rows that are marked UNUSED are passed on, beside those of the refused cells.
 
   Raises:
     FieldError: one architecture alone; runs that differ in more than seed and learning
       rate; every cell refused.
   """
   groups: dict[tuple, list[Row]] = collections.defaultdict(list)
+  unused = [row for row in rows if UNUSED in row]
+  rows = [row for row in rows if UNUSED not in row]
   for row in rows:
     groups[tuple(row[name] for name in _COLUMNS)].append(row)
   if len({key[:len(ARCHITECTURE)] for key in groups}) == 1:
@@ -33,11 +36,12 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
   for group in groups.values():
     _check_repeats(group, source)
   noise, df = _seed_noise(groups)
-  kept, refused = {}, []
+  kept = {}
   for key, group in groups.items():
     best = _envelope(group)
     if best is None:
-      refused.append(group[0]["cell"])
+      unused += [row | {UNUSED: "refused: the best learning rate is at the edge of those swept"}
+                 for row in group]
     else:
       kept[key] = best
   if not kept:
@@ -46,12 +50,13 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
   values = np.array(list(kept))
   log_loss, share = np.array(list(kept.values())).T
   cells = Cells.of(
-      np.exp(log_loss), names=tuple(groups[key][0]["cell"] for key in kept),
+      np.exp(log_loss), names=tuple(_name(groups[key]) for key in kept),
       architecture=values[:, :len(ARCHITECTURE)],
       loss_se=noise * np.sqrt(share) * np.exp(log_loss), seeds=1 / share,
-      notes=tuple(_notes(rows, groups, kept, refused, noise, df)),
+      notes=tuple(_notes(rows, groups, kept, noise, df, unused)),
       **dict(zip(_COLUMNS, values.T, strict=True)))
-  return dataclasses.replace(cells, runs=tuple(tuple(groups[key]) for key in kept))
+  return dataclasses.replace(cells, runs=tuple(tuple(groups[key]) for key in kept),
+                             unused=tuple(unused))
 
 
 def _check_repeats(group: list[Row], source: str) -> None:
@@ -62,6 +67,11 @@ def _check_repeats(group: list[Row], source: str) -> None:
       raise FieldError("results", source, f"{group[0]['cell']} and {group[-1]['cell']} are "
                        f"of one architecture but differ in {column} ({', '.join(values)}); "
                        f"choose with --where={column}={values[0]}")
+
+
+def _name(group: list[Row]) -> str:
+  """The shortest of the runs' names: those of a sweep and of seeds have suffixes."""
+  return min((row["cell"] for row in group), key=lambda name: (len(name), name))
 
 
 def _by_learning_rate(group: list[Row]) -> dict[float, list[float]]:
@@ -106,12 +116,13 @@ def _envelope(group: list[Row]) -> tuple[float, float] | None:
   return float(curve(vertex)), float(np.sum(np.square(weights) / counts[around]))
 
 
-def _notes(rows, groups, kept, refused, noise, df) -> list[str]:
+def _notes(rows, groups, kept, noise, df, unused) -> list[str]:
   found = [f"{len(rows)} runs, {len(groups)} cells, {len(kept)} used"]
+  why = collections.defaultdict(list)
+  for row in unused:
+    why[row[UNUSED]].append(row["cell"])
+  found += [f"NOT USED, {reason}: {', '.join(names)}" for reason, names in why.items()]
   swept = sum(len(_by_learning_rate(group)) > 1 for group in groups.values())
-  if refused:
-    found.append(f"refused, best learning rate at the edge of those swept: "
-                 f"{', '.join(refused)}")
   if not swept:
     found.append("one learning rate a cell: the best one moves with sparsity, so every "
                  "slope may carry a bias that these data cannot show")

@@ -1,7 +1,9 @@
 """Reads results.csv, and refuses what a fit would be silently wrong on.
 
-Each refusal is one line that names the file, the line in it, and what helps:
-`--where=COLUMN=VALUE` keeps some rows, `--without=CELL` leaves a cell out.
+A file that cannot be trusted is refused with one line that names it, the line in it, and what
+helps: `--where=COLUMN=VALUE` keeps some rows, `--without=CELL` leaves a cell out. Runs that
+have no result (unfinished, diverged, a loss that is not finite) and those left out on purpose
+are not lost from sight: they carry the reason under UNUSED, and every report lists them.
 """
 
 import csv
@@ -24,15 +26,16 @@ SAME = ("evaluation", "corpus", "tokenizer", "seq_len", "data_fingerprint")
 # How a run was trained, beside learning rate and seeds, and the rest of its shape. Runs that
 # differ in any of these are no repeats of each other.
 RECIPE = ("batch_tokens", "schedule", "warmup_steps", "decay_fraction", "weight_decay",
-          "dispatch", "capacity_factor", "routing_group_tokens", "norm_topk_prob",
+          "dispatch", "capacity_factor", "routing_group_tokens", "norm_topk_prob", "router",
           "balance_coef", "z_coef", "compute_dtype", "mask_documents")
 DETAILS = ("n_heads", "n_kv_heads", "head_dim", "n_shared_experts", "n_dense_layers", "d_dense")
+UNUSED = "_unused"  # why a row is no part of the fit; absent from the rows that are
 _FINISHED = "finished"
 
 
 def read_results(path: str | os.PathLike, where: Sequence[str] = (),
                  without: Sequence[str] = ()) -> list[Row]:
-  """The rows that a fit may use: numbers as floats, checked.
+  """All rows: those that a fit may use with numbers as floats, the others marked UNUSED.
 
   Args:
     path: results.csv, local or gs://.
@@ -40,14 +43,20 @@ def read_results(path: str | os.PathLike, where: Sequence[str] = (),
     without: names of cells to leave out.
 
   Raises:
-    FieldError: no such file, missing columns, no rows left, mixed data sets, unfinished
-      runs, a loss that is not a positive number, duplicated rows.
+    FieldError: no such file, not a CSV, missing columns, no row that can be used, mixed data
+      sets, a value that is no number, duplicated rows.
   """
-  rows = _chosen(_parsed(str(path)), where, without, str(path))
-  _check_same(rows, str(path))
+  path = str(path)
+  rows = _parsed(path)
+  _choose(rows, where, without, path)
   for row in rows:
-    _check_row(row, str(path))
-  _check_duplicates(rows, str(path))
+    _check_row(row, path)
+  used = [row for row in rows if UNUSED not in row]
+  if not used:
+    raise FieldError("results", path, f"has no run that a fit can use: {rows[0]['cell']}: "
+                     f"{rows[0][UNUSED]}")
+  _check_same(used, path)
+  _check_duplicates(used, path)
   return rows
 
 
@@ -55,17 +64,27 @@ def _parsed(path: str) -> list[Row]:
   from etils import epath
   try:
     text = epath.Path(path).read_text()
-  except (OSError, UnicodeDecodeError) as error:
+  except UnicodeDecodeError:
+    raise FieldError("results", path, "is no text: a results.csv is wanted") from None
+  except OSError as error:
     raise FieldError("results", path, f"cannot be read: {_reason(error)}") from None
-  reader = csv.DictReader(io.StringIO(text))
-  columns = reader.fieldnames or []
-  missing = [name for name in REQUIRED if name not in columns]
+  try:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    rows = [row | {"_line": line} for line, row in enumerate(reader, start=2)]
+  except csv.Error as error:
+    raise FieldError("results", path, f"is not a CSV: {error}") from None
+  if not reader.fieldnames:
+    raise FieldError("results", path, "is empty")
+  missing = [name for name in REQUIRED if name not in reader.fieldnames]
   if missing:
     raise FieldError("results", path, f"lacks the column{'s' * (len(missing) > 1)} "
                      + ", ".join(missing))
-  rows = [row | {"_line": line} for line, row in enumerate(reader, start=2)]
   if not rows:
     raise FieldError("results", path, "has no rows")
+  for row in rows:
+    if None in row or None in row.values():
+      raise FieldError("results", path, f"line {row['_line']} has not as many fields as the "
+                       f"header's {len(reader.fieldnames)}: the file is cut off or damaged")
   return rows
 
 
@@ -73,28 +92,30 @@ def _reason(error: Exception) -> str:
   return getattr(error, "strerror", None) or type(error).__name__
 
 
-def _chosen(rows: list[Row], where: Sequence[str], without: Sequence[str],
-            path: str) -> list[Row]:
+def _choose(rows: list[Row], where: Sequence[str], without: Sequence[str], path: str) -> None:
+  """Marks the rows that the conditions leave out."""
   columns = [name for name in rows[0] if name != "_line"]
   for condition in where:
     column, equals, value = condition.partition("=")
     if column not in columns or not equals:
       raise FieldError("where", condition, "must be COLUMN=VALUE; "
                        + did_you_mean(column, columns))
-    kept = [row for row in rows if row[column] == value]
-    if not kept:
-      there = sorted({str(row[column]) for row in rows})
+    there = sorted({str(row[column]) for row in rows if UNUSED not in row})
+    if value not in there:
       raise FieldError("where", condition, f"no row of {path} is so; "
                        + did_you_mean(value, there))
-    rows = kept
+    for row in rows:
+      if row[column] != value:
+        row.setdefault(UNUSED, f"left out by --where={condition}: {column} is {row[column]}")
   for name in without:
     if name not in {row["cell"] for row in rows}:
       raise FieldError("without", name, "no such cell; "
                        + did_you_mean(name, [row["cell"] for row in rows]))
-  rows = [row for row in rows if row["cell"] not in without]
-  if not rows:
+  for row in rows:
+    if row["cell"] in without:
+      row.setdefault(UNUSED, f"left out by --without={row['cell']}")
+  if all(UNUSED in row for row in rows):
     raise FieldError("without", ",".join(without), "leaves no rows")
-  return rows
 
 
 def _check_same(rows: list[Row], path: str) -> None:
@@ -107,21 +128,30 @@ def _check_same(rows: list[Row], path: str) -> None:
 
 
 def _check_row(row: Row, path: str) -> None:
+  """Turns the numbers of a row into floats, or marks it as one without a result."""
   at = f"line {row['_line']} (cell {row['cell']})"
   steps = row.get("steps") or row.get("step")
   if row["state"] != _FINISHED or (row.get("step") or steps) != steps:
-    raise FieldError("results", path, f"{at} is unfinished: state {row['state']!r}, step "
-                     f"{row.get('step')} of {steps}; leave such runs out with "
-                     f"--where=state={_FINISHED} or --without={row['cell']}")
+    error = f" ({row['error']})" if row.get("error") else ""
+    row.setdefault(UNUSED, f"unfinished: state {row['state']!r}{error}, step "
+                   f"{row.get('step') or 'unknown'} of {steps or 'unknown'}")
   for column in (*_POSITIVE, *_SEEDS):
+    text = row[column].strip()
+    if column == "loss" and text.lower() in ("", "none", "nan", "inf", "+inf", "-inf"):
+      row.setdefault(UNUSED, f"loss is {text or 'missing'}")
+      row[column] = math.nan
+      continue
     try:
-      row[column] = float(row[column])
-    except (TypeError, ValueError):
-      raise FieldError("results", path, f"{at}: {column} is {row[column]!r}, which is no "
-                       "number") from None
-    if column in _POSITIVE and not (math.isfinite(row[column]) and row[column] > 0):
+      row[column] = float(text)
+    except ValueError:
+      if UNUSED not in row:
+        raise FieldError("results", path, f"{at}: {column} is {text!r}, which is no "
+                         "number") from None
+      row[column] = math.nan
+    if (UNUSED not in row and column in _POSITIVE
+        and not (math.isfinite(row[column]) and row[column] > 0)):
       raise FieldError("results", path, f"{at}: {column} is {row[column]:g}: must be a "
-                       f"finite number above 0; leave it out with --without={row['cell']}")
+                       "finite number above 0")
 
 
 def _check_duplicates(rows: list[Row], path: str) -> None:

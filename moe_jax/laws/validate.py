@@ -20,12 +20,14 @@ class LeftOut:
     theta: parameters [P] fitted to the rest; None where the rest does not identify them.
     error: ln L measured - predicted of the cells left out, [n]; None likewise.
     refusal: the line that says why there is none; empty where there is one.
+    out: which cells were left out, a mask; None where none could be chosen.
   """
 
   what: str
   theta: np.ndarray | None
   error: np.ndarray | None
   refusal: str = ""
+  out: np.ndarray | None = None
 
 
 def leave_out(fitted: Fit, out: np.ndarray, what: str) -> LeftOut:
@@ -35,9 +37,9 @@ def leave_out(fitted: Fit, out: np.ndarray, what: str) -> LeftOut:
     theta = refit(fitted, cells.take(~out))
   except FieldError as error:
     return LeftOut(what, None, None, f"without {what} the form cannot be fitted: "
-                   f"{error.accepted}")
+                   f"{error.accepted}", out)
   left = cells.take(out)
-  return LeftOut(what, theta, left.log_loss - fitted.form.log_loss(theta, left))
+  return LeftOut(what, theta, left.log_loss - fitted.form.log_loss(theta, left), out=out)
 
 
 def leave_one_architecture_out(fitted: Fit) -> list[LeftOut]:
@@ -76,6 +78,7 @@ class Rival:
     bic: Bayes's.
     cv_rmse: of ln L, leaving one architecture out at a time; NaN if that cannot be done.
     cv_error: the same architecture by architecture, mean squared error; None likewise.
+    n_exp_rmse: of ln L, leaving one n_exp out at a time; NaN if that cannot be done.
     refusal: why it could not be fitted; empty if it could.
   """
 
@@ -86,6 +89,7 @@ class Rival:
   bic: float = np.nan
   cv_rmse: float = np.nan
   cv_error: np.ndarray | None = None
+  n_exp_rmse: float = np.nan
   refusal: str = ""
 
 
@@ -102,15 +106,23 @@ def _rival(cells: Cells, law: str) -> Rival:
   n, k = len(cells), len(fitted.parameters) + 1  # the noise's variance is one more
   deviance = n * np.log(max(np.mean(fitted.residual**2), 1e-30))
   small = 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else np.inf
-  parts = leave_one_architecture_out(fitted)
   rival = Rival(law, k - 1, float(np.sqrt(np.mean(fitted.residual**2))),
-                float(deviance + 2 * k + small), float(deviance + k * np.log(n)))
+                float(deviance + 2 * k + small), float(deviance + k * np.log(n)),
+                n_exp_rmse=_rmse(leave_one_value_out(fitted, "n_exp")
+                                 if "n_exp" in cells.columns else []))
+  parts = leave_one_architecture_out(fitted)
   if any(part.error is None for part in parts):
     return rival
-  errors = [part.error for part in parts]
   return dataclasses.replace(
-      rival, cv_rmse=float(np.sqrt(np.mean(np.concatenate(errors)**2))),
-      cv_error=np.array([np.mean(error**2) for error in errors]))
+      rival, cv_rmse=_rmse(parts),
+      cv_error=np.array([np.mean(part.error**2) for part in parts]))
+
+
+def _rmse(parts: list[LeftOut]) -> float:
+  """Over all cells that were left out; NaN where a part could not be predicted."""
+  if not parts or any(part.error is None for part in parts):
+    return np.nan
+  return float(np.sqrt(np.mean(np.concatenate([part.error for part in parts])**2)))
 
 
 def cv_difference(one: Rival, other: Rival) -> tuple[float, float]:

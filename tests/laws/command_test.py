@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from moe_jax.laws.analysis import analyse
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.report import report
 from tests.experiment_files import ROOT
@@ -45,14 +46,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, line):
 
 
 def test_a_form_with_tokens():
-  text = "\n".join(report(to_cells(rows_of(tokens=(1e9, 4e9, 1.6e10), n_cells=12)),
-                          "paper-tokens", draws=99))
+  text = "\n".join(report(analyse(
+      to_cells(rows_of(tokens=(1e9, 4e9, 1.6e10), n_cells=12)), "paper-tokens", draws=99)))
   assert "variable projection" in text and "ln_E" in text and "rival forms" not in text
 
 
 def test_what_is_refused_is_not_reported():
   cells = to_cells(rows_of(n_cells=40, learning_rates=1))
-  text = "\n".join(report(cells.take(cells.columns["n_topk"] == 1), "paper", draws=99))
+  few = cells.take(cells.columns["n_topk"] == 1)
+  text = "\n".join(report(analyse(few, "paper", draws=99)))
   assert "b_minus_c: REFUSED" in text and "identified instead" in text
   fitted = text[text.index("two solvers"):text.index("trust")]
   assert "b_minus_c" not in fitted and "slope_" in fitted

@@ -1,4 +1,4 @@
-"""Bad results files: each is refused with one line that names what is wrong and what helps."""
+"""Bad results files: refused with one line that says what helps, or their rows listed as unused."""
 
 import math
 import pathlib
@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.errors import FieldError
 from moe_jax.laws.reduce import to_cells
-from moe_jax.laws.table import read_results
+from moe_jax.laws.table import UNUSED, read_results
 from tests.laws.results_file import rows_of, write
 
 ONE_RATE = dict(learning_rates=1, n_cells=8)
@@ -46,44 +46,104 @@ def test_no_rows(tmp_path):
     read_results(path)
 
 
+def unused(tmp_path, rows, where=(), without=()) -> dict[str, str]:
+  """Cell -> why it is not used; the report says the same."""
+  read = read_results(write(tmp_path, rows), where, without)
+  cells = to_cells(read)
+  found = {row["cell"]: row[UNUSED] for row in read if UNUSED in row}
+  assert {row["cell"] for row in cells.unused} == set(found)
+  assert set(cells.names).isdisjoint(found) and len(cells) + len(found) == len(rows)
+  for cell, why in found.items():
+    assert f"NOT USED, {why}: {cell}" in cells.notes
+  return found
+
+
+@pytest.mark.parametrize("content,says", [
+    (b"", "is empty"), (b"\n", "is empty"), (bytes(range(256)), "is no text"),
+    (b"\x89PNG\r\n", "is no text"), (b"PK\x03\x04\x00\x00", "lacks the columns"),
+    (b'{"a": 1}\n', "lacks the columns cell, state"), (b'a,b\n"x', "is not a CSV"),
+])
+def test_a_file_that_is_no_results_table(tmp_path, content, says):
+  path = tmp_path / "results.csv"
+  path.write_bytes(content)
+  with pytest.raises(FieldError, match=says) as error:
+    read_results(path)
+  assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_directory(tmp_path):
+  with pytest.raises(FieldError, match="cannot be read: Is a directory"):
+    read_results(tmp_path)
+
+
+def test_a_file_that_was_cut_off(tmp_path):
+  path = pathlib.Path(write(tmp_path, rows_of(**ONE_RATE)))
+  path.write_text(path.read_text()[:-60])
+  with pytest.raises(FieldError, match="line 9 has not as many fields as the header's"):
+    read_results(path)
+
+
 @pytest.mark.parametrize("loss,says", [
-    (math.nan, "loss is nan"), (-1.0, "loss is -1"), ("", "loss is ''"),
-    ("high", "loss is 'high'")])
-def test_a_loss_that_is_none(tmp_path, loss, says):
+    (-1.0, "loss is -1"), (0, "loss is 0"), ("high", "loss is 'high'")])
+def test_a_loss_that_can_be_none(tmp_path, loss, says):
   rows = rows_of(**ONE_RATE)
   rows[3]["loss"] = loss
   line = refusal(tmp_path, rows)
   assert says in line and f"line 5 (cell {rows[3]['cell']})" in line
 
 
-def test_a_nan_cell_can_be_left_out(tmp_path):
+@pytest.mark.parametrize("column,value", [("n_exp", "many"), ("tokens", ""), ("n_total", "nan"),
+                                          ("d_model", -64)])
+def test_a_variable_that_is_no_number(tmp_path, column, value):
   rows = rows_of(**ONE_RATE)
-  rows[3]["loss"] = math.nan
-  kept = read_results(write(tmp_path, rows), without=[rows[3]["cell"]])
-  assert all(row["cell"] != rows[3]["cell"] for row in kept)
+  rows[3][column] = value
+  assert f"{column} is " in refusal(tmp_path, rows)
 
 
-@pytest.mark.parametrize("change", [{"state": "running"}, {"state": "diverged"}, {"step": 200}])
-def test_unfinished_runs(tmp_path, change):
+@pytest.mark.parametrize("loss,says", [
+    (math.nan, "loss is nan"), (math.inf, "loss is inf"), ("", "loss is missing")])
+def test_a_run_without_a_loss_is_listed_and_not_used(tmp_path, loss, says):
+  rows = rows_of(**ONE_RATE)
+  rows[3]["loss"] = loss
+  assert unused(tmp_path, rows) == {rows[3]["cell"]: says}
+
+
+@pytest.mark.parametrize("change,says", [
+    ({"state": "running"}, "unfinished: state 'running', step 500 of 500"),
+    ({"state": "diverged", "step": 120, "loss": math.nan},
+     "unfinished: state 'diverged', step 120 of 500"),
+    ({"step": 200}, "unfinished: state 'finished', step 200 of 500"),
+    ({"state": "failed", "step": "", "loss": "", "tokens": "", "corpus": ""},
+     "unfinished: state 'failed', step unknown of 500")])
+def test_unfinished_runs_are_listed_and_not_used(tmp_path, change, says):
   rows = rows_of(**ONE_RATE)
   rows[0] |= change
-  line = refusal(tmp_path, rows)
-  assert "is unfinished" in line and "--where=state=finished" in line
+  assert unused(tmp_path, rows) == {rows[0]["cell"]: says}
 
 
-def test_where_leaves_unfinished_runs_out(tmp_path):
+def test_no_finished_run_at_all(tmp_path):
+  rows = [row | {"state": "running"} for row in rows_of(**ONE_RATE)]
+  assert "has no run that a fit can use" in refusal(tmp_path, rows)
+
+
+def test_what_is_left_out_on_purpose_is_listed_too(tmp_path):
   rows = rows_of(**ONE_RATE)
-  rows[0]["state"] = "running"
-  assert len(read_results(write(tmp_path, rows), ["state=finished"])) == len(rows) - 1
+  rows[0]["corpus"], rows[1]["loss"] = "gcide", math.nan
+  found = unused(tmp_path, rows, where=["corpus=sotu"], without=[rows[2]["cell"]])
+  assert found == {rows[0]["cell"]: "left out by --where=corpus=sotu: corpus is gcide",
+                   rows[1]["cell"]: "loss is nan",
+                   rows[2]["cell"]: f"left out by --without={rows[2]['cell']}"}
 
 
-@pytest.mark.parametrize("column,value", [("corpus", "gcide"), ("evaluation", "early")])
+@pytest.mark.parametrize("column,value", [("corpus", "gcide"), ("tokenizer", "bpe-512"),
+                                          ("evaluation", "early")])
 def test_mixed_data_sets(tmp_path, column, value):
-  rows = rows_of(**ONE_RATE)
+  rows = [row | {"tokenizer": "bytes"} for row in rows_of(**ONE_RATE)]
   rows[0][column] = value
   line = refusal(tmp_path, rows)
-  assert f"mixes {column}" in line and f"--where={column}={value}" in line
-  assert len(read_results(write(tmp_path, rows), [f"{column}={rows[1][column]}"])) == 7
+  first = min(value, rows[1][column])
+  assert f"mixes {column}" in line and f"--where={column}={first}" in line
+  assert len(unused(tmp_path, rows, [f"{column}={rows[1][column]}"])) == 1
 
 
 def test_duplicated_rows(tmp_path):

@@ -1,0 +1,257 @@
+"""An analysis as the sections of a page, for someone who has not seen the code.
+
+Others add theirs: `publish(path, title, lead, [*law_sections(found, source), Section(...)])`.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from moe_jax.errors import FieldError
+from moe_jax.laws import report
+from moe_jax.laws.analysis import Analysis
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.claims import EQUIVALENT, OPPOSITE, REFUSED, SHOWN, UNDECIDED
+from moe_jax.laws.prediction import reference
+from moe_jax.laws.publish import fit_plots, grid_plots
+from moe_jax.laws.publish.page import Section, fingerprint
+from moe_jax.laws.publish.style import value_label
+from moe_jax.laws.publish.table import Table
+from moe_jax.laws.publish.tables import (
+    cell_table,
+    coefficient_table,
+    design_table,
+    rival_table,
+    run_table,
+    trust_table,
+)
+
+# Compute-optimal training sees about 20 tokens a parameter (Chinchilla, arXiv 2203.15556). Far
+# below that, architectures differ in how fast they begin to learn, not in what they can learn.
+_TOKENS_PER_PARAMETER = 20
+_VERDICTS = {SHOWN: "In these data, yes.", OPPOSITE: "In these data, the opposite.",
+             EQUIVALENT: "In these data there is no effect that matters.",
+             UNDECIDED: "Undecided.", REFUSED: "Cannot be said."}
+
+
+def title_of(found: Analysis) -> str:
+  names = sorted({str(row.get("experiment")) for runs in found.cells.runs for row in runs
+                  if row.get("experiment")})
+  return "A loss law for mixtures of experts" + (f": {', '.join(names)}" if names else "")
+
+
+def lead_of(found: Analysis) -> list[str]:
+  """The question, and the answer in short."""
+  cells = found.cells
+  lines = [
+      "A mixture-of-experts language model keeps n_exp experts in each layer and sends every "
+      "token to n_topk of them. Two models may hold the same number of parameters, N_total, and "
+      "be cut quite differently: many experts or few, many of them at work for a token or few "
+      "(sparsity s = n_exp / n_topk), and a core of l layers of width d that is the smaller the "
+      "more experts must fit. Which cut learns best?",
+      "arXiv 2601.08215 answers that at given tokens the loss follows N_total and s, and that at "
+      "equal N_total and s more experts are slightly worse. This report holds both claims "
+      f"against {fit_plots.cells_described(cells)}, with the law "
+      f"{found.fitted.identified.asked.formula}."]
+  lines += [f"- {line}" for line in cautions(cells)]
+  for claim, question in zip(found.claims, ("Does sparsity hurt?", "Do more experts hurt, at "
+                                            "equal N_total and sparsity?"), strict=False):
+    lines.append(f"- {question} {_VERDICTS[claim.verdict]} {claim.sentence}")
+  return lines
+
+
+def cautions(cells: Cells) -> list[str]:
+  """What a reader must bear in mind before any number."""
+  found = []
+  if {"tokens", "n_total"} <= set(cells.columns):
+    share = float(np.max(cells.columns["tokens"] / cells.columns["n_total"]))
+    if share < _TOKENS_PER_PARAMETER:
+      found.append(f"Caution: at most {share:.2g} training tokens for each parameter. Models "
+                   "that are trained so briefly differ in how fast they begin to learn; they "
+                   "prove the method and not the law.")
+  return found
+
+
+def law_sections(found: Analysis, source: str | os.PathLike | None = None) -> list[Section]:
+  """Data, design, law, trust, rivals and claims; what cannot be drawn says why.
+
+  Args:
+    found: the analysis.
+    source: the results file, named and fingerprinted at the end.
+  """
+  sections = [_grid(found), _iso(found), _design(found), _law(found), _slices(found),
+              _surface(found), _residuals(found), _extrapolation(found), _stability(found)]
+  if found.rivals:
+    sections += [_rivals(found), _claims(found)]
+  return [*sections, _words(), _runs(found, source)]
+
+
+def _drawn(key: str, title: str, text: list[str], caption: str, draw: Callable, *arguments,
+           **more) -> Section:
+  """A section with a picture, or with the reason why there is none."""
+  try:
+    return Section(key, title, tuple(text), draw(*arguments), caption, **more)
+  except FieldError as error:
+    why = f"Not drawn: {error.field} = {error.value}: {error.accepted}."
+    return Section(key, title, (*text, why), **more)
+
+
+def _grid(found: Analysis) -> Section:
+  cells = found.cells
+  partial = grid_plots.longest(cells)[1] if "tokens" in cells.columns else ""
+  return _drawn(
+      "grid", "The grid", [f"- {note}" for note in cells.notes],
+      "Each dot is an architecture that was trained; its colour is its loss above the best one "
+      "of the same N_total. Dots side by side have the same n_exp and n_topk and differ in "
+      "granularity. A cross has no result that counts: the list above says why. " + partial,
+      grid_plots.grid_figure, cells, table=cell_table(found), fold=True)
+
+
+def _iso(found: Analysis) -> Section:
+  partial = grid_plots.longest(found.cells)[1]
+  return _drawn(
+      "iso-n-total", "Loss at equal N_total", [],
+      "Within a panel all models have the same N_total. Dots are measured, bars are one standard "
+      "error between seeds, lines are the fitted law at the same cells; it bends where sizes do "
+      "not match exactly. Open marks have another granularity than most. Above: a line for each "
+      "n_exp. Below: the same cells with a line for each sparsity. " + partial,
+      grid_plots.iso_figure, found.fitted)
+
+
+def _design(found: Analysis) -> Section:
+  identified = found.fitted.identified
+  text = [
+      "Before any number: what these cells can tell apart. A coefficient whose variable hardly "
+      "varies, or moves together with another, is refused; the combination that is identified is "
+      "given instead.",
+      f"The condition index is {identified.condition:.3g}; from 30 on it is harmful."]
+  return Section("design", "What the grid can identify", tuple(text), table=design_table(found))
+
+
+def _law(found: Analysis) -> Section:
+  method = next(iter(found.headline.values())).method
+  text = [f"Form: {found.fitted.identified.asked.formula}.",
+          f"Quote the first interval, two-sided at 95 %: {method}, whose coverage is measured on "
+          "planted grids (python -m benchmarks.law_coverage). Beside it the profile likelihood, "
+          "which takes all cells as independent, and the Huber solver, which shrugs at "
+          "outliers, with rescaled subsamples."]
+  text += [f"- {line}" for line in report.quality_lines(found.fitted)]
+  text += [f"- {name} is REFUSED: these data do not bound it." for name in
+           sorted(found.unbounded)]
+  text += [f"- {name}: the solvers disagree, so there are outliers or the form does not fit."
+           for name in sorted(found.disagreeing)]
+  return Section("law", "The fitted law", tuple(text), table=coefficient_table(found))
+
+
+def _slices(found: Analysis) -> Section:
+  if any(part.theta is None for part in found.architectures):
+    band = ("There is no band: without one of the architectures the law cannot be fitted.")
+  else:
+    band = "The band is its two-sided 95 % interval, a jackknife over architectures."
+  return _drawn(
+      "slices", "The law along each variable", [],
+      "The line is the fitted law with the other variables held at the values above each panel. "
+      f"{band} Each cell is drawn at the law's value for its own variable, times what the law "
+      "misses it by. Open circles have another granularity than most.",
+      fit_plots.slices_figure, found)
+
+
+def _surface(found: Analysis) -> Section:
+  held = ", ".join(value_label(c, reference(found.cells, c))
+                   for c in found.fitted.identified.asked.columns
+                   if c not in ("n_exp", "sparsity"))
+  return _drawn(
+      "surface", "The fitted surface over n_exp and s", [],
+      f"Left: the fitted loss at {held}. Right: how sure it is, half the width of the "
+      "95 % interval. White dots are where cells were measured, at any N_total: away from them "
+      "the law is an extrapolation.", fit_plots.surface_figure, found)
+
+
+def _residuals(found: Analysis) -> Section:
+  noise = found.cells.seed_noise
+  band = (f"The grey band is twice the noise between seeds ({100 * noise:.2g} %) either way."
+          if np.isfinite(noise) else "No cell was repeated with another seed: how much of this "
+          "is noise cannot be said.")
+  return _drawn(
+      "residuals", "What the law misses", [],
+      "Measured over fitted loss, minus one, cell by cell. A pattern along a variable means that "
+      f"the form is wrong in it. {band}", fit_plots.residual_figure, found)
+
+
+def _extrapolation(found: Analysis) -> Section:
+  text = ["The law fitted again without the largest models, and without the sparsest, predicts "
+          "them:", *[f"- {report.extrapolation_line(part, found.fitted)}"
+                     for part in found.held_out]]
+  return _drawn(
+      "extrapolation", "Extrapolation", text,
+      "Grey: cells that the law was fitted to. Diamonds: cells that it had not seen.",
+      fit_plots.extrapolation_figure, found)
+
+
+def _stability(found: Analysis) -> Section:
+  return _drawn(
+      "stability", "Without a part of the data", [],
+      "Slopes fitted again without all cells of one n_exp, and (ticks) without each architecture "
+      "in turn. The band is the 95 % interval of the whole.",
+      fit_plots.stability_figure, found, table=trust_table(found), fold=True)
+
+
+def _rivals(found: Analysis) -> Section:
+  text = ["Other forms on the same cells. Smaller is better in every column of numbers but the "
+          "first. The last two are errors of prediction on cells that were left out: all cells of "
+          "one architecture, all cells of one n_exp.",
+          *[f"- {line}" for line in report.rival_lines(found)[len(found.rivals):]]]
+  return Section("rivals", "Rival forms", tuple(text), table=rival_table(found))
+
+
+def _claims(found: Analysis) -> Section:
+  symbols = {"b_minus_c": "b − c"}
+  text = [f"- {claim.name} ({symbols.get(claim.parameter, claim.parameter)} > 0): "
+          f"{claim.verdict}. {claim.sentence}" for claim in found.claims]
+  mechanism = ((found.mechanism,) if isinstance(found.mechanism, str)
+               else found.mechanism.sentences)
+  text += ["Why more experts might hurt: more experts leave fewer core dimensions l d², and "
+           "N_active = 4 l d² (1 − 1/s) + N_total/s, so that at given N_total and s fewer core "
+           "dimensions and fewer active parameters are one and the same unless the grid breaks "
+           "the tie. Whether this one does:", *[f"- {line}" for line in mechanism]]
+  rows = [(c.name, c.parameter, c.verdict,
+           *((c.interval.estimate, c.interval.low, c.interval.high, c.equivalence.low,
+              c.equivalence.high) if c.interval else (None,) * 5), c.margin)
+          for c in found.claims]
+  table = Table(("claim", "coefficient", "verdict", "estimate", "95 % low", "95 % high",
+                 "90 % low", "90 % high", "margin"), tuple(rows))
+  return _drawn(
+      "claims", "The claims of arXiv 2601.08215", text,
+      "Both claims say that a slope is above 0. Where the 95 % interval lies to the right of 0 the "
+      "claim is shown; where the 90 % interval lies within the grey margin, an effect that "
+      "matters is excluded; where neither is so the data do not decide.",
+      fit_plots.claims_figure, found, table=table)
+
+
+def _words() -> Section:
+  rows = (("N_total, n_total", "all parameters but the embedding and the output head"),
+          ("N_active, n_active", "those of N_total that one token uses"),
+          ("l, d", "layers and width; l d² are the core dimensions"),
+          ("n_exp, n_topk", "routed experts in a layer; experts that a token is sent to"),
+          ("s", "sparsity, n_exp / n_topk"),
+          ("g", "granularity, width d over the hidden width of an expert"),
+          ("tokens, D", "training tokens"),
+          ("loss", "held-out loss in nats per token, with no token dropped"),
+          ("a, b − c, c", "slopes of ln(loss): in −ln N_total, in ln n_exp, in ln s; a slope of "
+           "0.01 is 0.7 % of the loss for each doubling"),
+          ("cell", "one architecture at one number of tokens; seeds are averaged, and of a sweep "
+           "of learning rates the best counts"))
+  return Section("words", "Words", table=Table(("word", "meaning"), rows))
+
+
+def _runs(found: Analysis, source: str | os.PathLike | None) -> Section:
+  text = ["Every number above is computed from these runs alone. The identity is the hash of a "
+          "run's whole configuration, as its directory's config.json has it."]
+  if source is not None:
+    from etils import epath
+    text.append(f"Results file: {pathlib.PurePath(str(source)).name}, SHA-256 "
+                f"{fingerprint(epath.Path(source).read_bytes())}…")
+  return Section("runs", "The runs behind it", tuple(text), table=run_table(found.cells),
+                 fold=True)
