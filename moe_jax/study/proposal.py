@@ -93,8 +93,14 @@ class Proposal:
                    f"{candidates.flops(config):.3g}", _plus_minus(alone),
                    _plus_minus(together)))
     return [*self.notes, f"half-width of the 95 % interval of {self.target.name}, with each run "
-            "alone and with those above it:", *aligned(rows, left=2), "by coefficient:",
+            f"alone and with those above it{self._form_grows()}:", *aligned(rows, left=2),
+            "by coefficient:",
             *aligned(self._by_coefficient(), left=1)]
+
+  def _form_grows(self) -> str:
+    """Says so where the intervals before and after are not of one form."""
+    more = [name for name in self.after if name not in self.before]
+    return f" (so far without {' and '.join(more)}, then with)" if self.before and more else ""
 
   @property
   def so_far(self) -> str:

@@ -88,6 +88,7 @@ def test_a_tie_is_broken_first(tmp_path):
   found = propose(path, Ask(target="a", add=2, region={"n_total": (700_000, 2_000_000)}))
   assert "a" not in found.before and found.after["a"] < 0.05
   assert found.so_far == "not identified"
+  assert "(so far without a, then with)" in "\n".join(found.lines())
   assert found.configs[0].arch.n_layers == 2
 
 
