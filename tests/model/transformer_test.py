@@ -144,18 +144,22 @@ def test_rotary_scores_depend_on_the_distance_alone(shift):
   assert np.abs(scores_SS[0] - scores_SS[0, 0]).max() > 0.1
 
 
-@pytest.mark.parametrize("n_topk,norm", [(2, True), (8, True), (8, False), (1, False)])
-def test_routed_outputs_start_at_the_scale_of_a_dense_layer(n_topk, norm):
+@pytest.mark.parametrize("n_topk,norm,router", [
+    (2, True, "softmax"), (8, True, "softmax"), (8, False, "softmax"), (1, False, "softmax"),
+    (2, True, "sigmoid"), (4, False, "sigmoid"), (4, False, "expert_choice")])
+def test_routed_outputs_start_at_the_scale_of_a_dense_layer(n_topk, norm, router):
   """Without the factor of init.py they would be 1.4 to 13 times smaller."""
   arch = dataclasses.replace(ARCH, d_model=64, d_expert=64, n_exp=16, n_topk=n_topk)
-  layer = small_config(arch, moe={"dispatch": "reference", "norm_topk_prob": norm})
+  layer = small_config(arch, moe={"dispatch": "reference", "norm_topk_prob": norm,
+                                  "router": router})
   params, _ = build(layer)
   keys = jax.random.split(jax.random.key(0), 2)
   x_TD = jax.random.normal(keys[0], (512, 64))
   moe = jax.tree.map(lambda leaf: leaf[0], params["moe_layers"]["moe"])
   experts = Experts(moe["w_gate_EDF"], moe["w_up_EDF"], moe["w_down_EFD"])
   y_TD, _ = moe_layer(x_TD, moe["w_router_DE"], lambda x_ERD: swiglu(x_ERD, experts),
-                      Semantics.of(layer))
+                      Semantics.of(layer),
+                      bias_E=jnp.zeros(16) if router == "sigmoid" else None)
   dense_TD = swiglu(x_TD[None], Experts(*(w[:1] for w in experts)))[0]
   dense_TD /= init.routed_scale(arch, layer.moe)
   assert 0.8 < y_TD.std() / dense_TD.std() < 1.25

@@ -13,7 +13,7 @@ from moe_jax.model import functional
 from moe_jax.run_dir import RunDir
 from moe_jax.train import checkpoint, step
 from moe_jax.train.checkpoint_format import CheckpointError
-from tests.small import ARCH, MESHES, small_config
+from tests.small import ARCH, MESHES, ONE_DEVICE, small_config
 from tests.train.step_test import batch_of
 
 RATE = 0.004
@@ -170,6 +170,31 @@ def test_a_checkpoint_without_a_bias_is_refused_where_one_is_needed(tmp_path):
   assert not (run_dir.checkpoints / "0" / "router").exists()
   with pytest.raises(CheckpointError, match="router"):
     checkpoint.restore_model(run_dir, functional.abstract_model(sigmoid, mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moe", [
+    {"router": "sigmoid", "capacity_factor": 4.0, "jitter": 0.1},
+    {"router": "expert_choice", "norm_topk_prob": False, "jitter": 0.1},
+], ids=lambda moe: moe["router"])
+def test_with_shared_experts_and_a_dense_layer_a_mesh_equals_the_reference(moe):
+  """Loss, metrics and every gradient, jitter and all."""
+  arch = dataclasses.replace(ARCH, n_layers=3, n_shared_experts=1, n_dense_layers=1)
+
+  def run(moe, mesh, devices):
+    config = small_config(arch, moe=moe, execution={"mesh": mesh})
+    mesh = make_mesh(config, devices)
+    router = jax.tree.map(lambda bias_LE: bias_LE.at[:, 2].set(0.1),
+                          functional.init_router(config, mesh))
+    return jax.device_get(jax.jit(jax.value_and_grad(
+        lambda params, batch: step.batch_loss(params, batch, config, mesh, router, 5),
+        has_aux=True))(functional.init_params(config, mesh),
+                       step.put_batch(batch_of(config), config, mesh)))
+
+  ours = run(moe, MESHES["data2_fsdp2_expert2"], None)
+  truth = run(moe | {"dispatch": "reference"}, ONE_DEVICE, jax.devices()[:1])
+  for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(truth), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=str(path))
 
 
 @pytest.mark.slow
