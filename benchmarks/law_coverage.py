@@ -166,22 +166,20 @@ def coverage(law: str, grids: int, n_cells: int = 24, seed: int = 0, draws: int 
   return {key: (covered[key], n) for key, n in counted.items()}
 
 
-def table(law: str, grids: int, n_cells: int, names: list[str]) -> list[str]:
-  """A Markdown table: a line for each scenario, method and parameter."""
-  lines = ["| form | scenario | interval | coefficient | covered | grids |",
-           "|---|---|---|---|---|---|"]
-  for name in names:
-    found = coverage(law, grids, n_cells, granularities=LAWS[law][1], **SCENARIOS[name])
-    lines += [f"| {law} | {name} | {method} | {parameter} | {100 * hits / n:.1f} %"
-              f"{'' if WANTED[0] <= hits / n <= WANTED[1] else ' *'} | {n} |"
-              for (method, parameter), (hits, n) in found.items()]
-  return lines
+def lines(law: str, grids: int, n_cells: int, name: str) -> list[str]:
+  """Rows of a Markdown table: one for each method and parameter of a scenario."""
+  found = coverage(law, grids, n_cells, granularities=LAWS[law][1], **SCENARIOS[name])
+  return [f"| {law} | {name} | {method} | {parameter} | {100 * hits / n:.1f} %"
+          f"{'' if WANTED[0] <= hits / n <= WANTED[1] else ' *'} | {n} |"
+          for (method, parameter), (hits, n) in found.items()]
 
 
 def main(_) -> None:
+  print("| form | scenario | interval | coefficient | covered | grids |\n|---|---|---|---|---|---|")
   for law in _LAW.value or LAWS:
-    names = [name for name in LAWS[law][0] if not _SCENARIO.value or name in _SCENARIO.value]
-    print("\n".join(table(law, _GRIDS.value, _CELLS.value, names)), flush=True)
+    for name in LAWS[law][0]:
+      if not _SCENARIO.value or name in _SCENARIO.value:
+        print("\n".join(lines(law, _GRIDS.value, _CELLS.value, name)), flush=True)
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def analyse(cells: Cells, law: str, margin: float = claims.MARGIN, draws: int = 
       held_out=[validate.extrapolate(fitted, column) for column in HELD_OUT if column in x],
       rivals=validate.compare(cells, list(RIVALS)) if log_log else [],
       nested=[_nested(cells, *pair) for pair in NESTED] if log_log else [],
-      claims=claims.assess(cells, margin, seed, _law_of_claims(fitted)) if log_log else [],
-      mechanism=_mechanism(cells, seed) if log_log else "")
+      claims=claims.assess(cells, margin, seed, _law_of_claims(fitted), draws) if log_log else [],
+      mechanism=_mechanism(cells, seed, draws) if log_log else "")
 
 
 def _law_of_claims(fitted: Fit) -> str:
@@ -111,9 +111,9 @@ def _law_of_claims(fitted: Fit) -> str:
   return asked.name if {"c", "b_minus_c"} <= set(asked.parameters) else "paper"
 
 
-def _mechanism(cells: Cells, seed: int) -> Mechanism | str:
+def _mechanism(cells: Cells, seed: int, draws: int) -> Mechanism | str:
   try:
-    return claims.mechanism(cells, seed)
+    return claims.mechanism(cells, seed, draws)
   except FieldError as error:
     return str(error)
 

@@ -54,16 +54,20 @@ _CLAIMS = (
 
 
 def assess(cells: Cells, margin: float = MARGIN, seed: int = 0,
-           law: str = "paper") -> list[Claim]:
+           law: str = "paper", draws: int = 999) -> list[Claim]:
   """Both claims, on a log-log form that has c and b_minus_c.
 
   Raises:
     FieldError: the form cannot be fitted at all, or the margin is not positive.
   """
-  require(margin > 0, "margin", margin, "must be above 0")
+  require(0 < margin < np.inf, "margin", margin, "must be a finite number above 0")
   fitted = fit(cells, law)
-  wide, narrow = (bootstrap(fitted, level, seed=seed) for level in (0.95, 0.90))
-  return [_claim(fitted, wide, narrow, margin, *claim) for claim in _CLAIMS]
+  wide, narrow = (bootstrap(fitted, level, draws, seed) for level in (0.95, 0.90))
+  found = [_claim(fitted, wide, narrow, margin, *claim) for claim in _CLAIMS]
+  if "q" in wide:
+    found[0] = dataclasses.replace(found[0], sentence=found[0].sentence + " With curvature, c is "
+                                   "the slope in the middle of the grid's ln s.")
+  return found
 
 
 def _claim(fitted: Fit, wide: dict[str, Interval], narrow: dict[str, Interval], margin: float,
@@ -112,7 +116,7 @@ class Mechanism:
   sentences: tuple[str, ...]
 
 
-def mechanism(cells: Cells, seed: int = 0) -> Mechanism:
+def mechanism(cells: Cells, seed: int = 0, draws: int = 999) -> Mechanism:
   """Looks for what breaks the ties, and only then estimates.
 
   N_active = 4 l d² (1 - 1/s) + N_total / s, the router counted with the core's 4 l d²: at
@@ -145,7 +149,7 @@ def mechanism(cells: Cells, seed: int = 0) -> Mechanism:
   estimates: dict[str, Interval] = {}
   for broken, law in ((experts_or_core, "experts-or-core"), (core_or_active, "core-or-active")):
     if broken:
-      sentences += _estimate(cells, law, seed, estimates)
+      sentences += _estimate(cells, law, seed, draws, estimates)
   return Mechanism(core_or_active, experts_or_core, estimates, tuple(sentences))
 
 
@@ -171,13 +175,14 @@ def _granularity_apart(cells: Cells) -> float:
   return float(np.sqrt(left @ left / max(1, len(g) - rank)))
 
 
-def _estimate(cells: Cells, law: str, seed: int, estimates: dict[str, Interval]) -> list[str]:
+def _estimate(cells: Cells, law: str, seed: int, draws: int,
+              estimates: dict[str, Interval]) -> list[str]:
   try:
     fitted = fit(cells, law)
   except FieldError as error:
     return [f"Their slopes cannot be estimated: {error.accepted}."]
   sentences = []
-  intervals = bootstrap(fitted, seed=seed)
+  intervals = bootstrap(fitted, draws=draws, seed=seed)
   for parameter, reading in (("more_experts", "more experts at equal core"),
                              ("core", "a larger core"), ("active", "more active parameters")):
     if parameter in intervals:

@@ -49,9 +49,9 @@ def quality_lines(fitted: Fit) -> list[str]:
            for s in (fitted.least_squares, fitted.huber)]
   if fitted.cells.n_architectures < len(fitted.cells):
     lines.append("several cells share an architecture: the profile likelihood counts them as "
-                 "independent and is too short (on planted grids whose architectures err "
-                 "alike its 95 % hold the truth about 80 % of the time); quote the bootstrap, "
-                 "which resamples architectures")
+                 "independent, and for the slopes of the shape is too short (on planted grids "
+                 "whose architectures err alike its 95 % hold the truth about 80 % of the "
+                 "time); quote the bootstrap, which resamples architectures")
   se = fitted.cells.loss_se / fitted.cells.loss
   seeds = np.nanmean(se) if np.isfinite(se).any() else np.nan
   if seeds > 0:
@@ -97,6 +97,9 @@ def rival_lines(found: Analysis) -> list[str]:
   """Rival forms by information criteria, cross-validation and F-tests."""
   lines = [_rival_line(rival) for rival in found.rivals]
   lines += [_cv_line(found.rivals[0], other) for other in found.rivals[1:]]
+  if found.cells.n_architectures < len(found.cells):
+    lines.append("the F-tests that follow count cells as independent, of which several share an "
+                 "architecture: their p-values are too small")
   return lines + [line for nested in found.nested for line in nested_lines(nested)]
 
 

@@ -1,0 +1,49 @@
+"""One analysis: its parts agree with each other, and warn where they must."""
+
+import numpy as np
+import pytest
+
+from moe_jax.errors import FieldError
+from moe_jax.laws.analysis import analyse
+from moe_jax.laws.reduce import to_cells
+from moe_jax.laws.report import report
+from tests.laws.results_file import rows_of
+
+
+@pytest.fixture(scope="module")
+def shared():
+  """Two cells an architecture, and the form with curvature."""
+  cells = to_cells(rows_of(n_cells=16, tokens=(1e9, 4e9), learning_rates=1))
+  return analyse(cells, "paper-curved", draws=99)
+
+
+def test_the_claims_quote_the_intervals_of_the_form_that_was_asked_for(shared):
+  for claim in shared.claims:
+    assert claim.interval == shared.headline[claim.parameter]
+  assert "in the middle of the grid's ln s" in shared.claims[0].sentence
+
+
+def test_cells_that_share_an_architecture_are_warned_about(shared):
+  text = "\n".join(report(shared))
+  assert "the profile likelihood counts them as independent" in text
+  assert "the F-tests that follow count cells as independent" in text
+  alone = "\n".join(report(analyse(to_cells(rows_of(n_cells=24, learning_rates=1)), "paper",
+                                   draws=99)))
+  assert "as independent" not in alone
+
+
+def test_rivals_are_held_against_cells_without_one_n_exp(shared):
+  paper = next(rival for rival in shared.rivals if rival.law == "paper")
+  assert np.isfinite(paper.n_exp_rmse) and paper.n_exp_rmse >= paper.rmse
+  assert f"{100 * paper.n_exp_rmse:.3g} % without one n_exp" in "\n".join(report(shared))
+
+
+def test_the_same_input_gives_the_same_report(shared):
+  again = analyse(shared.cells, "paper-curved", draws=99)
+  assert report(again) == report(shared)
+
+
+@pytest.mark.parametrize("margin", [0.0, -1.0, np.nan, np.inf])
+def test_a_margin_that_is_none(shared, margin):
+  with pytest.raises(FieldError, match="must be a finite number above 0"):
+    analyse(shared.cells, "paper", margin, draws=99)
