@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from etils import epath
+
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.grid import Cell
 from moe_jax.run_dir import FINISHED, RunDir, read_json, write_json
@@ -30,6 +32,7 @@ class Launch:
     state: `starting`, and in the end how it ended.
     exit_code: of the trainer; negative is the signal that killed it.
     error: one line, where it did not finish.
+    failures: how many attempts the program itself failed, where a budget of them is kept.
   """
 
   backend: str
@@ -42,6 +45,7 @@ class Launch:
   state: str = STARTING
   exit_code: int | None = None
   error: str | None = None
+  failures: int = 0
 
 
 def read_launch(run_dir: RunDir) -> Launch | None:
@@ -100,25 +104,35 @@ def train_command(cell: Cell, out: str | os.PathLike,
           f"--out={os.fspath(out)}", *overrides)
 
 
-def plan(cells: Sequence[Cell], out: str | os.PathLike,
-         overrides: Sequence[str]) -> tuple[Job, ...]:
-  """The jobs of the cells, trunks before their branches; reads the run directories.
+def jobs_of(cells: Sequence[Cell], out: str | os.PathLike,
+            overrides: Sequence[str]) -> tuple[Job, ...]:
+  """The jobs of the cells, trunks before their branches; reads nothing.
 
   Args:
     cells: what `--config` and the overrides select.
     out: root of the run directories.
     overrides: the raw --config.PATH=VALUE arguments that `cells` were made with.
+  """
+  root = epath.Path(out)
+  return _trunks_first([
+      Job(cell, RunDir(root / cell.experiment / cell.name), train_command(cell, out, overrides))
+      for cell in cells])
+
+
+def plan(cells: Sequence[Cell], out: str | os.PathLike,
+         overrides: Sequence[str]) -> tuple[Job, ...]:
+  """The same, after a look at the run directories.
 
   Raises:
-    FieldError: a run directory holds a run of another identity; names the fields. One whose
-      files are damaged is its trainer's to refuse.
+    FieldError: `out` is out of reach, or a run directory holds a run of another identity;
+      names the fields. One whose files are damaged is its trainer's to refuse.
   """
-  jobs = tuple(Job(cell, RunDir.of(out, cell), train_command(cell, out, overrides))
-               for cell in cells)
+  jobs = jobs_of(cells, out, overrides)
   for job in jobs:
+    RunDir.of(out, job.cell)
     with contextlib.suppress(DamagedFile):
       job.run_dir.check_identity(job.cell)
-  return _trunks_first(jobs)
+  return jobs
 
 
 def _trunks_first(jobs: Sequence[Job]) -> tuple[Job, ...]:

@@ -1,40 +1,93 @@
 """Trains every cell of a grid.
 
     python -m launch.submit --config=experiments/quickstart.py --backend=local
+    python -m launch.submit --config=experiments/quickstart.py --backend=gcloud \\
+      --project=P --zones=us-east5-b,europe-west4-a --topology=v6e-16 --out=gs://BUCKET/runs
 
 Finished cells are skipped, all others start or go on where they stopped: the same command
-is the way to begin, to resume, and to retry. `--dry_run` prints what would be run.
+is the way to begin, to resume, and to retry. `--dry_run` prints what would be run and writes
+nothing; `--dry_run=json` prints it for a program, files included.
 """
 
 import dataclasses
+import json
+import os
+import types
 
 from absl import flags
 
-from launch import backends, together
-from launch.jobs import plan
+from launch import backends, options, plans, remote, together
+from launch.code import Code, pack
+from launch.jobs import Job, jobs_of, plan
 from launch.table import shapes
 from moe_jax import cli
+from moe_jax.errors import require
 
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
-_BACKEND = flags.DEFINE_enum("backend", "local", backends.names(), "Where the cells run.")
-_PARALLEL = flags.DEFINE_integer("parallel", 1, "How many cells run at a time.",
+_BACKEND = flags.DEFINE_enum("backend", backends.LOCAL, backends.names(), "Where the cells run.")
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "[local] How many cells run at a time.",
                                  lower_bound=1)
-_PROCESSES = flags.DEFINE_integer("processes", 1, "Processes of each run, on this machine: for "
-                                  "a look at how many behave.", lower_bound=1)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, run nothing.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "[local] Processes of each run, on this "
+                                  "machine: for a look at how many behave.", lower_bound=1)
+_DRY_RUN = options.define_dry_run_flag()
+_OPTIONS = options.define_flags(backends.remote())
 
 
 def main(overrides: list[str]) -> int:
+  given = {name: holder.value for name, holder in _OPTIONS.items()}
+  backend = backends.load(_BACKEND.value)
+  if _BACKEND.value == backends.LOCAL:
+    for name, text in given.items():
+      require(text is None, name, text, "is no option of --backend=local")
+    return _submit_local(cli.selected_cells(_CONFIG.value, overrides), overrides, backend)
+  for name in ("parallel", "processes"):
+    require(not flags.FLAGS[name].present, name, flags.FLAGS[name].value,
+            "is an option of --backend=local")
+  chosen = options.from_flags(backend.Options, _BACKEND.value, given)
   cells = cli.selected_cells(_CONFIG.value, overrides)
+  # Other machines have another working directory.
+  out = _OUT.value if "://" in _OUT.value else os.path.abspath(_OUT.value)
+  jobs = (jobs_of if _DRY_RUN.value else plan)(cells, out, overrides)
+  return _submit_remote(jobs, out, backend, chosen)
+
+
+def _submit_local(cells, overrides: list[str], backend: types.ModuleType) -> int:
   jobs = [dataclasses.replace(job, command=together.command(_PROCESSES.value, job.command))
           for job in plan(cells, _OUT.value, overrides)]
-  backend = backends.load(_BACKEND.value)
+  if _DRY_RUN.value == "json":
+    print(json.dumps({"backend": backends.LOCAL, "commands": [
+        job.command for job in jobs if not job.is_finished()]}, indent=1))
+    return 0
   if _DRY_RUN.value:  # a script that a shell can run
     print("\n".join([*("# " + line for line in shapes(cells)), *backend.dry_run(jobs)]))
     return 0
   print("\n".join(shapes(cells)), flush=True)
   return backend.submit(jobs, _PARALLEL.value)
+
+
+def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, chosen) -> int:
+  for name, path in (("out", out), ("config", _CONFIG.value)):
+    options.require_path(name, path)
+  code = pack(_CONFIG.value.partition(":")[0])
+  planned = dataclasses.replace(backend.plan(jobs, chosen, code, out), notes=_notes(out, code))
+  if _DRY_RUN.value == "json":
+    print(plans.to_json(planned))
+    return 0
+  cells = shapes([job.cell for job in jobs])
+  if _DRY_RUN.value:
+    print("\n".join([*("# " + line for line in cells), *plans.to_text(planned)]))
+    return 0
+  print("\n".join([*cells, *planned.notes]), flush=True)
+  return backend.submit(planned, jobs, chosen, code, out)
+
+
+def _notes(out: str, code: Code) -> tuple[str, ...]:
+  left_out = () if not code.left_out else (
+      f"untracked, so left out of the code: {', '.join(code.left_out[:5])}"
+      + (f" and {len(code.left_out) - 5} more" if len(code.left_out) > 5 else ""),)
+  return (f"code {code.commit}, {len(code.archive):,} bytes, sha256 {code.sha256}",
+          *left_out, *remote.note_on(out))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ BEHAVIOUR is one of
     killed_once SIGKILLs itself at step 7 of the first attempt
     diverge     the loss is NaN at step 7
     broken      raises before it has written anything
+    hang_once   stops at step 7 of the first attempt, and is silent
     deaf        trains slowly and ignores SIGTERM
     liar        ends with exit code 0 without having trained
 """
@@ -80,6 +81,8 @@ def _train(run_dir, config):
       say(run_dir_lib.DIVERGED, "the loss is nan")
       return run_dir_lib.EXIT_DIVERGED
     say(run_dir_lib.RUNNING)
+    if step == _BAD_STEP and _BEHAVIOUR == "hang_once" and attempt == 1:
+      time.sleep(600)
     if _BEHAVIOUR == "crawl" and step == _BAD_STEP * attempt:
       raise RuntimeError("a little further")
     if step == _BAD_STEP and _BEHAVIOUR in ("crash", "crash_once", "killed_once"):

@@ -1,0 +1,185 @@
+"""Cloud TPU slices as queued resources, by gcloud's GA commands.
+
+One queued resource a share of the grid; each of its machines runs `launch/host/startup.sh` at
+every boot. tpu7x and later are not served by this API: `--backend=gke` has them.
+"""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Sequence
+from importlib import resources
+from typing import Literal
+
+from launch import remote, tpu, work
+from launch.code import Code
+from launch.jobs import Job
+from launch.naming import digest, resource_name
+from launch.options import option, parse_secrets, require_words
+from launch.plans import File, Plan, SlicePlan
+from launch.shares import Share, deal
+from moe_jax.errors import FieldError, require
+
+LABEL = "moe-jax"  # the label of all that this project creates; its value says from which --out
+_QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
+_CAPACITY = {"spot": ("--spot",), "on-demand": (), "reserved": ("--reserved",)}
+_DURATION = re.compile(r"([0-9]{1,5}[smhd]){1,4}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Flags of this backend; see the field's help."""
+
+  project: str = option("Google Cloud project that pays.")
+  zones: tuple[str, ...] = option("Zones to try, in this order, e.g. us-east5-b,europe-west4-a.")
+  topology: str = option("TPU slice, as gcloud names it, e.g. v6e-16 or v5p-64.")
+  slices: int = option("Over how many slices the cells are dealt out.", default=1)
+  slices_per_run: int = option("Slices joined in each run by the data-centre network.", default=1)
+  capacity: Literal["spot", "on-demand", "reserved"] = option(
+      "spot, on-demand or reserved.", default="spot")
+  runtime_version: str | None = option("TPU VM image; by default the chip's own.", default=None)
+  network: str | None = option("VPC network.", default=None)
+  subnetwork: str | None = option("Subnetwork.", default=None)
+  service_account: str | None = option("Service account of the TPU VMs.", default=None)
+  internal_ips: bool = option("true: the TPU VMs have no public addresses.", default=False)
+  valid_until: str | None = option(
+      "How long a request may wait for capacity, e.g. 6h; then it fails and is tried again in "
+      "the next zone.", default=None)
+  delete_when_done: bool = option(
+      "true: a slice deletes itself when its cells are finished, even without a launcher.",
+      default=True)
+  python: str | None = option(
+      "Interpreter on the TPU VMs that has all dependencies; by default they are installed "
+      "from the lock.", default=None)
+  secrets: tuple[str, ...] = option(
+      "NAME=projects/P/secrets/S/versions/latest or NAME=/file/on/the/machine: variables of "
+      "the trainer's environment.", default=())
+
+  def __post_init__(self):
+    require_words(self, "project", "runtime_version", "network", "subnetwork",
+                  "service_account")
+    require(len(self.zones) > 0, "zones", "", "must name at least one")
+    for zone in self.zones:
+      tpu.require_zone(zone)
+    require(self.slices >= 1, "slices", self.slices, "must be at least 1")
+    if self.topology.startswith("tpu7x"):
+      raise FieldError("topology", self.topology, "is not served by queued resources: "
+                       "--backend=gke has it")
+    tpu.parse_slice(self.topology, self.slices_per_run)
+    require(self.valid_until is None or _DURATION.fullmatch(self.valid_until) is not None,
+            "valid_until", self.valid_until, "must be a duration such as 6h or 1h30m")
+    require(self.python is None or re.fullmatch(r"/[A-Za-z0-9._/-]+", self.python) is not None,
+            "python", self.python, "must be an absolute path")
+    parse_secrets(self.secrets)
+
+  @property
+  def slice(self) -> tpu.Slice:
+    return tpu.parse_slice(self.topology, self.slices_per_run)
+
+
+def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
+  """What submitting the jobs would write and run, each slice in the first of the zones."""
+  shares = deal(jobs, options.slices)
+  experiment = jobs[0].cell.experiment
+  found = tuple(slice_plan(share, options, code, out, options.zones[0]) for share in shares)
+  return Plan("gcloud", experiment, f"{out}/{experiment}/_slices", found)
+
+
+def slice_plan(share: Share, options: Options, code: Code, out: str, zone: str) -> SlicePlan:
+  """The files and the creating command of one slice in one zone."""
+  secrets = parse_secrets(options.secrets)
+  hosts = options.slice.vms * options.slices_per_run
+  todo = work.work_of(share, code, out, "gcloud", hosts, secrets)
+  files = (File(f"{share.name}/work.json", work.to_text(todo)),
+           File(f"{share.name}/startup-{zone}.sh",
+                startup_script(share.name, options, code, out, todo.experiment, zone)))
+  return SlicePlan(share.name, tuple(todo.cells), files,
+                   (create(share.name, options, zone, owner(out, todo.experiment)),))
+
+
+def owner(out: str, experiment: str) -> str:
+  """The label's value of all that belongs to one experiment's directory."""
+  return resource_name(experiment, 40) + "-" + digest(out, experiment)
+
+
+def create(name: str, options: Options, zone: str, label: str) -> tuple[str, ...]:
+  """The command that asks for a slice. `{slices}` stands for the folder of its files."""
+  version = options.runtime_version or tpu.RUNTIMES[options.slice.topology.hardware.name]
+  nodes = ((f"--node-id={name}",) if options.slices_per_run == 1 else
+           (f"--node-count={options.slices_per_run}", f"--node-prefix={name}"))
+  optional = {"--network": options.network, "--subnetwork": options.subnetwork,
+              "--service-account": options.service_account,
+              "--valid-until-duration": options.valid_until}
+  return (*_QUEUED, "create", name, *_where(options, zone),
+          f"--accelerator-type={options.topology}", f"--runtime-version={version}", *nodes,
+          *_CAPACITY[options.capacity], f"--labels={LABEL}={label}",
+          f"--metadata-from-file=startup-script={{slices}}/{name}/startup-{zone}.sh",
+          *(f"{flag}={value}" for flag, value in optional.items() if value is not None),
+          *(("--internal-ips",) if options.internal_ips else ()), "--async", "--quiet")
+
+
+def describe(name: str, options: Options, zone: str) -> tuple[str, ...]:
+  return (*_QUEUED, "describe", name, *_where(options, zone), "--format=json")
+
+
+def delete(name: str, options: Options, zone: str) -> tuple[str, ...]:
+  """Ends the resource and its nodes, in whichever state they are."""
+  return (*_QUEUED, "delete", name, *_where(options, zone), "--force", "--async", "--quiet")
+
+
+def list_all(options: Options, zone: str) -> tuple[str, ...]:
+  """All queued resources of a zone; which are ours is told by their label."""
+  return (*_QUEUED, "list", *_where(options, zone), "--format=json")
+
+
+def ssh(name: str, options: Options, zone: str, command: str, worker: str) -> tuple[str, ...]:
+  """Runs a command on workers of all nodes; `worker` is a number or `all`."""
+  return (*_QUEUED, "ssh", name, *_where(options, zone), "--node=all", f"--worker={worker}",
+          f"--command={command}", *(("--internal-ip",) if options.internal_ips else ()),
+          "--quiet")
+
+
+def accelerator(options: Options, zone: str) -> tuple[str, ...]:
+  """Succeeds if the zone has the accelerator and the account may ask."""
+  return ("gcloud", "compute", "tpus", "accelerator-types", "describe", options.topology,
+          *_where(options, zone), "--format=json")
+
+
+def bucket(options: Options, name: str) -> tuple[str, ...]:
+  """Describes a bucket: its location."""
+  return ("gcloud", "storage", "buckets", "describe", f"gs://{name}",
+          f"--project={options.project}", "--format=json")
+
+
+def _where(options: Options, zone: str) -> tuple[str, ...]:
+  return f"--project={options.project}", f"--zone={zone}"
+
+
+def startup_script(name: str, options: Options, code: Code, out: str, experiment: str,
+                   zone: str) -> str:
+  """`launch/host/startup.sh` with this slice's values, each quoted for the shell."""
+  slices = f"{out}/{experiment}/_slices"
+  ending = delete(name, options, zone) if options.delete_when_done else ()
+  values = {
+      "CODE": (f"{out}/_code/{code.file_name}",), "SHA256": (code.sha256,),
+      "WORK": (f"{slices}/{name}/work.json",), "PYTHON": (options.python or "",),
+      "DELETE": ending}
+  text = resources.files("launch.host").joinpath("startup.sh").read_text()
+  return re.sub(r"@([A-Z0-9]+)@", lambda found: shlex.join(values[found[1]]), text)
+
+
+def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out: str,
+           run: remote.Run = remote.run) -> int:
+  """Asks for the slices that are not there yet. The launcher's exit code."""
+  remote.upload(code, out)
+  failed = 0
+  for share in planned.slices:
+    if run(describe(share.name, options, options.zones[0])).ok:
+      print(f"{share.name} is there already")
+      continue
+    remote.begin_anew(planned, share, jobs)
+    remote.write_files(planned, share)
+    error = remote.execute(share, run)
+    print(f"{share.name} was not asked for: {error}" if error else f"{share.name} is asked for")
+    failed += error is not None
+  return 1 if failed else 0

@@ -1,0 +1,170 @@
+"""TPU slices on GKE: a JobSet a share of the grid, applied with kubectl, queued by Kueue.
+
+A pod a VM of the slice. Its image is that of `launch/Dockerfile`: an interpreter, the locked
+dependencies and `boot.py`, which fetches this submission's exact code. JobSet recreates all
+pods of a run when one ends early: as often as machines are taken away, and `max_restarts`
+times when programs fail.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from launch import remote, tpu, work
+from launch.backends.gcloud import LABEL, owner
+from launch.code import Code
+from launch.jobs import Job
+from launch.options import option, parse_secrets, require_words
+from launch.plans import File, Plan, SlicePlan
+from launch.shares import Share, deal
+from moe_jax.errors import require
+from moe_jax.run_dir import EXIT_PREEMPTED
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Flags of this backend; see the field's help."""
+
+  topology: str = option("TPU slice, e.g. v6e-16 or tpu7x-64.")
+  image: str = option("Container image made of launch/Dockerfile, with its tag or digest.")
+  slices: int = option("Over how many slices the cells are dealt out.", default=1)
+  slices_per_run: int = option("Slices joined in each run by the data-centre network.", default=1)
+  capacity: Literal["spot", "on-demand", "reserved"] = option(
+      "spot, on-demand or reserved.", default="spot")
+  reservation: str | None = option("Name of the reservation.", default=None)
+  queue: str | None = option("Kueue's local queue.", default=None)
+  namespace: str = option("Kubernetes namespace.", default="default")
+  kube_context: str | None = option("Context of kubectl; by default the current one.",
+                                    default=None)
+  max_restarts: int = option("Times that failing programs may restart a run's pods.", default=3)
+  secrets: tuple[str, ...] = option("NAME=kubernetes/SECRET/KEY: variables of the trainer's "
+                                    "environment.", default=())
+
+  def __post_init__(self):
+    require_words(self, "image", "reservation", "queue", "namespace", "kube_context")
+    require(self.slices >= 1, "slices", self.slices, "must be at least 1")
+    require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must be at least 0")
+    require((self.reservation is not None) == (self.capacity == "reserved"), "reservation",
+            self.reservation, "is given with --capacity=reserved, and only with it")
+    tpu.parse_slice(self.topology, self.slices_per_run)
+    parse_secrets(self.secrets, kubernetes=True)
+
+  @property
+  def slice(self) -> tpu.Slice:
+    return tpu.parse_slice(self.topology, self.slices_per_run)
+
+
+def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
+  """What submitting the jobs would write and run."""
+  shares = deal(jobs, options.slices)
+  experiment = jobs[0].cell.experiment
+  return Plan("gke", experiment, f"{out}/{experiment}/_slices",
+              tuple(_slice_plan(share, options, code, out) for share in shares))
+
+
+def _slice_plan(share: Share, options: Options, code: Code, out: str) -> SlicePlan:
+  hosts = options.slice.vms * options.slices_per_run
+  todo = work.work_of(share, code, out, "gke", hosts)
+  manifest = json.dumps(jobset(share.name, options, code, out, todo.experiment), indent=1)
+  return SlicePlan(
+      share.name, tuple(todo.cells),
+      (File(f"{share.name}/work.json", work.to_text(todo)),
+       File(f"{share.name}/jobset.json", manifest + "\n")),
+      (kubectl(options, "apply", f"--filename={{slices}}/{share.name}/jobset.json"),))
+
+
+def kubectl(options: Options, *arguments: str) -> tuple[str, ...]:
+  context = () if options.kube_context is None else (f"--context={options.kube_context}",)
+  return ("kubectl", *context, f"--namespace={options.namespace}", *arguments)
+
+
+def jobset(name: str, options: Options, code: Code, out: str, experiment: str) -> dict[str, Any]:
+  """The JobSet of one share (jobset.x-k8s.io/v1alpha2)."""
+  labels = {LABEL: owner(out, experiment)}
+  queue = {} if options.queue is None else {"kueue.x-k8s.io/queue-name": options.queue}
+  return {
+      "apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet",
+      "metadata": {
+          "name": name, "namespace": options.namespace, "labels": labels | queue,
+          # A slice is one node pool: pods of two runs never share it.
+          "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology":
+                          "cloud.google.com/gke-nodepool"}},
+      "spec": {
+          "failurePolicy": {
+              "maxRestarts": options.max_restarts,
+              "rules": [{"name": "taken-away", "action": "RestartJobSetAndIgnoreMaxRestarts",
+                         "onJobFailureReasons": ["PodFailurePolicy"]}]},
+          "replicatedJobs": [{
+              "name": "slice", "replicas": options.slices_per_run,
+              "template": {"spec": _job(name, options, code, out, experiment, labels)}}]}}
+
+
+def _job(name: str, options: Options, code: Code, out: str, experiment: str,
+         labels: dict[str, str]) -> dict[str, Any]:
+  return {
+      "parallelism": options.slice.vms, "completions": options.slice.vms, "backoffLimit": 0,
+      # A drained or preempted node, and a trainer told to stop, are not the program's failures.
+      "podFailurePolicy": {"rules": [
+          {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget",
+                                                     "status": "True"}]},
+          {"action": "FailJob", "onExitCodes": {"containerName": "trainer", "operator": "In",
+                                                "values": [EXIT_PREEMPTED]}}]},
+      "template": {
+          "metadata": {"labels": labels},
+          "spec": {
+              "restartPolicy": "Never", "terminationGracePeriodSeconds": 120,
+              "nodeSelector": _node_selector(options),
+              "hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet",
+              "containers": [_container(name, options, code, out, experiment)]}}}
+
+
+def _node_selector(options: Options) -> dict[str, str]:
+  chosen = {
+      "cloud.google.com/gke-tpu-accelerator":
+          tpu.GKE_ACCELERATORS[options.slice.topology.hardware.name],
+      "cloud.google.com/gke-tpu-topology": options.slice.gke_topology}
+  if options.capacity == "spot":
+    chosen["cloud.google.com/gke-spot"] = "true"
+  if options.reservation is not None:
+    chosen["cloud.google.com/reservation-name"] = options.reservation
+  return chosen
+
+
+def _container(name: str, options: Options, code: Code, out: str,
+               experiment: str) -> dict[str, Any]:
+  secrets = parse_secrets(options.secrets, kubernetes=True)
+  env = [{"name": "MOE_JAX_SLICE", "valueFrom": {"fieldRef": {
+      "fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}}}]
+  for variable, where in secrets.items():
+    _, secret, key = where.split("/")
+    env.append({"name": variable,
+                "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
+  return {
+      "name": "trainer", "image": options.image,
+      "command": ["python", "/opt/moe_jax/boot.py", f"--code={out}/_code/{code.file_name}",
+                  f"--sha256={code.sha256}", "--", "-m", "launch.host",
+                  f"--work={out}/{experiment}/_slices/{name}/work.json"],
+      "env": env, "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
+      "resources": {"limits": {"google.com/tpu": options.slice.chips_per_vm}}}
+
+
+def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out: str,
+           run: remote.Run = remote.run) -> int:
+  """Applies the JobSets that are not there yet. The launcher's exit code."""
+  remote.upload(code, out)
+  failed = 0
+  for share in planned.slices:
+    there = run(kubectl(options, "get", "jobset", share.name, "--ignore-not-found",
+                        "--output=name"))
+    error = None if there.ok else there.error
+    if there.ok and there.stdout.strip():
+      print(f"{share.name} is there already")
+      continue
+    if there.ok:
+      remote.begin_anew(planned, share, jobs)
+      remote.write_files(planned, share)
+      error = remote.execute(share, run)
+    print(f"{share.name} was not applied: {error}" if error else f"{share.name} is applied")
+    failed += error is not None
+  return 1 if failed else 0

@@ -1,0 +1,142 @@
+"""A SLURM cluster with a file system that all its nodes see: an sbatch array, a task a share.
+
+JAX wants one task for each GPU of a node, with all of them visible, which is what is asked
+for. A task that SLURM preempts or stops at its time limit saves and goes back into the queue.
+"""
+
+import dataclasses
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import resources
+
+from launch import remote, work
+from launch.code import Code
+from launch.jobs import Job
+from launch.naming import digest, resource_name
+from launch.options import option, parse_secrets, require_words
+from launch.plans import File, Plan, SlicePlan
+from launch.shares import deal, families
+from moe_jax.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Flags of this backend; see the field's help."""
+
+  slices: int | None = option("Over how many array tasks the cells are dealt out; by default "
+                              "each family has its own.", default=None)
+  max_running: int | None = option("Array tasks at a time.", default=None)
+  nodes: int = option("Nodes of each run.", default=1)
+  gpus_per_node: int = option("GPUs of each node; 0 trains on its CPU.", default=1)
+  tasks_per_node: int | None = option("Processes on each node, where there is no GPU.",
+                                      default=None)
+  partition: str | None = option("SLURM partition.", default=None)
+  account: str | None = option("SLURM account.", default=None)
+  time: str | None = option("Time limit, as sbatch has it, e.g. 24:00:00; what is not finished "
+                            "then is queued again.", default=None)
+  python: str | None = option("Interpreter on the nodes; by default the one that submits.",
+                              default=None)
+  secrets: tuple[str, ...] = option("NAME=/file/on/the/nodes: variables of the trainer's "
+                                    "environment.", default=())
+
+  def __post_init__(self):
+    require_words(self, "partition", "account")
+    for name in ("slices", "max_running", "nodes", "tasks_per_node"):
+      value = getattr(self, name)
+      require(value is None or value >= 1, name, value, "must be at least 1")
+    require(self.gpus_per_node >= 0, "gpus_per_node", self.gpus_per_node, "must be at least 0")
+    require(self.tasks_per_node is None or not self.gpus_per_node, "tasks_per_node",
+            self.tasks_per_node, "is for --gpus_per_node=0: a GPU has one process each")
+    require(self.time is None or re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}", self.time)
+            is not None, "time", self.time, "must be MINUTES, HH:MM:SS or DAYS-HH:MM:SS")
+    require(self.python is None or re.fullmatch(r"/[A-Za-z0-9._/-]+", self.python) is not None,
+            "python", self.python, "must be an absolute path")
+    for name, where in parse_secrets(self.secrets).items():
+      require(where.startswith("/"), "secrets", name, "must be NAME=/file/on/the/nodes")
+
+  @property
+  def tasks(self) -> int:
+    """Processes on each node."""
+    return self.gpus_per_node or self.tasks_per_node or 1
+
+
+def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
+  """One array for all jobs. Raises FieldError where `out` is no path."""
+  require(out.startswith("/"), "out", out, "must be a directory that all nodes see")
+  shares = deal(jobs, options.slices or len(families(jobs)))
+  experiment = jobs[0].cell.experiment
+  name = job_name(jobs)
+  hosts = options.nodes * options.tasks
+  secrets = parse_secrets(options.secrets)
+  files = [File(f"{name}/{index}/work.json", work.to_text(dataclasses.replace(
+      work.work_of(share, code, out, "slurm", hosts, secrets), name=f"{name}/{index}")))
+           for index, share in enumerate(shares)]
+  slices = f"{out}/{experiment}/_slices"
+  files.append(File(f"{name}/run.sh", script(f"{slices}/{name}", options, code, out)))
+  command = sbatch(name, len(shares), options, f"{slices}/{name}")
+  cells = tuple(job.name for share in shares for job in share.jobs)
+  return Plan("slurm", experiment, slices, (SlicePlan(name, cells, tuple(files), (command,)),))
+
+
+def job_name(jobs: Sequence[Job]) -> str:
+  """The array's name: the same for the same cells under the same --out."""
+  tag = digest(*(os.fspath(job.run_dir.path) for job in jobs))
+  return f"{resource_name(jobs[0].cell.experiment, 40)}-{tag}"
+
+
+def sbatch(name: str, tasks: int, options: Options, folder: str) -> tuple[str, ...]:
+  """The command that submits the array; `folder` is that of its files."""
+  limit = "" if options.max_running is None else f"%{options.max_running}"
+  gpus = (f"--gpus-per-node={options.gpus_per_node}",) if options.gpus_per_node else ()
+  optional = {"--partition": options.partition, "--account": options.account,
+              "--time": options.time}
+  return ("sbatch", "--parsable", f"--job-name={name}", f"--array=0-{tasks - 1}{limit}",
+          f"--nodes={options.nodes}", f"--ntasks-per-node={options.tasks}", *gpus,
+          "--requeue", "--signal=TERM@120", "--open-mode=append",
+          f"--output={_pattern(folder)}/log-%a.txt",
+          *(f"{flag}={value}" for flag, value in optional.items() if value is not None),
+          f"{folder}/run.sh")
+
+
+def _pattern(folder: str) -> str:
+  """A folder in a pattern of sbatch, where % has a meaning of its own."""
+  return folder.replace("%", "%%")
+
+
+def queued(name: str) -> tuple[str, ...]:
+  """Prints a line for each task of the array that is queued or runs."""
+  return ("squeue", "--noheader", "--me", f"--name={name}", "--format=%i %T")
+
+
+def script(folder: str, options: Options, code: Code, out: str) -> str:
+  """What each array task runs."""
+  values = {"CODE": f"{out}/_code/{code.file_name}", "SHA256": code.sha256, "FOLDER": folder,
+            "PYTHON": options.python or sys.executable}
+  text = resources.files("launch.host").joinpath("slurm.sh").read_text()
+  return re.sub(r"@([A-Z0-9]+)@", lambda found: shlex.quote(values[found[1]]), text)
+
+
+def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out: str,
+           run: remote.Run = remote.run) -> int:
+  """Puts the array into the queue, unless it is there. The launcher's exit code."""
+  (array,) = planned.slices
+  waiting = run(queued(array.name))
+  if not waiting.ok:
+    print(f"nothing was submitted: {waiting.error}")
+    return 1
+  if tasks := waiting.stdout.split("\n")[:-1]:
+    print(f"{array.name} is in the queue already: {'; '.join(tasks)}")
+    return 0
+  remote.begin_anew(planned, array, jobs)
+  remote.upload(code, out)
+  remote.write_files(planned, array)
+  answer = run(array.commands[0])
+  if not answer.ok:
+    print(f"{array.name} was not submitted: {answer.error}")
+    return 1
+  print(f"{array.name} is submitted as job {answer.stdout.strip()}; its logs are "
+        f"{planned.out}/{array.name}/log-*.txt")
+  return 0

@@ -1,0 +1,237 @@
+"""The agent: on every machine of a slice, it trains the slice's cells one after another.
+
+The leader (host 0 of slice 0) decides which cell is next and says so in now.json, numbered;
+the others follow the numbers. So all hosts are always in the same attempt at the same cell:
+when one fails, all are told to begin the next attempt. Each host says in a file of its own that
+it lives.
+
+A cell's program may fail `max_failures` times; being stopped from outside does not count.
+"""
+
+import dataclasses
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from launch import jobs as jobs_lib
+from launch.host import machine
+from launch.host.trainer import Trainer
+from launch.jobs import Launch, read_launch, write_launch
+from launch.work import Work
+from moe_jax import run_dir as run_dir_lib
+from moe_jax.cli import EXIT_BAD_INPUT
+from moe_jax.errors import FieldError
+from moe_jax.run_dir import RunDir, read_json, write_json
+
+HANG_SECONDS = 1800.0  # without a step; the first one of a large model compiles for minutes
+HEARTBEAT_SECONDS = 30.0
+_MAX_BUSY = 20  # a run's old heartbeat takes two minutes to be taken for dead
+_FINAL = {EXIT_BAD_INPUT: jobs_lib.REFUSED, run_dir_lib.EXIT_DIVERGED: run_dir_lib.DIVERGED}
+
+
+class Stopped(Exception):
+  """The machine is going away: everything was told to save."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+  """How often the agent looks, in seconds; tests look more often."""
+
+  poll: float = 5.0
+  retry: float = 15.0
+  hang: float = HANG_SECONDS
+
+
+class Agent:
+  """One host's part in a slice's work."""
+
+  def __init__(self, work: Work, folder: epath.Path, worker: str, pace: Pace = Pace(),
+               trouble: Callable[[], str | None] = machine.trouble):
+    self._work, self._folder, self._worker, self._pace = work, folder, worker, pace
+    self._trouble = trouble
+    self._stopping = False
+    self._said = 0.0
+    self._environ: dict[str, str] = {}
+
+  def run(self) -> int:
+    """Works until all cells have ended. The exit code: 0, or EXIT_PREEMPTED when stopped."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, lambda *_: setattr(self, "_stopping", True))
+    self._say("starting")
+    if trouble := self._trouble():
+      self._say("dirty", trouble)
+      print(f"this machine is of no use: {trouble}", flush=True)
+      return 1
+    self._environ = machine.read_secrets(self._work.secrets)
+    self._environ["MOE_JAX_COMMIT"] = self._work.commit
+    try:
+      if self._worker == machine.LEADER:
+        self._lead()
+      else:
+        self._follow()
+    except Stopped:
+      self._say("stopped")
+      return run_dir_lib.EXIT_PREEMPTED
+    self._say("done")
+    return 0
+
+  # the leader
+
+  def _lead(self) -> None:
+    for name in self._work.cells:
+      while (why := self._why_ended(name)) is None:
+        self._attempt(name)
+      print(f"{name}: {why}", flush=True)
+    self._publish(None)
+
+  def _why_ended(self, name: str) -> str | None:
+    """`finished`, or why the cell is given up; None while there is something to try."""
+    run_dir = self._run_dir(name)
+    try:
+      if run_dir.read_status().get("state") == run_dir_lib.FINISHED:
+        return run_dir_lib.FINISHED
+      launch = read_launch(run_dir)
+    except FieldError as error:
+      return f"given up: {error}"
+    if launch is None:
+      return None
+    if launch.state in _FINAL.values():
+      return f"given up: {launch.state}: {launch.error}"
+    if launch.failures >= self._work.max_failures:
+      return f"given up after {launch.failures} failures: {launch.error}"
+    return None
+
+  def _attempt(self, name: str) -> None:
+    """One attempt at a cell, recorded in its launch.json."""
+    run_dir, before = self._run_dir(name), read_launch(self._run_dir(name))
+    self._publish(name)
+    trainer = Trainer(self._work.cells[name], self._environ)
+    launch = Launch(self._work.backend, trainer.command, 1 + (before.attempt if before else 0),
+                    socket.gethostname(), trainer.pid, trainer.started,
+                    failures=before.failures if before else 0)
+    write_launch(run_dir, launch)
+    code, error = self._watch(trainer, name)
+    launch = _ended(launch, code, error or self._error_of(run_dir, trainer, code),
+                    self._finished(run_dir))
+    if launch.state == jobs_lib.BUSY and launch.attempt % _MAX_BUSY == 0:
+      launch = dataclasses.replace(launch, state=run_dir_lib.FAILED,
+                                   failures=self._work.max_failures)
+    write_launch(run_dir, launch)
+    print(f"{name}: attempt {launch.attempt} {launch.state}"
+          + (f": {launch.error}" if launch.error else ""), flush=True)
+    if self._stopping:
+      raise Stopped
+    if launch.state != run_dir_lib.FINISHED:
+      self._pause(self._pace.retry)
+
+  def _watch(self, trainer: Trainer, name: str) -> tuple[int, str | None]:
+    """Waits for the trainer's end. (exit code, error of ours or None)."""
+    step, since = None, time.monotonic()
+    while (code := trainer.poll()) is None:
+      if self._stopping:
+        return trainer.stop(), None
+      self._beat(name)
+      now = self._step_of(name)
+      if now != step:
+        step, since = now, time.monotonic()
+      if time.monotonic() - since > self._pace.hang:
+        trainer.kill()
+        return 1, f"hung at step {step}: no step for {self._pace.hang:.0f} s"
+      time.sleep(self._pace.poll)
+    return code, None
+
+  def _publish(self, name: str | None) -> None:
+    before = read_json(self._now) or {"sequence": 0}
+    write_json(self._now, {"sequence": before["sequence"] + 1, "cell": name,
+                           "done": name is None})
+
+  # a follower
+
+  def _follow(self) -> None:
+    trainer, done = None, 0
+    try:
+      while True:
+        now = read_json(self._now) or {"sequence": 0, "cell": None, "done": False}
+        if now["sequence"] != done:
+          if trainer is not None and trainer.poll() is None:
+            trainer.stop()
+          done, trainer = now["sequence"], None
+          if now["done"]:
+            return
+          if now["cell"] is not None:
+            trainer = Trainer(self._work.cells[now["cell"]], self._environ)
+        self._beat(now["cell"])
+        self._pause(self._pace.poll)
+    finally:
+      if trainer is not None and trainer.poll() is None:
+        trainer.stop()
+
+  # both
+
+  @property
+  def _now(self) -> epath.Path:
+    return self._folder / "now.json"
+
+  def _run_dir(self, name: str) -> RunDir:
+    return RunDir(epath.Path(self._work.out) / self._work.experiment / name)
+
+  def _step_of(self, name: str) -> Any:
+    try:
+      return self._run_dir(name).read_status().get("step")
+    except FieldError:
+      return None
+
+  def _finished(self, run_dir: RunDir) -> bool:
+    try:
+      return run_dir.read_status().get("state") == run_dir_lib.FINISHED
+    except FieldError:
+      return False
+
+  def _error_of(self, run_dir: RunDir, trainer: Trainer, code: int) -> str | None:
+    if code < 0:
+      return f"killed by {signal.Signals(-code).name}"
+    try:
+      status = run_dir.read_status()
+    except FieldError as error:
+      return str(error)
+    if status.get("pid") == trainer.pid and status.get("error"):
+      return " ".join(status["error"].split())
+    return f"ended with exit code {code}"
+
+  def _pause(self, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not self._stopping and time.monotonic() < deadline:
+      time.sleep(min(0.1, seconds))
+    if self._stopping:
+      raise Stopped
+
+  def _beat(self, cell: str | None) -> None:
+    if time.time() - self._said > HEARTBEAT_SECONDS:
+      self._say("working", cell=cell)
+
+  def _say(self, state: str, trouble: str | None = None, cell: str | None = None) -> None:
+    self._said = time.time()
+    write_json(self._folder / f"host-{self._worker}.json", {
+        "state": state, "trouble": trouble, "cell": cell, "host": socket.gethostname(),
+        "pid": os.getpid(), "heartbeat": self._said})
+
+
+def _ended(launch: Launch, code: int, error: str | None, finished: bool) -> Launch:
+  """The launch with how it ended; only the program's own failures count as such."""
+  launch = dataclasses.replace(launch, ended=time.time(), exit_code=code, error=error)
+  if finished:
+    return dataclasses.replace(launch, state=run_dir_lib.FINISHED, error=None)
+  if code == run_dir_lib.EXIT_PREEMPTED:
+    return dataclasses.replace(launch, state=run_dir_lib.PREEMPTED, error=None)
+  if code == run_dir_lib.EXIT_BUSY:
+    return dataclasses.replace(launch, state=jobs_lib.BUSY)
+  if code in _FINAL:
+    return dataclasses.replace(launch, state=_FINAL[code])
+  if code == -signal.SIGTERM:
+    return dataclasses.replace(launch, state=jobs_lib.STOPPED)
+  return dataclasses.replace(launch, state=run_dir_lib.FAILED, failures=launch.failures + 1)

@@ -1,0 +1,90 @@
+"""The machine that a slice's agent finds itself on: its number, its accelerator, its secrets."""
+
+import os
+import pathlib
+import re
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+
+LEADER = "0-0"
+_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+
+
+def metadata(key: str) -> str | None:
+  """An attribute of this Google Cloud machine, or None."""
+  request = urllib.request.Request(_METADATA + key, headers={"Metadata-Flavor": "Google"})
+  try:
+    with urllib.request.urlopen(request, timeout=5) as answer:
+      return answer.read().decode()
+  except (OSError, urllib.error.URLError):
+    return None
+
+
+def worker_number(hosts: int, environ: Mapping[str, str],
+                  read: Callable[[str], str | None] = metadata) -> str:
+  """`SLICE-HOST` of this machine among those of its run, `0-0` for the one that leads.
+
+  Args:
+    hosts: of the run.
+    environ: os.environ, in which SLURM and Kubernetes say it.
+    read: a key of the metadata server, in which Cloud TPU says it.
+
+  Raises:
+    RuntimeError: the run has several hosts and nothing says which this one is.
+  """
+  if hosts == 1:
+    return LEADER
+  if "SLURM_PROCID" in environ:
+    return f"0-{environ['SLURM_PROCID']}"
+  if "JOB_COMPLETION_INDEX" in environ:
+    return f"{environ.get('MOE_JAX_SLICE', '0')}-{environ['JOB_COMPLETION_INDEX']}"
+  host = read("agent-worker-number")
+  if host is None:
+    raise RuntimeError(f"the run has {hosts} hosts, and neither SLURM, Kubernetes nor Cloud "
+                       "TPU's metadata says which this one is")
+  found = re.search(r"^MEGASCALE_SLICE_ID: *'?([0-9]+)", read("tpu-env") or "", re.MULTILINE)
+  return f"{found[1] if found else 0}-{host.strip()}"
+
+
+def trouble(proc: pathlib.Path = pathlib.Path("/proc"),
+            lock: pathlib.Path = pathlib.Path("/tmp/libtpu_lockfile")) -> str | None:
+  """Why the accelerator cannot be had, in one line, or None.
+
+  A lock file that libtpu left behind is removed, if nobody holds the chips.
+  """
+  for link in proc.glob("[0-9]*/fd/*"):
+    try:
+      target = os.readlink(link)
+    except OSError:  # it ended meanwhile
+      continue
+    if re.fullmatch(r"/dev/(vfio/[0-9]+|accel[0-9]+)", target):
+      return f"{target} is held by process {link.parts[-3]}"
+  try:
+    lock.unlink(missing_ok=True)
+  except OSError as error:
+    return f"{lock} is left behind and cannot be removed: {error.strerror}"
+  return None
+
+
+def read_secrets(secrets: Mapping[str, str]) -> dict[str, str]:
+  """Variable -> value, read from where it lies: a file, or Secret Manager by way of gcloud.
+
+  Raises:
+    RuntimeError: one cannot be read; the message names it and where it lies.
+  """
+  return {name: _read_secret(name, where) for name, where in secrets.items()}
+
+
+def _read_secret(name: str, where: str) -> str:
+  try:
+    if where.startswith("/"):
+      return pathlib.Path(where).read_text().rstrip("\n")
+    _, project, _, secret, _, version = where.split("/")
+    return subprocess.run(
+        ["gcloud", "secrets", "versions", "access", version, f"--secret={secret}",
+         f"--project={project}"], check=True, capture_output=True, text=True).stdout
+  except (OSError, subprocess.CalledProcessError) as error:
+    reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+    raise RuntimeError(f"secret {name} cannot be read from {where}: {''.join(reason)}") from None

@@ -1,0 +1,44 @@
+"""One trainer as a child of the agent: started, watched, stopped."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+STOP_SECONDS = 100.0  # a spot machine has two minutes, a pod its grace period
+
+
+class Trainer:
+  """A running trainer, in a process group of its own."""
+
+  def __init__(self, command: Sequence[str], environ: Mapping[str, str]):
+    self.command = (sys.executable, *command[1:])
+    self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL,
+                                     env={**os.environ, **environ}, start_new_session=True)
+    self.pid = self._process.pid
+    self.started = time.time()
+
+  def poll(self) -> int | None:
+    """The exit code, or None while it runs; negative is the signal that killed it."""
+    code = self._process.poll()
+    if code is not None:  # workers that it left behind
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(self.pid, signal.SIGKILL)
+    return code
+
+  def stop(self, patience: float = STOP_SECONDS, sleep: Callable[[float], None] = time.sleep
+           ) -> int:
+    """Asks it to save and end; kills it after `patience` seconds. The exit code."""
+    self._process.terminate()
+    deadline = time.monotonic() + patience
+    while self.poll() is None and time.monotonic() < deadline:
+      sleep(0.1)
+    return self.kill() if self._process.returncode is None else self._process.returncode
+
+  def kill(self) -> int:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(self.pid, signal.SIGKILL)
+    return self._process.wait()

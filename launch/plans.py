@@ -1,0 +1,79 @@
+"""A plan: what submitting would write and run. Pure values, which a dry run prints."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """A file to be written whole.
+
+  Attributes:
+    path: below `<out>/<experiment>/_slices/`.
+    text: its content.
+  """
+
+  path: str
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SlicePlan:
+  """One slice: a queued resource, a JobSet or an sbatch array.
+
+  Attributes:
+    name: of the resource.
+    cells: their names, in the order in which they are trained.
+    files: written before the commands are run.
+    commands: argument lists, never shell text. `{slices}` in one stands for the folder
+      `<out>/<experiment>/_slices`, or for a local copy of it.
+  """
+
+  name: str
+  cells: tuple[str, ...]
+  files: tuple[File, ...]
+  commands: tuple[tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """All slices of a submission.
+
+  Attributes:
+    backend, experiment: names.
+    out: the folder of the slices' files.
+    slices: one plan each.
+    notes: what a person should know before money is spent, a line each.
+  """
+
+  backend: str
+  experiment: str
+  out: str
+  slices: tuple[SlicePlan, ...]
+  notes: tuple[str, ...] = ()
+
+
+def with_folder(command: Sequence[str], folder: str) -> tuple[str, ...]:
+  """The command with `{slices}` replaced by a folder."""
+  return tuple(argument.replace("{slices}", folder) for argument in command)
+
+
+def to_text(plan: Plan) -> list[str]:
+  """Lines that a shell could run, once the files are there; the rest are comments."""
+  lines = [f"# {note}" for note in plan.notes]
+  for share in plan.slices:
+    lines.append(f"# {share.name}: {len(share.cells)} cells: {', '.join(share.cells)}")
+    lines += [f"# writes {plan.out}/{file.path}, {len(file.text.encode()):,} bytes"
+              for file in share.files]
+    lines += [shlex.join(with_folder(command, plan.out)) for command in share.commands]
+  return lines
+
+
+def to_json(plan: Plan) -> str:
+  """The whole plan, files included, for a program."""
+  found = dataclasses.asdict(plan)
+  for share in found["slices"]:
+    share["commands"] = [with_folder(command, plan.out) for command in share["commands"]]
+  return json.dumps(found, indent=1)

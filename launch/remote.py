@@ -1,0 +1,110 @@
+"""Submitting to machines that are not this one: code and files first, then commands."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+
+from etils import epath
+
+from launch.code import Code
+from launch.jobs import Job, read_launch, write_launch
+from launch.plans import Plan, SlicePlan, with_folder
+from launch.state import PENDING
+from moe_jax.errors import FieldError
+from moe_jax.run_dir import write_bytes, write_text
+
+TIMEOUT_SECONDS = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What a command said. `code` is None where it did not answer in time."""
+
+  code: int | None
+  stdout: str
+  stderr: str
+
+  @property
+  def ok(self) -> bool:
+    return self.code == 0
+
+  @property
+  def error(self) -> str:
+    """Why it failed, in one line."""
+    if self.code is None:
+      return f"no answer in {TIMEOUT_SECONDS:.0f} s"
+    lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
+    told = next((line for line in lines if line.startswith("ERROR")), None)
+    return told or (lines[-1] if lines else f"exit code {self.code}")
+
+
+Run = Callable[[Sequence[str]], Answer]
+
+
+def run(command: Sequence[str]) -> Answer:
+  """Runs a command of a cloud's own tool. Raises FieldError where the tool is missing."""
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
+                          stdin=subprocess.DEVNULL, errors="replace")
+  except FileNotFoundError:
+    raise FieldError("backend", command[0], "is not on PATH; this backend works through "
+                     "it") from None
+  except subprocess.TimeoutExpired as error:
+    return Answer(None, _text(error.stdout), _text(error.stderr))
+  return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def _text(output: bytes | str | None) -> str:
+  return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+def upload(code: Code, out: str) -> None:
+  """Puts the code where the machines find it, once; its name is its hash."""
+  target = epath.Path(out) / "_code" / code.file_name
+  if not target.exists():
+    write_bytes(target, code.archive)
+
+
+def write_files(plan: Plan, share: SlicePlan) -> None:
+  for file in share.files:
+    write_text(epath.Path(plan.out) / file.path, file.text)
+
+
+def execute(share: SlicePlan, run: Run) -> str | None:
+  """Runs a slice's commands, beside a local copy of its files. The error, or None."""
+  with tempfile.TemporaryDirectory(prefix="moe_jax-") as folder:
+    for file in share.files:
+      copy = pathlib.Path(folder, file.path)
+      copy.parent.mkdir(parents=True, exist_ok=True)
+      copy.write_text(file.text)
+    for command in share.commands:
+      answer = run(with_folder(command, folder))
+      if not answer.ok:
+        return answer.error
+  return None
+
+
+def note_on(out: str) -> tuple[str, ...]:
+  """What to know of an --out that only this machine may see."""
+  if "://" in os.fspath(out):
+    return ()
+  return (f"--out={out} is a path: every machine must see this directory under it",)
+
+
+def begin_anew(plan: Plan, share: SlicePlan, jobs: Sequence[Job]) -> None:
+  """Before a slice's work begins: what earlier attempts left of their agents' talk is removed,
+  and cells that were given up may fail again."""
+  for file in share.files:
+    if file.path.endswith("work.json"):
+      (epath.Path(plan.out) / file.path).with_name("now.json").unlink(missing_ok=True)
+  wanted = set(share.cells)
+  for job in jobs:
+    if job.name in wanted and not job.is_finished():
+      with contextlib.suppress(FieldError):  # a damaged file is the trainer's to refuse
+        launch = read_launch(job.run_dir)
+        if launch is not None and launch.ended is not None:
+          write_launch(job.run_dir, dataclasses.replace(launch, state=PENDING, failures=0))

@@ -1,0 +1,68 @@
+"""work.json: what the machines of one slice are to do. The launcher writes it, `launch.host`
+reads it."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+
+from launch.code import Code
+from launch.shares import Share
+from moe_jax.errors import DamagedFile
+
+MAX_FAILURES = 3  # times a cell's program may fail before it is given up
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """The cells of a slice.
+
+  Attributes:
+    name: of the slice.
+    experiment, out: of all its cells.
+    cells: name -> the trainer's command line; its first word stands for the interpreter.
+    hosts: machines that take part in each run.
+    secrets: variable -> where its value lies, never the value.
+    max_failures: of one cell's program, before it is given up.
+    backend: name of the backend.
+    commit: of the code.
+  """
+
+  name: str
+  experiment: str
+  out: str
+  cells: Mapping[str, tuple[str, ...]]
+  hosts: int = 1
+  secrets: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  max_failures: int = MAX_FAILURES
+  backend: str = ""
+  commit: str = ""
+
+
+def work_of(share: Share, code: Code, out: str, backend: str, hosts: int = 1,
+            secrets: Mapping[str, str] | None = None) -> Work:
+  """The work of a share, with the experiment file where the unpacked code has it."""
+  cells = {job.name: ("python", *(_in_archive(word, code) for word in job.command[1:]))
+           for job in share.jobs}
+  return Work(share.name, share.jobs[0].cell.experiment, out, cells, hosts, secrets or {},
+              backend=backend, commit=code.commit)
+
+
+def _in_archive(word: str, code: Code) -> str:
+  if not word.startswith("--config="):
+    return word
+  return f"--config={code.experiment}:{word.rpartition(':')[2]}"
+
+
+def to_text(work: Work) -> str:
+  return json.dumps(dataclasses.asdict(work), indent=1) + "\n"
+
+
+def from_text(text: str, where: str | os.PathLike) -> Work:
+  """Raises DamagedFile, which names `where`."""
+  try:
+    stored = json.loads(text)
+    cells = {name: tuple(command) for name, command in stored.pop("cells").items()}
+    return Work(cells=cells, **stored)
+  except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    raise DamagedFile("work", os.fspath(where), f"is damaged: {error}") from None

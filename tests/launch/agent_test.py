@@ -1,0 +1,192 @@
+"""The agent on a slice's machines, with real processes: cells in turn, budgets, one attempt for
+all hosts."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from etils import epath
+
+from launch.host import machine
+from launch.host.agent import Agent, Pace
+from launch.jobs import read_launch
+from launch.work import Work, from_text, to_text
+from moe_jax.errors import DamagedFile
+from moe_jax.grid import select
+from moe_jax.run_dir import RunDir
+from tests.experiment_files import ROOT, write_tiny
+from tests.launch.submitter import TRAINER
+
+PATIENCE = 60
+
+
+def _work(tmp_path, behaviours, **fields):
+  """A work.json of tiny cells; its path."""
+  spec, out = write_tiny(tmp_path, seeds=len(behaviours), steps=fields.pop("steps", 20)), str(
+      tmp_path / "runs")
+  cells = {cell.name: ("python", str(TRAINER), behaviour, f"--config={cell.selector}",
+                       f"--out={out}")
+           for cell, behaviour in zip(select(spec), behaviours, strict=True)}
+  file = tmp_path / "runs" / "tiny" / "_slices" / "s0" / "work.json"
+  file.parent.mkdir(parents=True)
+  file.write_text(to_text(Work("s0", "tiny", out, cells, backend="test", **fields)))
+  return file
+
+
+def _run(file, **environment):
+  return subprocess.Popen(
+      [sys.executable, "-m", "launch.host", f"--work={file}", "--poll_seconds=0.05",
+       "--retry_seconds=0.05", f"--hang_seconds={environment.pop('hang', 60)}"], cwd=ROOT,
+      text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+
+
+def _launches(file):
+  todo = from_text(file.read_text(), file)
+  return [read_launch(RunDir(epath.Path(todo.out) / "tiny" / name)) for name in todo.cells]
+
+
+def _wait_until(condition):
+  deadline = time.monotonic() + PATIENCE
+  while not condition():
+    assert time.monotonic() < deadline, "it did not happen"
+    time.sleep(0.02)
+
+
+def test_cells_are_trained_in_turn_and_failures_have_a_budget(tmp_path):
+  file = _work(tmp_path, ["ok", "crash_once", "broken", "diverge"])
+  agent = _run(file)
+  output, _ = agent.communicate(timeout=PATIENCE)
+  assert agent.returncode == 0, output
+  launches = _launches(file)
+  assert [launch.state for launch in launches] == ["finished", "finished", "failed", "diverged"]
+  assert [launch.failures for launch in launches] == [0, 1, 3, 0]
+  assert [launch.attempt for launch in launches] == [1, 2, 3, 1]
+  assert "given up after 3 failures" in output
+  now = json.loads((file.parent / "now.json").read_text())
+  assert now["done"] and now["sequence"] == 8  # seven attempts, and the end
+
+
+def test_a_hung_run_is_ended_and_counts_as_a_failure(tmp_path):
+  file = _work(tmp_path, ["hang_once"])
+  agent = _run(file, hang="2")
+  output, _ = agent.communicate(timeout=PATIENCE)
+  assert agent.returncode == 0, output
+  assert "hung at step 7: no step for 2 s" in output
+  (launch,) = _launches(file)
+  assert (launch.state, launch.failures, launch.attempt) == ("finished", 1, 2)
+
+
+def test_told_to_stop_it_saves_and_the_next_agent_goes_on(tmp_path):
+  file = _work(tmp_path, ["slow"], steps=100)
+  agent = _run(file)
+  status = tmp_path / "runs" / "tiny"
+  _wait_until(lambda: any(json.loads(found.read_text())["step"] > 3
+                          for found in status.glob("l*/status.json")))
+  agent.send_signal(signal.SIGTERM)
+  output, _ = agent.communicate(timeout=PATIENCE)
+  assert agent.returncode == 75, output
+  (launch,) = _launches(file)
+  assert (launch.state, launch.failures) == ("preempted", 0)
+  agent = _run(file)
+  agent.communicate(timeout=PATIENCE)
+  (launch,) = _launches(file)
+  assert (agent.returncode, launch.state, launch.attempt) == (0, "finished", 2)
+
+
+def test_all_hosts_are_in_the_same_attempt(tmp_path):
+  """A crash on the leader begins a new attempt on the follower too."""
+  file = _work(tmp_path, ["crash_once", "ok"], hosts=2)
+  log = tmp_path / "follower.txt"
+  script = tmp_path / "follower.py"  # what a host beside the leader runs: it only says so
+  script.write_text("import pathlib, sys, time\n"
+                    f"with open({str(log)!r}, 'a') as log: print(sys.argv[1], file=log)\n"
+                    "time.sleep(600)\n")
+  leader = _run(file, SLURM_PROCID="0")
+  todo = json.loads(file.read_text())
+  todo["cells"] = {name: ["python", str(script), name] for name in todo["cells"]}
+  theirs = file.with_name("follower-work.json")
+  theirs.write_text(json.dumps(todo))
+  follower = _run(theirs, SLURM_PROCID="1")
+  assert leader.wait(PATIENCE) == 0
+  output, _ = follower.communicate(timeout=PATIENCE)
+  assert follower.returncode == 0, output
+  names = list(todo["cells"])
+  began = log.read_text().split() if log.exists() else []
+  assert began == sorted(began, key=names.index)  # in the leader's order, none after the end
+  hosts = sorted(found.name for found in file.parent.glob("host-*.json"))
+  assert hosts == ["host-0-0.json", "host-0-1.json"]
+
+
+def test_secrets_reach_the_trainer_and_no_file(tmp_path):
+  secret, seen = tmp_path / "token", tmp_path / "seen"
+  secret.write_text("hunter2\n")
+  script = tmp_path / "show.py"
+  script.write_text(f"import os; open({str(seen)!r}, 'w').write(os.environ['TOKEN'])\n")
+  file = _work(tmp_path, ["ok"], secrets={"TOKEN": str(secret)}, max_failures=1)
+  todo = json.loads(file.read_text())
+  todo["cells"] = {name: ["python", str(script)] for name in todo["cells"]}
+  file.write_text(json.dumps(todo))
+  output, _ = _run(file).communicate(timeout=PATIENCE)
+  assert seen.read_text() == "hunter2"
+  texts = [path.read_text() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+  assert not any("hunter2" in text for text in [output, *texts])
+  secret.unlink()
+  output, _ = _run(file).communicate(timeout=PATIENCE)
+  assert output.startswith(f"error: secret TOKEN cannot be read from {secret}: ")
+
+
+def test_a_dirty_machine_says_so_and_trains_nothing(tmp_path):
+  file = _work(tmp_path, ["ok"])
+  todo = from_text(file.read_text(), file)
+  agent = Agent(todo, epath.Path(file.parent), "0-0", Pace(), lambda: "/dev/vfio/0 is held")
+  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  try:
+    assert agent.run() == 1
+  finally:
+    signal.signal(signal.SIGTERM, before[0])
+    signal.signal(signal.SIGINT, before[1])
+  said = json.loads((file.parent / "host-0-0.json").read_text())
+  assert (said["state"], said["trouble"]) == ("dirty", "/dev/vfio/0 is held")
+  assert not (file.parent / "now.json").exists()
+
+
+def test_chips_that_another_process_holds_are_found(tmp_path):
+  lock, proc = tmp_path / "libtpu_lockfile", tmp_path / "proc"
+  lock.touch()
+  (proc / "41" / "fd").mkdir(parents=True)
+  (proc / "41" / "fd" / "3").symlink_to("/dev/null")
+  assert machine.trouble(proc, lock) is None
+  assert not lock.exists()  # left behind by a process that is gone
+  lock.touch()
+  (proc / "41" / "fd" / "4").symlink_to("/dev/vfio/2")
+  assert machine.trouble(proc, lock) == "/dev/vfio/2 is held by process 41"
+  assert lock.exists()
+
+
+@pytest.mark.parametrize("environ, attributes, worker", [
+    ({"SLURM_PROCID": "3"}, {}, "0-3"),
+    ({"JOB_COMPLETION_INDEX": "1", "MOE_JAX_SLICE": "2"}, {}, "2-1"),
+    ({}, {"agent-worker-number": "1", "tpu-env": "TYPE: 'v6e'\nMEGASCALE_SLICE_ID: '1'\n"},
+     "1-1"),
+    ({}, {"agent-worker-number": "0"}, "0-0"),
+])
+def test_each_host_knows_its_number(environ, attributes, worker):
+  assert machine.worker_number(4, environ, attributes.get) == worker
+
+
+def test_a_host_without_a_number_is_an_error_unless_it_is_alone():
+  assert machine.worker_number(1, {}, {}.get) == "0-0"
+  with pytest.raises(RuntimeError, match="4 hosts, and neither SLURM"):
+    machine.worker_number(4, {}, {}.get)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"cells": {}}'])
+def test_damaged_work_is_named(text):
+  with pytest.raises(DamagedFile, match="work='x/work.json': is damaged"):
+    from_text(text, pathlib.Path("x/work.json"))

@@ -1,0 +1,96 @@
+"""How machines get the code: the image's boot.py and the TPU VM's start-up script, really run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launch.backends import gcloud
+from launch.code import pack
+from tests.experiment_files import ROOT
+
+_BOOT = ROOT / "launch" / "host" / "boot.py"
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+  """This repository, with a stand-in for the agent that says where it runs."""
+  checkout = tmp_path_factory.mktemp("checkout")
+  (checkout / "launch").mkdir()
+  for name in ("__init__.py", "host.py"):
+    (checkout / "launch" / name).write_text(
+        "import os, sys; print('agent', sys.argv[1:], os.path.exists('code.json'))\n"
+        "log = open(os.environ['SEEN'], 'a'); print(*sys.argv[1:], file=log); log.close()\n"
+        "sys.exit(1 if len(open(os.environ['SEEN']).readlines()) < 2 else 0)\n"
+        if name == "host.py" else "")
+  for command in (["init", "--quiet"], ["add", "."],
+                  ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):
+    subprocess.run(["git", *command], cwd=checkout, check=True)
+  return pack(str(checkout / "launch" / "host.py"), checkout)
+
+
+@pytest.fixture
+def out(tmp_path, code):
+  (tmp_path / "out" / "_code").mkdir(parents=True)
+  (tmp_path / "out" / "_code" / code.file_name).write_bytes(code.archive)
+  return tmp_path / "out"
+
+
+def _boot(out, code, sha256):
+  return subprocess.run(
+      [sys.executable, str(_BOOT), f"--code={out}/_code/{code.file_name}", f"--sha256={sha256}",
+       "--", "-m", "launch.host", "--work=w"], capture_output=True, text=True,
+      env={**os.environ, "SEEN": str(out / "seen")})
+
+
+def test_the_image_runs_exactly_the_code_that_was_submitted(out, code):
+  assert "agent ['--work=w'] True" in _boot(out, code, code.sha256).stdout
+  done = _boot(out, code, "0" * 64)
+  assert done.returncode == 1
+  assert "it was changed or cut" in done.stderr
+
+
+def _startup(tmp_path, out, code, delete):
+  """Runs the script as a booting TPU VM would; its `gcloud` only says what it was told."""
+  tools = tmp_path / "tools"
+  tools.mkdir(exist_ok=True)
+  (tools / "gcloud").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/deleted\n')
+  (tools / "gcloud").chmod(0o755)
+  options = gcloud.Options("p", ("us-east5-b",), "v6e-8", python=sys.executable,
+                           delete_when_done=delete)
+  text = gcloud.startup_script("s0", options, code, str(out), "e x", "us-east5-b")
+  return subprocess.run(
+      ["bash"], input=text, text=True, timeout=60, cwd="/",
+      env={"PATH": f"{tools}:{os.environ['PATH']}", "MOE_JAX_HOME": str(tmp_path / "home"),
+           "MOE_JAX_PAUSE": "0.1", "SEEN": str(tmp_path / "seen")})
+
+
+def test_the_start_up_script_goes_on_until_the_agent_is_done_then_deletes(tmp_path, out, code):
+  assert _startup(tmp_path, out, code, delete=True).returncode == 0
+  assert (tmp_path / "seen").read_text() == f"--work={out}/e x/_slices/s0/work.json\n" * 2
+  assert (tmp_path / "deleted").read_text().split() == list(
+      gcloud.delete("s0", gcloud.Options("p", ("us-east5-b",), "v6e-8"), "us-east5-b")[1:])
+  assert "ended with 1; once more" in (tmp_path / "home" / "log.txt").read_text()
+  assert _startup(tmp_path, out, code, delete=True).returncode == 0  # a reboot
+  assert len((tmp_path / "seen").read_text().splitlines()) == 3
+
+
+def test_it_deletes_nothing_unless_told_to(tmp_path, out, code):
+  (tmp_path / "seen").write_text("before\n")
+  assert _startup(tmp_path, out, code, delete=False).returncode == 0
+  assert not (tmp_path / "deleted").exists()
+
+
+def test_code_that_was_changed_is_not_run(tmp_path, out, code):
+  (out / "_code" / code.file_name).write_bytes(code.archive[:-1] + b"?")
+  text = gcloud.startup_script("s0", gcloud.Options("p", ("us-east5-b",), "v6e-8",
+                                                    python=sys.executable), code, str(out), "e",
+                               "us-east5-b")
+  done = subprocess.run(
+      ["timeout", "3", "bash"], input=text, text=True, cwd="/",
+      env={"PATH": os.environ["PATH"], "MOE_JAX_HOME": str(tmp_path / "home"),
+           "MOE_JAX_PAUSE": "0.1", "SEEN": str(tmp_path / "seen")})
+  assert done.returncode == 124  # it tries for as long as the machine is there
+  assert "FAILED" in (tmp_path / "home" / "log.txt").read_text()
+  assert not (tmp_path / "seen").exists()

@@ -1,0 +1,157 @@
+"""What is sent to clouds is what they accept: gcloud's own parser, and schemas of manifests."""
+
+import functools
+import json
+import pathlib
+import re
+import subprocess
+
+import pytest
+from hypothesis import given, settings
+
+from launch.backends import gcloud, gke, slurm
+from launch.code import Code
+from launch.jobs import jobs_of
+from launch.plans import with_folder
+from moe_jax.grid import select
+from tests.experiment_files import write_tiny
+from tests.launch import gcloud_parser
+from tests.launch.plan_options import GCLOUD, GKE, SLURM
+
+_CODE = Code("0123456789ab+", "a" * 64, "experiments/tiny.py", b"")
+_SCHEMAS = pathlib.Path(__file__).with_name("schemas")
+EXAMPLES = 12
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+  return jobs_of(select(write_tiny(tmp_path_factory.mktemp("grid"), seeds=5)), "/runs", [])
+
+
+def _lines(options, jobs):
+  """Every kind of command line that gcloud is given with these options."""
+  planned = gcloud.plan(jobs, options, _CODE, "/runs")
+  name, zone = planned.slices[0].name, options.zones[0]
+  return [*(with_folder(command, "/tmp/files") for share in planned.slices[:1]
+            for command in share.commands),
+          gcloud.describe(name, options, zone), gcloud.delete(name, options, zone),
+          gcloud.list_all(options, zone), gcloud.accelerator(options, zone),
+          gcloud.bucket(options, "some-bucket"),
+          gcloud.ssh(name, options, zone, "tail -n 5 'a b'; true", "all"),
+          gcloud.ssh(name, options, zone, "date", "0")]
+
+
+def test_gcloud_accepts_every_command_line(jobs, tmp_path):
+  if gcloud_parser.sdk() is None:
+    pytest.skip("no gcloud here: its parser cannot be asked (install google-cloud-cli)")
+  lines = []
+
+  @settings(max_examples=EXAMPLES, deadline=None, database=None)
+  @given(GCLOUD)
+  def collect(options):
+    lines.extend(_lines(options, jobs))
+
+  collect()
+  (tmp_path / "files").mkdir()
+  startup = tmp_path / "files" / "startup.sh"
+  startup.write_text("#!/bin/bash\n")
+  # gcloud reads the script while it parses: any file will do
+  lines = [tuple(argument if "startup-script=" not in argument else
+                 f"--metadata-from-file=startup-script={startup}" for argument in line)
+           for line in lines]
+  assert gcloud_parser.refused(sorted(set(lines)), tmp_path) == []
+
+
+def test_gclouds_parser_does_refuse(tmp_path, jobs):
+  if gcloud_parser.sdk() is None:
+    pytest.skip("no gcloud here: its parser cannot be asked (install google-cloud-cli)")
+  options = gcloud.Options("p", ("us-east5-b",), "v6e-8")
+  good = gcloud.describe("a", options, "us-east5-b")
+  assert gcloud_parser.refused([good], tmp_path) == []
+  assert "unrecognized" in gcloud_parser.refused([(*good, "--provisioning-model=x")], tmp_path)[0]
+
+
+# Flags per command as gcloud 528 documents them, for machines without gcloud.
+_CREATE = {"--project", "--zone", "--accelerator-type", "--runtime-version", "--node-id",
+           "--node-count", "--node-prefix", "--spot", "--reserved", "--labels",
+           "--metadata-from-file", "--network", "--subnetwork", "--service-account",
+           "--valid-until-duration", "--internal-ips", "--async", "--quiet"}
+_FLAGS = {"create": _CREATE, "describe": {"--project", "--zone", "--format"},
+          "delete": {"--project", "--zone", "--force", "--async", "--quiet"},
+          "list": {"--project", "--zone", "--format"},
+          "ssh": {"--project", "--zone", "--node", "--worker", "--command", "--internal-ip",
+                  "--quiet"}}
+
+
+@settings(max_examples=60, deadline=None)
+@given(options=GCLOUD)
+def test_queued_resources_get_only_their_ga_flags(options, jobs):
+  for line in _lines(options, jobs):
+    if line[:4] == ("gcloud", "compute", "tpus", "queued-resources"):
+      flags = {word.partition("=")[0] for word in line if word.startswith("--")}
+      assert flags <= _FLAGS[line[4]]
+      if line[4] == "create":
+        assert ("--node-id" in flags) != ("--node-count" in flags)
+
+
+# kubectl
+
+
+@functools.cache
+def _validator():
+  """Validates of the manifests, kept small: the fields that this project may set, and no more."""
+  jsonschema = pytest.importorskip("jsonschema", reason="pip install jsonschema")
+  schema = json.loads((_SCHEMAS / "jobset.json").read_text())
+  jsonschema.Draft202012Validator.check_schema(schema)
+  return jsonschema.Draft202012Validator(schema)
+
+
+@settings(max_examples=60, deadline=None)
+@given(options=GKE)
+def test_every_manifest_is_valid(options, jobs):
+  for share in gke.plan(jobs, options, _CODE, "gs://bucket/runs").slices:
+    manifest = json.loads(share.files[1].text)
+    assert [error.message for error in _validator().iter_errors(manifest)] == []
+    (job,) = manifest["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    chips = spec["template"]["spec"]["containers"][0]["resources"]["limits"]["google.com/tpu"]
+    assert job["replicas"] * spec["completions"] * chips == options.slice.topology.chips
+    assert manifest["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") == options.queue
+
+
+def test_the_schema_does_refuse(jobs):
+  options = gke.Options("v6e-16", "image:1")
+  (share,) = gke.plan(jobs, options, _CODE, "gs://bucket/runs").slices
+  for spoil in (lambda it: it["spec"].update(replicatedJob=[]),
+                lambda it: it["metadata"].update(name="Not_A_Label"),
+                lambda it: it["metadata"]["labels"].update({"kueue.x-k8s.io/queue-name": "a b"}),
+                lambda it: it["spec"]["replicatedJobs"][0]["template"]["spec"].update(
+                    backoffLimit="0")):
+    manifest = json.loads(share.files[1].text)
+    spoil(manifest)
+    assert list(_validator().iter_errors(manifest))
+
+
+# sbatch
+
+
+@settings(max_examples=40, deadline=None)
+@given(options=SLURM)
+def test_an_sbatch_array_has_a_task_a_share(options, jobs):
+  (array,) = slurm.plan(jobs, options, _CODE, "/runs").slices
+  (command,) = array.commands
+  tasks = len(array.files) - 1
+  assert any(word.startswith(f"--array=0-{tasks - 1}") for word in command)
+  assert sorted(array.cells) == sorted(job.name for job in jobs)
+  assert "--requeue" in command and not any("gpus-per-task" in word for word in command)
+  todo = json.loads(array.files[0].text)
+  assert todo["hosts"] == options.nodes * (options.gpus_per_node or options.tasks_per_node or 1)
+
+
+@pytest.mark.parametrize("text", [
+    gcloud.startup_script("n", gcloud.Options("p", ("us-east5-b",), "v6e-8"), _CODE,
+                          "/a $(b) 'c'", "e", "us-east5-b"),
+    slurm.script("/a $(b) 'c'/_slices/x", slurm.Options(), _CODE, "/a $(b) 'c'")])
+def test_scripts_are_bash(text):
+  assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+  assert re.search("@[A-Z]", text) is None
