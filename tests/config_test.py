@@ -160,6 +160,14 @@ def test_a_routing_group_is_never_split_over_devices():
     resolve_mesh(config, 8)
 
 
+def test_a_group_of_the_whole_batch_needs_one_device():
+  config = override(CONFIG, {"moe.routing_group_tokens": 32 * 256})
+  assert config.group_tokens == config.batch_tokens
+  assert resolve_mesh(config, 1) == (1, 1, 1)
+  with pytest.raises(FieldError, match=r"each of the 2 devices whole routing groups of 32 seq"):
+    resolve_mesh(config, 2)
+
+
 @given(n_devices=strategies.sampled_from([1, 2, 4, 8, 16]), data=strategies.data())
 @settings(max_examples=50)
 def test_a_resolved_mesh_uses_all_devices_and_splits_evenly(n_devices, data):

@@ -27,7 +27,8 @@ SAME = ("evaluation", "corpus", "tokenizer", "seq_len", "data_fingerprint")
 # differ in any of these are no repeats of each other.
 RECIPE = ("batch_tokens", "schedule", "warmup_steps", "decay_fraction", "weight_decay",
           "dispatch", "capacity_factor", "routing_group_tokens", "norm_topk_prob", "router",
-          "balance_coef", "z_coef", "compute_dtype", "mask_documents")
+          "bias_update_rate", "jitter", "drop_order", "balance_coef", "z_coef", "compute_dtype",
+          "mask_documents")
 DETAILS = ("n_heads", "n_kv_heads", "head_dim", "n_shared_experts", "n_dense_layers", "d_dense")
 UNUSED = "_unused"  # why a row is no part of the fit; absent from the rows that are
 _FINISHED = "finished"
@@ -135,6 +136,8 @@ def _check_row(row: Row, path: str) -> None:
     error = f" ({row['error']})" if row.get("error") else ""
     row.setdefault(UNUSED, f"unfinished: state {row['state']!r}{error}, step "
                    f"{row.get('step') or 'unknown'} of {steps or 'unknown'}")
+  if row.get("causal") == "False":
+    row.setdefault(UNUSED, "its router is not causal: the loss has seen the future")
   for column in (*_POSITIVE, *_SEEDS):
     text = row[column].strip()
     if column == "loss" and text.lower() in ("", "none", "nan", "inf", "+inf", "-inf"):

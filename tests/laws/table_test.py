@@ -121,6 +121,13 @@ def test_unfinished_runs_are_listed_and_not_used(tmp_path, change, says):
   assert unused(tmp_path, rows) == {rows[0]["cell"]: says}
 
 
+def test_a_loss_that_has_seen_the_future_is_listed_and_not_used(tmp_path):
+  rows = [row | {"causal": True} for row in rows_of(**ONE_RATE)]
+  rows[2]["causal"] = False
+  assert unused(tmp_path, rows) == {
+      rows[2]["cell"]: "its router is not causal: the loss has seen the future"}
+
+
 def test_no_finished_run_at_all(tmp_path):
   rows = [row | {"state": "running"} for row in rows_of(**ONE_RATE)]
   assert "has no run that a fit can use" in refusal(tmp_path, rows)
