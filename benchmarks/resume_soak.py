@@ -3,8 +3,9 @@
     python -m benchmarks.resume_soak --kills=100
 
 A tiny model is trained twice: once undisturbed, and once killed by SIGKILL again and again, each
-time started anew from whatever the kill left. The moments are random: anywhere from the start of
-the process (`start`), while a checkpoint is written (`save`), or between checkpoints (`train`).
+time started anew from whatever the kill left. The moments are random: anywhere in the start of
+the process and a little beyond (`start`), while a checkpoint is written (`save`), or between
+checkpoints (`train`).
 
 After each kill, the newest checkpoint (parameters, moments, step, position in the data) and every
 metric of every step on disk must equal the undisturbed run's in all bits; a resume counts as
@@ -48,7 +49,7 @@ _KILLS = flags.DEFINE_integer("kills", 100, "How many.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random moments.")
 _OUT = flags.DEFINE_string("out", None, "Where the runs lie; a temporary folder by default.")
 
-STEPS_A_KILL, EVERY = 30, 10  # on average an attempt lives for fewer steps than the first
+STEPS_A_KILL, EVERY = 50, 10  # an attempt lives for fewer steps than the first, on average
 MOMENTS = ("start", "save", "train")
 _POLL_SECONDS = 0.002
 _CLOCKS = ("tokens_per_second", "mfu")
@@ -139,15 +140,15 @@ def kill_once(cell: Cell, out: pathlib.Path, moment: str, rng: random.Random,
   folder = pathlib.Path(run_dir.checkpoints)
   before = set(folder.glob("[0-9]*"))
   process = start(cell, out)
-  if moment == "start":
-    time.sleep(rng.uniform(0, 1.2 * start_seconds))
-  else:
-    pattern = "*.orbax-checkpoint-tmp*" if moment == "save" else "[0-9]*"
-    seen, wanted = set(before), rng.randint(1, 3)
-    while process.is_alive() and len(seen - before) < wanted:
-      seen |= {path for path in folder.glob(pattern)
-               if moment == "save" or path.name.isdecimal()}
-      time.sleep(_POLL_SECONDS)
+  pattern = "*.orbax-checkpoint-tmp*" if moment == "save" else "[0-9]*"
+  seen, wanted = set(before), rng.randint(1, 3)
+  deadline = time.monotonic() + (rng.uniform(0, 1.2 * start_seconds) if moment == "start"
+                                 else float("inf"))
+  while process.is_alive() and len(seen - before) < wanted and time.monotonic() < deadline:
+    seen |= {path for path in folder.glob(pattern)
+             if moment == "save" or path.name.isdecimal()}
+    time.sleep(_POLL_SECONDS)
+  if moment != "start":
     time.sleep(rng.uniform(0, 0.1))
   if not process.is_alive() and run_dir.read_status().get("state") == FINISHED:
     return None

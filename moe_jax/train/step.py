@@ -39,12 +39,13 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> State:
 
 def init_state(config: RunConfig, mesh: Mesh) -> State:
   """The state before the first step; depends on `seed_init` and not on the mesh."""
-  params = functional.init_params(config, mesh)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
-  zeros = jax.jit(lambda: jax.tree.map(jnp.zeros_like, params), out_shardings=shardings["mu"])
-  return {"params": params, "router": functional.init_router(config, mesh),
-          "mu": zeros(), "nu": zeros(),
-          "step": jax.device_put(jnp.zeros((), jnp.int32), shardings["step"])}
+  abstract = abstract_state(config, mesh)
+  made_zero = {name: abstract[name] for name in ("mu", "nu", "step")}
+  zeros = jax.jit(
+      lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made_zero),
+      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, made_zero))
+  return {"params": functional.init_params(config, mesh),
+          "router": functional.init_router(config, mesh), **zeros()}
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:

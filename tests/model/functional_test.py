@@ -79,7 +79,9 @@ def test_init_has_the_described_shapes_and_shardings():
   assert query.addressable_shards[0].data.shape == (1, 4, 2, 8)
 
 
-@pytest.mark.parametrize("name", ["fsdp8", "fsdp2_expert4"])
+@pytest.mark.parametrize("name", [
+    name if name in ("fsdp8", "fsdp2_expert4") else pytest.param(name, marks=pytest.mark.slow)
+    for name in MESHES])
 def test_initial_parameters_do_not_depend_on_the_mesh(name):
   one = small_config()
   many = small_config(execution={"mesh": MESHES[name]})
@@ -87,6 +89,19 @@ def test_initial_parameters_do_not_depend_on_the_mesh(name):
   there = functional.init_params(many, make_mesh(many))
   for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name, devices_sharing", [
+    ("fsdp8", 8), ("expert8", 8), ("fsdp2_expert4", 8), ("data2_fsdp2_expert2", 4)])
+def test_no_parameter_is_whole_on_one_device_while_it_is_made(name, devices_sharing):
+  """By the compiler's count of what each device holds, results and temporaries."""
+  arch = dataclasses.replace(small_config().arch, d_model=64, d_expert=64)
+  config = small_config(arch, execution={"mesh": MESHES[name]})
+  mesh = make_mesh(config)
+  memory = functional.lower_init_params(config, mesh).compile().memory_analysis()
+  share = 4 * size(functional.abstract_params(config, mesh)) / devices_sharing
+  assert memory.output_size_in_bytes < 1.1 * share
+  assert memory.temp_size_in_bytes < 2 * share  # whole, it would be 4 or 8 of them
 
 
 def test_seed_init_changes_every_matrix_and_layers_differ():
