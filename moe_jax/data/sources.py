@@ -8,7 +8,8 @@ Units follow from the files alone, so any number of processes makes the same cor
     any other name               UTF-8 text: a document a file, or several with a separator
     a TFDS dataset               of array_record files; a feature is the text
 
-Text and JSON lines may be compressed (.gz, .bz2, .zst). Paths are local or `gs://`.
+Text and JSON lines may be compressed (.gz, .bz2, .zst). Paths are local or `gs://`; there a
+folder or a pattern means files of one folder.
 """
 
 import dataclasses
@@ -151,9 +152,9 @@ def _find_files(patterns: Iterable[str]) -> list[Piece]:
   names = list(found.values())
   if len(set(names)) < len(names):  # of the same name in two folders
     found = {path: path for path in found}
-  return [Piece(path, name, _kind(path), 0, size, size)
-          for path, name in sorted(found.items(), key=lambda item: item[1])
-          for size in (size_of(path),)]
+  sizes = {path: size_of(path) for path in found}
+  return [Piece(path, name, _kind(path), 0, sizes[path], sizes[path])
+          for path, name in sorted(found.items(), key=lambda item: item[1])]
 
 
 def _expand(pattern: str) -> dict[str, str]:
