@@ -40,7 +40,8 @@ from moe_jax.fields import override
 from moe_jax.grid import Cell
 from moe_jax.mesh import make_mesh
 from moe_jax.run_dir import FINISHED, RunDir
-from moe_jax.train.checkpoint import checkpoint_steps, restore_step
+from moe_jax.train.checkpoint import restore_step
+from moe_jax.train.checkpoint_files import checkpoint_steps
 from moe_jax.train.checkpoint_format import CheckpointError
 from moe_jax.train.loop import train
 from moe_jax.train.step import abstract_state

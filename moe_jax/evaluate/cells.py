@@ -106,7 +106,7 @@ def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike,
 def _kept(run_dir: RunDir, cell: Cell, fingerprint: str) -> dict[str, Any] | None:
   """What an earlier evaluation found of the same checkpoint and text, if anything."""
   from moe_jax.evaluate import heldout
-  from moe_jax.train.checkpoint import checkpoint_steps
+  from moe_jax.train.checkpoint_files import checkpoint_steps, content_hash
 
   try:
     old = run_dir.read_evals().get(heldout.NAME)
@@ -114,5 +114,6 @@ def _kept(run_dir: RunDir, cell: Cell, fingerprint: str) -> dict[str, Any] | Non
     return None
   steps = checkpoint_steps(run_dir)
   wanted = {"version": heldout.VERSION, "identity": config_lib.identity_hash(cell.config),
-            "data_fingerprint": fingerprint, "step": steps[-1] if steps else None}
+            "data_fingerprint": fingerprint, "step": steps[-1] if steps else None,
+            "checkpoint": content_hash(run_dir, steps[-1]) if steps else None}
   return old if isinstance(old, dict) and wanted.items() <= old.items() else None

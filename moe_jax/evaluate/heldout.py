@@ -27,6 +27,7 @@ from moe_jax.model.functional import abstract_model
 from moe_jax.moe.router import RouterSums, router_metrics
 from moe_jax.run_dir import RunDir
 from moe_jax.train.checkpoint import restore_model
+from moe_jax.train.checkpoint_files import content_hash
 
 NAME = "heldout"  # of the file in eval/
 SPLIT = "heldout"
@@ -69,7 +70,8 @@ def evaluate(cell: Cell, run_dir: RunDir, prepared: PreparedData,
     raise FieldError("out", str(run_dir.path), f"its held-out loss at step {step} is "
                      f"{measured['loss']}")
   return {
-      "version": VERSION, "step": step, "identity": config_lib.identity_hash(cell.config),
+      "version": VERSION, "step": step, "checkpoint": content_hash(run_dir, step),
+      "identity": config_lib.identity_hash(cell.config),
       "data_fingerprint": prepared.fingerprint, **measured,
       "device_kind": devices[0].device_kind, "n_devices": len(devices),
       "seconds": round(time.perf_counter() - started, 2)}

@@ -8,25 +8,18 @@ the process ends; one that has none, or fails its checksums, is damaged.
 import contextlib
 import dataclasses
 import errno
-import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 
 from moe_jax import processes
-from moe_jax import run_dir as run_dir_lib
-from moe_jax.errors import FieldError
 from moe_jax.run_dir import RunDir
+from moe_jax.train import checkpoint_files as files
 from moe_jax.train import checkpoint_format, checksums
 from moe_jax.train.checkpoint_format import META, PARAMS, ROUTER, CheckpointError
-
-_NONE, _ALL_DAMAGED = -1, -2  # in place of a step, when process 0 tells the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +64,8 @@ class Checkpointer:
         lightweight_initialize=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=self._record_checksums))
     if jax.process_index() == 0:
-      _remove_unfinished(run_dir)  # what a kill left half-written
-    self._manager = ocp.CheckpointManager(_directory(run_dir), options=options)
+      files.remove_unfinished(run_dir)  # what a kill left half-written
+    self._manager = ocp.CheckpointManager(files.folder_of(run_dir), options=options)
     logging.get_absl_logger().addFilter(_reported_elsewhere)
 
   def save(self, step: int, state: Mapping[str, Any], data: Any,
@@ -95,7 +88,7 @@ class Checkpointer:
     if step == self._manager.latest_step():
       return
     if not self._space_checked and jax.process_index() == 0:
-      check_free_space(self._run_dir, state, self._keep)
+      files.check_free_space(self._run_dir, state, self._keep)
     self._space_checked = True
     self._writing = step
     with self._one_line():
@@ -118,21 +111,21 @@ class Checkpointer:
       CheckpointError: there are checkpoints but none is sound (nothing is deleted then), or
         the newest sound one has another format or other arrays.
     """
-    found = _NONE
+    found = files.NONE
     problems: dict[int, str] = {}
     if jax.process_index() == 0:
-      found, problems = _newest_sound(self._run_dir)
+      found, problems = files.newest_sound(self._run_dir)
       for step in problems if found >= 0 else ():
-        _warn(self._run_dir, step, problems[step], "deleted")
-        _step_dir(self._run_dir, step).rmtree()  # a step that exists cannot be saved again
+        files.warn(self._run_dir, step, problems[step], "deleted")
+        files.step_dir(self._run_dir, step).rmtree()  # a step that exists cannot be saved again
       self._sweep_checksums()
     found = processes.from_first(lambda: found)
     self._manager.reload()
-    if found == _ALL_DAMAGED:
-      raise _all_damaged(self._run_dir, problems)
-    if found == _NONE:
+    if found == files.ALL_DAMAGED:
+      raise files.all_damaged(self._run_dir, problems)
+    if found == files.NONE:
       return None
-    state, data, meta = checkpoint_format.read(_step_dir(self._run_dir, found),
+    state, data, meta = checkpoint_format.read(files.step_dir(self._run_dir, found),
                                                abstract_state)
     return Restored(found, state, data, meta)
 
@@ -166,14 +159,14 @@ class Checkpointer:
 
   def _record_checksums(self) -> None:
     """Called by Orbax on process 0, in its thread, when a step's files are all written."""
-    directory = _step_dir(self._run_dir, self._writing)
+    directory = files.step_dir(self._run_dir, self._writing)
     if not directory.exists():  # local paths: Orbax renames the step when this returns
-      (directory,) = _unfinished(self._run_dir, str(self._writing))
+      (directory,) = files.unfinished(self._run_dir, str(self._writing))
     checksums.record(directory, self._run_dir.checksums(self._writing))
 
   def _sweep_checksums(self) -> None:
     """Removes the checksums of steps that are gone."""
-    current = {f"{step}.json" for step in checkpoint_steps(self._run_dir)}
+    current = {f"{step}.json" for step in files.checkpoint_steps(self._run_dir)}
     folder = self._run_dir.checksums(0).parent
     for file in folder.iterdir() if folder.exists() else ():
       if file.name not in current:
@@ -187,13 +180,13 @@ class Checkpointer:
     except Exception as error:
       step, self._writing = self._writing, None
       if jax.process_index() == 0:
-        _remove_unfinished(self._run_dir)
-      steps = [done for done in checkpoint_steps(self._run_dir) if done != step]
+        files.remove_unfinished(self._run_dir)
+      steps = [done for done in files.checkpoint_steps(self._run_dir) if done != step]
       left = f"the last good one is {steps[-1]}" if steps else "there is none before it"
       reason = ("the disk is full" if _disk_is_full(error)
                 else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
       raise CheckpointError(f"checkpoint {step} could not be written to "
-                            f"{_directory(self._run_dir)}: {reason}; {left}") from error
+                            f"{files.folder_of(self._run_dir)}: {reason}; {left}") from error
 
 
 def restore_params(run_dir: RunDir, abstract_params: Any,
@@ -227,16 +220,16 @@ def restore_model(run_dir: RunDir, abstract_model: Mapping[str, Any],
   items = tuple(name for name in (PARAMS, ROUTER) if jax.tree.leaves(
       abstract_model.get(name))) + (META,)
   if step is None:
-    step, problems = _newest_sound(run_dir, items)
-    if step == _NONE:
-      raise CheckpointError(f"{_directory(run_dir)} holds no finished checkpoint")
-    if step == _ALL_DAMAGED:
-      raise _all_damaged(run_dir, problems)
+    step, problems = files.newest_sound(run_dir, items)
+    if step == files.NONE:
+      raise CheckpointError(f"{files.folder_of(run_dir)} holds no finished checkpoint")
+    if step == files.ALL_DAMAGED:
+      raise files.all_damaged(run_dir, problems)
     for damaged, problem in problems.items():
-      _warn(run_dir, damaged, problem, "passed over")
+      files.warn(run_dir, damaged, problem, "passed over")
   else:
-    _require_sound(run_dir, step, items)
-  model, _, meta = checkpoint_format.read(_step_dir(run_dir, step), abstract_model,
+    files.require_sound(run_dir, step, items)
+  model, _, meta = checkpoint_format.read(files.step_dir(run_dir, step), abstract_model,
                                           with_data=False, cast=True)
   return step, model, meta
 
@@ -254,126 +247,8 @@ def restore_step(run_dir: RunDir, step: int, abstract_state: Mapping[str, Any]) 
   Raises:
     CheckpointError: there is no such checkpoint, it is damaged, or holds other arrays.
   """
-  processes.from_first(lambda: _require_sound(run_dir, step, None))
-  return Restored(step, *checkpoint_format.read(_step_dir(run_dir, step), abstract_state))
-
-
-def checkpoint_steps(run_dir: RunDir) -> list[int]:
-  """Steps of the finished checkpoints, ascending, sound or not."""
-  directory = _directory(run_dir)
-  if not directory.exists():
-    return []
-  return sorted(found.step for found in
-                ocp.path.step.standard_name_format().find_all(directory))
-
-
-def lost_end(run_dir: RunDir, step: int) -> str | None:
-  """What is wrong with the last checkpoint of a run that has finished, as a phrase.
-
-  None if it is sound, or if all of them were deleted, which is somebody's wish.
-  """
-  steps = checkpoint_steps(run_dir)
-  if not steps:
-    return None
-  if steps[-1] != step:
-    return f"its last checkpoint is that of step {steps[-1]} of {step}"
-  problem = _damage(run_dir, step, None)
-  return problem and f"its last checkpoint is damaged: {problem}"
-
-
-def check_free_space(run_dir: RunDir, state: Any, keep: int) -> None:
-  """Refuses a run whose checkpoints cannot fit on the (local) disk.
-
-  While one is written, `keep` older ones are still there. What this run's checkpoints
-  already take counts as free.
-
-  Args:
-    run_dir: of the run; on an object store nothing is checked.
-    state: arrays or jax.ShapeDtypeStruct.
-    keep: checkpoints that are kept.
-
-  Raises:
-    FieldError: names what is needed and what is free.
-  """
-  directory = _directory(run_dir)
-  if not run_dir_lib.is_local(directory):
-    return
-  each = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-             for leaf in jax.tree.leaves(state))
-  needed = each * (keep + 1)
-  taken = 0
-  if directory.exists():
-    taken = sum((root / name).stat().length
-                for root, _, names in directory.walk() for name in names)
-  existing = next(path for path in (directory, *directory.parents) if path.exists())
-  free = shutil.disk_usage(existing).free + taken
-  if needed > free:
-    raise FieldError("out", str(run_dir.path), f"needs {_size(needed)} for {keep + 1} "
-                     f"checkpoints of {_size(each)}, and {_size(free)} are free")
-
-
-def _size(n_bytes: float) -> str:
-  return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
-
-
-def _directory(run_dir: RunDir) -> epath.Path:
-  """The folder of checkpoints; absolute, as TensorStore wants it."""
-  path = run_dir.checkpoints
-  return path.absolute() if run_dir_lib.is_local(path) else path
-
-
-def _step_dir(run_dir: RunDir, step: int) -> epath.Path:
-  return _directory(run_dir) / str(step)
-
-
-def _unfinished(run_dir: RunDir, step: str = "*") -> list[epath.Path]:
-  """Folders of `step`, or of all steps, that Orbax has not renamed into place."""
-  return list(_directory(run_dir).glob(f"{step}.orbax-checkpoint-tmp*"))
-
-
-def _remove_unfinished(run_dir: RunDir) -> None:
-  for directory in _unfinished(run_dir):
-    with contextlib.suppress(OSError):
-      directory.rmtree()
-
-
-def _damage(run_dir: RunDir, step: int, items: Sequence[str] | None) -> str | None:
-  return checksums.damage(_step_dir(run_dir, step), run_dir.checksums(step), items)
-
-
-def _require_sound(run_dir: RunDir, step: int, items: Sequence[str] | None) -> None:
-  """Raises CheckpointError where there is no such checkpoint, or a damaged one."""
-  if step not in checkpoint_steps(run_dir):
-    raise CheckpointError(f"{_directory(run_dir)} holds no checkpoint {step}: it has "
-                          f"{', '.join(map(str, checkpoint_steps(run_dir))) or 'none'}")
-  if problem := _damage(run_dir, step, items):
-    raise CheckpointError(f"{_step_dir(run_dir, step)} is damaged: {problem}; choose another "
-                          "checkpoint")
-
-
-def _newest_sound(run_dir: RunDir, items: Sequence[str] | None = None
-                  ) -> tuple[int, dict[int, str]]:
-  """(step, damaged steps above it and what is wrong); step may be _NONE, _ALL_DAMAGED."""
-  problems = {}
-  for step in reversed(checkpoint_steps(run_dir)):
-    problem = _damage(run_dir, step, items)
-    if problem is None:
-      return step, problems
-    if _step_dir(run_dir, step).exists():  # else its run has deleted it meanwhile
-      problems[step] = problem
-  return (_ALL_DAMAGED if problems else _NONE), problems
-
-
-def _warn(run_dir: RunDir, step: int, problem: str, what_happens: str) -> None:
-  logging.warning("checkpoint %s is damaged and is %s, an earlier one is used: %s",
-                  _step_dir(run_dir, step), what_happens, problem)
-
-
-def _all_damaged(run_dir: RunDir, problems: Mapping[int, str]) -> CheckpointError:
-  found = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
-  return CheckpointError(
-      f"no checkpoint in {_directory(run_dir)} is sound ({found or 'see process 0'}): put a "
-      "good copy back, or delete that folder and status.json beside it to train from step 0")
+  processes.from_first(lambda: files.require_sound(run_dir, step, None))
+  return Restored(step, *checkpoint_format.read(files.step_dir(run_dir, step), abstract_state))
 
 
 def _disk_is_full(error: BaseException) -> bool:

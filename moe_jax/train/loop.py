@@ -30,12 +30,8 @@ from moe_jax.grid import Cell
 from moe_jax.mesh import make_mesh, mesh_size
 from moe_jax.run_dir import RunDir
 from moe_jax.train import step as step_lib
-from moe_jax.train.checkpoint import (
-    Checkpointer,
-    check_free_space,
-    checkpoint_steps,
-    lost_end,
-)
+from moe_jax.train.checkpoint import Checkpointer
+from moe_jax.train.checkpoint_files import check_free_space, checkpoint_steps, lost_end
 from moe_jax.train.checkpoint_format import CheckpointError
 from moe_jax.train.metrics import MetricsWriter
 from moe_jax.train.profile import Profile

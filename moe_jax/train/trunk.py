@@ -9,7 +9,8 @@ from moe_jax.branch import require_trunk
 from moe_jax.errors import FieldError, require
 from moe_jax.grid import Cell
 from moe_jax.run_dir import RunDir
-from moe_jax.train.checkpoint import Restored, checkpoint_steps, restore_step
+from moe_jax.train.checkpoint import Restored, restore_step
+from moe_jax.train.checkpoint_files import checkpoint_steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import jax
 import pytest
@@ -78,6 +79,20 @@ def test_each_finished_cell_once_and_again_when_its_checkpoint_changes(out):
   finish(out, cells[0], steps=(6,))
   said, _ = evaluate(cells, out)
   assert "step 6" in said[0] and said[1].endswith("was evaluated before")
+
+
+def test_another_content_of_the_same_step_is_evaluated_again(out):
+  """As after a last checkpoint that was damaged and made once more."""
+  cells = cells_of()
+  run_dirs = [finish(out, cell) for cell in cells]
+  evaluate(cells, out)
+  before = result_of(out, cells[0])
+  for folder in ("checkpoints", "checksums"):
+    shutil.rmtree(run_dirs[0].path / folder)
+    shutil.copytree(run_dirs[1].path / folder, run_dirs[0].path / folder)
+  said, _ = evaluate(cells, out)
+  assert "step 4" in said[0] and not said[0].endswith("was evaluated before")
+  assert result_of(out, cells[0])["loss"] == result_of(out, cells[1])["loss"] != before["loss"]
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_row_tells_its_step(out):

@@ -17,7 +17,8 @@ from moe_jax.grid import Cell, Grid, trunk_and_branches
 from moe_jax.mesh import make_mesh
 from moe_jax.run_dir import RunDir
 from moe_jax.train import loop
-from moe_jax.train.checkpoint import checkpoint_steps, restore_step
+from moe_jax.train.checkpoint import restore_step
+from moe_jax.train.checkpoint_files import checkpoint_steps
 from moe_jax.train.checkpoint_format import CheckpointError
 from moe_jax.train.step import abstract_state
 from moe_jax.train.trunk import find_trunk

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from moe_jax.train import checkpoint, checksums
+from moe_jax.train import checkpoint, checkpoint_files, checksums
 from moe_jax.train.checkpoint import Checkpointer, CheckpointError
 from tests.train.checkpoint_states import (
   abstract,
@@ -45,7 +45,7 @@ def test_damage_to_any_file_is_noticed_and_the_previous_checkpoint_used(run_dir,
     assert "checkpoints/2 is damaged" in warning and "\n" not in warning
     if file in files:
       assert str(file.relative_to(pathlib.Path(run_dir.checkpoints / "2"))) in warning
-    assert checkpoint.checkpoint_steps(run_dir) == [1]
+    assert checkpoint_files.checkpoint_steps(run_dir) == [1]
     for path, content in pristine.items():
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_bytes(content)
@@ -59,7 +59,7 @@ def test_damage_to_any_file_is_noticed_and_the_previous_checkpoint_used(run_dir,
 def test_damage_to_the_marks_of_the_commit_does_no_harm(run_dir):
   for hurt in (flip_a_byte, truncate, os.remove):
     for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
-      step = (checkpoint.checkpoint_steps(run_dir) or [0])[-1] + 1
+      step = (checkpoint_files.checkpoint_steps(run_dir) or [0])[-1] + 1
       write(run_dir, [step])
       hurt(pathlib.Path(run_dir.checkpoints / str(step) / name))
       assert_same(restore(run_dir).state, state_at(step))
@@ -146,9 +146,10 @@ def test_damage_to_any_file_is_found_by_a_branch(run_dir):
 
 
 def test_a_finished_run_knows_whether_its_end_is_there(run_dir):
-  assert checkpoint.lost_end(run_dir, 2) is None  # all were deleted: somebody's wish
+  assert checkpoint_files.lost_end(run_dir, 2) is None  # all were deleted: somebody's wish
   write(run_dir, [1, 2])
-  assert checkpoint.lost_end(run_dir, 2) is None
-  assert checkpoint.lost_end(run_dir, 3) == "its last checkpoint is that of step 2 of 3"
+  assert checkpoint_files.lost_end(run_dir, 2) is None
+  assert checkpoint_files.lost_end(run_dir, 3) == "its last checkpoint is that of step 2 of 3"
   flip_a_byte(files_below(run_dir.checkpoints / "2" / "optimizer")[0])
-  assert checkpoint.lost_end(run_dir, 2).startswith("its last checkpoint is damaged: optimizer/")
+  assert checkpoint_files.lost_end(run_dir, 2).startswith(
+      "its last checkpoint is damaged: optimizer/")

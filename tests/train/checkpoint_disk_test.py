@@ -11,7 +11,7 @@ from etils import epath
 
 from moe_jax.errors import FieldError
 from moe_jax.run_dir import RunDir
-from moe_jax.train import checkpoint
+from moe_jax.train import checkpoint_files
 from moe_jax.train.checkpoint import Checkpointer, CheckpointError
 from tests.train.checkpoint_states import abstract, assert_same, write
 
@@ -56,7 +56,7 @@ def test_full_disk_keeps_what_is_there_and_says_so_in_one_line(tmp_path, caplog)
       assert restored.step == 2
       assert_same(restored.state, noise(2, 2))
       checkpointer.save(3, noise(3, 2), {}, {})
-    assert checkpoint.checkpoint_steps(run_dir) == [2, 3]
+    assert checkpoint_files.checkpoint_steps(run_dir) == [2, 3]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
@@ -66,15 +66,15 @@ def test_disk_too_small_for_the_run_is_refused_before_the_first_save(tmp_path):
         pytest.raises(FieldError, match=r"needs 6\.29 MB for 3 checkpoints of 2\.10 MB, and "
                       r"5\.\d\d MB are free"):
       checkpointer.save(1, noise(1, 2), {}, {})
-    assert checkpoint.checkpoint_steps(run_dir) == []
+    assert checkpoint_files.checkpoint_steps(run_dir) == []
     write(run_dir, [1], keep=1)
 
 
 def test_own_checkpoints_count_as_free_space(run_dir, monkeypatch):
   write(run_dir, [1, 2])
   state = noise(0, 1)
-  monkeypatch.setattr(checkpoint.shutil, "disk_usage",
+  monkeypatch.setattr(checkpoint_files.shutil, "disk_usage",
                       lambda _: type("Usage", (), {"free": 3 * 2**20 - 10_000}))
   with pytest.raises(FieldError, match="3.15 MB"):
-    checkpoint.check_free_space(RunDir(run_dir.path.parent / "other"), state, keep=2)
-  checkpoint.check_free_space(run_dir, state, keep=2)
+    checkpoint_files.check_free_space(RunDir(run_dir.path.parent / "other"), state, keep=2)
+  checkpoint_files.check_free_space(run_dir, state, keep=2)

@@ -8,7 +8,7 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.run_dir import RunDir
-from moe_jax.train import checkpoint, checkpoint_format
+from moe_jax.train import checkpoint, checkpoint_files, checkpoint_format
 from moe_jax.train.checkpoint import Checkpointer, CheckpointError
 from tests.train.checkpoint_states import (
   abstract,
@@ -70,7 +70,7 @@ def test_save_does_not_see_a_later_donation(run_dir):
 
 def test_keeps_the_latest_and_their_checksums(run_dir):
   write(run_dir, [1, 2, 3, 4, 5])
-  assert checkpoint.checkpoint_steps(run_dir) == [4, 5]
+  assert checkpoint_files.checkpoint_steps(run_dir) == [4, 5]
   assert {f.name for f in (run_dir.path / "checksums").iterdir()} == {"4.json", "5.json"}
 
 
@@ -79,7 +79,7 @@ def test_named_steps_are_kept_beside_the_latest(run_dir):
     with Checkpointer(run_dir, 1, keep_steps=(2, 5, 99)) as checkpointer:
       for step in range(first, first + 3):
         checkpointer.save(step, state_at(step), {}, {})
-  assert checkpoint.checkpoint_steps(run_dir) == [2, 5, 6]
+  assert checkpoint_files.checkpoint_steps(run_dir) == [2, 5, 6]
   restored = checkpoint.restore_step(run_dir, 2, abstract(state_at(0)))
   assert_same(restored.state, state_at(2))
 
@@ -99,7 +99,7 @@ def test_parameters_are_rounded_to_the_type_asked_for_and_state_is_not(run_dir):
 
 def test_saving_the_latest_step_again_does_nothing(run_dir):
   write(run_dir, [1, 1])
-  assert checkpoint.checkpoint_steps(run_dir) == [1]
+  assert checkpoint_files.checkpoint_steps(run_dir) == [1]
 
 
 def test_saving_below_the_latest_step_is_refused(run_dir):

@@ -209,7 +209,7 @@ def test_another_execution_goes_on_with_the_same_run(runner, undisturbed):
   np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(runner, undisturbed):
+def test_a_finished_run_whose_last_checkpoint_is_damaged_does_its_end_again(runner, undisturbed):
   shutil.copytree(undisturbed.run_dir().path, runner.run_dir().path)
   run_dir = runner.run_dir()
   run_dir.write_status(run_dir.read_status() | {"state": "running"})
@@ -219,6 +219,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(runner, undisturbed):
   content[len(content) // 2] ^= 1
   data.write_bytes(content)
   code, out, err = runner.run()
+  assert "was finished, but its last checkpoint is damaged: params/" in out
   assert code == 0
   assert f"checkpoints/{STEPS} is damaged" in err
   assert f"going on from step {STEPS - EVERY}" in out

@@ -1,0 +1,157 @@
+"""The checkpoints of a run as files: which there are, which are sound, what room they need."""
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from moe_jax import run_dir as run_dir_lib
+from moe_jax.errors import FieldError
+from moe_jax.run_dir import RunDir
+from moe_jax.train import checksums
+from moe_jax.train.checkpoint_format import PARAMS, ROUTER, CheckpointError
+
+NONE, ALL_DAMAGED = -1, -2  # in place of a step
+
+
+def checkpoint_steps(run_dir: RunDir) -> list[int]:
+  """Steps of the finished checkpoints, ascending, sound or not."""
+  directory = folder_of(run_dir)
+  if not directory.exists():
+    return []
+  return sorted(found.step for found in
+                ocp.path.step.standard_name_format().find_all(directory))
+
+
+def lost_end(run_dir: RunDir, step: int) -> str | None:
+  """What is wrong with the last checkpoint of a run that has finished, as a phrase.
+
+  None if it is sound, or if all of them were deleted, which is somebody's wish.
+  """
+  steps = checkpoint_steps(run_dir)
+  if not steps:
+    return None
+  if steps[-1] != step:
+    return f"its last checkpoint is that of step {steps[-1]} of {step}"
+  problem = _damage(run_dir, step, None)
+  return problem and f"its last checkpoint is damaged: {problem}"
+
+
+def content_hash(run_dir: RunDir, step: int) -> str | None:
+  """A hash of what a forward pass reads of a checkpoint, from its list of checksums.
+
+  Another content has another hash. None where there is no such list, or a damaged one.
+  """
+  try:
+    listed = run_dir_lib.read_json(run_dir.checksums(step))
+  except FieldError:
+    return None
+  if not isinstance(listed, dict):
+    return None
+  of_the_model = {name: entry for name, entry in listed.items()
+                  if name.partition("/")[0] in (PARAMS, ROUTER)}
+  return hashlib.sha256(json.dumps(of_the_model, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_free_space(run_dir: RunDir, state: Any, keep: int) -> None:
+  """Refuses a run whose checkpoints cannot fit on the (local) disk.
+
+  While one is written, `keep` older ones are still there. What this run's checkpoints
+  already take counts as free.
+
+  Args:
+    run_dir: of the run; on an object store nothing is checked.
+    state: arrays or jax.ShapeDtypeStruct.
+    keep: checkpoints that are kept.
+
+  Raises:
+    FieldError: names what is needed and what is free.
+  """
+  directory = folder_of(run_dir)
+  if not run_dir_lib.is_local(directory):
+    return
+  each = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+             for leaf in jax.tree.leaves(state))
+  needed = each * (keep + 1)
+  taken = 0
+  if directory.exists():
+    taken = sum((root / name).stat().length
+                for root, _, names in directory.walk() for name in names)
+  existing = next(path for path in (directory, *directory.parents) if path.exists())
+  free = shutil.disk_usage(existing).free + taken
+  if needed > free:
+    raise FieldError("out", str(run_dir.path), f"needs {_size(needed)} for {keep + 1} "
+                     f"checkpoints of {_size(each)}, and {_size(free)} are free")
+
+
+def folder_of(run_dir: RunDir) -> epath.Path:
+  """The folder of checkpoints; absolute, as TensorStore wants it."""
+  path = run_dir.checkpoints
+  return path.absolute() if run_dir_lib.is_local(path) else path
+
+
+def step_dir(run_dir: RunDir, step: int) -> epath.Path:
+  return folder_of(run_dir) / str(step)
+
+
+def unfinished(run_dir: RunDir, step: str = "*") -> list[epath.Path]:
+  """Folders of `step`, or of all steps, that Orbax has not renamed into place."""
+  return list(folder_of(run_dir).glob(f"{step}.orbax-checkpoint-tmp*"))
+
+
+def remove_unfinished(run_dir: RunDir) -> None:
+  for directory in unfinished(run_dir):
+    with contextlib.suppress(OSError):
+      directory.rmtree()
+
+
+def _damage(run_dir: RunDir, step: int, items: Sequence[str] | None) -> str | None:
+  return checksums.damage(step_dir(run_dir, step), run_dir.checksums(step), items)
+
+
+def require_sound(run_dir: RunDir, step: int, items: Sequence[str] | None) -> None:
+  """Raises CheckpointError where there is no such checkpoint, or a damaged one."""
+  if step not in checkpoint_steps(run_dir):
+    raise CheckpointError(f"{folder_of(run_dir)} holds no checkpoint {step}: it has "
+                          f"{', '.join(map(str, checkpoint_steps(run_dir))) or 'none'}")
+  if problem := _damage(run_dir, step, items):
+    raise CheckpointError(f"{step_dir(run_dir, step)} is damaged: {problem}; choose another "
+                          "checkpoint")
+
+
+def newest_sound(run_dir: RunDir, items: Sequence[str] | None = None
+                  ) -> tuple[int, dict[int, str]]:
+  """(step, damaged steps above it and what is wrong); step may be NONE, ALL_DAMAGED."""
+  problems = {}
+  for step in reversed(checkpoint_steps(run_dir)):
+    problem = _damage(run_dir, step, items)
+    if problem is None:
+      return step, problems
+    if step_dir(run_dir, step).exists():  # else its run has deleted it meanwhile
+      problems[step] = problem
+  return (ALL_DAMAGED if problems else NONE), problems
+
+
+def warn(run_dir: RunDir, step: int, problem: str, what_happens: str) -> None:
+  logging.warning("checkpoint %s is damaged and is %s, an earlier one is used: %s",
+                  step_dir(run_dir, step), what_happens, problem)
+
+
+def all_damaged(run_dir: RunDir, problems: Mapping[int, str]) -> CheckpointError:
+  found = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
+  return CheckpointError(
+      f"no checkpoint in {folder_of(run_dir)} is sound ({found or 'see process 0'}): put a "
+      "good copy back, or delete that folder and status.json beside it to train from step 0")
+
+
+def _size(n_bytes: float) -> str:
+  return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
