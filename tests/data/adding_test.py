@@ -241,10 +241,11 @@ prepare(DataConfig("mine", "bpe-300"), data_dir, 1)
 
 
 @pytest.mark.parametrize("die_at, done_before", [
-    ("notes-00002.npy", {"notes": 2}), ("decisions.npy", {"notes": 7}),
+    ("notes-00002.npy", {"notes": 2}), pytest.param("decisions.npy", {"notes": 7}, marks=pytest.mark.slow),
     ("train.array_record-00003-of-00007", {"notes": 7, "written": 3}),
-    ("heldout.array_record-00003-of-00007", {"notes": 7, "written": 3}),
-    ("corpus.json", {"notes": 7, "written": 7}),
+    pytest.param("heldout.array_record-00003-of-00007", {"notes": 7, "written": 3},
+                 marks=pytest.mark.slow),
+    pytest.param("corpus.json", {"notes": 7, "written": 7}, marks=pytest.mark.slow),
     ("part-00002.npz", {"notes": 7, "written": 7, "part": 2}),
     ("card.json", {"notes": 7, "written": 7, "part": 99})])
 def test_killed_anywhere_it_goes_on_without_a_lost_or_doubled_document(
