@@ -241,7 +241,8 @@ prepare(DataConfig("mine", "bpe-300"), data_dir, 1)
 
 
 @pytest.mark.parametrize("die_at, done_before", [
-    ("notes-00002.npy", {"notes": 2}), pytest.param("decisions.npy", {"notes": 7}, marks=pytest.mark.slow),
+    ("notes-00002.npy", {"notes": 2}),
+    pytest.param("decisions.npy", {"notes": 7}, marks=pytest.mark.slow),
     ("train.array_record-00003-of-00007", {"notes": 7, "written": 3}),
     pytest.param("heldout.array_record-00003-of-00007", {"notes": 7, "written": 3},
                  marks=pytest.mark.slow),
