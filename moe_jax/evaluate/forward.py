@@ -1,6 +1,7 @@
 """A model on batches: at the capacity it was trained with, and with nothing dropped."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from moe_jax.config import MeshConfig, RunConfig, resolve_mesh
 from moe_jax.data.loader import Batch
 from moe_jax.errors import FieldError
-from moe_jax.mesh import batch_sharding, mesh_size, replicated
+from moe_jax.mesh import batch_sharding, replicated
 from moe_jax.model import functional
 from moe_jax.moe.router import RouterSums
 
@@ -54,47 +55,31 @@ def evaluation_config(config: RunConfig, n_devices: int) -> RunConfig:
   return config
 
 
-def dropless_factors(config: RunConfig) -> list[float]:
-  """Rising capacity factors above that of training; at the last nothing can drop."""
-  most = config.arch.n_exp / config.arch.n_topk
-  factors, factor = [], 2 * config.moe.capacity_factor
-  while factor < most:
-    factors.append(factor)
-    factor *= 2
-  return [*factors, most]
-
-
 class Forward:
   """The forward passes of one model."""
 
   def __init__(self, config: RunConfig, mesh: Mesh, params: functional.Params,
                router: functional.Router | None = None):
-    """`config` is that of evaluation_config; each capacity is compiled when first used."""
+    """`config` is that of evaluation_config; each pass is compiled when first used."""
     self._mesh, self._params, self._router = mesh, params, router
-    self._at_capacity = self._compile(config)
-    # Without drops groups mean nothing. One for all tokens of a device is the most even, so
-    # that it needs the fewest slots.
-    whole = dataclasses.replace(config.moe, routing_group_tokens=config.batch_tokens
-                                // mesh_size(mesh))
-    self._rungs = [dataclasses.replace(config, moe=dataclasses.replace(
-        whole, capacity_factor=factor)) for factor in dropless_factors(config)]
-    self._dropless = None
+    self._config = config
 
   def at_capacity(self, batch: Batch) -> Output:
     """With the capacity and the routing groups of training."""
     return self._run(self._at_capacity, batch)
 
   def dropless(self, batch: Batch) -> Output:
-    """With as many slots as this batch needs, found by trying: what served one batch is
-    tried first on the next."""
-    while True:
-      if self._dropless is None:
-        self._dropless = self._compile(self._rungs.pop(0))
-      output = self._run(self._dropless, batch)
-      if not output.dropped:
-        return output
-      assert self._rungs, "tokens were dropped where each has a slot at every expert"
-      self._dropless = None
+    """With every token at all of its experts, whatever the dispatch of training."""
+    return self._run(self._dropless, batch)
+
+  @functools.cached_property
+  def _at_capacity(self):
+    return self._compile(self._config)
+
+  @functools.cached_property
+  def _dropless(self):
+    return self._compile(dataclasses.replace(self._config, moe=dataclasses.replace(
+        self._config.moe, dispatch="dropless")))
 
   def _compile(self, config: RunConfig):
     mesh = self._mesh

@@ -28,7 +28,7 @@ from moe_jax.moe.expert_choice import (
     choose_tokens,
     reference_choice_dispatch,
 )
-from moe_jax.moe.grouped_matmul import block_rows, grouped_matmul, n_block_rows
+from moe_jax.moe.grouped_matmul import SPARE_ROWS, grouped_matmul
 from moe_jax.moe.ragged_exchange import exchange, plan_exchange
 from moe_jax.moe.router import (
     RouterSums,
@@ -114,13 +114,11 @@ def grouped_swiglu(x_SD: jax.Array, size_E: jax.Array, experts: Experts,
 def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts | RunGroups,
               semantics: Semantics, counted_T: jax.Array | None = None,
               bias_E: jax.Array | None = None,
-              noise_TD: jax.Array | None = None,
-              block: int = 1) -> tuple[jax.Array, RouterSums]:
+              noise_TD: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
   """Routes, dispatches, runs and combines the tokens of one device.
 
-  `run_experts` takes rows as the dispatch lays them out: dropless with their sizes, in blocks
-  of `block`. The router sees the tokens times `noise_TD`; for the other arguments see
-  sharded_moe_layer.
+  `run_experts` takes rows as the dispatch gives them, dropless with the sizes of the groups.
+  The router sees the tokens times `noise_TD`; for the other arguments see sharded_moe_layer.
   """
   seen_TD = x_TD if noise_TD is None else x_TD * noise_TD
   if semantics.router == "expert_choice":
@@ -133,7 +131,7 @@ def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts |
   with jax.named_scope("route"):
     routing = route(seen_TD, w_router_DE, semantics.n_topk, semantics.norm_topk_prob, bias_E)
   if semantics.dropless:
-    y_TD, dropped_T = dropless_dispatch(x_TD, routing, run_experts, block=block)
+    y_TD, dropped_T = dropless_dispatch(x_TD, routing, run_experts)
   elif semantics.capacity is None:
     y_TD, dropped_T = reference_dispatch(x_TD, routing, run_experts)
   else:
@@ -177,8 +175,6 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
   if counted_BS is None:
     counted_BS = jnp.ones(x_BSD.shape[:2], bool)
   specs = Experts(*(param_spec(axes) for axes in EXPERT_AXES))
-  # Rows that travel stand dense; where they arrive they are laid out in blocks.
-  block = block_rows(_platform(mesh)) if mesh.shape[EXPERT] == 1 else 1
 
   @functools.partial(jax.shard_map, mesh=mesh,
                      in_specs=(P(BATCH_AXES), P(), specs, P(BATCH_AXES), P(), P(BATCH_AXES)),
@@ -202,7 +198,7 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
       noise_TD = jitter_noise(noise_key_b, *x_bSD.shape[1:], semantics.jitter).reshape(x_TD.shape)
     y_TD, sums = moe_layer(x_TD, w_router_DE,
                            run_groups if semantics.dropless else run_experts, semantics,
-                           counted_bS.ravel(), bias_E, noise_TD, block)
+                           counted_bS.ravel(), bias_E, noise_TD)
     return y_TD.reshape(x_bSD.shape), jax.lax.psum(sums, (DATA, FSDP, EXPERT))
 
   return on_device(x_BSD, w_router_DE, experts, counted_BS, bias_E, noise_key_B)
@@ -211,23 +207,17 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
 def _run_groups(x_SD: jax.Array, size_E: jax.Array, experts: Experts, n_topk: int,
                 mesh: Mesh) -> jax.Array:
   """Rows of one device, sorted by expert, through experts of all devices along `expert`."""
-  platform, n_devices = _platform(mesh), mesh.shape[EXPERT]
+  platform, n_devices = mesh.devices.flat[0].platform, mesh.shape[EXPERT]
   # Each device has its own rows: its share of the weights' gradient is its own, too.
   experts = jax.tree.map(lambda w: jax.lax.pcast(w, DATA, to="varying"), experts)
   if n_devices == 1:
     return grouped_swiglu(x_SD, size_E, experts, platform)
-  block = block_rows(platform)
-  plan = plan_exchange(jax.lax.all_gather(size_E, EXPERT), jax.lax.axis_index(EXPERT), block)
-  n_sent, e = x_SD.shape[0], plan.size_e.shape[0]
-  n_arriving = n_devices * n_sent // n_topk * min(n_topk, e)  # at most
-  x_RD = exchange(x_SD, plan.there, plan.back, n_block_rows(n_arriving, e, block), EXPERT,
-                  platform)
+  plan = plan_exchange(jax.lax.all_gather(size_E, EXPERT), jax.lax.axis_index(EXPERT))
+  n_tokens = (x_SD.shape[0] - SPARE_ROWS) // n_topk
+  n_arriving = n_devices * n_tokens * min(n_topk, plan.size_e.shape[0])  # at most
+  x_RD = exchange(x_SD, plan.there, plan.back, n_arriving + SPARE_ROWS, EXPERT, platform)
   y_RD = grouped_swiglu(x_RD, plan.size_e, experts, platform)
-  return exchange(y_RD, plan.back, plan.there, n_sent, EXPERT, platform)
-
-
-def _platform(mesh: Mesh) -> str:
-  return mesh.devices.flat[0].platform
+  return exchange(y_RD, plan.back, plan.there, x_SD.shape[0], EXPERT, platform)
 
 
 def _all_gather(x, axis_name, axis):

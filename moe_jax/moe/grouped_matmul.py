@@ -3,46 +3,28 @@
 Only the work that there is, is done: the cost follows the rows in the groups, neither the
 number of experts nor the size of the array that holds the rows.
 
-The layout of the rows suits the platform. Groups follow one another in the order of the
-experts and each begins at a multiple of `block`, the rows that fill its last block being zero.
-On TPU `block` is 1 and XLA's own `ragged_dot` multiplies. Elsewhere `ragged_dot` of the
-released versions multiplies every row with every expert's matrix (JAX 0.10.2: on CPU by its
-lowering, on NVIDIA GPUs because no kernel takes it), so that there each block, which has one
-expert, is multiplied by itself in a loop.
+Groups follow one another in the order of the experts, without gaps, and at least SPARE_ROWS
+rows that belong to nobody follow the last. On TPU XLA's `ragged_dot` has a kernel for the
+product of the rows. For the gradient of the matrices it has none there, and none at all on CPU
+and NVIDIA GPUs (JAX 0.10.2): it would multiply every row for every expert. There a loop goes
+over blocks of rows of one expert each.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# CPU: from 32 to 128 it makes no difference that stands out. GPU: not measured; a block must
-# be worth the start of its kernels.
-_BLOCK_ROWS = {"tpu": 1, "cpu": 64, "gpu": 256}
+# Rows in a block. CPU: from 32 to 128 it makes no difference that stands out. TPU and GPU: not
+# measured; a block must be worth reading and writing the sum of a matrix's gradient.
+_BLOCK_ROWS = {"cpu": 64, "gpu": 256, "tpu": 512}
+
+# So that the last block of a group may reach past the end of it.
+SPARE_ROWS = max(_BLOCK_ROWS.values())
 
 
-def block_rows(platform: str) -> int:
-  """Rows in a block on devices of this platform (`jax.Device.platform`)."""
-  return _BLOCK_ROWS.get(platform, 64)
-
-
-def n_block_rows(n_rows: int, n_groups: int, block: int) -> int:
-  """Rows that `n_rows` need in `n_groups` groups laid out in blocks, whatever the sizes."""
-  return (n_rows + min(n_rows, n_groups) * (block - 1)) // block * block
-
-
-def group_starts(size_E: jax.Array, block: int) -> jax.Array:
-  """start_E: the first row of each group. Leading axes are kept."""
-  padded_E = -(-size_E // block) * block
-  return jnp.cumsum(padded_E, axis=-1) - padded_E
-
-
-def experts_of_blocks(size_E: jax.Array, n_blocks: int, block: int) -> jax.Array:
-  """expert_J: whose rows each block holds; the number of experts in blocks not in use."""
-  end_E = jnp.cumsum(-(-size_E // block))
-  return jnp.searchsorted(end_E, jnp.arange(n_blocks), side="right").astype(jnp.int32)
-
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, size_E: jax.Array,
                    platform: str) -> jax.Array:
   """y_SF: the rows of group e times w_EDF[e]. Float32 is meant as it says.
@@ -51,81 +33,99 @@ def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, size_E: jax.Array,
     x_SD: rows in the layout above; what stands after the last group counts for nothing.
     w_EDF: matrices, of the type of the rows; on a mesh, varying over the axes that the rows
       vary over.
-    size_E: int32, rows in each group without those that fill its last block.
-    platform: of the devices, which decides the layout and how it is multiplied.
+    size_E: int32, rows in each group.
+    platform: of the devices (`jax.Device.platform`), which decides how it is done.
 
   Returns:
     The products, in the type of the rows, each rounded once; what stands after the last group
     means nothing.
   """
-  if block_rows(platform) == 1:
+  if platform == "tpu":
     return jax.lax.ragged_dot(x_SD, w_EDF, size_E, precision=_precision(x_SD.dtype))
-  return _block_matmul(x_SD, w_EDF, size_E, platform)
+  return _each_block(x_SD, w_EDF, size_E, platform)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _block_matmul(x_SD, w_EDF, size_E, platform):
-  return _each_block("rd,df->rf", x_SD, w_EDF, size_E, platform)
+def _grouped_matmul_fwd(x_SD, w_EDF, size_E, platform):
+  return grouped_matmul(x_SD, w_EDF, size_E, platform), (x_SD, w_EDF, size_E)
 
 
-def _block_matmul_fwd(x_SD, w_EDF, size_E, platform):
-  return _block_matmul(x_SD, w_EDF, size_E, platform), (x_SD, w_EDF, size_E)
-
-
-def _block_matmul_bwd(platform, residuals, dy_SF):
+def _grouped_matmul_bwd(platform, residuals, dy_SF):
   x_SD, w_EDF, size_E = residuals
-  dx_SD = _each_block("rf,df->rd", dy_SF, w_EDF, size_E, platform)
-  return dx_SD, _sum_of_outer_products(x_SD, dy_SF, w_EDF, size_E, platform), None
+  dx_SD = grouped_matmul(dy_SF, w_EDF.swapaxes(1, 2), size_E, platform)
+  return dx_SD, _sum_of_outer_products(x_SD, dy_SF, size_E, platform), None
 
 
-_block_matmul.defvjp(_block_matmul_fwd, _block_matmul_bwd)
+grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
-def _each_block(contraction, x_SD, w_EDF, size_E, platform):
-  """Multiplies each block in use with its expert's matrix; zeros in the others."""
-  block = block_rows(platform)
-  expert_J, n_used = _used_blocks(x_SD, size_E, block)
+class _Blocks(NamedTuple):
+  """J blocks, each of one expert's rows.
+
+  Attributes:
+    n_used: how many there are; the arrays are longer.
+    rows: rows in a block.
+    expert_J: whose they are.
+    start_J: the first row.
+    inside_J: rows that are the expert's; the others belong to those after it.
+  """
+
+  n_used: jax.Array
+  rows: int
+  expert_J: jax.Array
+  start_J: jax.Array
+  inside_J: jax.Array
+
+
+def _blocks(x_SD, size_E, platform) -> _Blocks:
+  rows = _BLOCK_ROWS[platform]
+  n_blocks_E = -(-size_E // rows)
+  end_E = jnp.cumsum(n_blocks_E)
+  j_J = jnp.arange(x_SD.shape[0] // rows + len(size_E))
+  expert_J = jnp.searchsorted(end_E, j_J, side="right", method="scan_unrolled")
+  done_J = (j_J - (end_E - n_blocks_E)[expert_J]) * rows
+  start_J = (jnp.cumsum(size_E) - size_E)[expert_J] + done_J
+  return _Blocks(end_E[-1], rows, expert_J, start_J, size_E[expert_J] - done_J)
+
+
+def _each_block(x_SD, w_EDF, size_E, platform):
+  """Multiplies each block with its expert's matrix."""
+  blocks = _blocks(x_SD, size_E, platform)
   dtype, (x_SD, w_EDF) = x_SD.dtype, _in_loop_type(platform, x_SD, w_EDF)
-  width = w_EDF.shape["edf".index(contraction[-1])]
 
   def multiply(j, y_SF):
-    y_RF = jnp.einsum(contraction, _block(x_SD, j, block), w_EDF[expert_J[j]],
-                      precision=_precision(x_SD.dtype))
-    return jax.lax.dynamic_update_slice_in_dim(y_SF, y_RF, j * block, axis=0)
+    start, w_DF = blocks.start_J[j], w_EDF[blocks.expert_J[j]]
+    x_RD = jax.lax.dynamic_slice_in_dim(x_SD, start, blocks.rows)
+    y_RF = jnp.einsum("rd,df->rf", x_RD, w_DF, precision=_precision(x_SD.dtype))
+    # Rows of the experts after this one are overwritten when their own blocks come, later.
+    return jax.lax.dynamic_update_slice_in_dim(y_SF, y_RF, start, axis=0)
 
-  zeros_SF = jnp.zeros_like(x_SD, shape=(x_SD.shape[0], width))
-  return jax.lax.fori_loop(0, n_used, multiply, zeros_SF).astype(dtype)
+  zeros_SF = jnp.zeros_like(x_SD, shape=(x_SD.shape[0], w_EDF.shape[2]))
+  return jax.lax.fori_loop(0, blocks.n_used, multiply, zeros_SF).astype(dtype)
 
 
-def _sum_of_outer_products(x_SD, dy_SF, w_EDF, size_E, platform):
+def _sum_of_outer_products(x_SD, dy_SF, size_E, platform):
   """dw_EDF, summed over an expert's rows in float32."""
-  block = block_rows(platform)
-  expert_J, n_used = _used_blocks(x_SD, size_E, block)
-  x_SD, dy_SF = _in_loop_type(platform, x_SD, dy_SF)
+  blocks = _blocks(x_SD, size_E, platform)
+  dtype, (x_SD, dy_SF) = x_SD.dtype, _in_loop_type(platform, x_SD, dy_SF)
 
   def add(j, dw_EDF):
-    return dw_EDF.at[expert_J[j]].add(jnp.einsum(
-        "rd,rf->df", _block(x_SD, j, block), _block(dy_SF, j, block),
-        precision=_precision(x_SD.dtype), preferred_element_type=jnp.float32))
+    inside_R1 = (jnp.arange(blocks.rows) < blocks.inside_J[j])[:, None]
+    x_RD, dy_RF = (
+        jnp.where(inside_R1, jax.lax.dynamic_slice_in_dim(x, blocks.start_J[j], blocks.rows), 0)
+        for x in (x_SD, dy_SF))
+    dw_DF = jnp.einsum("rd,rf->df", x_RD, dy_RF, precision=_precision(x_SD.dtype),
+                       preferred_element_type=jnp.float32)
+    return dw_EDF.at[blocks.expert_J[j]].add(dw_DF)
 
-  zeros_EDF = jnp.zeros_like(x_SD, shape=w_EDF.shape, dtype=jnp.float32)
-  return jax.lax.fori_loop(0, n_used, add, zeros_EDF).astype(w_EDF.dtype)
+  shape = (size_E.shape[0], x_SD.shape[1], dy_SF.shape[1])
+  zeros_EDF = jnp.zeros_like(x_SD, shape=shape, dtype=jnp.float32)
+  return jax.lax.fori_loop(0, blocks.n_used, add, zeros_EDF).astype(dtype)
 
 
 def _in_loop_type(platform, *arrays):
   # XLA's CPU compiler does everything in float32 and converts before and after. In a loop that
   # would be the whole array each time round.
   return [x.astype(jnp.float32) for x in arrays] if platform == "cpu" else arrays
-
-
-def _used_blocks(x_SD, size_E, block):
-  """Whose rows each block holds, and how many blocks are in use."""
-  expert_J = experts_of_blocks(size_E, x_SD.shape[0] // block, block)
-  return expert_J, (-(-size_E // block)).sum()
-
-
-def _block(x_SD, j, block):
-  return jax.lax.dynamic_slice_in_dim(x_SD, j * block, block)
 
 
 def _precision(dtype):

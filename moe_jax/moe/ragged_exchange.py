@@ -1,9 +1,8 @@
 """Ragged all-to-all: each row to the device that holds its expert, and back again.
 
-A device's rows stand sorted by expert, dense. It sends each expert's as one slice to the
-expert's device, where the slices of all senders meet in the layout of grouped_matmul.py:
-expert by expert, within an expert in the order of the devices. So the rows need no sorting
-where they arrive, and no padding travels.
+A device's rows stand sorted by expert. It sends each expert's as one slice to the expert's
+device, where the slices of all senders meet expert by expert, within an expert in the order of
+the devices. So the rows need no sorting where they arrive.
 
 Arrays have static shapes, and nothing may be dropped: the room for what arrives is that for
 the worst case, in which all tokens of all devices along the axis want this device's experts.
@@ -20,8 +19,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from moe_jax.moe.grouped_matmul import group_starts
 
 
 class Slices(NamedTuple):
@@ -50,20 +47,20 @@ class Plan(NamedTuple):
   size_e: jax.Array
 
 
-def plan_exchange(size_PE: jax.Array, device: jax.Array | int, block: int) -> Plan:
+def plan_exchange(size_PE: jax.Array, device: jax.Array | int) -> Plan:
   """The plan of one of P devices.
 
   Args:
     size_PE: rows that each device has for each expert.
     device: which of the P this is.
-    block: of the layout in which rows arrive.
   """
   n_devices, n_exp = size_PE.shape
   e = n_exp // n_devices
   # Where each expert's slices begin, on the device that has the rows and on the expert's.
   home_PE = jnp.cumsum(size_PE, axis=1) - size_PE
-  group_E = group_starts(size_PE.sum(0).reshape(n_devices, e), block).ravel()
-  away_PE = group_E + jnp.cumsum(size_PE, axis=0) - size_PE
+  group_Pe = size_PE.sum(0).reshape(n_devices, e)
+  group_Pe = jnp.cumsum(group_Pe, axis=1) - group_Pe
+  away_PE = group_Pe.ravel() + jnp.cumsum(size_PE, axis=0) - size_PE
 
   def of_my_experts(x_PE):
     return jax.lax.dynamic_slice_in_dim(x_PE, device * e, e, axis=1)
@@ -79,7 +76,7 @@ def plan_exchange(size_PE: jax.Array, device: jax.Array | int, block: int) -> Pl
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def exchange(x_SD: jax.Array, way: Slices, way_back: Slices, n_rows: int, axis_name: str,
              platform: str) -> jax.Array:
-  """y_RD: what arrives here, zeros between the slices.
+  """y_RD: what arrives here, then zeros.
 
   The gradient travels the way back: a row goes to one place, so no sum is needed.
 

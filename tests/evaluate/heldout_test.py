@@ -13,7 +13,7 @@ import pytest
 from moe_jax.config import MeshConfig
 from moe_jax.data.loader import eval_rows
 from moe_jax.data.prepare import PreparedData, Split, prepare
-from moe_jax.evaluate.forward import Forward, dropless_factors, evaluation_config
+from moe_jax.evaluate.forward import Forward, evaluation_config
 from moe_jax.evaluate.heldout import ORDER_SEED, evaluate, measure
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
@@ -174,7 +174,7 @@ def test_loads_are_those_of_the_text(grouped):
 
 
 def test_even_a_collapsed_router_drops_nothing():
-  """Every token to the same two experts: the last rung has a slot for each."""
+  """Every token to the same two experts."""
   config, _ = forward_of(GROUPED)
   mesh = make_mesh(config, jax.devices()[:1])
   params = functional.init_params(config, mesh)
@@ -187,12 +187,6 @@ def test_even_a_collapsed_router_drops_nothing():
   free = forward.dropless(batch)
   assert free.dropped == 0
   assert (free.sums.assigned_E[:, :2] == 8 * SEQ_LEN).all()
-
-
-def test_the_factors_end_where_nothing_can_drop():
-  assert dropless_factors(small_config()) == [2.5, 4.0]
-  assert dropless_factors(small_config(moe={"capacity_factor": 2.0})) == [4.0]
-  assert dropless_factors(small_config(moe={"capacity_factor": 9.0})) == [4.0]
 
 
 def test_a_dense_model_has_losses_and_no_router():

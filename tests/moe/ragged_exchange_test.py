@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.moe import ragged_exchange
-from moe_jax.moe.grouped_matmul import group_starts, n_block_rows
 
 N_DEVICES, N_EXP, N_ROWS, D_MODEL = 4, 8, 24, 3  # rows a device
+N_ARRIVING = N_DEVICES * N_ROWS
 SIZES = st.sampled_from(["even", "skewed", "all to one", "none from one"])
 
 
@@ -45,9 +45,9 @@ def transfer(x_PSD, ways, n_rows):
   return y_PRD
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def plans_of_all(size_PE, block):
-  return [ragged_exchange.plan_exchange(size_PE, device, block) for device in range(N_DEVICES)]
+@jax.jit
+def plans_of_all(size_PE):
+  return [ragged_exchange.plan_exchange(size_PE, device) for device in range(N_DEVICES)]
 
 
 def numbered_rows():
@@ -56,19 +56,18 @@ def numbered_rows():
       N_DEVICES, N_ROWS, D_MODEL)
 
 
-@hypothesis.given(kind=SIZES, block=st.sampled_from([1, 4]), seed=st.integers(0, 2**31 - 1))
+@hypothesis.given(kind=SIZES, seed=st.integers(0, 2**31 - 1))
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_rows_arrive_sorted_by_expert_and_return_to_their_places(kind, block, seed):
+def test_rows_arrive_sorted_by_expert_and_return_to_their_places(kind, seed):
   size_PE = random_sizes(kind, seed)
-  plans = jax.device_get(plans_of_all(size_PE, block))
-  n_rows = n_block_rows(N_DEVICES * N_ROWS, N_EXP // N_DEVICES, block)
+  plans = jax.device_get(plans_of_all(size_PE))
   x_PSD = numbered_rows()
   for p, sizes in enumerate(size_PE):  # rows that go nowhere
     x_PSD[p, sizes.sum():] = 0
-  y_PRD = transfer(x_PSD, [plan.there for plan in plans], n_rows)
+  y_PRD = transfer(x_PSD, [plan.there for plan in plans], N_ARRIVING)
   start_PE = np.cumsum(size_PE, axis=1) - size_PE
   for p, plan in enumerate(plans):
-    start_e = np.asarray(group_starts(jnp.asarray(plan.size_e), block))
+    start_e = np.cumsum(plan.size_e) - plan.size_e
     for i, expert in enumerate(range(p * 2, p * 2 + 2)):
       sent = np.concatenate([x_PSD[s, start_PE[s, expert]:][:size_PE[s, expert]]
                              for s in range(N_DEVICES)])
@@ -80,38 +79,36 @@ def test_rows_arrive_sorted_by_expert_and_return_to_their_places(kind, block, se
 MESH = jax.sharding.Mesh(np.array(jax.devices()[:N_DEVICES]), ("expert",))
 
 
-def over_devices(platform, block):
+def over_devices(platform):
   """(x_PSD, size_PE) -> what arrives on each device, as a function over the mesh."""
-  n_rows = n_block_rows(N_DEVICES * N_ROWS, N_EXP // N_DEVICES, block)
 
   @functools.partial(jax.shard_map, mesh=MESH, in_specs=P("expert"), out_specs=P("expert"))
   def run(x_1SD, size_1E):
     size_PE = jax.lax.all_gather(size_1E[0], "expert")
-    plan = ragged_exchange.plan_exchange(size_PE, jax.lax.axis_index("expert"), block)
-    return ragged_exchange.exchange(x_1SD[0], plan.there, plan.back, n_rows, "expert",
+    plan = ragged_exchange.plan_exchange(size_PE, jax.lax.axis_index("expert"))
+    return ragged_exchange.exchange(x_1SD[0], plan.there, plan.back, N_ARRIVING, "expert",
                                     platform)[None]
 
   return run
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def exchanged(x_PSD, size_PE, dy_PRD, block):
-  y_PRD, pull_back = jax.vjp(lambda x: over_devices("cpu", block)(x, size_PE), x_PSD)
+@jax.jit
+def exchanged(x_PSD, size_PE, dy_PRD):
+  y_PRD, pull_back = jax.vjp(lambda x: over_devices("cpu")(x, size_PE), x_PSD)
   return y_PRD, *pull_back(dy_PRD)
 
 
-@hypothesis.given(kind=SIZES, block=st.sampled_from([1, 4]), seed=st.integers(0, 2**31 - 1))
+@hypothesis.given(kind=SIZES, seed=st.integers(0, 2**31 - 1))
 @hypothesis.settings(max_examples=30, deadline=None)
-def test_the_stand_in_does_what_ragged_all_to_all_is_documented_to_do(kind, block, seed):
+def test_the_stand_in_does_what_ragged_all_to_all_is_documented_to_do(kind, seed):
   """On four fake devices, with the gradient: that is the transfer the other way."""
   size_PE = random_sizes(kind, seed)
-  plans = jax.device_get(plans_of_all(size_PE, block))
-  n_rows = n_block_rows(N_DEVICES * N_ROWS, N_EXP // N_DEVICES, block)
-  dy_PRD = 1 + np.arange(N_DEVICES * n_rows * D_MODEL, dtype=np.float32).reshape(
-      N_DEVICES, n_rows, D_MODEL)
-  y_PRD, dx_PSD = exchanged(numbered_rows(), size_PE, dy_PRD, block)
+  plans = jax.device_get(plans_of_all(size_PE))
+  dy_PRD = 1 + np.arange(N_DEVICES * N_ARRIVING * D_MODEL, dtype=np.float32).reshape(
+      N_DEVICES, N_ARRIVING, D_MODEL)
+  y_PRD, dx_PSD = exchanged(numbered_rows(), size_PE, dy_PRD)
   np.testing.assert_array_equal(
-      y_PRD, transfer(numbered_rows(), [plan.there for plan in plans], n_rows))
+      y_PRD, transfer(numbered_rows(), [plan.there for plan in plans], N_ARRIVING))
   np.testing.assert_array_equal(
       dx_PSD, transfer(dy_PRD, [plan.back for plan in plans], N_ROWS))
 
@@ -120,7 +117,7 @@ def test_on_tpu_it_is_ragged_all_to_all_both_ways():
   """Lowered for TPU (no TPU is needed for that): two exchanges, no gathered rows."""
 
   def loss(x_PSD, size_PE):
-    return (over_devices("tpu", 1)(x_PSD, size_PE) ** 2).sum()
+    return (over_devices("tpu")(x_PSD, size_PE) ** 2).sum()
 
   lowered = jax.jit(jax.grad(loss)).trace(
       numbered_rows(), random_sizes("even", 0)).lower(lowering_platforms=("tpu",)).as_text()
