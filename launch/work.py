@@ -6,9 +6,13 @@ import json
 import os
 from collections.abc import Mapping
 
+from etils import epath
+
 from launch.code import Code
+from launch.jobs import REFUSED, read_launch
 from launch.shares import Share
-from moe_jax.errors import DamagedFile
+from moe_jax.errors import DamagedFile, FieldError
+from moe_jax.run_dir import DIVERGED, FINISHED, RunDir
 
 MAX_FAILURES = 3  # times a cell's program may fail before it is given up
 
@@ -38,6 +42,10 @@ class Work:
   backend: str = ""
   commit: str = ""
 
+  def run_dir(self, name: str) -> RunDir:
+    """The directory of a cell's run."""
+    return RunDir(epath.Path(self.out) / self.experiment / name)
+
 
 def work_of(share: Share, code: Code, out: str, backend: str, hosts: int = 1,
             secrets: Mapping[str, str] | None = None) -> Work:
@@ -52,6 +60,24 @@ def _in_archive(word: str, code: Code) -> str:
   if not word.startswith("--config="):
     return word
   return f"--config={code.experiment}:{word.rpartition(':')[2]}"
+
+
+def why_ended(work: Work, name: str) -> str | None:
+  """`finished`, or why the cell is given up; None while there is something to try."""
+  run_dir = work.run_dir(name)
+  try:
+    if run_dir.read_status().get("state") == FINISHED:
+      return FINISHED
+    launch = read_launch(run_dir)
+  except FieldError as error:
+    return f"given up: {error}"
+  if launch is None:
+    return None
+  if launch.state in (REFUSED, DIVERGED):
+    return f"given up: {launch.state}: {launch.error}"
+  if launch.failures >= work.max_failures:
+    return f"given up after {launch.failures} failures: {launch.error}"
+  return None
 
 
 def to_text(work: Work) -> str:

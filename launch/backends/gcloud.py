@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Literal
 
+from etils import epath
+
 from launch import remote, tpu, work
 from launch.code import Code
 from launch.jobs import Job
@@ -81,20 +83,22 @@ def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
   """What submitting the jobs would write and run, each slice in the first of the zones."""
   shares = deal(jobs, options.slices)
   experiment = jobs[0].cell.experiment
-  found = tuple(slice_plan(share, options, code, out, options.zones[0]) for share in shares)
+  found = tuple(_slice_plan(share, options, code, out) for share in shares)
   return Plan("gcloud", experiment, f"{out}/{experiment}/_slices", found)
 
 
-def slice_plan(share: Share, options: Options, code: Code, out: str, zone: str) -> SlicePlan:
-  """The files and the creating command of one slice in one zone."""
+def _slice_plan(share: Share, options: Options, code: Code, out: str) -> SlicePlan:
+  """A slice's files, a start-up script for each zone, and the command for the first zone."""
   secrets = parse_secrets(options.secrets)
   hosts = options.slice.vms * options.slices_per_run
   todo = work.work_of(share, code, out, "gcloud", hosts, secrets)
-  files = (File(f"{share.name}/work.json", work.to_text(todo)),
-           File(f"{share.name}/startup-{zone}.sh",
-                startup_script(share.name, options, code, out, todo.experiment, zone)))
-  return SlicePlan(share.name, tuple(todo.cells), files,
-                   (create(share.name, options, zone, owner(out, todo.experiment)),))
+  scripts = (File(f"{share.name}/startup-{zone}.sh",
+                  startup_script(share.name, options, code, out, todo.experiment, zone))
+             for zone in dict.fromkeys(options.zones))
+  return SlicePlan(
+      share.name, tuple(todo.cells),
+      (File(f"{share.name}/work.json", work.to_text(todo)), *scripts),
+      (create(share.name, options, options.zones[0], owner(out, todo.experiment)),))
 
 
 def owner(out: str, experiment: str) -> str:
@@ -170,16 +174,20 @@ def startup_script(name: str, options: Options, code: Code, out: str, experiment
 
 def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out: str,
            run: remote.Run = remote.run) -> int:
-  """Asks for the slices that are not there yet. The launcher's exit code."""
+  """Writes down the slices that are wanted, and drives them until all have ended.
+
+  Returns:
+    The launcher's exit code.
+  """
+  from launch import driver, lease  # which import this module
+  error = driver.preflight(options, out, run)
+  if error is not None:
+    print(f"nothing was created: {error}")
+    return 1
   remote.upload(code, out)
-  failed = 0
-  for share in planned.slices:
-    if run(describe(share.name, options, options.zones[0])).ok:
-      print(f"{share.name} is there already")
-      continue
-    remote.begin_anew(planned, share, jobs)
-    remote.write_files(planned, share)
-    error = remote.execute(share, run)
-    print(f"{share.name} was not asked for: {error}" if error else f"{share.name} is asked for")
-    failed += error is not None
-  return 1 if failed else 0
+  try:
+    driver.want(planned, jobs, options, out)
+  except lease.Held as held:
+    print(f"nothing was submitted: {held}")
+    return 1
+  return driver.drive(epath.Path(planned.out), run)

@@ -75,8 +75,12 @@ def _slice_plan(share: Share, options: Options, code: Code, out: str) -> SlicePl
 
 
 def kubectl(options: Options, *arguments: str) -> tuple[str, ...]:
-  context = () if options.kube_context is None else (f"--context={options.kube_context}",)
-  return ("kubectl", *context, f"--namespace={options.namespace}", *arguments)
+  return kubectl_in(options.namespace, options.kube_context, *arguments)
+
+
+def kubectl_in(namespace: str, context: str | None, *arguments: str) -> tuple[str, ...]:
+  chosen = () if context is None else (f"--context={context}",)
+  return ("kubectl", *chosen, f"--namespace={namespace}", *arguments)
 
 
 def jobset(name: str, options: Options, code: Code, out: str, experiment: str) -> dict[str, Any]:

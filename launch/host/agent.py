@@ -22,7 +22,7 @@ from launch import jobs as jobs_lib
 from launch.host import machine
 from launch.host.trainer import Trainer
 from launch.jobs import Launch, read_launch, write_launch
-from launch.work import Work
+from launch.work import Work, why_ended
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.cli import EXIT_BAD_INPUT
 from moe_jax.errors import FieldError
@@ -84,27 +84,10 @@ class Agent:
 
   def _lead(self) -> None:
     for name in self._work.cells:
-      while (why := self._why_ended(name)) is None:
+      while (why := why_ended(self._work, name)) is None:
         self._attempt(name)
       print(f"{name}: {why}", flush=True)
     self._publish(None)
-
-  def _why_ended(self, name: str) -> str | None:
-    """`finished`, or why the cell is given up; None while there is something to try."""
-    run_dir = self._run_dir(name)
-    try:
-      if run_dir.read_status().get("state") == run_dir_lib.FINISHED:
-        return run_dir_lib.FINISHED
-      launch = read_launch(run_dir)
-    except FieldError as error:
-      return f"given up: {error}"
-    if launch is None:
-      return None
-    if launch.state in _FINAL.values():
-      return f"given up: {launch.state}: {launch.error}"
-    if launch.failures >= self._work.max_failures:
-      return f"given up after {launch.failures} failures: {launch.error}"
-    return None
 
   def _attempt(self, name: str) -> None:
     """One attempt at a cell, recorded in its launch.json."""
@@ -178,7 +161,7 @@ class Agent:
     return self._folder / "now.json"
 
   def _run_dir(self, name: str) -> RunDir:
-    return RunDir(epath.Path(self._work.out) / self._work.experiment / name)
+    return self._work.run_dir(name)
 
   def _step_of(self, name: str) -> Any:
     try:

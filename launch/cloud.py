@@ -1,0 +1,90 @@
+"""Queued resources through gcloud: what its answers mean."""
+
+import json
+import re
+from typing import Any
+
+from launch.backends import gcloud
+from launch.backends.gcloud import LABEL, Options
+from launch.remote import Answer, Run
+from launch.slices import Seen
+
+_NOT_FOUND = re.compile(r"NOT_FOUND|was not found|notFound|code=404", re.IGNORECASE)
+_EXISTS = re.compile(r"ALREADY_EXISTS|already exists", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"active account|reauth|invalid_grant|UNAUTHENTICATED|auth tokens|"
+                          r"auth login", re.IGNORECASE)
+_LATER = re.compile(r"\b429\b|rate.?limit|too many requests|per minute|UNAVAILABLE|\b50[0-4]\b|"
+                    r"INTERNAL|deadline|timed? ?out|connection|temporar", re.IGNORECASE)
+
+
+class Unclear(RuntimeError):
+  """The cloud gave no answer that says anything: it is asked again later."""
+
+
+class NoCredentials(RuntimeError):
+  """The account must log in again; nobody else can."""
+
+
+def describe(name: str, options: Options, zone: str, label: str, run: Run) -> Seen | None:
+  """The queued resource of that name, or None. Raises Unclear or NoCredentials."""
+  answer = run(gcloud.describe(name, options, zone))
+  if not answer.ok:
+    _require_credentials(answer)
+    if _NOT_FOUND.search(answer.stderr):
+      return None
+    raise Unclear(answer.error)
+  try:
+    return parse(json.loads(answer.stdout), label)
+  except (json.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError) as error:
+    raise Unclear(f"gcloud's answer cannot be read: {error}") from None
+
+
+def parse(resource: dict[str, Any], label: str) -> Seen:
+  """A QueuedResource message of the Cloud TPU API v2, as gcloud prints it."""
+  state = resource["state"]
+  failed = state.get("failedData", {}).get("error", {})
+  return Seen(state["state"], state.get("stateInitiator"), failed.get("message"),
+              label_of(resource) == label)
+
+
+def label_of(resource: dict[str, Any]) -> str | None:
+  """Whose resource it is, by this project's label; None if nobody's."""
+  specs = resource.get("tpu", {}).get("nodeSpec", [])
+  return specs[0].get("node", {}).get("labels", {}).get(LABEL) if specs else None
+
+
+def create_error(answer: Answer) -> tuple[str, bool] | None:
+  """None if the resource was asked for, else (why not, whether to ask again in a while).
+
+  Raises:
+    NoCredentials: the account must log in again.
+  """
+  if answer.ok or _EXISTS.search(answer.stderr):  # whose it is, the next look tells
+    return None
+  _require_credentials(answer)
+  return answer.error, answer.code is None or _LATER.search(answer.stderr) is not None
+
+
+def delete(name: str, options: Options, zone: str, run: Run) -> None:
+  """Asks for a deletion; whether it happens, the next look tells. Raises NoCredentials."""
+  _require_credentials(run(gcloud.delete(name, options, zone)))
+
+
+def list_ours(options: Options, zone: str, run: Run) -> dict[str, str]:
+  """Name -> label of all that this project has in a zone. Raises Unclear or NoCredentials."""
+  answer = run(gcloud.list_all(options, zone))
+  if not answer.ok:
+    _require_credentials(answer)
+    raise Unclear(answer.error)
+  try:
+    found = {resource["name"].rpartition("/")[2]: label_of(resource)
+             for resource in json.loads(answer.stdout)}
+  except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    raise Unclear(f"gcloud's answer cannot be read: {error}") from None
+  return {name: label for name, label in found.items() if label is not None}
+
+
+def _require_credentials(answer: Answer) -> None:
+  if not answer.ok and _CREDENTIALS.search(answer.stderr):
+    raise NoCredentials("gcloud has no valid credentials: run `gcloud auth login`, then "
+                        "`python -m launch.watch` with the same --out and --experiment")

@@ -1,0 +1,42 @@
+"""Brings an experiment home: everything but checkpoints, to a folder here.
+
+    python -m launch.collect --out=gs://BUCKET/runs --experiment=NAME --to=runs
+
+Metrics that have not grown since are not copied again. results.csv is made anew from what is there.
+"""
+
+import pathlib
+
+from absl import flags
+from etils import epath
+
+from launch import submitted
+from moe_jax import cli
+from moe_jax.errors import require
+from moe_jax.evaluate import results
+
+_OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
+_EXPERIMENT = flags.DEFINE_string("experiment", None, "Name of the experiment: its directory "
+                                  "under --out.", required=True)
+_TO = flags.DEFINE_string("to", "runs", "Folder here, as another --out.")
+
+
+def main(overrides: list[str]) -> int:
+  del overrides
+  source = epath.Path(_OUT.value) / _EXPERIMENT.value
+  require(source.exists(), "experiment", _EXPERIMENT.value,
+          f"is not under --out={_OUT.value}")
+  target = pathlib.Path(_TO.value) / _EXPERIMENT.value
+  require(target.resolve() != pathlib.Path(source).resolve(), "to", _TO.value,
+          "must be another folder than --out")
+  copied, same = submitted.copy_home(source, target)
+  rows, _ = results.collect(_TO.value, _EXPERIMENT.value)
+  if rows:
+    results.write_csv(results.csv_path(_TO.value, _EXPERIMENT.value), rows)
+  print(f"{copied} files copied to {target}, {same} were there already; {len(rows)} rows in "
+        "results.csv")
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(main)

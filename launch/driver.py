@@ -1,0 +1,257 @@
+"""Drives the slices of an experiment, from what is written in `<out>/<experiment>/_slices/`.
+
+Each slice has a folder there: `slice.json` (its record and its options), `work.json`, a start-up
+script for each zone. Any machine that sees them can drive, one at a time; one that dies loses
+nothing, since a record is written before what it says is done.
+"""
+
+import dataclasses
+import json
+import random as random_lib
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from etils import epath
+
+from launch import cloud, lease, remote, slices, work
+from launch.backends import gcloud
+from launch.backends.gcloud import Options
+from launch.jobs import Job
+from launch.plans import File, Plan, SlicePlan
+from launch.slices import Policy, Progress, Record
+from moe_jax.errors import DamagedFile, FieldError
+from moe_jax.fields import from_dict
+from moe_jax.run_dir import read_json, write_json
+
+POLL_SECONDS = 30.0
+
+
+@dataclasses.dataclass
+class Slice:
+  """A slice's folder, read."""
+
+  folder: epath.Path
+  record: Record
+  options: Options
+  label: str
+
+  @classmethod
+  def read(cls, folder: epath.Path) -> "Slice":
+    """Raises FieldError where the file is damaged."""
+    stored = read_json(folder / "slice.json")
+    try:
+      return cls(folder, Record(**stored["record"]), from_dict(Options, stored["options"]),
+                 stored["label"])
+    except (KeyError, TypeError) as error:
+      raise DamagedFile("out", str(folder / "slice.json"), f"is damaged: {error}") from None
+
+  def write(self) -> None:
+    write_json(self.folder / "slice.json", {
+        "record": dataclasses.asdict(self.record), "options": dataclasses.asdict(self.options),
+        "label": self.label})
+
+  @property
+  def work(self) -> work.Work:
+    path = self.folder / "work.json"
+    return work.from_text(path.read_text(), path)
+
+  def plan(self) -> SlicePlan:
+    """What creating it in its zone runs."""
+    name, zone = self.record.name, self.record.zone
+    script = self.folder / f"startup-{zone}.sh"
+    return SlicePlan(name, (), (File(f"{name}/{script.name}", script.read_text()),),
+                     (gcloud.create(name, self.options, zone, self.label),))
+
+  def progress(self) -> Progress:
+    todo = self.work
+    hosts = [read_json(file) for file in self.folder.glob("host-*.json")]
+    troubles = [host["trouble"] for host in hosts if host["trouble"]]
+    return Progress(all(work.why_ended(todo, name) for name in todo.cells),
+                    max((host["heartbeat"] for host in hosts), default=None),
+                    troubles[0] if troubles else None)
+
+  def forget_machines(self) -> None:
+    """Removes what earlier machines said, before new ones are asked for."""
+    for file in (*self.folder.glob("host-*.json"), self.folder / "now.json"):
+      file.unlink(missing_ok=True)
+
+  @property
+  def chip_hours(self) -> float:
+    return self.record.held_seconds / 3600 * self.options.slice.topology.chips
+
+
+def read_all(folder: epath.Path) -> list[Slice]:
+  """All slices of an experiment. Raises FieldError on a damaged file."""
+  return [Slice.read(file.parent) for file in sorted(folder.glob("*/slice.json"))]
+
+
+def want(planned: Plan, jobs: Sequence[Job], options: Options, out: str,
+         clock: Callable[[], float] = time.time) -> None:
+  """Writes down which slices are wanted. One that is at work already stays as it is.
+
+  Raises:
+    FieldError: a cell is another slice's, which has not ended.
+    lease.Held: another driver is at work.
+  """
+  folder = epath.Path(planned.out)
+  held = lease.acquire(folder, clock)
+  try:
+    for share in planned.slices:
+      _want_one(folder, planned, share, jobs, options, gcloud.owner(out, planned.experiment))
+  finally:
+    held.release()
+
+
+def _want_one(folder: epath.Path, planned: Plan, share: SlicePlan, jobs: Sequence[Job],
+              options: Options, label: str) -> None:
+  mine = folder / share.name
+  before = Slice.read(mine) if (mine / "slice.json").exists() else None
+  if before is not None and before.record.state not in slices.FINAL:
+    return
+  for other in read_all(folder):
+    if other.folder != mine and other.record.state not in slices.FINAL:
+      shared = set(other.work.cells) & set(share.cells)
+      if shared:
+        raise FieldError("slices", share.name, f"{min(shared)} is trained by slice "
+                         f"{other.record.name}, which has not ended: launch.cancel it first")
+  remote.begin_anew(planned, share, jobs)
+  remote.write_files(planned, share)
+  held = before.record.held_seconds if before is not None else 0.0
+  (mine / "cancel").unlink(missing_ok=True)
+  Slice(mine, Record(share.name, held_seconds=held), options, label).write()
+
+
+def preflight(options: Options, out: str, run: remote.Run) -> str | None:
+  """Why nothing should be created, or None. Warns of a bucket in another region."""
+  for zone in dict.fromkeys(options.zones):
+    answer = run(gcloud.accelerator(options, zone))
+    if not answer.ok:
+      return f"{options.topology} in {zone}: {answer.error}"
+  if (error := _why_not_writable(out)) is not None:
+    return f"--out={out} cannot be written: {error}"
+  if out.startswith("gs://"):
+    answer = run(gcloud.bucket(options, out[5:].partition("/")[0]))
+    if not answer.ok:
+      return answer.error
+    location = json.loads(answer.stdout).get("location", "").lower()
+    for zone in options.zones:
+      if not zone.startswith(location):
+        print(f"warning: the bucket is in {location}, which is not {zone}'s region: traffic "
+              "between them is charged")
+  return None
+
+
+def _why_not_writable(out: str) -> str | None:
+  probe = epath.Path(out) / "_code" / "probe"
+  try:
+    probe.parent.mkdir(parents=True, exist_ok=True)
+    probe.write_text("writable")
+    probe.unlink()
+  except Exception as error:  # each file system has its own
+    return " ".join(str(error).split())
+  return None
+
+
+class Driver:
+  """Looks at every slice, decides, acts; until all have ended."""
+
+  def __init__(self, folder: epath.Path, run: remote.Run = remote.run,
+               clock: Callable[[], float] = time.time,
+               sleep: Callable[[float], Any] = time.sleep,
+               random: random_lib.Random | None = None, policy: Policy | None = None,
+               say: Callable[[str], Any] = print):
+    self._folder, self._run, self._clock, self._sleep = folder, run, clock, sleep
+    self._random = random or random_lib.Random()
+    self._policy, self._say = policy or Policy(), say
+
+  def drive(self) -> bool:
+    """Until all slices have ended: whether all are done.
+
+    Raises:
+      lease.Held, lease.Lost: another driver is at work.
+      cloud.NoCredentials: a person must log in.
+    """
+    held = lease.acquire(self._folder, self._clock)
+    try:
+      while True:
+        found = read_all(self._folder)
+        for one in found:
+          self._step(one, held)
+        if all(one.record.state in slices.FINAL for one in found):
+          return all(one.record.state == slices.DONE for one in found)
+        self._sleep(POLL_SECONDS)
+    finally:
+      held.release()
+
+  def _step(self, one: Slice, held: lease.Lease) -> None:
+    if one.record.state in slices.FINAL:
+      return
+    held.require(remote.TIMEOUT_SECONDS)
+    record, now = one.record, self._clock()
+    try:
+      seen = None if record.state == slices.WAITING else cloud.describe(
+          record.name, one.options, record.zone, one.label, self._run)
+    except cloud.Unclear as error:
+      self._say(f"{record.name}: {error}")
+      return
+    record = dataclasses.replace(record, cancel=(one.folder / "cancel").exists())
+    record, action = slices.decide(record, seen, one.progress(), one.options.zones, now,
+                                   self._policy, self._random)
+    self._keep(one, record)
+    if action is not None:
+      held.require(remote.TIMEOUT_SECONDS)
+      self._act(one, action)
+
+  def _act(self, one: Slice, action: str) -> None:
+    if action == slices.DELETE:
+      cloud.delete(one.record.name, one.options, one.record.zone, self._run)
+      return
+    one.forget_machines()
+    answers = []
+    remote.execute(one.plan(), lambda command: answers.append(self._run(command)) or answers[-1])
+    error = cloud.create_error(answers[-1])
+    if error is not None:
+      self._keep(one, slices.refused(one.record, *error, self._clock(), self._policy))
+
+  def _keep(self, one: Slice, record: Record) -> None:
+    before, one.record = one.record, record
+    one.write()
+    if (before.state, before.error) != (record.state, record.error):
+      where = f" in {record.zone}" if record.zone else ""
+      self._say(f"{record.name}: {record.state}{where}"
+                + (f": {record.error}" if record.error else ""))
+
+
+def drive(folder: epath.Path, run: remote.Run = remote.run, **driver: Any) -> int:
+  """Drives an experiment's slices and says in the end how they stand. The exit code."""
+  signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+  try:
+    done = Driver(folder, run, **driver).drive()
+  except (lease.Held, lease.Lost, cloud.NoCredentials) as error:
+    print(f"not driven from here: {error}")
+    done = False
+  except KeyboardInterrupt:
+    print("\nthe launcher stops; what runs goes on:")
+    print("\n".join([*table(read_all(folder)), "to watch again: python -m launch.watch",
+                     "to end all: python -m launch.cancel"]))
+    return 128 + signal.SIGINT
+  print("\n".join(table(read_all(folder))))
+  return 0 if done else 1
+
+
+def table(found: Sequence[Slice]) -> list[str]:
+  """A line a slice: what it is at, and what it has used."""
+  lines, total = [], 0.0
+  for one in found:
+    record, price = one.record, one.options.slice.topology.hardware.usd_per_chip_hour
+    cost = None if price is None else one.chip_hours * price
+    total += cost or 0.0
+    lines.append(f"{record.name}: {record.state}, {one.chip_hours:.1f} chip-hours"
+                 + ("" if cost is None else f", at most ${cost:.2f} at the on-demand price")
+                 + (f", {record.preemptions} preemptions" if record.preemptions else "")
+                 + (f", {record.failures} failures" if record.failures else "")
+                 + (f": {record.error}" if record.error else ""))
+  return [*lines, f"{len(found)} slices, at most ${total:.2f} at on-demand prices (a catalogue "
+          "snapshot)"]

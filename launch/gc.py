@@ -1,0 +1,56 @@
+"""Finds queued resources of this project that no experiment under --out accounts for.
+
+    python -m launch.gc --project=P --zones=us-east5-b --out=gs://BUCKET/runs
+
+They are listed, and deleted if the answer is yes (`--yes` answers). Only what carries the
+project's label is looked at; another --out, a colleague's say, may account for it: hence the
+question.
+"""
+
+import os
+
+from absl import flags
+from etils import epath
+
+from launch import cloud, remote, submitted
+from launch.backends.gcloud import Options
+from moe_jax import cli
+from moe_jax.errors import FieldError
+
+_OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
+_PROJECT = flags.DEFINE_string("project", None, "Google Cloud project.", required=True)
+_ZONES = flags.DEFINE_list("zones", None, "Zones to look at.", required=True)
+_YES = flags.DEFINE_bool("yes", False, "Delete without a question.")
+
+
+def main(overrides: list[str]) -> int:
+  del overrides
+  options = Options(_PROJECT.value, tuple(_ZONES.value), "v6e-8")
+  out = epath.Path(_OUT.value if "://" in _OUT.value else os.path.abspath(_OUT.value))
+  try:
+    found = submitted.orphans(options, out, remote.run)
+    if not found:
+      print("nothing is left behind")
+      return 0
+    for name, zone, label in found:
+      print(f"{name} in {zone}, labelled {label}")
+    if not _YES.value and _asked(f"delete these {len(found)}? [y/N] ") != "y":
+      print("nothing was deleted")
+      return 1
+    for name, zone, _ in found:
+      cloud.delete(name, options, zone, remote.run)
+  except (cloud.Unclear, cloud.NoCredentials) as error:
+    raise FieldError("project", _PROJECT.value, str(error)) from None
+  print(f"{len(found)} deletions are asked for")
+  return 0
+
+
+def _asked(question: str) -> str:
+  try:
+    return input(question).strip().lower()
+  except EOFError:  # nobody is there to answer
+    return ""
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,120 @@
+"""One driver at a time: a lease with generations that needs nothing but create-if-absent.
+
+`<folder>/driver-00000007.json` is the seventh lease. Whoever would drive creates the next number,
+which a file system and an object store both let only one do; only its maker writes it again, to
+say that it still drives. A maker that finds a higher number has lost the lease, for good.
+Before anything that costs money is done, the lease must hold for longer than that can take.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+
+from etils import epath
+
+from moe_jax.run_dir import is_gone, is_local, read_json, write_json
+
+SECONDS = 300.0  # for which a lease holds after its maker last wrote
+_SKEW = 60.0  # by which two machines' clocks may differ
+
+
+class Held(RuntimeError):
+  """Another driver is at work."""
+
+
+class Lost(RuntimeError):
+  """This driver was taken for dead, and another is at work."""
+
+
+def create(path: epath.Path, text: str) -> bool:
+  """Writes a new file whole, unless there is one: whether this call made it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if not is_local(path):
+    import gcsfs  # of the extra [gcs]; it loads slowly
+    try:
+      gcsfs.GCSFileSystem().pipe_file(os.fspath(path), text.encode(), mode="create")
+    except FileExistsError:
+      return False
+    return True
+  with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".lease-") as partial:
+    partial.write(text)
+    partial.flush()
+    try:
+      os.link(partial.name, path)
+    except FileExistsError:
+      return False
+  return True
+
+
+@dataclasses.dataclass
+class Lease:
+  """A lease that this process made.
+
+  Attributes:
+    folder: where leases are kept.
+    generation: its number.
+    written: when it was last written, by `clock`.
+  """
+
+  folder: epath.Path
+  generation: int
+  written: float
+  clock: Callable[[], float]
+
+  def renew(self) -> None:
+    """Says that this driver lives. Raises Lost."""
+    self._require_newest()
+    self.written = self.clock()
+    write_json(_file(self.folder, self.generation), _word(self.written))
+
+  def require(self, seconds: float) -> None:
+    """Raises Lost unless the lease surely holds for so long; renews it where that is needed."""
+    if self.clock() + seconds > self.written + SECONDS:
+      self.renew()
+    else:
+      self._require_newest()
+
+  def release(self) -> None:
+    """Lets the next driver begin at once."""
+    with contextlib.suppress(OSError):
+      if _newest(self.folder) == self.generation:
+        write_json(_file(self.folder, self.generation), _word(0.0))
+
+  def _require_newest(self) -> None:
+    newest = _newest(self.folder)
+    if newest != self.generation:
+      raise Lost(f"another driver took over (lease {newest}, this one had {self.generation})")
+
+
+def acquire(folder: epath.Path, clock: Callable[[], float] = time.time) -> Lease:
+  """The next lease. Raises Held, which names the holder, while another one holds."""
+  newest = _newest(folder)
+  if newest:
+    word = read_json(_file(folder, newest))
+    if clock() < word["written"] + SECONDS + _SKEW and not is_gone(word["host"], word["pid"]):
+      raise Held(f"process {word['pid']} on {word['host']} drives this experiment; it last said "
+                 f"so {max(0, clock() - word['written']):.0f} s ago")
+  written = clock()
+  if not create(_file(folder, newest + 1), json.dumps(_word(written))):
+    raise Held("another driver began at the same moment")
+  for number in range(max(1, newest - 8), newest):  # kept short, but never the newest
+    _file(folder, number).unlink(missing_ok=True)
+  return Lease(folder, newest + 1, written, clock)
+
+
+def _word(written: float) -> dict[str, object]:
+  return {"host": socket.gethostname(), "pid": os.getpid(), "written": written}
+
+
+def _file(folder: epath.Path, generation: int) -> epath.Path:
+  return folder / f"driver-{generation:08d}.json"
+
+
+def _newest(folder: epath.Path) -> int:
+  names = [file.name for file in folder.glob("driver-*.json")]
+  return max((int(name[7:-5]) for name in names), default=0)

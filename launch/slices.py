@@ -1,0 +1,287 @@
+"""The states of a slice's resource, apart from those of the cells it trains. Pure.
+
+    waiting -> creating -> queued -> active -> deleting -> waiting, done, failed or cancelled
+
+`decide` looks at a record and at what the cloud says, and answers with the next record and what
+is to be done. The record is kept before that is done, so a driver may die anywhere.
+"""
+
+import dataclasses
+import random as random_lib
+from collections.abc import Mapping
+
+WAITING, CREATING, QUEUED, ACTIVE = "waiting", "creating", "queued", "active"
+DELETING, DONE, FAILED, CANCELLED = "deleting", "done", "failed", "cancelled"
+FINAL = (DONE, FAILED, CANCELLED)
+
+CREATE, DELETE = "create", "delete"  # what is to be done
+
+_BILLED = ("ACTIVE", "SUSPENDING")  # in these a queued resource has machines
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """Budgets, and pauses in seconds.
+
+  Attributes:
+    max_preemptions: times that machines may be taken away.
+    max_failures: times that a resource may fail, or its machines fall silent.
+    pause, longest_pause: before the next attempt, doubled with each in a row.
+    patience: for capacity in one zone, where there are others.
+    cooldown: for which a zone without capacity is left alone.
+    silence: without a word from the machines, after which they are replaced.
+    delete_again: before an unanswered deletion is asked for again.
+  """
+
+  max_preemptions: int = 100
+  max_failures: int = 5
+  pause: float = 30.0
+  longest_pause: float = 1800.0
+  patience: float = 3600.0
+  cooldown: float = 3600.0
+  silence: float = 1800.0
+  delete_again: float = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """slice.json: what is known of one slice.
+
+  Attributes:
+    name: of the resource.
+    state: see above; since when, in seconds since the epoch.
+    zone: of the resource there is, or was.
+    next_at: nothing is tried before.
+    attempts: resources asked for.
+    preemptions, failures: of the budgets.
+    in_a_row: attempts since machines last worked.
+    exhausted: zone -> until when it is left alone.
+    after: what a deletion leads to.
+    cancel: a person wants it ended.
+    looked: when the cloud was last asked; whether there were machines then.
+    held_seconds: for which there were machines, at most: an interval between two looks counts
+      if there were at either end.
+    error: why it is not at work, in one line.
+  """
+
+  name: str
+  state: str = WAITING
+  since: float = 0.0
+  zone: str | None = None
+  next_at: float = 0.0
+  attempts: int = 0
+  preemptions: int = 0
+  failures: int = 0
+  in_a_row: int = 0
+  exhausted: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  after: str | None = None
+  cancel: bool = False
+  looked: float | None = None
+  held: bool = False
+  held_seconds: float = 0.0
+  error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """A queued resource, as the cloud describes it.
+
+  Attributes:
+    state: Cloud TPU's word for it.
+    initiator: USER or SERVICE, of who ended it.
+    error: why it failed.
+    ours: whether its label says that it is this experiment's.
+  """
+
+  state: str
+  initiator: str | None = None
+  error: str | None = None
+  ours: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """What the slice's machines and cells say.
+
+  Attributes:
+    ended: all cells are finished or given up.
+    heard: when a machine last spoke.
+    trouble: why a machine is of no use.
+  """
+
+  ended: bool = False
+  heard: float | None = None
+  trouble: str | None = None
+
+
+def is_about_capacity(error: str) -> bool:
+  """Whether an error says that this zone has no room, which another may have."""
+  text = error.lower()
+  return any(word in text for word in ("quota", "capacity", "stockout", "resource_exhausted",
+                                       "resources to fulfill", "exhausted"))
+
+
+def decide(record: Record, seen: Seen | None, progress: Progress, zones: tuple[str, ...],
+           now: float, policy: Policy, random: random_lib.Random) -> tuple[Record, str | None]:
+  """The next record, and CREATE, DELETE or None.
+
+  Args:
+    record: as it was kept.
+    seen: what the cloud says; None where there is no resource of that name.
+    progress: of the slice's work.
+    zones: that may be tried, in this order.
+    now: seconds since the epoch.
+    policy: budgets and pauses.
+    random: for the jitter.
+  """
+  record = _billed(record, seen, now)
+  if record.state in FINAL:
+    return record, None
+  if record.state == WAITING:
+    return _wait(record, progress, zones, now, policy, random)
+  if record.state == DELETING:
+    return _go_on_deleting(record, seen, now, policy, random)
+  if seen is not None and not seen.ours:
+    return _to(record, FAILED, now, error=f"a queued resource {record.name} in {record.zone} "
+               "is somebody else's; it is left as it is"), None
+  if progress.ended or record.cancel:
+    return _end(record, seen, DONE if progress.ended else CANCELLED, now)
+  if seen is None:
+    return _missing(record, now, policy, random)
+  return _judge(record, seen, progress, zones, now, policy)
+
+
+def _wait(record, progress, zones, now, policy, random):
+  if record.cancel or progress.ended:
+    return _to(record, DONE if progress.ended else CANCELLED, now), None
+  if now < record.next_at:
+    return record, None
+  zone = min(zones, key=lambda zone: max(record.exhausted.get(zone, 0.0), now))
+  until = record.exhausted.get(zone, 0.0)
+  if until > now:
+    return dataclasses.replace(record, next_at=until + random.uniform(0, policy.pause)), None
+  return _to(record, CREATING, now, zone=zone, attempts=record.attempts + 1,
+             next_at=now + _pause(record, policy, random)), CREATE
+
+
+def _missing(record, now, policy, random):
+  """There is no such resource, though there should be."""
+  if record.state == CREATING:  # the driver died before it asked, or the answer was an error
+    if now < record.next_at:
+      return record, None
+    return dataclasses.replace(record, in_a_row=record.in_a_row + 1,
+                               next_at=now + _pause(record, policy, random)), CREATE
+  return _to(record, CANCELLED, now,
+             error=f"somebody deleted it in {record.zone}; submit again to go on"), None
+
+
+def _judge(record, seen, progress, zones, now, policy):
+  match seen.state:
+    case "FAILED":
+      error = seen.error or "failed without a reason"
+      if is_about_capacity(error):
+        return _leave_zone(record, error, now, policy)
+      return _fail(record, error, now, policy)
+    case "SUSPENDING" | "SUSPENDED" if seen.initiator == "USER":
+      return _delete(record, CANCELLED, now, error="a user suspended it; submit again to go on")
+    case "SUSPENDING" | "SUSPENDED":
+      return _preempted(record, f"preempted in {record.zone}", now, policy)
+    case "DELETING":
+      return _to(record, DELETING, now, after=CANCELLED,
+                 error="somebody deletes it; submit again to go on"), None
+    case "ACTIVE":
+      return _work(record, progress, now, policy)
+  if record.state != QUEUED:
+    return _to(record, QUEUED, now, error=None), None
+  if len(zones) > 1 and now - record.since > policy.patience:
+    return _leave_zone(record, f"no capacity in {record.zone} for {policy.patience:.0f} s", now,
+                       policy)
+  return record, None
+
+
+def _work(record, progress, now, policy):
+  if record.state != ACTIVE:
+    return _to(record, ACTIVE, now, error=None), None
+  if progress.trouble:
+    return _preempted(record, f"its machine is of no use: {progress.trouble}", now, policy)
+  heard = max(record.since, progress.heard or 0.0)
+  if now - heard > policy.silence:
+    return _fail(record, f"its machines were silent for {policy.silence:.0f} s", now, policy)
+  if (progress.heard or 0.0) > record.since and record.in_a_row:
+    return dataclasses.replace(record, in_a_row=0), None
+  return record, None
+
+
+def _go_on_deleting(record, seen, now, policy, random):
+  if seen is None:
+    wanted = CANCELLED if record.cancel and record.after == WAITING else record.after
+    return _to(record, wanted, now, after=None,
+               next_at=now + _pause(record, policy, random)), None
+  if not seen.ours:
+    return _to(record, record.after, now, after=None), None
+  if seen.state != "DELETING" and now >= record.next_at:
+    return dataclasses.replace(record, next_at=now + policy.delete_again), DELETE
+  return record, None
+
+
+def _preempted(record, error, now, policy):
+  preemptions = record.preemptions + 1
+  spent = preemptions > policy.max_preemptions
+  return _delete(dataclasses.replace(record, preemptions=preemptions),
+                 FAILED if spent else WAITING, now, error=error)
+
+
+def _fail(record, error, now, policy):
+  failures = record.failures + 1
+  spent = failures > policy.max_failures
+  return _delete(dataclasses.replace(record, failures=failures, in_a_row=record.in_a_row + 1),
+                 FAILED if spent else WAITING, now, error=error)
+
+
+def _leave_zone(record, error, now, policy):
+  exhausted = {**record.exhausted, record.zone: now + policy.cooldown}
+  return _delete(dataclasses.replace(record, exhausted=exhausted), WAITING, now, error=error)
+
+
+def refused(record: Record, error: str, retry: bool, now: float, policy: Policy) -> Record:
+  """After a CREATE that the cloud answered with an error.
+
+  Args:
+    error: what it said.
+    retry: whether the same request may be answered otherwise in a while.
+  """
+  if is_about_capacity(error) and not retry:
+    return _to(record, WAITING, now, error=error,
+               exhausted={**record.exhausted, record.zone: now + policy.cooldown})
+  if retry:  # it may have been heard: the next look tells
+    return dataclasses.replace(record, error=error)
+  failures = record.failures + 1
+  return _to(record, FAILED if failures > policy.max_failures else WAITING, now, error=error,
+             failures=failures, in_a_row=record.in_a_row + 1,
+             next_at=max(record.next_at, now + policy.pause))
+
+
+def _end(record, seen, state, now):
+  return (_to(record, state, now), None) if seen is None else _delete(record, state, now)
+
+
+def _delete(record, after, now, **changes):
+  # Asked for at the next look, once it is written down.
+  return _to(record, DELETING, now, after=after, next_at=now, **changes), None
+
+
+def _to(record: Record, state: str, now: float, **changes) -> Record:
+  return dataclasses.replace(record, state=state, since=now, **changes)
+
+
+def _pause(record: Record, policy: Policy, random: random_lib.Random) -> float:
+  """Exponential, with jitter: many slices must not all come back at once."""
+  return min(policy.longest_pause, policy.pause * 2**record.in_a_row) * random.uniform(0.5, 1.0)
+
+
+def _billed(record: Record, seen: Seen | None, now: float) -> Record:
+  held = seen is not None and seen.ours and (
+      seen.state in _BILLED or (seen.state == "DELETING" and record.held))
+  passed = now - record.looked if record.looked is not None and (held or record.held) else 0.0
+  return dataclasses.replace(record, looked=now, held=held,
+                             held_seconds=record.held_seconds + passed)

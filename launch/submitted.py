@@ -1,0 +1,102 @@
+"""What an experiment has on other machines, from what its submission wrote."""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+from etils import epath
+
+from launch import cloud, driver, remote, slices
+from launch.backends import gcloud
+from launch.backends.gcloud import Options
+from launch.backends.gke import kubectl_in
+from moe_jax.errors import FieldError, require
+from moe_jax.run_dir import write_bytes
+
+_SMALL = ("config.json", "status.json", "launch.json", "metrics/*.jsonl", "eval/*.json",
+          "checksums/*.json")
+
+
+def folder_of(out: str, experiment: str) -> epath.Path:
+  """The folder of the experiment's slices. Raises FieldError where nothing was submitted."""
+  root = epath.Path(out if "://" in out else os.path.abspath(out))
+  found = root / experiment / "_slices"
+  require("/" not in experiment and found.exists(), "experiment", experiment,
+          f"was not submitted to other machines from --out={out}")
+  return found
+
+
+def submissions(folder: epath.Path) -> dict[str, list[epath.Path]]:
+  """Backend -> the folders of what was submitted through it."""
+  marks = {"gcloud": "slice.json", "gke": "jobset.json", "slurm": "run.sh"}
+  found = {backend: sorted(file.parent for file in folder.glob(f"*/{mark}"))
+           for backend, mark in marks.items()}
+  return {backend: folders for backend, folders in found.items() if folders}
+
+
+def kubectl_for(jobset: epath.Path, context: str | None, *arguments: str) -> Sequence[str]:
+  """kubectl in the namespace of a JobSet's folder."""
+  manifest = json.loads((jobset / "jobset.json").read_text())
+  return kubectl_in(manifest["metadata"]["namespace"], context, *arguments)
+
+
+def one_of(folders: Sequence[epath.Path], name: str | None) -> epath.Path:
+  """The folder of that name, or the only one. Raises FieldError."""
+  names = [folder.name for folder in folders]
+  if name is None and len(names) == 1:
+    return folders[0]
+  if name not in names:
+    raise FieldError("slice", name or "", "must be one of " + ", ".join(names))
+  return folders[names.index(name)]
+
+
+def log_command(one: epath.Path, backend: str, worker: str, lines: int, follow: bool,
+            context: str | None) -> tuple[str, ...]:
+  """What shows the log. Raises FieldError where the slice has no machines."""
+  require(worker == "all" or worker.isdecimal(), "worker", worker, "must be a number or all")
+  tail = ("tail", f"--lines={lines}", *(("--follow=name", "--retry") if follow else ()))
+  if backend == "slurm":
+    return (*tail, f"{one}/log-{worker}.txt")
+  if backend == "gke":
+    index = (() if worker == "all" else
+             (f"batch.kubernetes.io/job-completion-index={worker}",))
+    selector = ",".join((f"jobset.sigs.k8s.io/jobset-name={one.name}", *index))
+    return tuple(kubectl_for(one, context, "logs", f"--selector={selector}",
+                                   f"--tail={lines}", "--prefix", "--max-log-requests=64",
+                                   *(("--follow",) if follow else ())))
+  found = driver.Slice.read(one)
+  require(found.record.state == slices.ACTIVE, "slice", one.name,
+          f"is {found.record.state}: it has no machines whose log could be read")
+  return gcloud.ssh(found.record.name, found.options, found.record.zone,
+                    " ".join((*tail, "/var/lib/moe_jax/log.txt")), worker)
+
+
+def orphans(options: Options, out: epath.Path, run: remote.Run) -> list[tuple[str, str, str]]:
+  """(name, zone, label) of what no slice that is at work accounts for.
+
+  Raises:
+    cloud.Unclear, cloud.NoCredentials: gcloud cannot tell.
+  """
+  accounted = {(one.record.name, one.record.zone, one.label)
+               for folder in out.glob("*/_slices") for one in driver.read_all(folder)
+               if one.record.state not in slices.FINAL}
+  return sorted((name, zone, label) for zone in options.zones
+                for name, label in cloud.list_ours(options, zone, run).items()
+                if (name, zone, label) not in accounted)
+
+
+def copy_home(source: epath.Path, target: pathlib.Path) -> tuple[int, int]:
+  """Copies one experiment's files. (files copied, files that were there already)"""
+  copied = same = 0
+  for kind in _SMALL:
+    for file in source.glob(f"[!_]*/{kind}"):
+      there = epath.Path(target) / file.relative_to(source)
+      # Metrics only grow; all others may have been written anew.
+      if file.suffix == ".jsonl" and there.exists() and (
+          there.stat().length == file.stat().length):
+        same += 1
+        continue
+      write_bytes(there, file.read_bytes())
+      copied += 1
+  return copied, same

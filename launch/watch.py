@@ -1,0 +1,29 @@
+"""Drives what was submitted to queued resources, from any machine that sees --out.
+
+    python -m launch.watch --out=gs://BUCKET/runs --experiment=NAME
+
+It takes up where the last driver ended or died. GKE and SLURM need no driver.
+"""
+
+from absl import flags
+
+from launch import driver, submitted
+from moe_jax import cli
+from moe_jax.errors import FieldError
+
+_OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
+_EXPERIMENT = flags.DEFINE_string("experiment", None, "Name of the experiment: its directory "
+                                  "under --out.", required=True)
+
+
+def main(overrides: list[str]) -> int:
+  del overrides
+  folder = submitted.folder_of(_OUT.value, _EXPERIMENT.value)
+  if "gcloud" not in submitted.submissions(folder):
+    raise FieldError("experiment", _EXPERIMENT.value, "has no queued resources; GKE and "
+                     "SLURM drive by themselves")
+  return driver.drive(folder)
+
+
+if __name__ == "__main__":
+  cli.run(main)

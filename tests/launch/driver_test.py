@@ -1,0 +1,331 @@
+"""The driver over a fake cloud by a virtual clock: every way a slice can end, nothing leaked,
+nothing used that is not counted."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from launch import cloud, driver, lease, slices
+from launch.backends import gcloud
+from launch.code import Code
+from launch.remote import Answer
+from launch.slices import Policy
+from moe_jax.errors import FieldError
+from tests.experiment_files import run_module
+from tests.launch.world import QUICK, World
+
+_CODE = Code("c", "a" * 64, "e.py", b"")
+_PREEMPTED = [*QUICK, (200, "SUSPENDING", "SERVICE", None), (220, "SUSPENDED", "SERVICE", None)]
+
+
+def _first(timeline, then=QUICK):
+  """A timeline for the first resource, another for those after it."""
+  return lambda name, zone, attempt: timeline if attempt == 1 else then
+
+
+def test_slices_are_asked_for_worked_on_and_deleted(tmp_path):
+  world = World(tmp_path, cells=4, slices=2)
+  assert world.drive()
+  world.check()
+  assert [record.attempts for record in world.records()] == [1, 1]
+  assert sum(line[4] == "create" for line in world.cloud.commands) == 2
+
+
+def test_a_preempted_slice_is_deleted_and_asked_for_again(tmp_path):
+  world = World(tmp_path, _first(_PREEMPTED))
+  assert world.drive()
+  world.check()
+  (record,) = world.records()
+  assert (record.preemptions, record.failures, record.attempts) == (1, 0, 2)
+  assert any("preempted in us-east5-b" in line for line in world.said)
+
+
+def test_what_a_user_suspended_is_not_brought_back(tmp_path):
+  world = World(tmp_path, _first([*QUICK, (200, "SUSPENDED", "USER", None)]))
+  assert not world.drive()
+  world.check()
+  (record,) = world.records()
+  assert (record.state, record.attempts) == (slices.CANCELLED, 1)
+  assert "a user suspended it" in record.error
+
+
+def test_what_somebody_deleted_is_not_brought_back(tmp_path):
+  world = World(tmp_path)
+
+  def sleep(seconds):
+    world.sleep(seconds)
+    for resource in world.cloud.active():
+      resource.deleted = resource.deleted or world.cloud.now
+
+  assert not world.driver(sleep).drive()
+  world.check()
+  assert world.records()[0].state == slices.CANCELLED
+
+
+@pytest.mark.parametrize("timeline", [
+    "RESOURCE_EXHAUSTED: Quota limit 'TPUV6EPreemptiblePerProjectPerZone' has been exceeded",
+    [(30, "FAILED", "SERVICE", "There is no more capacity in the zone us-east5-b")],
+    [(30, "WAITING_FOR_RESOURCES", None, None)]])
+def test_a_zone_without_room_is_left_for_another(tmp_path, timeline):
+  world = World(tmp_path, _first(timeline))
+  assert world.drive()
+  world.check()
+  (record,) = world.records()
+  assert record.zone == "europe-west4-a"
+  assert (record.preemptions, record.failures) == (0, 0)
+  assert "us-east5-b" in record.exhausted
+
+
+def test_no_zone_has_room_for_days_and_then_one_has(tmp_path):
+  def timelines(name, zone, attempt):
+    return QUICK if attempt > 20 else "RESOURCE_EXHAUSTED: no more capacity"
+
+  world = World(tmp_path, timelines)
+  assert world.drive()
+  world.check()
+  creates = [line for line in world.cloud.commands if line[4] == "create"]
+  assert len(creates) == 21
+  assert world.cloud.now > 8 * 3600  # each zone rested for an hour between two tries
+
+
+def test_failing_resources_have_a_budget(tmp_path):
+  world = World(tmp_path, lambda *_: [(30, "FAILED", "SERVICE", "internal error 13")],
+                policy=Policy(max_failures=2))
+  assert not world.drive()
+  world.check()
+  (record,) = world.records()
+  assert (record.state, record.failures, record.error) == (slices.FAILED, 3, "internal error 13")
+
+
+def test_preemptions_have_a_budget_of_their_own(tmp_path):
+  world = World(tmp_path, lambda *_: [(1, "ACTIVE", None, None), (40, "SUSPENDED", "SERVICE",
+                                                                   None)],
+                policy=Policy(max_preemptions=3, max_failures=0))
+  assert not world.drive()
+  world.check()
+  assert (world.records()[0].preemptions, world.records()[0].failures) == (4, 0)
+
+
+def test_silent_machines_are_replaced(tmp_path):
+  world = World(tmp_path, silent=True, policy=Policy(max_failures=1, silence=600))
+  assert not world.drive()
+  world.check()
+  (record,) = world.records()
+  assert record.attempts == 2
+  assert record.error == "its machines were silent for 600 s"
+
+
+def test_a_dirty_machine_is_replaced(tmp_path):
+  world = World(tmp_path)
+
+  def sleep(seconds):
+    world.sleep(seconds)
+    if world.cloud.created == 1:
+      for file in world.folder.glob("*/host-0-0.json"):
+        file.write_text(json.dumps({"state": "dirty", "heartbeat": world.cloud.now,
+                                    "trouble": "/dev/vfio/0 is held by process 41"}))
+
+  assert world.driver(sleep).drive()
+  world.check()
+  (record,) = world.records()
+  assert (record.preemptions, record.attempts) == (1, 2)
+
+
+_FAULTS = {
+    "429": Answer(1, "", "ERROR: (gcloud) RESOURCE_EXHAUSTED: Quota exceeded for quota metric "
+                  "'Requests' and limit 'Requests per minute' (429)"),
+    "503": Answer(1, "", "ERROR: (gcloud) UNAVAILABLE: The service is currently unavailable. 503"),
+    "ssh 255": Answer(255, "", "Connection reset by peer"),
+    "hang": Answer(None, "", ""),
+    "malformed": Answer(0, '{"name": "x", "sta', ""),
+    "another shape": Answer(0, "[]", ""),
+}
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_answers_that_say_nothing_change_nothing(tmp_path, fault):
+  seen = []
+
+  def every_third(command):
+    seen.append(command)
+    if len(seen) % 3 == 0 and (command[4] != "create" or not _FAULTS[fault].ok):
+      return _FAULTS[fault]
+    return None
+
+  world = World(tmp_path, _first(_PREEMPTED), every_third, cells=4, slices=2)
+  world.unwatched = 300.0  # an interval whose end was not seen counts to the next look
+  assert world.drive()
+  world.check()
+  assert all(record.failures == 0 for record in world.records())
+
+
+def test_a_request_that_was_heard_though_it_seemed_lost_is_not_made_twice(tmp_path):
+  world = World(tmp_path)
+  run = world.cloud.run
+
+  def lossy(command):
+    answer = run(command)
+    return Answer(None, "", "") if command[4] == "create" else answer
+
+  world.cloud.run = lossy
+  assert world.drive()
+  world.check()
+  assert world.cloud.created == 1
+
+
+def test_an_expired_credential_is_said_and_nothing_is_lost(tmp_path):
+  expired = [False]
+
+  def on_command(command):
+    return Answer(1, "", "ERROR: (gcloud) There was a problem refreshing your current auth "
+                  "tokens: Reauthentication failed.") if expired[0] else None
+
+  world = World(tmp_path, on_command=on_command)
+
+  def sleep(seconds):
+    world.sleep(seconds)
+    expired[0] = bool(world.cloud.active())
+
+  with pytest.raises(cloud.NoCredentials, match="gcloud auth login.*launch.watch"):
+    world.driver(sleep).drive()
+  expired[0] = False
+  assert world.drive()
+  world.check()
+  assert world.cloud.created == 1
+
+
+def test_somebody_elses_resource_of_the_same_name_is_left_alone(tmp_path):
+  world = World(tmp_path)
+  name = world.plan.slices[0].name
+  world.cloud.run(("gcloud", "compute", "tpus", "queued-resources", "create", name,
+                   "--project=p", "--zone=us-east5-b", "--labels=team=other"))
+  assert not world.drive()
+  (record,) = world.records()
+  assert record.state == slices.FAILED
+  assert "is somebody else's; it is left as it is" in record.error
+  assert record.held_seconds == 0
+  assert len(world.cloud.present) == 1  # and not deleted
+
+
+class _Killed(BaseException):
+  pass
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_driver_killed_at_any_command_is_followed_by_another(tmp_path, after):
+  """At the n-th command, for every n until one is never reached."""
+  for n in range(1, 100):
+    folder = tmp_path / f"{after}-{n}"
+    folder.mkdir()
+    world = World(folder, _first(_PREEMPTED))
+    run, count = world.cloud.run, [0]
+
+    def deadly(command, run=run, count=count, n=n):
+      count[0] += 1
+      if count[0] == n:
+        if after:
+          run(command)
+        raise _Killed
+      return run(command)
+
+    world.cloud.run = deadly
+    try:
+      world.drive()
+      break
+    except _Killed:
+      pass
+    world.cloud.now += 100
+    world.unwatched = 200.0
+    assert world.drive()
+    world.check()
+    assert world.cloud.created == 2, n
+  assert n > 10
+
+
+def test_two_drivers_never_both_act(tmp_path):
+  world = World(tmp_path)
+  refused = []
+
+  def sleep(seconds):
+    world.sleep(seconds)
+    with pytest.raises(lease.Held) as error:
+      world.driver().drive()
+    refused.append(str(error.value))
+
+  assert world.driver(sleep).drive()
+  assert len(refused) > 10
+  assert "drives this experiment" in refused[0]
+  world.check()
+
+
+def test_submitting_again_submits_nothing_twice(tmp_path):
+  world = World(tmp_path)
+  before = world.records()
+  world.want()
+  assert world.records() == before
+  assert world.drive()
+  world.want()  # all is done: there is nothing to ask for
+  assert world.drive()
+  assert world.cloud.created == 1
+
+
+def test_a_cell_is_never_two_slices(tmp_path):
+  world = World(tmp_path, cells=4, slices=2)
+  with pytest.raises(FieldError, match="is trained by slice tiny-0-.*launch.cancel it first"):
+    world.plan = gcloud.plan(world.jobs, dataclasses.replace(world.options, slices=1),
+                             _CODE, world.out)
+    world.want()
+
+
+def test_cancelling_deletes_whatever_there_is(tmp_path):
+  world = World(tmp_path, cells=4, slices=2)
+
+  def sleep(seconds):
+    world.sleep(seconds)
+    if world.ticks == 5:
+      for share in world.plan.slices:
+        (world.folder / share.name / "cancel").touch()
+
+  assert not world.driver(sleep).drive()
+  world.check()
+  assert {record.state for record in world.records()} == {slices.CANCELLED}
+
+
+# Before anything is created
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ("accelerator-types", "v6e-8 in us-east5-b: ERROR: .*NOT_FOUND: no such accelerator"),
+    ("nothing", "--out=.* cannot be written: ")])
+def test_what_can_be_checked_is_checked_first(tmp_path, capsys, wrong, message):
+  world = World(tmp_path, on_command=lambda command: Answer(
+      1, "", "ERROR: (gcloud) NOT_FOUND: no such accelerator") if wrong in command else None)
+  out = world.out
+  if wrong == "nothing":
+    out = str(tmp_path / "file")
+    (tmp_path / "file").touch()
+  assert gcloud.submit(world.plan, world.jobs, world.options, _CODE, out, world.cloud.run) == 1
+  assert re.search(f"nothing was created: {message}", capsys.readouterr().out)
+  assert world.cloud.created == 0
+
+
+def test_a_bucket_elsewhere_is_warned_of(tmp_path, capsys, monkeypatch):
+  world = World(tmp_path, on_command=lambda command: Answer(0, '{"location": "US-EAST5"}', ""))
+  monkeypatch.setattr(driver, "_why_not_writable", lambda out: None)
+  assert driver.preflight(world.options, "gs://bucket/runs", world.cloud.run) is None
+  said = capsys.readouterr().out
+  assert "which is not europe-west4-a's region: traffic between them is charged" in said
+  assert "us-east5-b's" not in said
+
+
+def test_the_account_is_shown_with_the_status(tmp_path):
+  world = World(tmp_path, _first(_PREEMPTED))
+  assert world.drive()
+  done = run_module("-m", "launch.status", f"--config={tmp_path / 'tiny.py'}",
+                    f"--out={world.out}")
+  (record,) = world.records()
+  hours = record.held_seconds / 3600 * 8
+  assert f"{record.name}: done, {hours:.1f} chip-hours, at most ${hours * 2.7:.2f}" in done.stdout
+  assert "1 preemptions" in done.stdout

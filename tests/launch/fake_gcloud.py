@@ -1,0 +1,112 @@
+"""A gcloud for PATH, whose TPU VMs are process groups on this machine that run the real start-up
+script: python fake_gcloud.py FOLDER ARGUMENTS...
+
+FOLDER/cloud.json holds the queued resources. The first one in the first zone is taken away by
+force once its cell has saved FOLDER/preempt_at's checkpoint; that zone then has no capacity. A
+queued resource moves on by one state each time it is described.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+_STATES = ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+
+
+def main(folder, command):
+  with open(folder / "commands.txt", "a") as log:
+    print(json.dumps(command), file=log)
+  if command[:3] != ["compute", "tpus", "queued-resources"]:
+    print("{}")
+    return 0
+  with open(folder / "lock", "w") as lock:  # the launcher and a machine may ask at once
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return _locked(folder, command)
+
+
+def _locked(folder, command):
+  file = folder / "cloud.json"
+  state = json.loads(file.read_text()) if file.exists() else {"created": 0, "resources": {}}
+  flags = dict(word.partition("=")[::2] for word in command[5:] if word.startswith("--"))
+  code = _answer(folder, state, command[3], command[4], flags)
+  file.with_suffix(".new").write_text(json.dumps(state))
+  file.with_suffix(".new").replace(file)
+  return code
+
+
+def _answer(folder, state, verb, name, flags):
+  resources, zone = state["resources"], flags["--zone"]
+  found = resources.get(name)
+  if verb == "create":
+    if state["created"] and zone == "us-east5-b":
+      return _error("RESOURCE_EXHAUSTED: there is no more capacity in the zone us-east5-b")
+    if found:
+      return _error(f"ALREADY_EXISTS: Resource '{name}' already exists")
+    state["created"] += 1
+    key, _, value = flags["--labels"].partition("=")
+    script = flags["--metadata-from-file"].removeprefix("startup-script=")
+    resources[name] = {"zone": zone, "state": "ACCEPTED", "labels": {key: value}, "home": None,
+                       "script": pathlib.Path(script).read_text(), "n": state["created"]}
+    return 0
+  if found is None or found["zone"] != zone:
+    return _error(f"NOT_FOUND: Resource '{name}' was not found")
+  if verb == "delete":
+    _take_machine(found)
+    del resources[name]
+    return 0
+  _advance(folder, found)
+  told = {"state": found["state"]}
+  if found["state"] == "SUSPENDED":
+    told["stateInitiator"] = "SERVICE"
+  print(json.dumps({"name": name, "state": told, "tpu": {"nodeSpec": [
+      {"nodeId": name, "node": {"labels": found["labels"]}}]}}))
+  return 0
+
+
+def _advance(folder, found):
+  if found["state"] in _STATES[:-1]:
+    found["state"] = _STATES[_STATES.index(found["state"]) + 1]
+    if found["state"] == "ACTIVE":
+      _give_machine(folder, found)
+  elif found["n"] == 1 and found["state"] == "ACTIVE":
+    wanted = pathlib.Path((folder / "preempt_at").read_text())
+    if list(wanted.parent.parent.parent.glob(f"*/checkpoints/{wanted.name}")):
+      _take_machine(found)
+      found["state"] = "SUSPENDED"
+
+
+def _give_machine(folder, found):
+  found["home"] = str(folder / f"machine-{found['n']}")
+  script = folder / f"startup-{found['n']}.sh"
+  script.write_text(found["script"])
+  with open(os.devnull) as null, open(folder / "machines.txt", "a") as log:
+    subprocess.Popen(["bash", str(script)], cwd="/", stdin=null, stdout=log, stderr=log,
+                     start_new_session=True, env={**os.environ, "MOE_JAX_HOME": found["home"],
+                                                  "MOE_JAX_PAUSE": "0.5"})
+
+
+def _take_machine(found):
+  """As when the host is gone: nothing of it is asked."""
+  if found["home"] is None:
+    return
+  mark = f"MOE_JAX_HOME={found['home']}".encode()
+  for process in pathlib.Path("/proc").glob("[0-9]*"):
+    try:
+      if int(process.name) != os.getpid() and mark in (process / "environ").read_bytes().split(
+          b"\0"):
+        os.kill(int(process.name), signal.SIGKILL)
+    except OSError:
+      continue
+
+
+def _error(text):
+  print(f"ERROR: (gcloud.compute.tpus.queued-resources) {text}", file=sys.stderr)
+  return 1
+
+
+if __name__ == "__main__":
+  sys.exit(main(pathlib.Path(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,79 @@
+"""A fake cloud, a grid, and machines that do no work but say that they did: for the driver."""
+
+import random
+
+from etils import epath
+
+from launch import driver, slices
+from launch.backends import gcloud
+from launch.code import Code
+from launch.driver import POLL_SECONDS, Driver
+from launch.jobs import jobs_of
+from moe_jax.grid import select
+from moe_jax.run_dir import FINISHED, write_json
+from tests.experiment_files import write_tiny
+from tests.launch.fake_cloud import FakeCloud
+
+ZONES = ("us-east5-b", "europe-west4-a")
+WORK_SECONDS = 600.0  # of active machines that a slice's cells take
+QUICK = [(30, "PROVISIONING", None, None), (60, "ACTIVE", None, None)]
+
+
+class World:
+  """Runs a driver over a cloud until it ends; the clock moves only when the driver sleeps."""
+
+  def __init__(self, tmp_path, timelines=lambda *_: QUICK, on_command=None, cells=2, slices=1,
+               policy=None, silent=False, seed=0, **options):
+    self.out = str(tmp_path / "runs")
+    self.cloud = FakeCloud(timelines, on_command)
+    self.options = gcloud.Options("p", ZONES, "v6e-8", slices=slices, **options)
+    self.jobs = jobs_of(select(write_tiny(tmp_path, seeds=cells)), self.out, [])
+    self.plan = gcloud.plan(self.jobs, self.options, Code("c", "a" * 64, "e.py", b""), self.out)
+    self.folder = epath.Path(self.plan.out)
+    self.said, self.worked, self.silent = [], {}, silent
+    self.ticks, self.policy, self.seed = 0, policy, seed
+    self.want()
+
+  def want(self):
+    driver.want(self.plan, self.jobs, self.options, self.out, self.cloud.clock)
+
+  def driver(self, sleep=None):
+    return Driver(self.folder, self.cloud.run, self.cloud.clock, sleep or self.sleep,
+                  random.Random(self.seed), self.policy, self.said.append)
+
+  def sleep(self, seconds):
+    """The machines work meanwhile."""
+    self.ticks += 1
+    assert self.ticks < 5000, self.said[-10:]
+    self.cloud.now += seconds
+    for resource in self.cloud.active():
+      name = resource.name
+      if self.silent or name not in [share.name for share in self.plan.slices]:
+        continue
+      self.worked[name] = self.worked.get(name, 0.0) + seconds
+      write_json(self.folder / name / "host-0-0.json", {
+          "state": "working", "trouble": None, "heartbeat": self.cloud.now})
+      if self.worked[name] >= WORK_SECONDS:
+        self.finish(name)
+
+  def finish(self, name):
+    for job in self.jobs:
+      if job.name in next(share.cells for share in self.plan.slices if share.name == name):
+        job.run_dir.write_status({"state": FINISHED, "step": 20, "steps": 20})
+
+  def drive(self):
+    return self.driver().drive()
+
+  def records(self):
+    return [one.record for one in driver.read_all(self.folder)]
+
+  def check(self):
+    """Nothing leaks, and nothing that was used is left out of the account."""
+    self.cloud.active()  # what is gone by now is taken from the present
+    assert not self.cloud.present, f"left behind: {list(self.cloud.present)}"
+    counted, used = sum(record.held_seconds for record in self.records()), self.cloud.held()
+    looks = sum(record.attempts for record in self.records()) * 2 * POLL_SECONDS
+    assert used <= counted + 1e-6 <= used + looks + self.unwatched, (used, counted)
+    assert all(record.state in slices.FINAL for record in self.records())
+
+  unwatched = 0.0  # seconds without a driver, which may count as used
