@@ -9,9 +9,9 @@ the worst case, in which all tokens of all devices along the axis want this devi
 That is devices * T * min(K, e) rows, up to devices times what arrives on average. Rows that
 nobody sent cost memory but no product.
 
-Starts and sizes are computed once, for `jax.lax.ragged_all_to_all`, which TPUs have (compiled
-for TPU, never run there). Where it is missing (CPU has none) a stand-in reads the very same
-numbers: it gathers the rows of all devices and picks what was sent here.
+Starts and sizes are computed once, for `jax.lax.ragged_all_to_all` (compiled for TPU, never run
+there; on GPUs neither). A CPU has none: there a stand-in reads the very same numbers, gathers
+the rows of all devices and picks what was sent here.
 """
 
 import functools
@@ -87,7 +87,7 @@ def exchange(x_SD: jax.Array, way: Slices, way_back: Slices, n_rows: int, axis_n
     axis_name: the axis over which devices exchange.
     platform: of the devices.
   """
-  move = _native if platform == "tpu" else _stand_in
+  move = _stand_in if platform == "cpu" else _native
   return move(x_SD, way, n_rows, axis_name)
 
 

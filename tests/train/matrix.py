@@ -1,0 +1,153 @@
+"""Every way to compute a training step computes the same step; a test file for each router.
+
+{reference, capacity, dropless} x {softmax, sigmoid with a bias} x {shared experts, dense first
+layer} x eight meshes x {float32, bfloat16}: loss, every gradient leaf and the experts of every
+token, against the reference on one device. Some always, all under the slow marker.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.mesh import MESH_AXES, make_mesh
+from moe_jax.model import functional
+from moe_jax.moe import expert_parallel
+from moe_jax.train import step
+from tests.small import ARCH, MESHES, ONE_DEVICE, small_config
+from tests.train.step_test import batch_of
+
+DISPATCHES = {"reference": {}, "capacity": {"capacity_factor": ARCH.n_exp / ARCH.n_topk},
+              "dropless": {}}
+ARCHS = {"shared": dataclasses.replace(ARCH, n_shared_experts=1),
+         "dense": dataclasses.replace(ARCH, n_dense_layers=1)}
+DTYPES = ("float32", "bfloat16")
+
+# Bounds on the difference of two results that are the same in exact arithmetic. Float32 is
+# asked for 1e-5. In bfloat16 every value on the path from the parameters to a gradient is
+# rounded to 8 bits, an error of at most u = 2^-8. The errors are independent, so that after n
+# of them the root mean square error of a leaf is at most about sqrt(n) u of its root mean
+# square (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019), and
+# two such results differ by sqrt(2 n) u.
+#
+# n, along the longest path. Forward, a layer: norm, projection, rotation, scores, values,
+# projection, sum; norm, gate, activation times up, down, combination, sum of experts, sum.
+# Besides: the embedding, the last norm. Backward each of these again for its input and, where
+# it has two inputs, where the two gradients meet. At the end, on eight devices: seven sums.
+ROUNDINGS_FORWARD = 14 * ARCH.n_layers + 2
+ROUNDINGS = 3 * ROUNDINGS_FORWARD + 7
+TOLERANCE = {"float32": 1e-5, "bfloat16": math.sqrt(2 * ROUNDINGS) * 2**-8}
+
+
+def cells(fast: set[tuple[str, ...]]) -> list[Any]:
+  """(dispatch, architecture, mesh, type) of every cell; those not in `fast` marked slow."""
+  everything = list(itertools.product(DISPATCHES, ARCHS, MESHES, DTYPES))
+  assert fast <= set(everything)
+  return [cell if cell in fast else pytest.param(*cell, marks=pytest.mark.slow)
+          for cell in everything]
+
+
+class Result(NamedTuple):
+  """Of one step.
+
+  Attributes:
+    loss: with the router's losses.
+    grads: of every parameter.
+    experts_LTK: which experts every MoE layer gave each token.
+  """
+
+  loss: np.ndarray
+  grads: Any
+  experts_LTK: np.ndarray
+
+
+def check(router: str, dispatch: str, arch: str, mesh_name: str, dtype: str) -> None:
+  """One cell against the reference on one device."""
+  ours = result_of(router, dispatch, arch, mesh_name, dtype)
+  truth = reference_of(router, arch, dtype)
+  np.testing.assert_array_equal(ours.experts_LTK, truth.experts_LTK)
+  tolerance = TOLERANCE[dtype]
+  np.testing.assert_allclose(ours.loss, truth.loss, rtol=tolerance)
+  for (path, grad), true_grad in zip(jax.tree.leaves_with_path(ours.grads),
+                                     jax.tree.leaves(truth.grads), strict=True):
+    assert grad.any(), path  # something arrives at every leaf
+    if dtype == "float32":
+      np.testing.assert_allclose(grad, true_grad, rtol=tolerance, atol=tolerance,
+                                 err_msg=str(path))
+    else:
+      difference = np.linalg.norm((grad - true_grad).ravel())
+      assert difference <= tolerance * np.linalg.norm(true_grad.ravel()), path
+
+
+@functools.cache
+def reference_of(router: str, arch: str, dtype: str) -> Result:
+  return result_of(router, "reference", arch, None, dtype)
+
+
+def result_of(router: str, dispatch: str, arch: str, mesh_name: str | None,
+              dtype: str) -> Result:
+  """A step from the first parameters, on the mesh of that name or on one device."""
+  config = small_config(
+      ARCHS[arch], model={"compute_dtype": dtype},
+      moe={"dispatch": dispatch, "router": router, **DISPATCHES[dispatch]},
+      execution={"mesh": MESHES.get(mesh_name, ONE_DEVICE)})
+  n_devices = 1 if mesh_name is None else 8
+  mesh = make_mesh(config, jax.devices()[:n_devices])
+  model = put_model(config, mesh, first_params(arch))
+  batch = step.put_batch(batch_of(config), config, mesh)
+
+  def loss(params, router_state, batch):
+    total, (metrics, _) = step.batch_loss(params, batch, config, mesh, router_state)
+    return total, metrics["drop_rate"]
+
+  with recorded_routing() as chosen:
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (total, drop_rate), grads = jax.device_get(run(model["params"], model["router"], batch))
+    jax.effects_barrier()
+  assert drop_rate == 0
+  assert len(chosen) == n_devices
+  # The devices hold the batch in the order of the mesh, and each runs its layers in order.
+  experts_LTK = np.concatenate([np.stack(chosen[device]) for device in sorted(chosen)], axis=1)
+  assert len(experts_LTK) == ARCHS[arch].n_moe_layers
+  return Result(total, grads, experts_LTK)
+
+
+@functools.cache
+def first_params(arch: str) -> functional.Params:
+  """They depend neither on the mesh nor on the type in which the step computes."""
+  config = small_config(ARCHS[arch])
+  return jax.device_get(functional.init_params(config, make_mesh(config, jax.devices()[:1])))
+
+
+def put_model(config, mesh, params) -> dict[str, Any]:
+  """Parameters and router state on a mesh, with selection biases that change the selection."""
+  abstract = functional.abstract_model(config, mesh)
+  bias_E = np.random.default_rng(1).normal(size=ARCH.n_exp).astype(np.float32) / 4
+  biases = jax.tree.map(lambda leaf: np.broadcast_to(bias_E, leaf.shape), abstract["router"])
+  return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding),
+                      {"params": params, "router": biases}, abstract)
+
+
+@contextlib.contextmanager
+def recorded_routing():
+  """Has each device tell, layer by layer, which experts its tokens were given."""
+  chosen, original = collections.defaultdict(list), expert_parallel.route
+
+  def record(expert_TK, *device):
+    chosen[tuple(map(int, device))].append(np.asarray(expert_TK))
+
+  def route(*args, **kwargs):
+    routing = original(*args, **kwargs)
+    jax.debug.callback(record, routing.expert_TK, *map(jax.lax.axis_index, MESH_AXES))
+    return routing
+
+  with mock.patch.object(expert_parallel, "route", route):
+    yield chosen
