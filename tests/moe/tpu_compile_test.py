@@ -1,0 +1,62 @@
+"""The native path of dropless expert parallelism, through XLA's compiler for TPU.
+
+It has never run: there is no TPU here. What can be shown is that it compiles, forward and
+gradient, and to what.
+"""
+
+import json
+import re
+
+import pytest
+
+from tests.experiment_files import run_module
+from tests.plan import libtpu
+
+_PROGRAM = '''
+import json, sys
+from moe_jax.plan import topology, worker
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from moe_jax.mesh import BATCH_AXES, MESH_AXES, param_spec
+from moe_jax.moe.expert_parallel import EXPERT_AXES, Experts, Semantics, sharded_moe_layer
+
+E, D, F, K, S = 16, 256, 128, 4, 256
+devices = worker.tpu_devices(topology.parse("v5litepod-8"))
+mesh = Mesh(np.array(devices).reshape(1, 2, 4), MESH_AXES)
+semantics = Semantics(K, True, S, None, dropless=True)
+
+def array(shape, dtype, spec):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+experts = Experts(*(array(shape, jnp.float32, param_spec(axes)) for shape, axes in zip(
+    Experts((E, D, F), (E, D, F), (E, F, D)), EXPERT_AXES)))
+inputs = (array((8, S, D), jnp.dtype(sys.argv[1]), P(BATCH_AXES)),
+          array((D, E), jnp.float32, P()), experts)
+
+def loss(*inputs):
+  return (sharded_moe_layer(*inputs, semantics, mesh)[0].astype(jnp.float32) ** 2).sum()
+
+compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*inputs).compile()
+json.dump({"hlo": compiled.as_text()}, open(sys.argv[2], "w"))
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_forward_and_gradient_compile_to_exchanges_and_kernels(dtype, tmp_path):
+  program, result = tmp_path / "compile.py", tmp_path / "hlo.json"
+  program.write_text("from moe_jax.plan.worker import ENVIRONMENT\n"
+                     "import os\nos.environ.update(ENVIRONMENT)\n" + _PROGRAM)
+  done = run_module(str(program), dtype, str(result), timeout=500, **libtpu.environment())
+  assert done.returncode == 0, done.stderr[-2000:]
+  hlo = json.loads(result.read_text())["hlo"]
+  # Rows travel there and back, and so does their gradient.
+  assert len(re.findall(r" ragged-all-to-all\(", hlo)) == 4
+  # Forward, and for the gradient of the rows: gate and up in one, down. Some XLA computes
+  # again in the backward pass.
+  assert len(re.findall(r"%ragged-dot-none[.\d]* = ", hlo)) >= 4
+  # The gradients of the two weights go over blocks of 512 rows.
+  assert len(re.findall(r"rd,rf->df/dot_general", hlo)) >= 2
+  # No array has a row for each of 4 local experts and each of the 4096 that may arrive.
+  arrived = 4 * 256 * 4 + 512
+  assert f"[{arrived},256]" in hlo and f"[4,{arrived}," not in hlo
