@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 
-from benchmarks import law_fits
+from benchmarks import law_fits, law_peers
 from moe_jax.errors import FieldError
 from moe_jax.laws.cells import Cells
 
@@ -25,6 +25,19 @@ def test_outliers_are_left_out_one_at_a_time():
   loss[[3, 41]] *= [1.3, 1.1]
   rest = law_fits.without_outliers(Cells.of(loss, n_active=size, tokens=tokens), 2, 8)
   assert "cell 3" not in rest.names and "cell 41" not in rest.names and len(rest) == 58
+
+
+def test_either_objective_is_reached_by_the_fit_that_minimises_it():
+  rng = np.random.default_rng(0)
+  size, tokens = 10**rng.uniform(7, 10, 40), 10**rng.uniform(9, 11, 40)
+  loss = (1.8 + 480 / size**0.35 + 2000 / tokens**0.37) * np.exp(3e-3 * rng.standard_normal(40))
+  cells = Cells.of(loss, n_active=size, tokens=tokens)
+  of_log, of_loss = law_peers.compare(cells, 8, published=False)[:2]
+  planted = law_peers.reached("truth", lambda: (1.8, 480.0, 2000.0, 0.35, 0.37), cells)
+  assert of_log.of_log < min(of_loss.of_log, planted.of_log)
+  assert of_loss.of_loss < min(of_log.of_loss, planted.of_loss)
+  published = law_peers.compare(cells, 8, published=True)[-1]
+  assert published.fitter == "published, Besiroglu et al." and published.of_log > of_log.of_log
 
 
 @pytest.mark.parametrize("bend", [0.0, 0.01])
