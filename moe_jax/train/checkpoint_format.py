@@ -13,6 +13,7 @@ optimizer, which is twice as large. Any pytree can be saved: its leaves are stor
 names of their paths, so no class of this project or of optax is part of the format.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,11 @@ FORMAT_VERSION = 1
 PARAMS, ROUTER, OPTIMIZER, DATA, META = "params", "router", "optimizer", "data", "meta"
 
 
+# Arrays are stored in chunks of at most this size, so that a device which wants a part of one
+# that another mesh wrote reads little more than its part.
+_CHUNK_BYTES = 64 * 10**6
+
+
 class CheckpointError(RuntimeError):
   """A checkpoint cannot be written or read; the message is one line and says what to do."""
 
@@ -34,7 +40,9 @@ class CheckpointError(RuntimeError):
 def save_args(state: Mapping[str, Any], data: Any, meta: Mapping[str, Any]
               ) -> ocp.args.Composite:
   """What to hand to Orbax: `state` is a dict with `params`, data and meta are JSON."""
-  items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
+  chunked = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+  items = {name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: chunked, tree))
+           for name, tree in _items(state).items()}
   return ocp.args.Composite(
       **items, data=ocp.args.JsonSave(data),
       meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta}))
@@ -62,13 +70,15 @@ def read(directory: epath.Path, abstract_state: Mapping[str, Any], with_data: bo
     if version != FORMAT_VERSION:
       raise CheckpointError(f"{directory} has format version {version}, this code reads "
                             f"{FORMAT_VERSION}: use the code that wrote it")
-    wanted = _items(jax.tree.map(_placed, abstract_state))
-    for name, tree in wanted.items():
-      _require_same_arrays(directory, name, tree, cast)
-    restored = reader.restore(directory, args=ocp.args.Composite(**{
-        name: ocp.args.PyTreeRestore(
-            tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-        for name, tree in wanted.items()}))
+  wanted = _items(jax.tree.map(_placed, abstract_state))
+  stored = {name: _require_same_arrays(directory, name, tree, cast)
+            for name, tree in wanted.items()}
+  restored = {}
+  for name, tree in wanted.items():
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(
+        restore_concurrent_gb=in_flight_gb(stored[name], tree))) as reader:
+      restored[name] = reader.restore(directory / name, args=ocp.args.PyTreeRestore(
+          tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)))
   nested = {name: restored.get(name, {}) for name in (PARAMS, ROUTER)}
   nested |= restored.get(OPTIMIZER, {})
   return _unnamed(nested, abstract_state), plain[DATA] if with_data else None, plain[META]
@@ -113,12 +123,42 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
                               .SingleDeviceSharding(jax.devices()[0]))
 
 
-def _require_same_arrays(directory: epath.Path, item: str, wanted: Any, cast: bool) -> None:
-  """Raises CheckpointError, naming the first array that differs in name, type or shape."""
+def in_flight_gb(stored: Mapping[str, Any], wanted: Any) -> int:
+  """What a process may hold in its memory between file and devices: gigabytes.
+
+  Room for the largest shard of any array, in whole chunks, and one more gigabyte so that small
+  ones are read side by side. Orbax alone would take 96, and refuses a shard above its limit.
+
+  Args:
+    stored: name -> what Orbax says of the array that is stored.
+    wanted: the arrays as jax.ShapeDtypeStruct, with shardings.
+  """
+  def chunk_aligned_bytes(there, leaf) -> int:
+    chunks = there.storage.chunk_shape if there.storage else there.shape
+    sides = (min(whole, (math.ceil(part / chunk) + 1) * chunk) for whole, part, chunk in zip(
+        leaf.shape, leaf.sharding.shard_shape(leaf.shape), chunks, strict=True))
+    return math.prod(sides) * max(np.dtype(there.dtype).itemsize, np.dtype(leaf.dtype).itemsize)
+
+  largest = max(chunk_aligned_bytes(stored[_name_of(path)], leaf)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(wanted))
+  return 1 + math.ceil(largest / 10**9)
+
+
+def _name_of(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _require_same_arrays(directory: epath.Path, item: str, wanted: Any, cast: bool
+                         ) -> dict[str, Any]:
+  """Name -> what Orbax says of each array that is stored.
+
+  Raises:
+    CheckpointError: names the first array that differs in name, type or shape.
+  """
   if not (directory / item).exists():
     raise CheckpointError(f"{directory} does not fit: it has no {item}")
   stored = ocp.PyTreeCheckpointHandler().metadata(directory / item).tree
-  there, here = ({jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+  there, here = ({_name_of(path): leaf
                   for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
                  for tree in (stored, wanted))
   for name in sorted(there.keys() | here.keys()):
@@ -126,6 +166,7 @@ def _require_same_arrays(directory: epath.Path, item: str, wanted: Any, cast: bo
       raise CheckpointError(
           f"{directory} does not fit this configuration: {item}/{name} is "
           f"{_described(there.get(name))} there and {_described(here.get(name))} here")
+  return there
 
 
 def _fits(stored: Any, wanted: Any, cast: bool) -> bool:

@@ -1,15 +1,20 @@
 """A model's checkpoint of any mesh is read on any other, whole, in part, in another type."""
 
 import dataclasses
+import math
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.mesh import make_mesh
 from moe_jax.run_dir import RunDir
+from moe_jax.train import checkpoint_format
 from moe_jax.train.checkpoint import Checkpointer, restore_model, restore_params, restore_step
 from moe_jax.train.step import abstract_state
 from tests.small import ARCH, MESHES, ONE_DEVICE, small_config
@@ -90,3 +95,23 @@ def test_parameters_are_read_in_bfloat16(run_dir, name):
   assert_same(params, jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.bfloat16),
                                    content()["params"]))
   assert_placed(params, wanted)
+
+
+def test_a_restore_holds_little_more_than_the_largest_shard_at_a_time():
+  """Sides in chunks: 100 of 800 rows lie in at most 3 chunks of 64 rows; columns are whole."""
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+  wanted = {"w": jax.ShapeDtypeStruct((800, 10**7), jnp.bfloat16, sharding=NamedSharding(
+      mesh, PartitionSpec("x")))}
+  stored = types.SimpleNamespace(shape=(800, 10**7), dtype=np.dtype("float32"),
+                                 storage=types.SimpleNamespace(chunk_shape=(64, 10**7)))
+  assert checkpoint_format.in_flight_gb({"w": stored}, wanted) == 1 + math.ceil(
+      3 * 64 * 10**7 * 4 / 10**9)
+
+
+def test_large_arrays_are_stored_in_chunks(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint_format, "_CHUNK_BYTES", 64)
+  run_dir = saved_on("one", tmp_path)
+  handler = ocp.PyTreeCheckpointHandler()
+  for leaf in jax.tree.leaves(handler.metadata(run_dir.checkpoints / "1" / "params").tree):
+    assert math.prod(leaf.storage.chunk_shape) * leaf.dtype.itemsize <= 64
+  assert_restores(run_dir, "fsdp2_expert4")
