@@ -16,7 +16,10 @@ FINAL = (DONE, FAILED, CANCELLED)
 
 CREATE, DELETE = "create", "delete"  # what is to be done
 
-_BILLED = ("ACTIVE", "SUSPENDING")  # in these a queued resource has machines
+# A queued resource's states before it has machines, with them, and after.
+_BEFORE = ("ACCEPTED", "CREATING", "WAITING_FOR_RESOURCES", "PROVISIONING")
+_HELD = ("ACTIVE", "SUSPENDING")
+_AFTER = ("SUSPENDED", "FAILED")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +61,10 @@ class Record:
     exhausted: zone -> until when it is left alone.
     after: what a deletion leads to.
     cancel: a person wants it ended.
-    looked: when the cloud was last asked; whether there were machines then.
+    looked: when the cloud was last asked.
+    may_hold: whether there may have been machines since.
     held_seconds: for which there were machines, at most: an interval between two looks counts
-      if there were at either end.
+      unless there surely were none.
     error: why it is not at work, in one line.
   """
 
@@ -77,7 +81,7 @@ class Record:
   after: str | None = None
   cancel: bool = False
   looked: float | None = None
-  held: bool = False
+  may_hold: bool = False
   held_seconds: float = 0.0
   error: str | None = None
 
@@ -160,7 +164,7 @@ def _wait(record, progress, zones, now, policy, random):
   until = record.exhausted.get(zone, 0.0)
   if until > now:
     return dataclasses.replace(record, next_at=until + random.uniform(0, policy.pause)), None
-  return _to(record, CREATING, now, zone=zone, attempts=record.attempts + 1,
+  return _to(record, CREATING, now, zone=zone, attempts=record.attempts + 1, may_hold=True,
              next_at=now + _pause(record, policy, random)), CREATE
 
 
@@ -169,7 +173,7 @@ def _missing(record, now, policy, random):
   if record.state == CREATING:  # the driver died before it asked, or the answer was an error
     if now < record.next_at:
       return record, None
-    return dataclasses.replace(record, in_a_row=record.in_a_row + 1,
+    return dataclasses.replace(record, in_a_row=record.in_a_row + 1, may_hold=True,
                                next_at=now + _pause(record, policy, random)), CREATE
   return _to(record, CANCELLED, now,
              error=f"somebody deleted it in {record.zone}; submit again to go on"), None
@@ -250,6 +254,8 @@ def refused(record: Record, error: str, retry: bool, now: float, policy: Policy)
     error: what it said.
     retry: whether the same request may be answered otherwise in a while.
   """
+  if not retry:
+    record = dataclasses.replace(record, may_hold=False)
   if is_about_capacity(error) and not retry:
     return _to(record, WAITING, now, error=error,
                exhausted={**record.exhausted, record.zone: now + policy.cooldown})
@@ -280,8 +286,16 @@ def _pause(record: Record, policy: Policy, random: random_lib.Random) -> float:
 
 
 def _billed(record: Record, seen: Seen | None, now: float) -> Record:
-  held = seen is not None and seen.ours and (
-      seen.state in _BILLED or (seen.state == "DELETING" and record.held))
-  passed = now - record.looked if record.looked is not None and (held or record.held) else 0.0
-  return dataclasses.replace(record, looked=now, held=held,
-                             held_seconds=record.held_seconds + passed)
+  """Counts the time since the last look, unless there surely were no machines in it.
+
+  States only go forward: a resource that has none yet never had any.
+  """
+  exists = seen is not None and seen.ours
+  had_none = not record.may_hold and not (exists and seen.state in _HELD)
+  if record.looked is None or had_none or (seen is not None and not seen.ours) or (
+      exists and seen.state in _BEFORE):
+    passed = 0.0
+  else:
+    passed = now - record.looked
+  return dataclasses.replace(record, looked=now, held_seconds=record.held_seconds + passed,
+                             may_hold=exists and seen.state not in _AFTER)

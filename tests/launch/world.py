@@ -72,7 +72,7 @@ class World:
     self.cloud.active()  # what is gone by now is taken from the present
     assert not self.cloud.present, f"left behind: {list(self.cloud.present)}"
     counted, used = sum(record.held_seconds for record in self.records()), self.cloud.held()
-    looks = sum(record.attempts for record in self.records()) * 2 * POLL_SECONDS
+    looks = sum(record.attempts for record in self.records()) * 5 * POLL_SECONDS
     assert used <= counted + 1e-6 <= used + looks + self.unwatched, (used, counted)
     assert all(record.state in slices.FINAL for record in self.records())
 
