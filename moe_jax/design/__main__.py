@@ -63,6 +63,9 @@ _TEMPLATE = {
 _JSON = flags.DEFINE_bool("json", False, "Print the answer as JSON.")
 _CSV = flags.DEFINE_string("csv", None, "Write the best and the Pareto front of every law here.")
 _PLOT = flags.DEFINE_string("plot", None, "Write a picture of the fronts here, as PNG.")
+_REPORT = flags.DEFINE_string("report", None, "Write the answer as one .html page, with its "
+                              "pictures and tables in a folder beside it; with --results after "
+                              "what `moe_jax.laws` says of them.")
 
 
 def _space(like) -> Space:
@@ -92,16 +95,33 @@ def _template(given: dict[str, int]):
       "n_heads": n_heads, "head_dim": head_dim, "d_model": n_heads * head_dim})
 
 
+def _cells():
+  from moe_jax.laws.reduce import to_cells
+  from moe_jax.laws.table import read_results
+  return to_cells(read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value), _RESULTS.value)
+
+
 def _fit():
   if _RESULTS.value is None:
     for flag in (_WHERE, _WITHOUT):
       require(not flag.value, flag.name, ",".join(flag.value), "needs --results")
     return None
   from moe_jax.laws.fit import fit
-  from moe_jax.laws.reduce import to_cells
-  from moe_jax.laws.table import read_results
-  rows = read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value)
-  return fit(to_cells(rows, _RESULTS.value), _LAW.value or "paper")
+  return fit(_cells(), _LAW.value or "paper")
+
+
+def _publish(question: ask_lib.Question, answer) -> None:
+  from moe_jax.design.page import TITLE, design_sections
+  from moe_jax.laws.publish.page import publish
+  lead, sections = [], []
+  if question.fit is not None:
+    from moe_jax.laws.analysis import analyse
+    from moe_jax.laws.publish.sections import law_sections, lead_of
+    found = analyse(_cells(), _LAW.value or "paper")
+    lead, sections = lead_of(found), law_sections(found, _RESULTS.value)
+  files_made = publish(_REPORT.value, TITLE, lead, [*sections, *design_sections(question, answer)])
+  print(f"{files_made[0]}, and {len(files_made) - 1} pictures and tables in "
+        f"{files_made[1].parent}/")
 
 
 def _question() -> ask_lib.Question:
@@ -127,6 +147,9 @@ def main(overrides: list[str]) -> None:
     raise FieldError(field, value, "is not a flag of this command")
   for flag in (_CSV, _PLOT):
     files.check_writable(flag.name, flag.value)
+  if _REPORT.value is not None:
+    from moe_jax.laws.publish.page import check_path
+    check_path(_REPORT.value)
   question = _question()
   start = time.perf_counter()
   question, answer = ask_lib.ask(question)
@@ -140,6 +163,8 @@ def main(overrides: list[str]) -> None:
   if _PLOT.value:
     from moe_jax.design.plot import pareto_figure
     pareto_figure(answer).savefig(_PLOT.value, format="png")
+  if _REPORT.value:
+    _publish(question, answer)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ _PARTS = (1.0, 0.5, 0.25)  # of each budget, in the thinned Pareto front
 
 def show(question: Question, answer: Answer, seconds: float) -> None:
   """Prints everything."""
-  print("\n".join(header(question, answer, seconds)))
+  print("\n".join(header(question, answer)))
+  print(f"  in {seconds:.1f} s")
   print_sheet(best_table(answer))
   if len(answer.recommendations) > 1 or answer.chosen is not None:
     print_sheet(regret_table(answer))
@@ -27,7 +28,7 @@ def show(question: Question, answer: Answer, seconds: float) -> None:
   print("\n" + "\n".join(principle_lines(answer) + notes(question, answer)))
 
 
-def header(question: Question, answer: Answer, seconds: float) -> list[str]:
+def header(question: Question, answer: Answer) -> list[str]:
   """What was asked and what was searched."""
   found, serving, space = answer.found, question.serving, question.space
   template = space.template
@@ -46,7 +47,7 @@ def header(question: Question, answer: Answer, seconds: float) -> list[str]:
            else "as many key-value as query heads")
   return [*lines,
           f"searched: {short(found.lattice)} architectures, {int(found.within().sum()):,} "
-          f"within the budgets, {seconds:.1f} s; n_exp {_range(space.experts)}, n_topk "
+          f"within the budgets; n_exp {_range(space.experts)}, n_topk "
           f"{_range(space.topk)}, granularity {_range(space.granularity)}, d_model / n_layers "
           f"{_range(space.aspect)}, multiples of {space.multiple}",
           f"  heads of {template.d_head}, {heads}; {template.n_shared_experts} shared experts, "

@@ -39,6 +39,21 @@ def test_all_laws_at_once(tmp_path):
   assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_page_with_the_fronts_is_the_same_every_time(tmp_path):
+  pages = []
+  for name in ("a", "b"):
+    page = tmp_path / name / "design.html"
+    page.parent.mkdir()
+    done = run(*BUDGETS, *QUICK, "--law=zhao", f"--report={page}")
+    assert done.returncode == 0, done.stderr
+    pages.append(page.read_bytes())
+    assert (page.parent / "design_files" / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+    assert "16 GB,2.9" in (page.parent / "design_files" / "front_zhao.csv").read_text()
+  assert pages[0] == pages[1]
+  for part in (b"Pareto", b"data:image/png", b"The best architecture", b"What a budget costs"):
+    assert part in pages[0]
+
+
 def test_on_chips_as_json():
   done = run("--hardware=v5e-8", "--batch=64", "--context=8192", "--decode_ms=10", "--tokens=1T",
              "--prefill_ms=400", "--law=abnar", "--kv_heads=8", "--dtype=fp8", "--json", *QUICK)
