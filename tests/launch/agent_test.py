@@ -74,10 +74,10 @@ def test_cells_are_trained_in_turn_and_failures_have_a_budget(tmp_path):
 
 def test_a_hung_run_is_ended_and_counts_as_a_failure(tmp_path):
   file = _work(tmp_path, ["hang_once"])
-  agent = _run(file, hang="2")
+  agent = _run(file, hang="10")  # longer than a loaded machine takes to begin
   output, _ = agent.communicate(timeout=PATIENCE)
   assert agent.returncode == 0, output
-  assert "hung at step 7: no step for 2 s" in output
+  assert "hung at step 7: no step for 10 s" in output
   (launch,) = _launches(file)
   assert (launch.state, launch.failures, launch.attempt) == ("finished", 1, 2)
 
