@@ -35,7 +35,7 @@ from moe_jax.errors import FieldError
 JOIN_SECONDS = 300.0  # in which all processes must have come
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
-_LEAVE_SECONDS = 30.0  # for which at most process 0, on whom the store depends, stays for the others
+_LEAVE_SECONDS = 30.0  # that process 0, on whom the store depends, stays for the others at most
 _ENDLESS_MS = 10**9  # eleven days: the watch ends a wait for a process that has gone
 
 _ROOM = "moe_jax"  # all keys are below it
