@@ -56,6 +56,7 @@ class Checkpointer:
     """
     self._run_dir, self._keep = run_dir, keep + len(keep_steps)
     self._writing: int | None = None
+    self._failed = False  # a save has, and that was said
     self._space_checked = False
     policies = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
@@ -142,7 +143,8 @@ class Checkpointer:
     try:
       self.wait()
     finally:
-      self._manager.close()
+      with contextlib.suppress(*[Exception] if self._failed else []):  # its echo
+        self._manager.close()
       logging.get_absl_logger().removeFilter(_reported_elsewhere)
 
   def __enter__(self) -> "Checkpointer":
@@ -178,7 +180,7 @@ class Checkpointer:
     try:
       yield
     except Exception as error:
-      step, self._writing = self._writing, None
+      step, self._writing, self._failed = self._writing, None, True
       if jax.process_index() == 0:
         files.remove_unfinished(self._run_dir)
       steps = [done for done in files.checkpoint_steps(self._run_dir) if done != step]

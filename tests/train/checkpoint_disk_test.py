@@ -1,6 +1,7 @@
 """A full disk costs the checkpoint that was being written, and no other."""
 
 import contextlib
+import shutil
 import subprocess
 import sys
 
@@ -57,6 +58,22 @@ def test_full_disk_keeps_what_is_there_and_says_so_in_one_line(tmp_path, caplog)
       assert_same(restored.state, noise(2, 2))
       checkpointer.save(3, noise(3, 2), {}, {})
     assert checkpoint_files.checkpoint_steps(run_dir) == [2, 3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+@pytest.mark.parametrize("kilobytes", [0, 30, 600])
+def test_wherever_the_disk_ends_one_error_comes_out_and_closing_adds_none(tmp_path, kilobytes):
+  """The save fails at its first file, at a small one, or among the arrays."""
+  with small_disk(tmp_path / "disk", megabytes=8) as run_dir:
+    with pytest.raises(CheckpointError, match="the disk is full; the last good one is 1$"), \
+        Checkpointer(run_dir, keep=2) as checkpointer:
+      checkpointer.save(1, noise(1, 2), {}, {})
+      checkpointer.wait()
+      room = shutil.disk_usage(run_dir.path).free - kilobytes * 1024
+      (run_dir.path / "filler").write_bytes(b"x" * room)
+      checkpointer.save(2, noise(2, 2), {}, {})
+      checkpointer.wait()
+    assert checkpoint_files.checkpoint_steps(run_dir) == [1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
