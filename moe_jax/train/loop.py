@@ -302,11 +302,12 @@ def use_compilation_cache(out: str | os.PathLike) -> None:
 
 
 def git_commit() -> str | None:
-  """The commit of this code, with `+` if files differ from it; None outside a checkout."""
+  """The commit of this code, with `+` if files differ from it; outside a checkout what the
+  launcher that sent the code says, or None."""
   def git(*arguments):
     return subprocess.run(["git", *arguments], cwd=pathlib.Path(__file__).parent, text=True,
                           capture_output=True, check=True).stdout.strip()
   try:
     return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
   except (OSError, subprocess.CalledProcessError):
-    return None
+    return os.environ.get("MOE_JAX_COMMIT")
