@@ -92,7 +92,8 @@ def test_a_folder_is_read_in_the_order_of_names_whatever_the_files(tmp_path):
     (b'{"text": "\\ud800"}\n', "a.jsonl", r"a\.jsonl:1': has half of a surrogate pair"),
     (b"PAR1 and no more", "a.parquet", r"a\.parquet': is not a Parquet file"),
     (b"not gzip", "a.jsonl.gz", r"a\.jsonl\.gz': cannot be read: zlib"),
-    (gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9], "a.jsonl.gz", r"a\.jsonl\.gz': cannot be read"),
+    (gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9], "a.jsonl.gz",
+     r"a\.jsonl\.gz': cannot be read"),
 ])
 def test_what_is_no_text_is_refused_in_one_line(content, name, message, tmp_path):
   (tmp_path / name).write_bytes(content)
