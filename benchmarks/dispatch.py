@@ -25,7 +25,7 @@ from moe_jax.mesh import MESH_AXES
 from moe_jax.moe.dispatch import expert_capacity
 from moe_jax.moe.expert_parallel import Experts, Semantics, sharded_moe_layer
 
-_REPEATS = flags.DEFINE_integer("repeats", 10, "Passes of which the fastest counts.")
+_REPEATS = flags.DEFINE_integer("passes", 10, "Passes of which the fastest counts.")
 _SEQUENCES = flags.DEFINE_integer("sequences", 16, "Sequences of 256 tokens.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the tokens.")
 
