@@ -6,6 +6,7 @@ force once its cell has saved FOLDER/preempt_at's checkpoint; that zone then has
 queued resource moves on by one state each time it is described.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -89,18 +90,23 @@ def _give_machine(folder, found):
                                                   "MOE_JAX_PAUSE": "0.5"})
 
 
+def processes_of(home):
+  """The processes of a machine, this one left out."""
+  mark, found = f"MOE_JAX_HOME={home}".encode(), []
+  for process in pathlib.Path("/proc").glob("[0-9]*"):
+    with contextlib.suppress(OSError):  # it ended meanwhile
+      if mark in (process / "environ").read_bytes().split(b"\0"):
+        found.append(int(process.name))
+  return [pid for pid in found if pid != os.getpid()]
+
+
 def _take_machine(found):
   """As when the host is gone: nothing of it is asked."""
   if found["home"] is None:
     return
-  mark = f"MOE_JAX_HOME={found['home']}".encode()
-  for process in pathlib.Path("/proc").glob("[0-9]*"):
-    try:
-      if int(process.name) != os.getpid() and mark in (process / "environ").read_bytes().split(
-          b"\0"):
-        os.kill(int(process.name), signal.SIGKILL)
-    except OSError:
-      continue
+  for pid in processes_of(found["home"]):
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, signal.SIGKILL)
 
 
 def _error(text):
