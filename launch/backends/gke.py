@@ -138,8 +138,10 @@ def _node_selector(options: Options) -> dict[str, str]:
 def _container(name: str, options: Options, code: Code, out: str,
                experiment: str) -> dict[str, Any]:
   secrets = parse_secrets(options.secrets, kubernetes=True)
-  env = [{"name": "MOE_JAX_SLICE", "valueFrom": {"fieldRef": {
-      "fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}}}]
+  env = [{"name": variable, "valueFrom": {"fieldRef": {
+      "fieldPath": f"metadata.labels['jobset.sigs.k8s.io/{label}']"}}}
+         for variable, label in (("MOE_JAX_SLICE", "job-index"),
+                                 ("MOE_JAX_RESTART", "restart-attempt"))]
   for variable, where in secrets.items():
     _, secret, key = where.split("/")
     env.append({"name": variable,

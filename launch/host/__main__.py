@@ -25,7 +25,8 @@ def main(_: list[str]) -> int:
   todo = work.from_text(path.read_text(), path)
   try:
     worker = machine.worker_number(todo.hosts, os.environ)
-    return Agent(todo, path.parent, worker, Pace(_POLL.value, _RETRY.value, _HANG.value)).run()
+    pace = Pace(_POLL.value, _RETRY.value, _HANG.value)
+    return Agent(todo, path.parent, worker, pace, machine.life(os.environ)).run()
   except RuntimeError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     return 1

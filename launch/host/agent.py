@@ -2,8 +2,9 @@
 
 The leader (host 0 of slice 0) decides which cell is next and says so in now.json, numbered;
 the others follow the numbers. So all hosts are always in the same attempt at the same cell:
-when one fails, all are told to begin the next attempt. Each host says in a file of its own that
-it lives.
+when one fails, all are told to begin the next attempt. Numbers of a life that is over (before
+SLURM or JobSet began all hosts anew) are not followed. Each host says in a file of its own that it
+lives.
 
 A cell's program may fail `max_failures` times; being stopped from outside does not count.
 """
@@ -51,9 +52,10 @@ class Agent:
   """One host's part in a slice's work."""
 
   def __init__(self, work: Work, folder: epath.Path, worker: str, pace: Pace = Pace(),
-               trouble: Callable[[], str | None] = machine.trouble):
+               life: str = "", trouble: Callable[[], str | None] = machine.trouble,
+               clock: Callable[[], float] = time.monotonic):
     self._work, self._folder, self._worker, self._pace = work, folder, worker, pace
-    self._trouble = trouble
+    self._life, self._trouble, self._clock = life, trouble, clock
     self._stopping = False
     self._said = 0.0
     self._environ: dict[str, str] = {}
@@ -114,15 +116,15 @@ class Agent:
 
   def _watch(self, trainer: Trainer, name: str) -> tuple[int, str | None]:
     """Waits for the trainer's end. (exit code, error of ours or None)."""
-    step, since = None, time.monotonic()
+    step, since = None, self._clock()
     while (code := trainer.poll()) is None:
       if self._stopping:
         return trainer.stop(), None
       self._beat(name)
       now = self._step_of(name)
       if now != step:
-        step, since = now, time.monotonic()
-      if time.monotonic() - since > self._pace.hang:
+        step, since = now, self._clock()
+      if self._clock() - since > self._pace.hang:
         trainer.kill()
         return 1, f"hung at step {step}: no step for {self._pace.hang:.0f} s"
       time.sleep(self._pace.poll)
@@ -130,7 +132,7 @@ class Agent:
 
   def _publish(self, name: str | None) -> None:
     before = read_json(self._now) or {"sequence": 0}
-    write_json(self._now, {"sequence": before["sequence"] + 1, "cell": name,
+    write_json(self._now, {"sequence": before["sequence"] + 1, "life": self._life, "cell": name,
                            "done": name is None})
 
   # a follower
@@ -139,7 +141,9 @@ class Agent:
     trainer, done = None, 0
     try:
       while True:
-        now = read_json(self._now) or {"sequence": 0, "cell": None, "done": False}
+        now = read_json(self._now)
+        if now is None or now["life"] != self._life:
+          now = {"sequence": done, "cell": None, "done": False}
         if now["sequence"] != done:
           if trainer is not None and trainer.poll() is None:
             trainer.stop()

@@ -48,6 +48,14 @@ def worker_number(hosts: int, environ: Mapping[str, str],
   return f"{found[1] if found else 0}-{host.strip()}"
 
 
+def life(environ: Mapping[str, str]) -> str:
+  """What tells this life of all hosts from those before, where SLURM or JobSet counts them.
+
+  TPU VMs have no such number: their launcher clears the folder before it asks for new ones.
+  """
+  return environ.get("SLURM_RESTART_COUNT") or environ.get("MOE_JAX_RESTART") or ""
+
+
 def trouble(proc: pathlib.Path = pathlib.Path("/proc"),
             lock: pathlib.Path = pathlib.Path("/tmp/libtpu_lockfile")) -> str | None:
   """Why the accelerator cannot be had, in one line, or None.

@@ -1,6 +1,7 @@
 """The agent on a slice's machines, with real processes: cells in turn, budgets, one attempt for
 all hosts."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -18,11 +19,11 @@ from launch.jobs import read_launch
 from launch.work import Work, from_text, to_text
 from moe_jax.errors import DamagedFile
 from moe_jax.grid import select
-from moe_jax.run_dir import RunDir
+from moe_jax.run_dir import RunDir, is_gone
 from tests.experiment_files import ROOT, write_tiny
 from tests.launch.submitter import TRAINER
 
-PATIENCE = 60
+PATIENCE = 300  # seconds, in which a starved machine too has done it
 
 
 def _work(tmp_path, behaviours, **fields):
@@ -41,9 +42,8 @@ def _work(tmp_path, behaviours, **fields):
 def _run(file, **environment):
   return subprocess.Popen(
       [sys.executable, "-m", "launch.host", f"--work={file}", "--poll_seconds=0.05",
-       "--retry_seconds=0.05", f"--hang_seconds={environment.pop('hang', 60)}"], cwd=ROOT,
-      text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+       "--retry_seconds=0.05"], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
 
 
 def _launches(file):
@@ -72,12 +72,31 @@ def test_cells_are_trained_in_turn_and_failures_have_a_budget(tmp_path):
   assert now["done"] and now["sequence"] == 8  # seven attempts, and the end
 
 
-def test_a_hung_run_is_ended_and_counts_as_a_failure(tmp_path):
+def _here(agent):
+  """Runs an agent in this process, whose signals it takes over."""
+  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  try:
+    return agent.run()
+  finally:
+    signal.signal(signal.SIGTERM, before[0])
+    signal.signal(signal.SIGINT, before[1])
+
+
+def test_a_hung_run_is_ended_and_counts_as_a_failure(tmp_path, capfd):
   file = _work(tmp_path, ["hang_once"])
-  agent = _run(file, hang="10")  # longer than a loaded machine takes to begin
-  output, _ = agent.communicate(timeout=PATIENCE)
-  assert agent.returncode == 0, output
-  assert "hung at step 7: no step for 10 s" in output
+  todo = from_text(file.read_text(), file)
+  (run_dir,) = (todo.run_dir(name) for name in todo.cells)
+  hours = itertools.count()
+
+  def clock():  # stands still, but for when the run does: a slow start is no hang
+    status = run_dir.read_status()
+    hung = (status.get("step"), status.get("attempt")) == (7, 1) and not is_gone(
+        status["host"], status["pid"])
+    return 3600.0 * next(hours) if hung else 0.0
+
+  pace = Pace(poll=0.05, retry=0.05, hang=5000.0)
+  assert _here(Agent(todo, epath.Path(file.parent), "0-0", pace, clock=clock)) == 0
+  assert "hung at step 7: no step for 5000 s" in capfd.readouterr().out
   (launch,) = _launches(file)
   assert (launch.state, launch.failures, launch.attempt) == ("finished", 1, 2)
 
@@ -123,6 +142,32 @@ def test_all_hosts_are_in_the_same_attempt(tmp_path):
   assert hosts == ["host-0-0.json", "host-0-1.json"]
 
 
+def test_the_word_of_an_earlier_life_is_not_followed(tmp_path):
+  """A follower that SLURM has restarted begins nothing before its leader has."""
+  file = _work(tmp_path, ["ok"], hosts=2)
+  begun = tmp_path / "begun"
+  todo = json.loads(file.read_text())
+  script = f"open({str(begun)!r}, 'a').write('x'); import time; time.sleep(600)"
+  todo["cells"] = {name: ["python", "-c", script] for name in todo["cells"]}
+  file.write_text(json.dumps(todo))
+  (name,) = todo["cells"]
+
+  def now(sequence, life, cell):
+    (file.parent / "now.json").write_text(json.dumps(
+        {"sequence": sequence, "life": life, "cell": cell, "done": cell is None}))
+
+  now(4, "", name)  # as the first life left it
+  follower = _run(file, SLURM_PROCID="1", SLURM_RESTART_COUNT="1")
+  _wait_until(lambda: (file.parent / "host-0-1.json").exists())
+  time.sleep(0.5)  # ten looks
+  assert not begun.exists()
+  now(5, "1", name)
+  _wait_until(begun.exists)
+  now(6, "1", None)
+  output, _ = follower.communicate(timeout=PATIENCE)
+  assert (follower.returncode, begun.read_text()) == (0, "x"), output
+
+
 def test_secrets_reach_the_trainer_and_no_file(tmp_path):
   secret, seen = tmp_path / "token", tmp_path / "seen"
   secret.write_text("hunter2\n")
@@ -144,13 +189,8 @@ def test_secrets_reach_the_trainer_and_no_file(tmp_path):
 def test_a_dirty_machine_says_so_and_trains_nothing(tmp_path):
   file = _work(tmp_path, ["ok"])
   todo = from_text(file.read_text(), file)
-  agent = Agent(todo, epath.Path(file.parent), "0-0", Pace(), lambda: "/dev/vfio/0 is held")
-  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-  try:
-    assert agent.run() == 1
-  finally:
-    signal.signal(signal.SIGTERM, before[0])
-    signal.signal(signal.SIGINT, before[1])
+  assert _here(Agent(todo, epath.Path(file.parent), "0-0",
+                     trouble=lambda: "/dev/vfio/0 is held")) == 1
   said = json.loads((file.parent / "host-0-0.json").read_text())
   assert (said["state"], said["trouble"]) == ("dirty", "/dev/vfio/0 is held")
   assert not (file.parent / "now.json").exists()
