@@ -57,7 +57,7 @@ def scalar_decode_ms(arch: Architecture, serving: Serving) -> float:
   expert = 3 * arch.d_model * arch.d_expert
   missed = (1 - arch.n_topk / arch.n_exp)**batch
   head = arch.d_model * arch.vocab_size
-  norms = arch.d_model + arch.n_layers * 2 * (arch.d_model + arch.d_head)
+  norms = arch.d_model + arch.n_layers * (2 * arch.d_model + arch.qk_norm_scales)
   rest = count.n_parameters(arch, 0)
   attention = 4 * arch.n_layers * arch.n_heads * arch.d_head * context
   size = count.dtype_bytes(serving.dtype)

@@ -24,8 +24,8 @@ SCHEMA_VERSION = 1
 # those runs did. A stored configuration may lack them, and at this value they leave the hash of
 # the identity as it was.
 _ADDED = {"moe.router": "softmax", "moe.bias_update_rate": 1e-3, "moe.jitter": 0.0,
-          "moe.drop_order": "position", "train.branch_from": None,
-          "execution.keep_steps": ()}
+          "moe.drop_order": "position", "train.branch_from": None, "arch.qk_norm": "head",
+          "train.init_from": None, "execution.keep_steps": (), "execution.population": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +192,9 @@ class DataConfig:
     return int(bpe[1]) if bpe else _VOCAB_SIZES.get(self.tokenizer)
 
 
+_INIT_FROM = re.compile(r"(.*[^/@]/[^/@]+)(?:@([0-9]{1,16}))?")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """Optimizer, schedule and amount of training.
@@ -212,6 +215,10 @@ class TrainConfig:
       the same experiment, EXPERIMENT/CELL, or a path. Only the amount of training, the decay
       and the execution may differ from the trunk's; so the result is that of the run done
       alone, and one trunk serves several budgets (grid.trunk_and_branches).
+    init_from: `RUN@STEP` begins with the parameters of another run's checkpoint instead of
+      random ones, with everything else new: step 0, optimizer, data. RUN alone means its last
+      step. RUN is EXPERIMENT/CELL or a path. From a dense run an MoE is upcycled
+      (model/upcycle.py).
   """
 
   steps: int = 1000
@@ -227,6 +234,7 @@ class TrainConfig:
   eps: float = 1e-8
   clip_norm: float = 1.0
   branch_from: str | None = None
+  init_from: str | None = None
 
   def __post_init__(self):
     for name in ("steps", "batch_size"):
@@ -254,11 +262,25 @@ class TrainConfig:
       require(self.warmup_steps <= self.branch_step <= stable, "branch_from", self.branch_from,
               f"must name a step of this run's stable phase, from {self.warmup_steps} (the end "
               f"of the warm-up) to {stable} (where its decay begins)")
+    require(self.init_from is None or _INIT_FROM.fullmatch(self.init_from) is not None,
+            "init_from", self.init_from, "must be RUN or RUN@STEP: RUN is EXPERIMENT/CELL or a "
+            "path, e.g. quickstart/l2-d152-f70-e8-k2@240")
 
   @property
   def stable_steps(self) -> int:
     """Steps before `wsd` begins to decay, warm-up included."""
     return self.steps - round(self.steps * self.decay_fraction)
+
+  @property
+  def init_run(self) -> str | None:
+    """RUN of `init_from`."""
+    return None if self.init_from is None else _INIT_FROM.fullmatch(self.init_from)[1]
+
+  @property
+  def init_step(self) -> int | None:
+    """STEP of `init_from`; None for the run's last, and where there is no such run."""
+    step = self.init_from and _INIT_FROM.fullmatch(self.init_from)[2]
+    return int(step) if step else None
 
   @property
   def branch_run(self) -> str | None:
@@ -302,6 +324,8 @@ class ExecutionConfig:
     keep_checkpoints: how many of the latest checkpoints are kept.
     keep_steps: steps at which a checkpoint is written and kept whatever else is. A grid adds
       those from which its cells branch.
+    population: how many cells of one shape (population.py) train together in one process, on one
+      device, at most. The result does not change, up to rounding; 1 means one after another.
   """
 
   mesh: MeshConfig = MeshConfig()
@@ -311,9 +335,11 @@ class ExecutionConfig:
   checkpoint_every: int = 200
   keep_checkpoints: int = 2
   keep_steps: tuple[int, ...] = ()
+  population: int = 1
 
   def __post_init__(self):
-    for name in ("microbatches", "log_every", "checkpoint_every", "keep_checkpoints"):
+    for name in ("microbatches", "log_every", "checkpoint_every", "keep_checkpoints",
+                 "population"):
       require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
     require(isinstance(self.keep_steps, tuple)
             and all(isinstance(step, int) and step >= 1 for step in self.keep_steps),
@@ -424,13 +450,22 @@ def identity(config: RunConfig) -> dict[str, Any]:
   written as a whole number (`weight_decay=0`) is the same identity as 0.0, and so is -0.0.
   Of a branch's trunk the step alone is told: all else that decides its state there are fields
   that the two share (branch.require_trunk), and where it lies decides nothing.
+  Of a run that one begins from, experiment, cell and step are told, and not the path to it.
   """
   types = leaf_types(RunConfig)
   values = leaves(config) | {"moe.balance_coef": config.moe.balance_weight,
                              "moe.z_coef": config.moe.z_weight,
-                             "train.branch_from": config.train.branch_step}
+                             "train.branch_from": config.train.branch_step,
+                             "train.init_from": _init_source(config.train)}
   return {path: float(value) + 0.0 if types[path] in (float, float | None) else value
           for path, value in values.items() if not path.startswith("execution.")}
+
+
+def _init_source(train: TrainConfig) -> str | None:
+  if train.init_from is None:
+    return None
+  run = "/".join(train.init_run.split("/")[-2:])
+  return run if train.init_step is None else f"{run}@{train.init_step}"
 
 
 def identity_hash(config: RunConfig) -> str:

@@ -28,6 +28,7 @@ _SUFFIX_TAGS = {
     "data.seq_len": "seq", "train.batch_size": "b", "train.learning_rate": "lr",
     "train.warmup_steps": "warmup", "train.weight_decay": "wd",
     "train.decay_fraction": "decay", "train.branch_from": "branch",
+    "train.init_from": "init-",
     "seed_init": "s", "seed_data": "sd",
 }
 

@@ -152,3 +152,26 @@ def test_keep_steps_come_from_the_command_line_and_branch_points_stay(tmp_path):
     cli.parse_override("--config.execution.keep_steps=5,x")
   with pytest.raises(FieldError, match=r"keep_steps=\(0,\): must be a tuple of steps"):
     override(RECIPE, {"execution.keep_steps": (0,)})
+
+
+# Warm starts
+
+
+@pytest.mark.parametrize("reference, run, step, told", [
+    ("old/cell@40", "old/cell", 40, "old/cell@40"), ("old/cell@0", "old/cell", 0, "old/cell@0"),
+    ("old/cell", "old/cell", None, "old/cell"),
+    ("/far/away/old/cell@40", "/far/away/old/cell", 40, "old/cell@40"),
+    ("gs://bucket/runs/old/cell", "gs://bucket/runs/old/cell", None, "old/cell")])
+def test_the_identity_tells_the_run_that_one_begins_from_and_not_where_it_lies(
+    reference, run, step, told):
+  config = override(RECIPE, {"train.init_from": reference})
+  assert (config.train.init_run, config.train.init_step) == (run, step)
+  assert identity_hash(config) == identity_hash(override(RECIPE, {"train.init_from": told}))
+  assert identity_hash(config) != identity_hash(RECIPE)
+  assert config_from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("value", ["cell", "cell@5", "old/cell@", "old/cell@x", "old/", "/", ""])
+def test_a_reference_to_no_run_is_refused(value):
+  with pytest.raises(FieldError, match="init_from='.*': must be RUN or RUN@STEP"):
+    override(RECIPE, {"train.init_from": value})

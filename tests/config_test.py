@@ -223,7 +223,8 @@ _ANOTHER = {
     "moe.balance_coef": 0.5, "moe.z_coef": 0.5, "moe.router": "sigmoid",
     "moe.drop_order": "score",
     "execution.mesh.data": 1, "execution.remat": "full",
-    "train.branch_from": "trunk@500", "execution.keep_steps": (500,),
+    "train.branch_from": "trunk@500", "train.init_from": "old/run@500",
+    "arch.qk_norm": "none", "execution.keep_steps": (500,),
 }
 
 

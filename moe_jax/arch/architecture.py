@@ -1,6 +1,7 @@
 """The shape of an MoE decoder: the five variables of arXiv 2601.08215 and the rest."""
 
 import dataclasses
+from typing import Literal
 
 from moe_jax.errors import require
 
@@ -27,6 +28,8 @@ class Architecture:
     d_dense: hidden width of such a dense layer; None means the active width of an
       MoE layer, (n_topk + n_shared_experts) * d_expert.
     tie_embeddings: whether the output head is the embedding table.
+    qk_norm: what is normalised of queries and keys: each `head` (Qwen3), the whole `projection`
+      (OLMoE), or `none` (Mixtral).
   """
 
   n_layers: int
@@ -42,8 +45,11 @@ class Architecture:
   n_dense_layers: int = 0
   d_dense: int | None = None
   tie_embeddings: bool = False
+  qk_norm: Literal["head", "projection", "none"] = "head"
 
   def __post_init__(self):
+    require(self.qk_norm in ("head", "projection", "none"), "qk_norm", self.qk_norm,
+            "must be 'head', 'projection' or 'none'")
     for name in ("n_layers", "d_model", "d_expert", "n_exp", "n_topk", "n_heads",
                  "vocab_size"):
       require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
@@ -88,6 +94,12 @@ class Architecture:
   def dense_width(self) -> int:
     """Hidden width of a dense layer, resolved."""
     return self.d_dense or (self.n_topk + self.n_shared_experts) * self.d_expert
+
+  @property
+  def qk_norm_scales(self) -> int:
+    """Norm scales of a layer's queries and keys."""
+    return {"head": 2, "projection": self.n_heads + self.kv_heads, "none": 0}[
+        self.qk_norm] * self.d_head
 
   @property
   def n_moe_layers(self) -> int:

@@ -4,6 +4,7 @@ Parameters are those of the real tree, every norm scale and router included:
 
     embed [V,D]; head [D,V] unless tied; final norm [D]
     every layer   two norms [D]; q [D,H,h]; k, v [D,Kv,h]; o [H,h,D]; q and k norm [h]
+                  (of the projections [H,h] and [Kv,h], or none: qk_norm)
     an MoE layer  router [D,E]; gate, up [E,D,F]; down [E,F,D]; one shared SwiGLU of
                   hidden width n_shared_experts * F
     a dense layer one SwiGLU of hidden width dense_width, no router
@@ -32,9 +33,9 @@ def n_parameters(arch: Architecture, n_routed: int) -> int:
   `n_routed` = n_exp makes it N_total, n_topk N_active, 0 what is left without the routed
   experts (their routers stay).
   """
-  d_model, d_head = arch.d_model, arch.d_head
-  projections = 2 * d_model * (arch.n_heads + arch.kv_heads) * d_head
-  every_layer = projections + 2 * d_head + 2 * d_model
+  d_model = arch.d_model
+  projections = 2 * d_model * (arch.n_heads + arch.kv_heads) * arch.d_head
+  every_layer = projections + arch.qk_norm_scales + 2 * d_model
   swiglu = 3 * d_model  # per unit of hidden width
   moe = d_model * arch.n_exp + (n_routed + arch.n_shared_experts) * swiglu * arch.d_expert
   dense = swiglu * arch.dense_width
@@ -88,7 +89,7 @@ def _paper_count(arch: Architecture, n_routed: int) -> int:
 
 def _layer_matmul_parameters(arch: Architecture) -> int:
   """Parameters that multiply one token's activations, head left out."""
-  norm_scales = arch.d_model + arch.n_layers * 2 * (arch.d_model + arch.d_head)
+  norm_scales = arch.d_model + arch.n_layers * (2 * arch.d_model + arch.qk_norm_scales)
   return n_active(arch) - norm_scales
 
 

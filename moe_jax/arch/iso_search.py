@@ -52,6 +52,11 @@ class Shapes:
     return self.template.head_dim or self.d_model // self.n_heads
 
   @property
+  def qk_norm_scales(self):
+    return {"head": 2, "projection": self.n_heads + self.kv_heads, "none": 0}[
+        self.template.qk_norm] * self.d_head
+
+  @property
   def n_shared_experts(self) -> int:
     return self.template.n_shared_experts
 

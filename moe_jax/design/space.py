@@ -101,15 +101,16 @@ class Space:
         n_heads=n_heads, n_kv_heads=template.n_kv_heads or n_heads,
         head_dim=template.d_head, vocab_size=template.vocab_size,
         n_shared_experts=template.n_shared_experts, n_dense_layers=template.n_dense_layers,
-        tie_embeddings=template.tie_embeddings)
+        tie_embeddings=template.tie_embeddings, qk_norm=template.qk_norm)
 
   def architecture(self, n_layers: int, d_model: int, d_expert: int, n_exp: int,
                    n_topk: int) -> Architecture:
     """One of them as an Architecture."""
     shape = self.shape(n_layers, d_model, d_expert, n_exp, n_topk)
     whole = {name: int(value) for name, value in vars(shape).items()
-             if value is not None and name != "tie_embeddings"}
-    return Architecture(**whole, tie_embeddings=self.template.tie_embeddings)
+             if value is not None and name not in ("tie_embeddings", "qk_norm")}
+    return Architecture(**whole, tie_embeddings=self.template.tie_embeddings,
+                        qk_norm=self.template.qk_norm)
 
   def edges(self, arch: Architecture) -> tuple[str, ...]:
     """At which ends of the searched ranges an architecture lies, as text."""

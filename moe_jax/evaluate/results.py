@@ -49,6 +49,7 @@ def facts(config: RunConfig) -> Row:
       "head_dim": arch.d_head, "n_shared_experts": arch.n_shared_experts,
       "n_dense_layers": arch.n_dense_layers, "d_dense": arch.dense_width,
       "vocab_size": arch.vocab_size, "tie_embeddings": arch.tie_embeddings,
+      "qk_norm": arch.qk_norm,
       "n_total": count.n_total(arch), "n_active": count.n_active(arch),
       "n_total_with_embedding": count.n_total_with_embedding(arch),
       "n_active_with_embedding": count.n_active_with_embedding(arch),

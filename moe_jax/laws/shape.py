@@ -32,6 +32,7 @@ class Shape:
   n_dense_layers: ArrayLike = 0
   d_dense: ArrayLike | None = None
   tie_embeddings: ArrayLike = False
+  qk_norm: ArrayLike = "head"
 
   @classmethod
   def of(cls, archs: Architecture | Sequence[Architecture]) -> "Shape":
@@ -56,6 +57,12 @@ class Shape:
   @property
   def kv_heads(self) -> ArrayLike:
     return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
+
+  @property
+  def qk_norm_scales(self) -> ArrayLike:
+    of_head, of_projection = (np.equal(self.qk_norm, way) for way in ("head", "projection"))
+    return np.multiply(np.where(of_head, 2, np.where(
+        of_projection, np.add(self.n_heads, self.kv_heads), 0)), self.d_head)
 
   @property
   def dense_width(self) -> ArrayLike:

@@ -1,4 +1,4 @@
-"""Causal attention with rotary positions and normalised queries and keys (as in Qwen3)."""
+"""Causal attention with rotary positions; queries and keys normalised as Qwen3 or OLMoE do."""
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,28 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return (normed * scale).astype(x.dtype)
 
 
-def rotate(x_BSHh: jax.Array, theta: float) -> jax.Array:
+def rotate(x_BSHh: jax.Array, theta: float, position_BS: jax.Array | None = None) -> jax.Array:
   """Rotary position embedding, rotate-half layout (arXiv 2104.09864).
 
-  Positions count from the start of the sequence. Scores depend on differences of positions
-  alone, so a document that starts in the middle of a packed sequence needs no reset.
+  Positions count from the start of the sequence, unless they are given. Scores depend on
+  differences of positions alone, so a document that starts in the middle of a packed sequence
+  needs no reset.
   """
   seq_len, h = x_BSHh.shape[1], x_BSHh.shape[-1]
+  if position_BS is None:
+    position_BS = jnp.arange(seq_len)[None]
   frequency = theta ** (-jnp.arange(0, h, 2, dtype=jnp.float32) / h)
-  angle_S1h = jnp.arange(seq_len, dtype=jnp.float32)[:, None, None] * frequency
-  cos, sin = jnp.cos(angle_S1h), jnp.sin(angle_S1h)
+  angle_BS1h = position_BS.astype(jnp.float32)[..., None, None] * frequency
+  cos, sin = jnp.cos(angle_BS1h), jnp.sin(angle_BS1h)
   first, second = jnp.split(x_BSHh.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
   return turned.astype(x_BSHh.dtype)
+
+
+def _norm_projection(x_BSHh: jax.Array, scale_Hh: jax.Array, eps: float) -> jax.Array:
+  """rms_norm over all heads of a token at once."""
+  flat = rms_norm(x_BSHh.reshape(*x_BSHh.shape[:2], -1), scale_Hh.reshape(-1), eps)
+  return flat.reshape(x_BSHh.shape)
 
 
 class Attention(nnx.Module):
@@ -42,24 +51,36 @@ class Attention(nnx.Module):
     self.w_value_DKh = init.matrix(rngs, (d, kv_heads, h), ("width", None, None), fan_in=d)
     self.w_out_HhD = init.matrix(rngs, (heads, h, d), (None, None, "width"),
                                  fan_in=heads * h, scale=init.residual_scale(arch))
-    self.query_norm_h = init.ones(h)
-    self.key_norm_h = init.ones(h)
+    if arch.qk_norm == "head":
+      self.query_norm_h, self.key_norm_h = init.ones(h), init.ones(h)
+    elif arch.qk_norm == "projection":
+      self.query_norm_Hh, self.key_norm_Kh = init.ones(heads, h), init.ones(kv_heads, h)
 
   def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, gather) -> jax.Array:
     """Attends within documents; `gather` makes a weight ready to multiply (gather_whole)."""
-    model = self.config.model
-    query_BSHh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_query_DHh))
-    key_BSKh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_key_DKh))
-    value_BSKh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_value_DKh))
+    query_BSHh, key_BSKh, value_BSKh = self.project(x_BSD, gather)
     with jax.named_scope("attention"):
-      query_BSHh = rms_norm(query_BSHh, self.query_norm_h[...], model.norm_eps)
-      key_BSKh = rms_norm(key_BSKh, self.key_norm_h[...], model.norm_eps)
-      query_BSHh = rotate(query_BSHh, model.rope_theta)
-      key_BSKh = rotate(key_BSKh, model.rope_theta)
-
       mask_B1SS = None
       if self.config.data.mask_documents:
         mask_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
       out_BSHh = jax.nn.dot_product_attention(query_BSHh, key_BSKh, value_BSKh,
                                               mask=mask_B1SS, is_causal=True)
     return jnp.einsum("bsnh,nhd->bsd", out_BSHh, gather(self.w_out_HhD))
+
+  def project(self, x_BSD: jax.Array, gather, position_BS: jax.Array | None = None
+              ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values; those that are compared are normalised and rotated."""
+    model = self.config.model
+    query_BSHh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_query_DHh))
+    key_BSKh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_key_DKh))
+    value_BSKh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_value_DKh))
+    with jax.named_scope("attention"):
+      if self.config.arch.qk_norm == "head":
+        query_BSHh = rms_norm(query_BSHh, self.query_norm_h[...], model.norm_eps)
+        key_BSKh = rms_norm(key_BSKh, self.key_norm_h[...], model.norm_eps)
+      elif self.config.arch.qk_norm == "projection":
+        query_BSHh = _norm_projection(query_BSHh, self.query_norm_Hh[...], model.norm_eps)
+        key_BSKh = _norm_projection(key_BSKh, self.key_norm_Kh[...], model.norm_eps)
+      query_BSHh = rotate(query_BSHh, model.rope_theta, position_BS)
+      key_BSKh = rotate(key_BSKh, model.rope_theta, position_BS)
+    return query_BSHh, key_BSKh, value_BSKh

@@ -65,6 +65,6 @@ def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...],
   return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
 
-def ones(size: int) -> nnx.Param:
+def ones(*shape: int) -> nnx.Param:
   """A float32 norm scale."""
-  return nnx.Param(jnp.ones((size,), jnp.float32), axes=(None,))
+  return nnx.Param(jnp.ones(shape, jnp.float32), axes=(None,) * len(shape))

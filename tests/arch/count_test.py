@@ -33,7 +33,8 @@ def architectures(draw, most_dense_layers=3):
       n_shared_experts=draw(st.integers(0, 2)),
       n_dense_layers=n_dense,
       d_dense=draw(st.sampled_from([None, 1, 77])),
-      tie_embeddings=draw(st.booleans()))
+      tie_embeddings=draw(st.booleans()),
+      qk_norm=draw(st.sampled_from(["head", "projection", "none"])))
 
 
 def tree(arch, n_routed=None):
@@ -44,9 +45,12 @@ def tree(arch, n_routed=None):
   if not arch.tie_embeddings:
     tensors.append(("head", (d, arch.vocab_size)))
   for layer in range(arch.n_layers):
-    tensors += [("attention_norm", (d,)), ("ffn_norm", (d,)), ("q_norm", (h,)),
-                ("k_norm", (h,)), ("q", (d, arch.n_heads, h)), ("k", (d, arch.kv_heads, h)),
-                ("v", (d, arch.kv_heads, h)), ("o", (arch.n_heads, h, d))]
+    normed = {"head": (1, 1), "projection": (arch.n_heads, arch.kv_heads),
+              "none": (0, 0)}[arch.qk_norm]
+    tensors += [("attention_norm", (d,)), ("ffn_norm", (d,)), ("q_norm", (normed[0] * h,)),
+                ("k_norm", (normed[1] * h,)), ("q", (d, arch.n_heads, h)),
+                ("k", (d, arch.kv_heads, h)), ("v", (d, arch.kv_heads, h)),
+                ("o", (arch.n_heads, h, d))]
     if layer < arch.n_dense_layers:
       width = arch.d_dense or (arch.n_topk + arch.n_shared_experts) * f
       tensors += [("gate", (d, width)), ("up", (d, width)), ("down", (width, d))]
@@ -131,7 +135,7 @@ def test_paper_leaves_out_router_norms_and_nothing_else(arch):
   formula = arch.n_layers * arch.d_model**2 * (4 + 3 * arch.n_topk / arch.granularity)
   assert count.paper_n_active(arch) == pytest.approx(formula)
   left_out = arch.d_model + arch.n_layers * (
-      2 * arch.d_model + 2 * arch.d_head + arch.d_model * arch.n_exp)
+      2 * arch.d_model + arch.qk_norm_scales + arch.d_model * arch.n_exp)
   assert count.n_total(arch) - count.paper_n_total(arch) == left_out
   assert count.n_active(arch) - count.paper_n_active(arch) == left_out
 
