@@ -89,11 +89,16 @@ def apply(config: RunConfig, params: Params, inputs_BS: jax.Array, segments_BS: 
 
   `router` may be left out where the routers carry nothing.
   """
+  return merged(config, params, router)(inputs_BS, segments_BS, mesh, remat, counted_BS,
+                                        noise_key_B)
+
+
+def merged(config: RunConfig, params: Params, router: Router | None = None) -> Transformer:
+  """The decoder with these arrays, e.g. to run it another way than from end to end."""
   graphdef, *abstract = _abstract(config)
   states = jax.tree.map(lambda leaf: leaf, abstract)  # copies: the cached ones stay abstract
   for state, values in zip(states, (params, router or {}), strict=True):
     if jax.tree.structure(nnx.to_pure_dict(state)) != jax.tree.structure(values):
       raise ValueError("params or router is not the tree of this configuration")
     nnx.replace_by_pure_dict(state, values)
-  return nnx.merge(graphdef, *states)(inputs_BS, segments_BS, mesh, remat, counted_BS,
-                                      noise_key_B)
+  return nnx.merge(graphdef, *states)

@@ -1,0 +1,202 @@
+"""Decoding: prompts in, tokens out, with a cache of keys and values, on any mesh.
+
+A prompt is read in one pass (prefill), padded to one of a few lengths; then one compiled step
+gives every row its next token, as often as wanted. Which tokens a row gets depends on its prompt,
+its number and the seed, and not on what else is in the batch or on the devices.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax.config import RunConfig
+from moe_jax.errors import FieldError, require
+from moe_jax.mesh import batch_sharding, mesh_size, replicated
+from moe_jax.model import cached, functional
+
+_LEAST_SLOTS = 16  # shorter prompts share a shape
+_LOOK_EVERY = 16  # tokens between two looks whether all rows have ended: each look waits
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is chosen.
+
+  Attributes:
+    temperature: 0 takes the likeliest token; 1 draws from the model's distribution.
+    top_k: draws among that many of the likeliest; 0 among all.
+    top_p: draws among the fewest tokens whose probabilities sum to at least this.
+    seed: of the draws.
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+
+  def __post_init__(self):
+    require(0 <= self.temperature < math.inf, "temperature", self.temperature,
+            "must be 0 (the likeliest token) or more")
+    require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (all tokens) or more")
+    require(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
+    require(0 <= self.seed < 2**31, "seed", self.seed, "must be at least 0 and below 2^31")
+
+
+class Decoder:
+  """A model ready to decode; its programs are compiled when first used, one for each shape."""
+
+  def __init__(self, config: RunConfig, mesh: Mesh, params: functional.Params,
+               router: functional.Router | None = None):
+    """Copies the parameters in the type in which they are multiplied.
+
+    Raises:
+      FieldError: the model cannot decode, for its router is not causal.
+    """
+    self.config, self.mesh = cached.decoding_config(config), mesh
+    self.params = jax.jit(functools.partial(cached.served, config),
+                          out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params))(params)
+    self.router = router or {}
+    self._rows, self._whole = batch_sharding(mesh), replicated(mesh)
+
+  def prefill(self, cache: cached.Cache, tokens_BS, length_B):
+    """See cached.prefill; the cache that is given is used up."""
+    return self._prefill(self.params, self.router, cache, *self._put(tokens_BS, length_B))
+
+  def decode(self, cache: cached.Cache, token_B, position_B):
+    """See cached.decode; the cache that is given is used up."""
+    return self._decode(self.params, self.router, cache, *self._put(token_B, position_B))
+
+  def empty_cache(self, batch: int, slots: int) -> cached.Cache:
+    return cached.empty_cache(self.config, batch, slots, self.mesh)
+
+  def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int,
+               sampling: Sampling | None = None, end: int | None = None) -> list[list[int]]:
+    """Continues each prompt.
+
+    Args:
+      prompts: token ids, of any lengths.
+      new_tokens: at most so many for each; a row also ends where the context does, which is
+        `data.seq_len` tokens: behind it are positions that the model was never trained on.
+      sampling: greedy if None.
+      end: a row ends with this token, which is not part of the result.
+
+    Raises:
+      FieldError: a prompt is empty, or leaves no room in the context.
+    """
+    sampling, context = sampling or Sampling(), self.config.data.seq_len
+    check_prompts(prompts, context)
+    require(new_tokens >= 1, "new_tokens", new_tokens, "must be at least 1")
+    tokens_BS, length_B = self._padded(prompts)
+    row_B = np.arange(len(length_B), dtype=np.int32)
+    longest, shortest = length_B.max(), length_B[:len(prompts)].min()
+    slots = max(tokens_BS.shape[1], _shape_of(min(int(longest) + new_tokens, context), context))
+    logits_BV, cache = self.prefill(self.empty_cache(len(row_B), slots), tokens_BS, length_B)
+    row_B, position_B = self._put(row_B, length_B)
+    choice = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k),
+              jnp.float32(sampling.top_p), jax.random.key(sampling.seed))
+    found, ended_B = [], np.arange(len(length_B)) >= len(prompts)
+    for number in range(min(new_tokens, context - int(shortest))):
+      if number:
+        # A row at the end of the context stays there: what it gives is cut off below.
+        logits_BV, cache = self.decode(cache, found[-1], position_B)
+        position_B = self._next(position_B)
+      found.append(self._choose(logits_BV, row_B, position_B, *choice))
+      if end is not None and number % _LOOK_EVERY == _LOOK_EVERY - 1:
+        ended_B = ended_B | (np.asarray(jnp.stack(found[-_LOOK_EVERY:])) == end).any(0)
+        if ended_B.all():
+          break
+    made_BN = np.asarray(jnp.stack(found, axis=1))
+    return [_until(row[:context - len(prompt)].tolist(), end)
+            for prompt, row in zip(prompts, made_BN, strict=False)]
+
+  def _padded(self, prompts) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts behind one another, in few shapes; rows are added until devices have equal shares."""
+    n_devices = mesh_size(self.mesh)
+    batch = -(-len(prompts) // n_devices) * n_devices
+    length_B = np.array([len(prompt) for prompt in prompts] + [1] * (batch - len(prompts)),
+                        np.int32)
+    tokens_BS = np.zeros((batch, _shape_of(int(length_B.max()), self.config.data.seq_len)),
+                         np.int32)
+    for row, prompt in enumerate(prompts):
+      tokens_BS[row, :len(prompt)] = prompt
+    return tokens_BS, length_B
+
+  def _put(self, *arrays):
+    return jax.device_put(arrays, self._rows)
+
+  @functools.cached_property
+  def _prefill(self):
+    return self._compile(cached.prefill)
+
+  @functools.cached_property
+  def _decode(self):
+    return self._compile(cached.decode)
+
+  @functools.cached_property
+  def _next(self):
+    last = self.config.data.seq_len - 1
+    return jax.jit(lambda position_B: jnp.minimum(position_B + 1, last), out_shardings=self._rows)
+
+  @functools.cached_property
+  def _choose(self):
+    return jax.jit(choose, out_shardings=self._rows)
+
+  def _compile(self, function):
+    config, mesh = self.config, self.mesh
+
+    def step(params, router, cache, tokens, numbers):
+      return function(config, params, router, cache, tokens, numbers, mesh)
+
+    cache = cached.Cache(*[batch_sharding(mesh, axis=1)] * 2)
+    return jax.jit(step, donate_argnums=2, out_shardings=(self._rows, cache))
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
+  """Raises FieldError where a prompt is empty or leaves no room for one more token."""
+  for prompt in prompts:
+    require(len(prompt) > 0, "generate", "", "is an empty prompt: at least one token is wanted")
+    if len(prompt) >= context:
+      raise FieldError("generate", f"a prompt of {len(prompt)} tokens", f"must be at most "
+                       f"{context - 1}: the context is data.seq_len={context} tokens, one of "
+                       "them to generate")
+
+
+def choose(logits_BV: jax.Array, row_B: jax.Array, position_B: jax.Array, temperature, top_k,
+           top_p, key) -> jax.Array:
+  """The next token of each row, int32.
+
+  The key of a draw is that of the row's number and position. Of top_k and top_p the smaller set
+  counts: top_p is applied to the probabilities at this temperature, of all tokens (the nucleus
+  of arXiv 1904.09751, section 3.1).
+  """
+  scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
+  order_BV = jnp.argsort(-scaled_BV, axis=-1)
+  sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
+  prob_BV = jax.nn.softmax(sorted_BV)
+  before_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV
+  rank_V = jnp.arange(logits_BV.shape[-1])
+  kept_BV = (rank_V < jnp.where(top_k > 0, top_k, rank_V.size)) & (before_BV < top_p)
+  kept_BV = kept_BV.at[:, 0].set(True)  # whatever rounding does
+
+  def draw(row, position, logit_V):
+    return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, row), position),
+                                  logit_V)
+
+  drawn_B = jax.vmap(draw)(row_B, position_B, jnp.where(kept_BV, sorted_BV, -jnp.inf))
+  rank_B = jnp.where(temperature > 0, drawn_B, 0)
+  return jnp.take_along_axis(order_BV, rank_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _shape_of(length: int, context: int) -> int:
+  """A power of two that holds so many tokens, or the whole context."""
+  return min(context, max(_LEAST_SLOTS, 2 ** math.ceil(math.log2(length))))
+
+
+def _until(tokens: list[int], end: int | None) -> list[int]:
+  return tokens[:tokens.index(end)] if end in tokens else tokens

@@ -1,0 +1,172 @@
+"""The decoder with a cache of keys and values: what decoding runs, token after token.
+
+The modules and their weights are those of transformer.py; only attention differs, for it reads
+keys and values of earlier tokens from the cache. Nothing is dropped: each token reaches all of
+its experts, whoever else is in the batch.
+
+A row's token at position p has its key in slot p of the row. So rows may stand at different
+positions, and what padding behind a prompt left in later slots is overwritten before any query
+may see it.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from moe_jax.config import RunConfig, require_causal
+from moe_jax.mesh import batch_sharding
+from moe_jax.model import functional
+from moe_jax.model.attention import Attention, rms_norm
+from moe_jax.model.transformer import Block, Transformer, gather_whole
+
+_FLOAT32 = ("norm", "w_router")  # in the names of weights that the forward pass never rounds
+
+
+class Cache(NamedTuple):
+  """Keys and values of C slots for each row; K heads of width h; layers in their order."""
+
+  key_LBCKh: jax.Array
+  value_LBCKh: jax.Array
+
+
+def decoding_config(config: RunConfig) -> RunConfig:
+  """`config` with nothing dropped. Raises FieldError for a model that cannot decode."""
+  require_causal(config)
+  moe = dataclasses.replace(config.moe, dispatch="dropless")
+  return dataclasses.replace(config, moe=moe)
+
+
+def empty_cache(config: RunConfig, batch: int, slots: int, mesh: Mesh) -> Cache:
+  """A cache of the type of the activations, its rows split over the mesh as the batch is."""
+  arch = config.arch
+  shape = (arch.n_layers, batch, slots, arch.kv_heads, arch.d_head)
+  dtype, sharding = jnp.dtype(config.model.compute_dtype), batch_sharding(mesh, axis=1)
+  return Cache(*(jnp.zeros(shape, dtype, device=sharding) for _ in range(2)))
+
+
+def served(config: RunConfig, params: functional.Params) -> functional.Params:
+  """The parameters in the type in which they are multiplied: what a server keeps in memory.
+
+  The forward pass rounds matrices to the type of the activations before it multiplies, so this
+  changes no output. Routers and norms stay in float32.
+  """
+  dtype = jnp.dtype(config.model.compute_dtype)
+
+  def cast(path, leaf):
+    name = path[-1].key
+    return leaf if any(part in name for part in _FLOAT32) else leaf.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def prefill(config: RunConfig, params: functional.Params, router: functional.Router,
+            cache: Cache, tokens_BS: jax.Array, length_B: jax.Array,
+            mesh: Mesh) -> tuple[jax.Array, Cache]:
+  """Reads prompts into the first slots of a cache.
+
+  Args:
+    config: of decoding_config.
+    params: of the model, or `served`.
+    router: what its routers carry.
+    cache: of at least S slots; B a multiple of the devices.
+    tokens_BS: int32, padded behind each prompt.
+    length_B: int32, tokens of each prompt, at least 1.
+    mesh: where it runs.
+
+  Returns:
+    logits_BV in float32, of the token that follows each prompt, and the cache.
+  """
+  model = functional.merged(config, params, router)
+  x_BSD, cache = _layers(model, cache, tokens_BS, None, mesh)
+  x_BD = jnp.take_along_axis(x_BSD, (length_B - 1)[:, None, None], axis=1)[:, 0]
+  return _head(model, x_BD, mesh), cache
+
+
+def decode(config: RunConfig, params: functional.Params, router: functional.Router,
+           cache: Cache, token_B: jax.Array, position_B: jax.Array,
+           mesh: Mesh) -> tuple[jax.Array, Cache]:
+  """One more token for each row; for the rest see prefill.
+
+  Args:
+    token_B: int32, which token.
+    position_B: int32, its position, below the slots of the cache; all before it are there.
+  """
+  model = functional.merged(config, params, router)
+  x_B1D, cache = _layers(model, cache, token_B[:, None], position_B, mesh)
+  return _head(model, x_B1D[:, 0], mesh), cache
+
+
+def _layers(model: Transformer, cache: Cache, tokens_BS, position_B, mesh):
+  """All layers; `position_B` is None for prompts, which stand from slot 0 on."""
+  dtype = jnp.dtype(model.config.model.compute_dtype)
+  x_BSD, first = gather_whole(model.embedding_VD, mesh, dtype)[tokens_BS], 0
+  for name in ("dense_layers", "moe_layers"):
+    if hasattr(model, name):
+      x_BSD, cache, first = _scan(getattr(model, name), x_BSD, cache, first, position_B, mesh)
+  return x_BSD, cache
+
+
+def _scan(layers: Block, x_BSD, cache: Cache, first: int, position_B, mesh):
+  """Runs stacked blocks, the `first` layer of the cache on; also returns the next one's number.
+
+  The cache is carried and not scanned over, so that it is updated in place.
+  """
+  graphdef, stacked = nnx.split(layers)
+
+  def body(carried, layer):
+    x_BSD, cache = carried
+    number, weights = layer
+    block = nnx.merge(graphdef, weights)
+    x_BSD = jax.lax.with_sharding_constraint(x_BSD, batch_sharding(mesh))
+    gather = functools.partial(gather_whole, mesh=mesh, dtype=x_BSD.dtype)
+    eps = block.config.model.norm_eps
+    normed_BSD = rms_norm(x_BSD, block.attention_norm_D[...], eps)
+    y_BSD, cache = _attend(block.attention, normed_BSD, cache, number, position_B, gather)
+    x_BSD += y_BSD
+    normed_BSD = rms_norm(x_BSD, block.ff_norm_D[...], eps)
+    if block.dense:
+      y_BSD = block.ff(normed_BSD, gather)
+    else:
+      y_BSD, _ = block.moe(normed_BSD, gather, mesh, None, None)
+    return (x_BSD + y_BSD, cache), None
+
+  n_layers = len(jax.tree.leaves(stacked)[0])
+  (x_BSD, cache), _ = jax.lax.scan(body, (x_BSD, cache),
+                                   (first + jnp.arange(n_layers), stacked))
+  return x_BSD, cache, first + n_layers
+
+
+def _attend(attention: Attention, x_BSD, cache: Cache, number, position_B, gather):
+  """Attention of the layer of that number."""
+  if position_B is None:
+    query_BSHh, key_BSKh, value_BSKh = attention.project(x_BSD, gather)
+    cache = Cache(*(jax.lax.dynamic_update_slice(old, new[None], (number, 0, 0, 0, 0))
+                    for old, new in zip(cache, (key_BSKh, value_BSKh), strict=True)))
+    out_BSHh = jax.nn.dot_product_attention(query_BSHh, key_BSKh, value_BSKh, is_causal=True)
+  else:
+    query_B1Hh, *new = attention.project(x_BSD, gather, position_B[:, None])
+    row_B = jnp.arange(len(position_B))
+    cache = Cache(*(old.at[number, row_B, position_B].set(new_B1Kh[:, 0], unique_indices=True)
+                    for old, new_B1Kh in zip(cache, new, strict=True)))
+    key_BCKh, value_BCKh = (jax.lax.dynamic_index_in_dim(whole, number, keepdims=False)
+                            for whole in cache)
+    seen_BC = jnp.arange(key_BCKh.shape[1]) <= position_B[:, None]
+    out_BSHh = jax.nn.dot_product_attention(query_B1Hh, key_BCKh, value_BCKh,
+                                            mask=seen_BC[:, None, None])
+  return jnp.einsum("bsnh,nhd->bsd", out_BSHh, gather(attention.w_out_HhD)), cache
+
+
+def _head(model: Transformer, x_BD, mesh) -> jax.Array:
+  config = model.config
+  dtype = jnp.dtype(config.model.compute_dtype)
+  x_BD = rms_norm(x_BD, model.final_norm_D[...], config.model.norm_eps)
+  if config.arch.tie_embeddings:
+    head_DV = gather_whole(model.embedding_VD, mesh, dtype).T
+  else:
+    head_DV = gather_whole(model.w_head_DV, mesh, dtype)
+  return jnp.einsum("bd,dv->bv", x_BD, head_DV, preferred_element_type=jnp.float32)
