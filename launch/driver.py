@@ -15,12 +15,13 @@ from typing import Any
 
 from etils import epath
 
-from launch import cloud, lease, remote, slices, work
+from launch import cloud, lease, money, remote, slices, work
 from launch.backends import gcloud
 from launch.backends.gcloud import Options
 from launch.jobs import Job
 from launch.plans import File, Plan, SlicePlan
 from launch.slices import Policy, Progress, Record
+from moe_jax.arch.hardware import PRICES_AS_OF
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.fields import from_dict
 from moe_jax.run_dir import read_json, write_json
@@ -68,8 +69,9 @@ class Slice:
     todo = self.work
     hosts = [read_json(file) for file in self.folder.glob("host-*.json")]
     troubles = [host["trouble"] for host in hosts if host["trouble"]]
-    return Progress(all(work.why_ended(todo, name) for name in todo.cells),
-                    max((host["heartbeat"] for host in hosts), default=None),
+    # Without one of its hosts a slice trains nothing, so the longest silence counts.
+    heard = min(host["heartbeat"] for host in hosts) if len(hosts) >= todo.hosts else None
+    return Progress(all(work.why_ended(todo, name) for name in todo.cells), heard,
                     troubles[0] if troubles else None)
 
   def forget_machines(self) -> None:
@@ -80,6 +82,12 @@ class Slice:
   @property
   def chip_hours(self) -> float:
     return self.record.held_seconds / 3600 * self.options.slice.topology.chips
+
+  @property
+  def usd_per_second(self) -> float:
+    topology = self.options.slice.topology
+    return money.usd_per_second(topology.hardware, topology.chips,
+                                self.options.usd_per_chip_hour) or 0.0
 
 
 def read_all(folder: epath.Path) -> list[Slice]:
@@ -109,6 +117,9 @@ def _want_one(folder: epath.Path, planned: Plan, share: SlicePlan, jobs: Sequenc
   mine = folder / share.name
   before = Slice.read(mine) if (mine / "slice.json").exists() else None
   if before is not None and before.record.state not in slices.FINAL:
+    before.options = dataclasses.replace(before.options, max_cost_usd=options.max_cost_usd,
+                                         usd_per_chip_hour=options.usd_per_chip_hour)
+    before.write()
     return
   for other in read_all(folder):
     if other.folder != mine and other.record.state not in slices.FINAL:
@@ -178,14 +189,14 @@ class Driver:
       while True:
         found = read_all(self._folder)
         for one in found:
-          self._step(one, held)
+          self._step(one, found, held)
         if all(one.record.state in slices.FINAL for one in found):
           return all(one.record.state == slices.DONE for one in found)
         self._sleep(POLL_SECONDS)
     finally:
       held.release()
 
-  def _step(self, one: Slice, held: lease.Lease) -> None:
+  def _step(self, one: Slice, found: Sequence[Slice], held: lease.Lease) -> None:
     if one.record.state in slices.FINAL:
       return
     held.require(remote.TIMEOUT_SECONDS)
@@ -196,13 +207,26 @@ class Driver:
     except cloud.Unclear as error:
       self._say(f"{record.name}: {error}")
       return
-    record = dataclasses.replace(record, cancel=(one.folder / "cancel").exists())
-    record, action = slices.decide(record, seen, one.progress(), one.options.zones, now,
-                                   self._policy, self._random)
+    progress, spent = one.progress(), self._why_too_dear(one, found)
+    record = dataclasses.replace(
+        record, cancel=spent is not None or (one.folder / "cancel").exists(),
+        error=record.error if spent is None or progress.ended else spent)
+    record, action = slices.decide(record, seen, progress, one.options.zones, now, self._policy,
+                                   self._random)
     self._keep(one, record)
     if action is not None:
       held.require(remote.TIMEOUT_SECONDS)
       self._act(one, action)
+
+  def _why_too_dear(self, one: Slice, found: Sequence[Slice]) -> str | None:
+    """Why a slice may not go on, if what may be spent on the experiment would be passed."""
+    limits = [other.options.max_cost_usd for other in found
+              if other.record.state not in slices.FINAL and other.options.max_cost_usd]
+    accounts = [(other.record, other.usd_per_second) for other in found]
+    if not limits or not money.would_pass(accounts, one.record, min(limits), self._clock(),
+                                          self._policy.margin):
+      return None
+    return f"stopped with ${money.spent(accounts):.2f} of --max_cost_usd={min(limits):g} spent"
 
   def _act(self, one: Slice, action: str) -> None:
     if action == slices.DELETE:
@@ -243,15 +267,15 @@ def drive(folder: epath.Path, run: remote.Run = remote.run, **driver: Any) -> in
 
 def table(found: Sequence[Slice]) -> list[str]:
   """A line a slice: what it is at, and what it has used."""
-  lines, total = [], 0.0
+  lines = []
   for one in found:
-    record, price = one.record, one.options.slice.topology.hardware.usd_per_chip_hour
-    cost = None if price is None else one.chip_hours * price
-    total += cost or 0.0
-    lines.append(f"{record.name}: {record.state}, {one.chip_hours:.1f} chip-hours"
-                 + ("" if cost is None else f", at most ${cost:.2f} at the on-demand price")
+    record, cost = one.record, one.record.held_seconds * one.usd_per_second
+    lines.append(f"{record.name}: {record.state}, {one.chip_hours:.1f} chip-hours, at most "
+                 f"${cost:.2f}"
                  + (f", {record.preemptions} preemptions" if record.preemptions else "")
                  + (f", {record.failures} failures" if record.failures else "")
                  + (f": {record.error}" if record.error else ""))
-  return [*lines, f"{len(found)} slices, at most ${total:.2f} at on-demand prices (a catalogue "
-          "snapshot)"]
+  total = money.spent((one.record, one.usd_per_second) for one in found)
+  given = all(one.options.usd_per_chip_hour is not None for one in found)
+  return [*lines, f"{len(found)} slices, at most ${total:.2f} at "
+          + ("the price given" if given else f"on-demand prices, {PRICES_AS_OF}")]

@@ -87,7 +87,6 @@ class Job:
     except FieldError:
       return False
 
-
   def missing_trunk(self) -> RunDir | None:
     """The run it branches from, while that has not saved the step where this one begins."""
     trunk = RunDir.trunk_of(self.run_dir.path.parent.parent, self.cell)
@@ -133,6 +132,20 @@ def plan(cells: Sequence[Cell], out: str | os.PathLike,
     with contextlib.suppress(DamagedFile):
       job.run_dir.check_identity(job.cell)
   return jobs
+
+
+def require_trunks(jobs: Sequence[Job]) -> None:
+  """Raises FieldError where a branch's trunk is neither among the jobs nor far enough.
+
+  Machines that cost money should not be there for what cannot begin.
+  """
+  ours = {job.run_dir for job in jobs}
+  for job in jobs:
+    trunk = job.missing_trunk()
+    if trunk is not None and trunk not in ours:
+      raise FieldError("config", job.name, f"branches from {trunk.path.parent.name}/"
+                       f"{trunk.path.name}, which has not saved step "
+                       f"{job.cell.config.train.branch_step} and is not submitted with it")
 
 
 def _trunks_first(jobs: Sequence[Job]) -> tuple[Job, ...]:

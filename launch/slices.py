@@ -34,6 +34,7 @@ class Policy:
     cooldown: for which a zone without capacity is left alone.
     silence: without a word from the machines, after which they are replaced.
     delete_again: before an unanswered deletion is asked for again.
+    margin: for which all slices must still be paid for when the last deletion is asked for.
   """
 
   max_preemptions: int = 100
@@ -44,6 +45,7 @@ class Policy:
   cooldown: float = 3600.0
   silence: float = 1800.0
   delete_again: float = 120.0
+  margin: float = 600.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ import types
 
 from absl import flags
 
-from launch import backends, options, plans, remote, together
+from launch import backends, gate, options, plans, remote, together
 from launch.code import Code, pack
-from launch.jobs import Job, jobs_of, plan
+from launch.jobs import Job, jobs_of, plan, require_trunks
 from launch.table import shapes
 from moe_jax import cli
 from moe_jax.errors import require
@@ -30,6 +30,10 @@ _PARALLEL = flags.DEFINE_integer("parallel", 1, "[local] How many cells run at a
                                  lower_bound=1)
 _PROCESSES = flags.DEFINE_integer("processes", 1, "[local] Processes of each run, on this "
                                   "machine: for a look at how many behave.", lower_bound=1)
+_PLAN = flags.DEFINE_enum(
+    "plan", gate.KNOWN, [gate.KNOWN, gate.MAKE, gate.IGNORE], "[TPU slices] What moe_jax.plan says "
+    "of a cell decides whether it may be submitted. known: where there is a plan; make: those "
+    "that are missing are made first, which compiles every cell; ignore: never.")
 _DRY_RUN = options.define_dry_run_flag()
 _OPTIONS = options.define_flags(backends.remote())
 
@@ -40,6 +44,7 @@ def main(overrides: list[str]) -> int:
   if _BACKEND.value == backends.LOCAL:
     for name, text in given.items():
       require(text is None, name, text, "is no option of --backend=local")
+    require(not flags.FLAGS["plan"].present, "plan", _PLAN.value, "is for TPU slices")
     return _submit_local(cli.selected_cells(_CONFIG.value, overrides), overrides, backend)
   for name in ("parallel", "processes"):
     require(not flags.FLAGS[name].present, name, flags.FLAGS[name].value,
@@ -49,7 +54,7 @@ def main(overrides: list[str]) -> int:
   # Other machines have another working directory.
   out = _OUT.value if "://" in _OUT.value else os.path.abspath(_OUT.value)
   jobs = (jobs_of if _DRY_RUN.value else plan)(cells, out, overrides)
-  return _submit_remote(jobs, out, backend, chosen)
+  return _submit_remote(jobs, out, backend, chosen, overrides)
 
 
 def _submit_local(cells, overrides: list[str], backend: types.ModuleType) -> int:
@@ -66,11 +71,15 @@ def _submit_local(cells, overrides: list[str], backend: types.ModuleType) -> int
   return backend.submit(jobs, _PARALLEL.value)
 
 
-def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, chosen) -> int:
+def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, chosen,
+                   overrides: list[str]) -> int:
   for name, path in (("out", out), ("config", _CONFIG.value)):
     options.require_path(name, path)
+  require_trunks(jobs)
   code = pack(_CONFIG.value.partition(":")[0])
-  planned = dataclasses.replace(backend.plan(jobs, chosen, code, out), notes=_notes(out, code))
+  planned = backend.plan(jobs, chosen, code, out)
+  planned = dataclasses.replace(planned, notes=(
+      *_notes(out, code), *_gate(jobs, chosen, out, overrides)))
   if _DRY_RUN.value == "json":
     print(plans.to_json(planned))
     return 0
@@ -80,6 +89,20 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
     return 0
   print("\n".join([*cells, *planned.notes]), flush=True)
   return backend.submit(planned, jobs, chosen, code, out)
+
+
+def _gate(jobs: tuple[Job, ...], chosen, out: str, overrides: list[str]) -> tuple[str, ...]:
+  """What plans say, where the machines are TPU slices. Raises FieldError: cells do not fit."""
+  if not hasattr(chosen, "slice"):
+    require(not flags.FLAGS["plan"].present, "plan", _PLAN.value, "is for TPU slices")
+    return ()
+  if _PLAN.value == gate.IGNORE:
+    return ()
+  topology = chosen.slice.topology
+  planning = gate.command(_CONFIG.value, topology, out, overrides)
+  if _PLAN.value == gate.MAKE and not _DRY_RUN.value:
+    gate.make(planning)
+  return gate.notes(jobs, topology, out, chosen.usd_per_chip_hour, planning)
 
 
 def _notes(out: str, code: Code) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from etils import epath
 
-from launch import remote, tpu, work
+from launch import money, remote, tpu, work
 from launch.code import Code
 from launch.jobs import Job
 from launch.naming import digest, resource_name
@@ -53,6 +53,10 @@ class Options:
   python: str | None = option(
       "Interpreter on the TPU VMs that has all dependencies; by default they are installed "
       "from the lock.", default=None)
+  max_cost_usd: float | None = option(
+      "Machine time of the experiment that may be spent, in US dollars: all slices are deleted "
+      "before it would be passed, as long as a launcher drives them.", default=None)
+  usd_per_chip_hour: float | None = money.PRICE_OPTION
   secrets: tuple[str, ...] = option(
       "NAME=projects/P/secrets/S/versions/latest or NAME=/file/on/the/machine: variables of "
       "the trainer's environment.", default=())
@@ -73,6 +77,9 @@ class Options:
     require(self.python is None or re.fullmatch(r"/[A-Za-z0-9._/-]+", self.python) is not None,
             "python", self.python, "must be an absolute path")
     parse_secrets(self.secrets)
+    money.require_price(self.usd_per_chip_hour)
+    require(self.max_cost_usd is None or self.max_cost_usd > 0, "max_cost_usd",
+            self.max_cost_usd, "must be above 0")
 
   @property
   def slice(self) -> tpu.Slice:

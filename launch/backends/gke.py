@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from launch import remote, tpu, work
+from launch import money, remote, tpu, work
 from launch.backends.gcloud import LABEL, owner
 from launch.code import Code
 from launch.jobs import Job
@@ -38,6 +38,7 @@ class Options:
   kube_context: str | None = option("Context of kubectl; by default the current one.",
                                     default=None)
   max_restarts: int = option("Times that failing programs may restart a run's pods.", default=3)
+  usd_per_chip_hour: float | None = money.PRICE_OPTION
   secrets: tuple[str, ...] = option("NAME=kubernetes/SECRET/KEY: variables of the trainer's "
                                     "environment.", default=())
 
@@ -49,6 +50,7 @@ class Options:
             self.reservation, "is given with --capacity=reserved, and only with it")
     tpu.parse_slice(self.topology, self.slices_per_run)
     parse_secrets(self.secrets, kubernetes=True)
+    money.require_price(self.usd_per_chip_hour)
 
   @property
   def slice(self) -> tpu.Slice:

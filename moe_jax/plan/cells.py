@@ -24,7 +24,7 @@ from moe_jax.errors import FieldError
 from moe_jax.grid import Cell
 from moe_jax.plan import worker
 from moe_jax.plan.topology import Topology
-from moe_jax.run_dir import write_json
+from moe_jax.run_dir import read_json, write_json
 
 _REMEDIES = 3  # changes tried for a cell that does not fit
 
@@ -87,8 +87,9 @@ class Plan:
 
   @property
   def chip_hours(self) -> float | None:
-    """Of all its steps."""
-    return self.seconds and self.seconds * self.config.train.steps * self.topology.chips / 3600
+    """Of all its steps; a branch begins where its trunk has got to."""
+    steps = self.config.train.steps - (self.config.train.branch_step or 0)
+    return self.seconds and self.seconds * steps * self.topology.chips / 3600
 
   def usd(self, usd_per_chip_hour: float | None) -> float | None:
     """What its steps cost; None without a price."""
@@ -133,27 +134,49 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
 def plan_config(name: str, config: RunConfig, topology: Topology, out: str | os.PathLike,
                 hlo_out: str | None = None) -> Plan:
   """Plans one configuration; an error is part of the answer."""
-  plan = Plan(name, config, topology, {})
-  try:
-    resolve_mesh(config, topology.devices)
-  except FieldError as error:
-    return dataclasses.replace(plan, error=str(error.under("config")))
-  cached = epath.Path(out) / "_plans" / f"{_key(config, topology)}.json"
+  plan = known_plan(name, config, topology, out)
+  if plan is not None and (plan.error or not hlo_out):
+    return plan
   hlo = None
   if hlo_out:
     folder = pathlib.Path(hlo_out)
     folder.mkdir(parents=True, exist_ok=True)
     hlo = os.fspath((folder / f"{name}.{topology.label}.hlo.txt").absolute())
-  if cached.exists() and hlo is None:
-    result = json.loads(cached.read_text())
-  else:
-    result = _compile(config, topology, hlo)
-    if "error" not in result or "hbm_needed" in result:
-      cached.parent.mkdir(parents=True, exist_ok=True)
-      write_json(cached, result)
+  result = _compile(config, topology, hlo)
+  if "error" not in result or "hbm_needed" in result:
+    write_json(_cached(config, topology, out), result)
+  return _plan_of(name, config, topology, result)
+
+
+def known_plan(name: str, config: RunConfig, topology: Topology,
+               out: str | os.PathLike) -> Plan | None:
+  """What is known without compiling: an earlier plan under `out`, a mesh that does not fit the
+  slice, or None."""
+  try:
+    resolve_mesh(config, topology.devices)
+  except FieldError as error:
+    return Plan(name, config, topology, {}, str(error.under("config")))
+  result = read_json(_cached(config, topology, out))
+  return None if result is None else _plan_of(name, config, topology, result)
+
+
+def known_remedy(plan: Plan, out: str | os.PathLike) -> str:
+  """Overrides under which an earlier plan saw the cell fit; empty if there are none."""
+  for overrides, config in remedies(plan.config, plan.topology):
+    other = known_plan(plan.cell, config, plan.topology, out)
+    if other is not None and other.fits:
+      return overrides
+  return ""
+
+
+def _plan_of(name: str, config: RunConfig, topology: Topology, result: dict[str, Any]) -> Plan:
   if "error" in result:
-    return dataclasses.replace(plan, error=result["error"], needs=result.get("hbm_needed"))
-  return dataclasses.replace(plan, result=result)
+    return Plan(name, config, topology, {}, result["error"], result.get("hbm_needed"))
+  return Plan(name, config, topology, result)
+
+
+def _cached(config: RunConfig, topology: Topology, out: str | os.PathLike) -> epath.Path:
+  return epath.Path(out) / "_plans" / f"{_key(config, topology)}.json"
 
 
 def verdict(plan: Plan) -> str:
@@ -254,8 +277,13 @@ def _source_hash() -> str:
   return digest.hexdigest()
 
 
+@functools.cache
+def _versions() -> dict[str, str | None]:
+  return worker.versions()
+
+
 def _key(config: RunConfig, topology: Topology) -> str:
   """Names a plan: the configuration, the topology, the versions and this code."""
-  told = [config_lib.to_dict(config), topology.name, topology.n_slices, worker.versions(),
+  told = [config_lib.to_dict(config), topology.name, topology.n_slices, _versions(),
           _source_hash()]
   return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]

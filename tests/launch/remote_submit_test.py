@@ -14,8 +14,8 @@ from moe_jax.grid import select
 from tests.experiment_files import BASE, run_module, write, write_tiny
 
 _BACKENDS = {
-    "gcloud": ["--project=p", "--zones=us-east5-b,europe-west4-a", "--topology=v6e-16"],
-    "gke": ["--topology=tpu7x-64", "--image=r.pkg.dev/p/r/moe-jax:1", "--queue=tpus"],
+    "gcloud": ["--project=p", "--zones=us-east5-b,europe-west4-a", "--topology=v6e-8"],
+    "gke": ["--topology=tpu7x-8", "--image=r.pkg.dev/p/r/moe-jax:1", "--queue=tpus"],
     "slurm": ["--gpus_per_node=8", "--partition=gpu"]}
 _SECRET = "hunter2-do-not-print"
 

@@ -1,0 +1,78 @@
+"""What earlier plans say of a submission to TPU slices: what does not fit is refused, the rest is
+priced. No JAX: plans are files that `python -m moe_jax.plan` wrote under --out.
+"""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from launch.jobs import Job
+from moe_jax.arch.hardware import PRICES_AS_OF
+from moe_jax.errors import FieldError
+from moe_jax.plan import cells as cells_lib
+from moe_jax.plan.cells import Plan
+from moe_jax.plan.topology import Topology
+
+KNOWN, MAKE, IGNORE = "known", "make", "ignore"  # what may be done about plans
+
+
+def command(spec: str, topology: Topology, out: str,
+            overrides: Sequence[str]) -> tuple[str, ...]:
+  """What plans these cells, `python` standing for the interpreter."""
+  slices = (f"--slices={topology.n_slices}",) if topology.n_slices > 1 else ()
+  return ("python", "-m", "moe_jax.plan", f"--config={spec}", f"--topology={topology.name}",
+          *slices, f"--out={out}", *overrides)
+
+
+def make(planning: Sequence[str]) -> None:
+  """Runs that command, whose output is shown. Raises FieldError where it cannot plan."""
+  done = subprocess.run((sys.executable, *planning[1:]), check=False)
+  if done.returncode not in (0, 1):  # 1: a cell does not fit, which is the gate's to say
+    raise FieldError("plan", MAKE, f"moe_jax.plan ended with exit code {done.returncode}")
+
+
+def notes(jobs: Sequence[Job], topology: Topology, out: str, price: float | None,
+          planning: Sequence[str]) -> tuple[str, ...]:
+  """The estimated bill, and which cells have no plan, a line each.
+
+  Args:
+    jobs: all cells of the submission.
+    topology: what each run gets.
+    out: root of the run directories, where plans are kept.
+    price: US dollars a chip-hour; None takes the catalogue's.
+    planning: the command that makes the plans.
+
+  Raises:
+    FieldError: cells do not fit, in memory or because of their mesh.
+  """
+  found = [cells_lib.known_plan(job.name, job.cell.config, topology, out) for job in jobs]
+  _refuse([plan for plan in found if plan is not None and not plan.fits], out)
+  known = [plan for plan in found if plan is not None]
+  lines = (_bill(known, topology, price),) if known else ()
+  if missing := len(found) - len(known):
+    lines += (f"{missing} of {len(jobs)} cells have no plan for {topology.label}: whether they fit "
+              "and what they cost is not known; --plan=make compiles them first, as does",
+              f"  {' '.join(planning)}")
+  return lines
+
+
+def _refuse(plans: Sequence[Plan], out: str) -> None:
+  if not plans:
+    return
+  first = plans[0]
+  if first.fits is False:
+    first = dataclasses.replace(first, remedy=cells_lib.known_remedy(first, out))
+  others = f" (and {len(plans) - 1} more)" if len(plans) > 1 else ""
+  raise FieldError("topology", first.topology.label, f"{first.cell} {cells_lib.verdict(first)}"
+                   f"{others}; --plan=ignore submits it all the same")
+
+
+def _bill(plans: Sequence[Plan], topology: Topology, price: float | None) -> str:
+  hours = sum(plan.chip_hours for plan in plans)
+  line = f"{len(plans)} planned cells take at least {hours:,.4g} chip-hours of {topology.label}"
+  usd = topology.hardware.usd_per_chip_hour if price is None else price
+  if usd is None:
+    return f"{line}; it has no public price: --usd_per_chip_hour=N gives the bill"
+  whose = f"on demand, by {PRICES_AS_OF}" if price is None else "as given"
+  return f"{line}: ${hours * usd:,.2f} at ${usd:g} a chip-hour, {whose}"

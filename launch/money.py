@@ -1,0 +1,48 @@
+"""What the slices of an experiment have cost, and when that would pass what may be spent. Pure."""
+
+import math
+from collections.abc import Iterable
+
+from launch import slices
+from launch.options import option
+from launch.slices import Record
+from moe_jax.arch.hardware import Hardware
+from moe_jax.errors import require
+
+PRICE_OPTION = option("Price of a chip in US dollars an hour; by default the catalogue's on "
+                      "demand, which a spot slice costs less than.", default=None)
+_AT_RISK = (slices.CREATING, slices.QUEUED, slices.ACTIVE, slices.DELETING)  # may have machines
+
+
+def require_price(usd: float | None) -> None:
+  """Raises FieldError unless it is a price or None."""
+  require(usd is None or (math.isfinite(usd) and usd >= 0), "usd_per_chip_hour", usd,
+          "must be 0 or more")
+
+
+def usd_per_second(hardware: Hardware, chips: int, price: float | None) -> float | None:
+  """Of a slice; `price` is that of a chip-hour and replaces the catalogue's. None: unknown."""
+  usd = hardware.usd_per_chip_hour if price is None else price
+  return None if usd is None else usd * chips / 3600
+
+
+def spent(accounts: Iterable[tuple[Record, float]]) -> float:
+  """US dollars for the machine time counted so far of (slice, its US dollars a second)."""
+  return sum(record.held_seconds * rate for record, rate in accounts)
+
+
+def would_pass(accounts: Iterable[tuple[Record, float]], one: Record, limit: float, now: float,
+               margin: float) -> bool:
+  """Whether keeping, or asking for, the slice `one` could pass the limit.
+
+  All that may have machines is taken to have had them since the cloud was last asked, and to
+  keep them for `margin` seconds more, in which a deletion is asked for and done.
+  """
+  total = 0.0
+  for record, rate in accounts:
+    total += record.held_seconds * rate
+    if record.state in _AT_RISK:
+      total += (now - (record.looked or now) + margin) * rate
+    elif record.name == one.name:
+      total += margin * rate
+  return total >= limit
