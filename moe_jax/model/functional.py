@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.config import RunConfig
-from moe_jax.mesh import param_spec
+from moe_jax.mesh import param_spec, replicated
 from moe_jax.model.transformer import RouterState, Transformer
 from moe_jax.moe.router import RouterSums
 
@@ -60,18 +60,19 @@ def init_params(config: RunConfig, mesh: Mesh) -> Params:
   # compilation become 1.3 s.
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   options = {"xla_backend_optimization_level": 0} if on_cpu else None
-  return lower_init_params(config, mesh).compile(options)()
+  return lower_init_params(config, mesh).compile(options)(np.int32(config.seed_init))
 
 
 def lower_init_params(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
-  """The program of init_params, ready to compile."""
+  """The program of init_params, ready to compile; its argument is the seed."""
 
-  def create():
-    model = Transformer(config, nnx.Rngs(params=jax.random.key(config.seed_init)))
+  def create(seed):
+    model = Transformer(config, nnx.Rngs(params=jax.random.key(seed)))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
-  return jax.jit(create, out_shardings=shardings).lower()
+  return jax.jit(create, out_shardings=shardings).lower(
+      jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh)))
 
 
 def init_router(config: RunConfig, mesh: Mesh) -> Router:

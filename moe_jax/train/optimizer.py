@@ -3,30 +3,36 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_jax.config import TrainConfig
+from moe_jax.train.numbers import OptimizerNumbers
 
 
-def learning_rate_schedule(train: TrainConfig) -> optax.Schedule:
+def learning_rate_schedule(train: TrainConfig,
+                           numbers: OptimizerNumbers | None = None) -> optax.Schedule:
   """Step (counted from 0) -> learning rate.
 
   Warm-up rises linearly to the peak and its first step is not 0. `wsd` then stays there and
   falls linearly over the last `decay_fraction` of the steps (arXiv 2404.06395); `cosine` falls
   from the end of the warm-up on. The decay would reach its end value at step `steps`, one
   after the last, so no step is taken at a rate of 0.
+
+  Args:
+    train: says which schedule.
+    numbers: its numbers, where they are arguments of a compiled step; those of `train` if None.
   """
-  peak, warmup = train.learning_rate, train.warmup_steps
-  end = peak * train.final_learning_rate_fraction
-  rise = optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1))
-  if train.schedule == "cosine":
-    fall = optax.cosine_decay_schedule(peak, max(train.steps - warmup, 1),
-                                       train.final_learning_rate_fraction)
-    return optax.join_schedules([rise, fall], [warmup])
-  decay = round(train.steps * train.decay_fraction)
-  fall = optax.linear_schedule(peak, end, max(decay, 1))
-  return optax.join_schedules([rise, optax.constant_schedule(peak), fall],
-                              [warmup, train.steps - decay])
+  peak, end, warmup, begin, length, _ = numbers or OptimizerNumbers.of(train)
+
+  def schedule(step):
+    rise = jnp.minimum((step + 1) / (warmup + 1), 1)
+    left = 1 - jnp.clip((step - begin) / length, 0, 1)
+    if train.schedule == "cosine":
+      left = (1 - jnp.cos(jnp.pi * left)) / 2
+    return rise * (end + (peak - end) * left)
+
+  return schedule
 
 
 def decay_mask(params: Any) -> Any:
@@ -38,10 +44,17 @@ def decay_mask(params: Any) -> Any:
   return jax.tree.map_with_path(lambda path, _: path[-1].key.startswith("w_"), params)
 
 
-def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
-  """Clip by global norm, Adam in float32, decoupled weight decay, learning rate."""
+def make_optimizer(train: TrainConfig,
+                   numbers: OptimizerNumbers | None = None) -> optax.GradientTransformation:
+  """Clip by global norm, Adam in float32, decoupled weight decay, learning rate.
+
+  Args:
+    train: of the run.
+    numbers: as for learning_rate_schedule.
+  """
+  numbers = numbers or OptimizerNumbers.of(train)
   return optax.chain(
       optax.clip_by_global_norm(train.clip_norm),
       optax.scale_by_adam(train.beta1, train.beta2, train.eps),
-      optax.add_decayed_weights(train.weight_decay, decay_mask),
-      optax.scale_by_learning_rate(learning_rate_schedule(train)))
+      optax.add_decayed_weights(numbers.weight_decay, decay_mask),
+      optax.scale_by_learning_rate(learning_rate_schedule(train, numbers)))

@@ -19,6 +19,8 @@ from moe_jax.moe.router import (
     router_metrics,
     z_loss,
 )
+from moe_jax.population import shape_of
+from moe_jax.train.numbers import Numbers
 from moe_jax.train.optimizer import learning_rate_schedule, make_optimizer
 
 # {"params", "mu", "nu": trees of the same shape; "router": what routers carry beside their
@@ -87,13 +89,15 @@ def put_batch(batch: dict[str, Any], config: RunConfig, mesh: Mesh) -> Batch:
 
 
 def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh: Mesh,
-               router: functional.Router | None = None, step: jax.Array | None = None
+               router: functional.Router | None = None, step: jax.Array | None = None,
+               numbers: Numbers | None = None
                ) -> tuple[jax.Array, tuple[Metrics, RouterSums | None]]:
   """Mean loss in nats per token, with the router's losses, over the global batch.
 
   The total is cross-entropy + balance_coef * sum over layers of the balance loss
   + z_coef * sum over layers of the z-loss. Beside it stand metrics and the router's sums by
   layer (None where every layer is dense). `step` decides the router's jitter, None means none.
+  `numbers` are those of `config` if None.
 
   With microbatches, each is a rematerialised part of one function: the forward pass goes
   over all of them first, because the balance loss multiplies two sums over the global
@@ -101,6 +105,8 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
   those of the undivided batch, where accumulating the gradients of each part's own balance
   loss would train another model.
   """
+
+  numbers = numbers or Numbers.of(config)
 
   def run(batch_BS, noise_key_B):
     logits_BSV, sums = functional.apply(config, params, batch_BS["inputs"],
@@ -110,7 +116,7 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
       nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch_BS["targets"])
     return nll_BS.sum(), sums
 
-  parts = batch, None if step is None else _noise_keys(config, step)
+  parts = batch, None if step is None else _noise_keys(config, numbers.seed_init, step)
   if config.execution.microbatches == 1:
     nll, sums = run(*jax.tree.map(lambda x_MB: x_MB[0], parts))
   else:
@@ -118,68 +124,76 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
     parts = jax.lax.map(lambda part: run(*part), parts)
     nll, sums = jax.tree.map(lambda x: x.sum(0), parts)
 
-  total, metrics = _with_router_losses(nll / config.batch_tokens, sums, config)
+  total, metrics = _with_router_losses(nll / config.batch_tokens, sums, numbers)
   return total, (metrics, sums)
 
 
-def _noise_keys(config: RunConfig, step: jax.Array) -> jax.Array | None:
+def _noise_keys(config: RunConfig, seed_init: jax.Array, step: jax.Array) -> jax.Array | None:
   """key_MB: a key for each row of the global batch, from `seed_init` and the step.
 
   So a row's noise depends neither on the mesh nor on the microbatches, nor on a resume.
   """
   if not config.moe.jitter:
     return None
-  key = jax.random.fold_in(jax.random.key(config.seed_init), _NOISE)
+  key = jax.random.fold_in(jax.random.key(seed_init), _NOISE)
   row_MB = jnp.arange(config.train.batch_size).reshape(config.execution.microbatches, -1)
   return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(
       jax.random.fold_in(key, step), row_MB)
 
 
 def _with_router_losses(loss: jax.Array, sums: RouterSums | None,
-                        config: RunConfig) -> tuple[jax.Array, Metrics]:
+                        numbers: Numbers) -> tuple[jax.Array, Metrics]:
   if sums is None:  # every layer is dense
     return loss, {"loss": loss}
   balance_L, z_L = balance_loss(sums), z_loss(sums)
-  total = loss + config.moe.balance_weight * balance_L.sum() + config.moe.z_weight * z_L.sum()
+  total = loss + numbers.balance_weight * balance_L.sum() + numbers.z_weight * z_L.sum()
   return total, {"loss": loss, "balance_loss": balance_L.mean(), "z_loss": z_L.mean(),
                  **router_metrics(sums)}
 
 
-def train_step(state: State, batch: Batch, config: RunConfig,
+def train_step(state: State, batch: Batch, numbers: Numbers, config: RunConfig,
                mesh: Mesh) -> tuple[State, Metrics]:
-  """One optimizer step. Metrics are scalars of the global batch, before the update."""
-  optimizer = make_optimizer(config.train)
+  """One optimizer step. Metrics are scalars of the global batch, before the update.
+
+  What `numbers` hold is taken from there; `config` may say otherwise (population.shape_of).
+  """
+  optimizer = make_optimizer(config.train, numbers.optimizer)
   params, router = state["params"], state["router"]
   (_, (metrics, sums)), grads = jax.value_and_grad(batch_loss, has_aux=True)(
-      params, batch, config, mesh, router, state["step"])
+      params, batch, config, mesh, router, state["step"], numbers)
   opt_state = optax.tree.set(optimizer.init(params), mu=state["mu"], nu=state["nu"],
                              count=state["step"])
   with jax.named_scope("optimizer"):
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
   metrics |= {"grad_norm": optax.tree.norm(grads),
-              "learning_rate": learning_rate_schedule(config.train)(state["step"])}
+              "learning_rate": learning_rate_schedule(config.train, numbers.optimizer)(
+                  state["step"])}
   router = jax.tree.map(lambda bias_LE: balanced_bias(
-      bias_LE, sums.assigned_E, config.moe.bias_update_rate), router)
+      bias_LE, sums.assigned_E, numbers.bias_update_rate), router)
   return {"params": params, "router": router,
           "mu": optax.tree.get(opt_state, "mu"), "nu": optax.tree.get(opt_state, "nu"),
           "step": state["step"] + 1}, metrics
 
 
 def lower_train_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
-  """The step for a mesh, of devices that are there or not, ready to compile. The state that
-  is given to it is donated. What `moe_jax.plan` compiles is this."""
-  state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+  """The step for a mesh, of devices that are there or not, ready to compile: of state, batch and
+  numbers. The state that is given to it is donated. What `moe_jax.plan` compiles is this."""
+  shape, state = shape_of(config), abstract_state(config, mesh)
+  numbers = jax.tree.map(lambda number: jax.ShapeDtypeStruct(
+      (), number.dtype, sharding=replicated(mesh)), Numbers.of(config))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-  def step(state, batch):
-    return train_step(state, batch, config, mesh)
+  def step(state, batch, numbers):
+    return train_step(state, batch, numbers, shape, mesh)
 
-  return jax.jit(step, donate_argnums=0,
-                 out_shardings=(shardings, replicated(mesh))).lower(state, batch)
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))).lower(
+      state, abstract_batch(config, mesh), numbers)
 
 
 def compile_train_step(config: RunConfig, mesh: Mesh) -> Callable[[State, Batch],
                                                                   tuple[State, Metrics]]:
-  """The compiled step."""
-  return lower_train_step(config, mesh).compile()
+  """The compiled step, with the numbers of `config`."""
+  compiled = lower_train_step(config, mesh).compile()
+  numbers = jax.device_put(Numbers.of(config), replicated(mesh))
+  return lambda state, batch: compiled(state, batch, numbers)
