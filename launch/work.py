@@ -30,6 +30,7 @@ class Work:
     max_failures: of one cell's program, before it is given up.
     backend: name of the backend.
     commit: of the code.
+    trunks: branch -> (the cell of this slice that it branches from, the step where it does).
   """
 
   name: str
@@ -41,6 +42,7 @@ class Work:
   max_failures: int = MAX_FAILURES
   backend: str = ""
   commit: str = ""
+  trunks: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
 
   def run_dir(self, name: str) -> RunDir:
     """The directory of a cell's run."""
@@ -52,8 +54,11 @@ def work_of(share: Share, code: Code, out: str, backend: str, hosts: int = 1,
   """The work of a share, with the experiment file where the unpacked code has it."""
   cells = {job.name: ("python", *(_in_archive(word, code) for word in job.command[1:]))
            for job in share.jobs}
+  here = {job.run_dir: job.name for job in share.jobs}
+  trunks = {job.name: (here[trunk], job.cell.config.train.branch_step) for job in share.jobs
+            if (trunk := RunDir.trunk_of(out, job.cell)) in here}
   return Work(share.name, share.jobs[0].cell.experiment, out, cells, hosts, secrets or {},
-              backend=backend, commit=code.commit)
+              backend=backend, commit=code.commit, trunks=trunks)
 
 
 def _in_archive(word: str, code: Code) -> str:
@@ -71,6 +76,10 @@ def why_ended(work: Work, name: str) -> str | None:
     launch = read_launch(run_dir)
   except FieldError as error:
     return f"given up: {error}"
+  if name in work.trunks and not run_dir.has_checkpoint():
+    trunk, step = work.trunks[name]
+    if not work.run_dir(trunk).has_checkpoint(step) and why_ended(work, trunk) is not None:
+      return f"given up: its trunk {trunk} ended before it saved step {step}"
   if launch is None:
     return None
   if launch.state in (REFUSED, DIVERGED):

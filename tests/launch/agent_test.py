@@ -1,6 +1,7 @@
 """The agent on a slice's machines, with real processes: cells in turn, budgets, one attempt for
 all hosts."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -13,14 +14,17 @@ import time
 import pytest
 from etils import epath
 
+from launch.code import Code
 from launch.host import machine
 from launch.host.agent import Agent, Pace
-from launch.jobs import read_launch
-from launch.work import Work, from_text, to_text
+from launch.jobs import jobs_of, read_launch
+from launch.shares import deal
+from launch.work import Work, from_text, to_text, why_ended, work_of
 from moe_jax.errors import DamagedFile
 from moe_jax.grid import select
-from moe_jax.run_dir import RunDir, is_gone
-from tests.experiment_files import ROOT, write_tiny
+from moe_jax.run_dir import is_gone
+from tests.experiment_files import ROOT, write, write_tiny
+from tests.launch.branch_test import SOURCE
 from tests.launch.submitter import TRAINER
 
 PATIENCE = 300  # seconds, in which a starved machine too has done it
@@ -48,7 +52,7 @@ def _run(file, **environment):
 
 def _launches(file):
   todo = from_text(file.read_text(), file)
-  return [read_launch(RunDir(epath.Path(todo.out) / "tiny" / name)) for name in todo.cells]
+  return [read_launch(todo.run_dir(name)) for name in todo.cells]
 
 
 def _wait_until(condition):
@@ -99,6 +103,42 @@ def test_a_hung_run_is_ended_and_counts_as_a_failure(tmp_path, capfd):
   assert "hung at step 7: no step for 5000 s" in capfd.readouterr().out
   (launch,) = _launches(file)
   assert (launch.state, launch.failures, launch.attempt) == ("finished", 1, 2)
+
+
+def _work_of_branches(tmp_path, behaviour):
+  """A trunk that behaves so, and its two branches, as a submission would write them."""
+  jobs = jobs_of(select(write(tmp_path, SOURCE, "budgets.py")), str(tmp_path / "runs"), [])
+  (share,) = deal(jobs, 3)
+  todo = work_of(share, Code("c", "a" * 64, "e.py", b""), str(tmp_path / "runs"), "test")
+  cells = {job.name: ("python", str(TRAINER), "ok" if job.cell.config.train.branch_from else
+                      behaviour, *job.command[3:]) for job in share.jobs}
+  file = tmp_path / "runs" / "budgets" / "_slices" / share.name / "work.json"
+  file.parent.mkdir(parents=True)
+  file.write_text(to_text(dataclasses.replace(todo, cells=cells, max_failures=1)))
+  return file
+
+
+def test_a_branch_is_trained_when_its_trunk_has_saved_its_step(tmp_path, capfd):
+  file = _work_of_branches(tmp_path, "ok")
+  todo = from_text(file.read_text(), file)
+  assert [step for _, step in todo.trunks.values()] == [8, 16]
+  assert _here(Agent(todo, epath.Path(file.parent), "0-0", Pace(0.02, 0.02))) == 0
+  assert [launch.state for launch in _launches(file)] == ["finished"] * 3
+
+
+def test_a_branch_whose_trunk_is_given_up_is_not_begun(tmp_path, capfd):
+  file = _work_of_branches(tmp_path, "broken")
+  todo = from_text(file.read_text(), file)
+  assert _here(Agent(todo, epath.Path(file.parent), "0-0", Pace(0.02, 0.02))) == 0
+  trunk, *branches = _launches(file)
+  assert (trunk.state, branches) == ("failed", [None, None])
+  name = next(iter(todo.cells))
+  said = capfd.readouterr().out
+  for step in (8, 16):
+    assert f"given up: its trunk {name} ended before it saved step {step}" in said
+  run_dir = todo.run_dir(list(todo.cells)[1])  # one that has begun needs it no more
+  (run_dir.checkpoints / "9").mkdir(parents=True)
+  assert why_ended(todo, list(todo.cells)[1]) is None
 
 
 def test_told_to_stop_it_saves_and_the_next_agent_goes_on(tmp_path):

@@ -9,13 +9,15 @@ import subprocess
 import pytest
 from hypothesis import given, settings
 
+from launch import slices
 from launch.backends import gcloud, gke, slurm
 from launch.code import Code
 from launch.jobs import jobs_of
 from launch.plans import with_folder
 from moe_jax.grid import select
 from tests.experiment_files import write_tiny
-from tests.launch import gcloud_parser
+from tests.launch import fake_gcloud, gcloud_parser
+from tests.launch.fake_cloud import Resource
 from tests.launch.plan_options import GCLOUD, GKE, SLURM
 
 _CODE = Code("0123456789ab+", "a" * 64, "experiments/tiny.py", b"")
@@ -69,6 +71,26 @@ def test_gclouds_parser_does_refuse(tmp_path, jobs):
   good = gcloud.describe("a", options, "us-east5-b")
   assert gcloud_parser.refused([good], tmp_path) == []
   assert "unrecognized" in gcloud_parser.refused([(*good, "--provisioning-model=x")], tmp_path)[0]
+
+
+def test_the_fakes_speak_the_sdks_messages(tmp_path, capsys):
+  """Every state, initiator and error that the fake cloud and the fake gcloud tell."""
+  if gcloud_parser.sdk() is None:
+    pytest.skip("no gcloud here: its messages cannot be asked (install google-cloud-cli)")
+  told = []
+  for state in ("ACCEPTED", *slices._BEFORE, *slices._HELD, *slices._AFTER, "DELETING"):
+    for who in (None, "USER", "SERVICE"):
+      event = (0.0, state, who, "no capacity" if state == "FAILED" else None)
+      told.append(Resource("a", "us-east5-b", "p", {"moe-jax": "x"}, 0.0, [event]).message(1.0))
+  for state in (*fake_gcloud._STATES, "SUSPENDED"):
+    cloud = {"created": 1, "resources": {"a": {"zone": "z", "state": state, "labels": {"k": "v"},
+                                               "home": None, "script": "", "n": 2}}}
+    assert fake_gcloud._answer(tmp_path, cloud, "describe", "a", {"--zone": "z"}) == 0
+    told.append(json.loads(capsys.readouterr().out))
+  assert gcloud_parser.unknown_fields(told, tmp_path) == [[]] * len(told)
+  told[0]["state"] = {"state": "PREEMPTED", "since": 3}
+  (unknown,) = gcloud_parser.unknown_fields(told[:1], tmp_path)
+  assert sorted(unknown) == ["state.since", "state.state"]
 
 
 # Flags per command as gcloud 528 documents them, for machines without gcloud.

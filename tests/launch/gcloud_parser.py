@@ -1,4 +1,4 @@
-"""The real gcloud's parser: are these command lines accepted? No account, no network.
+"""The real gcloud, asked without an account or network: are these lines accepted, is that its JSON?
 
 gcloud parses the whole line and only then notices that there is no account: exit code 1, with
 a message that says so. A line that it does not accept gives 2. It is loaded once for many lines.
@@ -30,6 +30,28 @@ print(json.dumps(answers), file=answer)
 """
 
 
+_DECODE = """
+import json, sys
+root = sys.argv[1]
+sys.path[:0] = [root + "/lib", root + "/lib/third_party"]
+from apitools.base.protorpclite import messages
+from apitools.base.py import encoding
+from googlecloudsdk.generated_clients.apis.tpu.v2 import tpu_v2_messages
+
+def unknown(message):
+  found = list(message.all_unrecognized_fields())
+  for field in message.all_fields():
+    value = getattr(message, field.name)
+    for one in value if isinstance(value, (list, messages.FieldList)) else [value]:
+      if isinstance(one, messages.Message) and not type(one).__name__.endswith("Value"):
+        found += [field.name + "." + name for name in unknown(one)]
+  return found
+
+print(json.dumps([unknown(encoding.JsonToMessage(tpu_v2_messages.QueuedResource, text))
+                  for text in json.load(sys.stdin)]))
+"""
+
+
 def sdk() -> pathlib.Path | None:
   """The SDK's root, or None where there is no gcloud."""
   gcloud = shutil.which("gcloud")
@@ -49,6 +71,12 @@ def run_python(script: str, folder: pathlib.Path, **popen) -> str:
            "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "true"}, **popen)
   assert done.returncode == 0, done.stderr
   return done.stdout
+
+
+def unknown_fields(resources: list[dict], folder: pathlib.Path) -> list[list[str]]:
+  """Of queued resources as JSON: the fields or values that the SDK's messages do not have."""
+  answers = run_python(_DECODE, folder, input=json.dumps([json.dumps(one) for one in resources]))
+  return json.loads(answers)
 
 
 def refused(lines: list[tuple[str, ...]], folder: pathlib.Path) -> list[str]:

@@ -106,7 +106,7 @@ def _wait_until(condition, patience=PATIENCE):
 def test_a_run_of_two_processes_is_requeued_and_finishes(tmp_path, cluster, monkeypatch, capsys):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
-  spec, out = write_tiny(tmp_path, seeds=1, steps=150), str(tmp_path / "runs")
+  spec, out = write_tiny(tmp_path, seeds=1, steps=300), str(tmp_path / "runs")
   jobs, code = plan(select(spec), out, []), pack(spec)
   options = slurm.Options(gpus_per_node=0, tasks_per_node=2, python=sys.executable)
   planned = slurm.plan(jobs, options, code, out)
@@ -122,7 +122,7 @@ def test_a_run_of_two_processes_is_requeued_and_finishes(tmp_path, cluster, monk
     return file.read_text() if file.exists() else ""
 
   try:
-    _wait_until(lambda: run_dir.has_checkpoint(5))
+    _wait_until(run_dir.has_checkpoint)
     _said("scontrol", "requeue", job)
     _wait_until(lambda: run_dir.read_status().get("state") == "finished")
     _wait_until(lambda: not _said("squeue", "--me", "--noheader"))
@@ -133,4 +133,4 @@ def test_a_run_of_two_processes_is_requeued_and_finishes(tmp_path, cluster, monk
   assert "going on from step" in log()
   launch = read_launch(run_dir)
   assert (launch.state, launch.attempt, launch.failures) == ("finished", 2, 0)
-  assert [record["step"] for record in run_dir.read_metrics()] == list(range(10, 151, 10))
+  assert [record["step"] for record in run_dir.read_metrics()] == list(range(10, 301, 10))
