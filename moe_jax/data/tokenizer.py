@@ -103,9 +103,25 @@ class FileTokenizer:
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
   @property
+  def document_start(self) -> str:
+    """The special token that begins a document."""
+    return self._tokenizer.id_to_token(self.document_start_id)
+
+  def to_json(self) -> str:
+    """What a tokenizer.json holds, the separator included."""
+    return self._tokenizer.to_str()
+
+  @property
   def is_lossless(self) -> bool:
     """Whether it gives a text of many kinds back unchanged."""
     return self.decode(self.encode(_PROBE)) == _PROBE
+
+
+def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
+  """Whether two tokenizers give a text the same ids, as far as a text of many kinds shows."""
+  return (one.document_start_id == other.document_start_id
+          and one.vocab_size == other.vocab_size
+          and np.array_equal(one.encode(_PROBE), other.encode(_PROBE)))
 
 
 def load(name: str, directory: pathlib.Path) -> Tokenizer:

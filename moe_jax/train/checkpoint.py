@@ -221,16 +221,7 @@ def restore_model(run_dir: RunDir, abstract_model: Mapping[str, Any],
   """
   items = tuple(name for name in (PARAMS, ROUTER) if jax.tree.leaves(
       abstract_model.get(name))) + (META,)
-  if step is None:
-    step, problems = files.newest_sound(run_dir, items)
-    if step == files.NONE:
-      raise CheckpointError(f"{files.folder_of(run_dir)} holds no finished checkpoint")
-    if step == files.ALL_DAMAGED:
-      raise files.all_damaged(run_dir, problems)
-    for damaged, problem in problems.items():
-      files.warn(run_dir, damaged, problem, "passed over")
-  else:
-    files.require_sound(run_dir, step, items)
+  step = files.sound_step(run_dir, step, items)
   model, _, meta = checkpoint_format.read(files.step_dir(run_dir, step), abstract_model,
                                           with_data=False, cast=True)
   return step, model, meta

@@ -141,6 +141,25 @@ def newest_sound(run_dir: RunDir, items: Sequence[str] | None = None
   return (ALL_DAMAGED if problems else NONE), problems
 
 
+def sound_step(run_dir: RunDir, step: int | None, items: Sequence[str] | None) -> int:
+  """`step`, or the newest sound one if None; damaged ones above that are warned of.
+
+  Raises:
+    CheckpointError: there is no such checkpoint, or a damaged one.
+  """
+  if step is not None:
+    require_sound(run_dir, step, items)
+    return step
+  step, problems = newest_sound(run_dir, items)
+  if step == NONE:
+    raise CheckpointError(f"{folder_of(run_dir)} holds no finished checkpoint")
+  if step == ALL_DAMAGED:
+    raise all_damaged(run_dir, problems)
+  for damaged, problem in problems.items():
+    warn(run_dir, damaged, problem, "passed over")
+  return step
+
+
 def warn(run_dir: RunDir, step: int, problem: str, what_happens: str) -> None:
   logging.warning("checkpoint %s is damaged and is %s, an earlier one is used: %s",
                   step_dir(run_dir, step), what_happens, problem)

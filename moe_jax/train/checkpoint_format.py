@@ -66,12 +66,9 @@ def read(directory: epath.Path, abstract_state: Mapping[str, Any], with_data: bo
     json_items = {name: ocp.args.JsonRestore()
                   for name in ((DATA, META) if with_data else (META,))}
     plain = reader.restore(directory, args=ocp.args.Composite(**json_items))
-    version = plain[META].get("format_version")
-    if version != FORMAT_VERSION:
-      raise CheckpointError(f"{directory} has format version {version}, this code reads "
-                            f"{FORMAT_VERSION}: use the code that wrote it")
+  require_version(directory, plain[META])
   wanted = _items(jax.tree.map(_placed, abstract_state))
-  stored = {name: _require_same_arrays(directory, name, tree, cast)
+  stored = {name: require_same_arrays(directory, name, tree, cast)
             for name, tree in wanted.items()}
   restored = {}
   for name, tree in wanted.items():
@@ -148,8 +145,16 @@ def _name_of(path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _require_same_arrays(directory: epath.Path, item: str, wanted: Any, cast: bool
-                         ) -> dict[str, Any]:
+def require_version(directory: epath.Path, meta: Mapping[str, Any]) -> None:
+  """Raises CheckpointError for a checkpoint of another format."""
+  version = meta.get("format_version")
+  if version != FORMAT_VERSION:
+    raise CheckpointError(f"{directory} has format version {version}, this code reads "
+                          f"{FORMAT_VERSION}: use the code that wrote it")
+
+
+def require_same_arrays(directory: epath.Path, item: str, wanted: Any, cast: bool = False
+                        ) -> dict[str, Any]:
   """Name -> what Orbax says of each array that is stored.
 
   Raises:

@@ -1,0 +1,1 @@
+"""Exchange with Hugging Face: checkpoints to and from sharded safetensors."""

@@ -1,0 +1,104 @@
+"""Checkpoints to and from Hugging Face's layouts: Qwen3-MoE, OLMoE and Mixtral.
+
+    python -m moe_jax.export --to=hf --config=experiments/quickstart.py:CELL --hf=DIR
+    python -m moe_jax.export --from=hf --hf=DIR --write=experiments/mine.py
+    python -m moe_jax.export --from=hf --hf=DIR --config=experiments/quickstart.py:CELL
+
+--to writes a directory that transformers 4.57 and 5 open, tokenizer included. --from makes a run
+of it: with --write a new experiment file whose cell it is, with --config a run of that cell.
+"""
+
+import sys
+
+from absl import flags, logging
+
+from moe_jax import cli
+from moe_jax.config import DataConfig
+from moe_jax.errors import FieldError, require
+
+_CONFIG = cli.define_config_flag(required=False)
+_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or gs://.")
+_TO = flags.DEFINE_string("to", None, "'hf' writes a Hugging Face directory.")
+_FROM = flags.DEFINE_string("from", None, "'hf' reads a Hugging Face directory.")
+_HF = flags.DEFINE_string("hf", None, "The Hugging Face directory.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint that is exported; by default the "
+                             "newest.", lower_bound=0)
+_LAYOUT = flags.DEFINE_string("layout", None, "qwen3_moe, olmoe or mixtral; by default the one "
+                              "that normalises queries and keys as the run does.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Of the exported weights: float32 or bfloat16.")
+_SHARD_GB = flags.DEFINE_float("shard_gb", 4.0, "Largest exported file, and the memory that is "
+                               "needed.", lower_bound=0.0)
+_WRITE = flags.DEFINE_string("write", None, "Experiment file that is made for what is imported.")
+_CORPUS = flags.DEFINE_string("corpus", DataConfig.corpus, "What --write's cell is evaluated on.")
+
+
+def main(overrides: list[str]) -> int:
+  logging.set_verbosity(logging.WARNING)
+  require((_TO.value is None) != (_FROM.value is None), "to", _TO.value,
+          "give either --to=hf or --from=hf")
+  for flag in (_TO, _FROM):
+    require(flag.value in (None, "hf"), flag.name, flag.value, "must be 'hf'")
+  _refuse_flags_of((_STEP, _LAYOUT) if _FROM.value else (_WRITE,),
+                   "--from" if _FROM.value else "--to")
+  try:
+    return _export(overrides) if _TO.value else _import(overrides)
+  except (FieldError, KeyboardInterrupt):
+    raise
+  except Exception as error:
+    from moe_jax.train.checkpoint import CheckpointError
+    if not isinstance(error, (CheckpointError, OSError)):
+      raise
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def _refuse_flags_of(others, mode: str) -> None:
+  for flag in others:
+    require(flag.value is None, flag.name, flag.value, f"does not go with {mode}=hf")
+
+
+def _export(overrides: list[str]) -> int:
+  require(_CONFIG.value is not None, "config", None, "is needed: FILE:CELL, whose run is exported")
+  cells = cli.selected_cells(_CONFIG.value, overrides)
+  require(len(cells) == 1, "config", _CONFIG.value, f"selects {len(cells)} cells and exports "
+          "one: add :CELL. Cells: " + ", ".join(cell.name for cell in cells))
+  (cell,) = cells
+  from moe_jax.export.to_hf import export
+  done = export(cell, _OUT.value, _HF.value, _STEP.value, _LAYOUT.value, _DTYPE.value,
+                _SHARD_GB.value * 1e9)
+  print(f"{cell.name}: step {done.step} as {done.layout} in {_HF.value}: "
+        f"{done.n_parameters:,} parameters, {_DTYPE.value}, {done.n_bytes / 1e6:,.1f} MB in "
+        f"{done.n_files} file(s)")
+  print("There no token is dropped: compare with the held-out loss of moe_jax.evaluate, not with "
+        "that of training.")
+  if cell.config.data.mask_documents:
+    print("Attention stopped at the ends of documents in training: give it one document a row, "
+          "each after its separator.")
+  return 0
+
+
+def _import(overrides: list[str]) -> int:
+  require((_CONFIG.value is None) != (_WRITE.value is None), "write", _WRITE.value,
+          "give either --write=experiments/NAME.py, for a new experiment, or --config=FILE:CELL")
+  from moe_jax.export import from_hf
+  source = from_hf.look(_HF.value)
+  if _WRITE.value is not None:
+    require(not overrides, "config", overrides and overrides[0], "overrides go with --config; "
+            "the file that --write makes can be edited")
+    cell = from_hf.as_experiment(source, _WRITE.value, _OUT.value, _CORPUS.value)
+    again = f"--config={_WRITE.value}"
+  else:
+    changes = dict(cli.parse_override(argument) for argument in overrides)
+    cell = from_hf.as_cell(source, _CONFIG.value, changes)
+    again = " ".join([f"--config={cell.selector}",
+                      f"--config.train.init_from={source.init_from}", *overrides])
+  run_dir = from_hf.import_weights(source, cell, _OUT.value)
+  print(f"{_HF.value} ({source.said.layout.name}) is step 0 of {run_dir.path}")
+  print(f"evaluate it: python -m moe_jax.evaluate {again} --out={_OUT.value}")
+  print("train on:    python -m moe_jax.train --config=FILE:CELL --config.train.init_from="
+        f"{cell.experiment}/{cell.name} --out={_OUT.value}")
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,194 @@
+"""A Hugging Face directory -> a run whose checkpoint can be evaluated and begun from.
+
+The run has done no step: its checkpoint is that of step 0, and holds parameters alone. Training
+goes on from it in a run of its own, with --config.train.init_from.
+"""
+
+import collections
+import os
+import pathlib
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from moe_jax import config as config_lib
+from moe_jax import run_dir as run_dir_lib
+from moe_jax.config import DataConfig, RunConfig, TrainConfig
+from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.data.prepare import prepare
+from moe_jax.errors import FieldError, require
+from moe_jax.export import layouts, tokenizer_files
+from moe_jax.export.layouts import Imported, Weight
+from moe_jax.export.weights import Weights, read_json
+from moe_jax.fields import leaves
+from moe_jax.grid import Cell, Grid, select
+from moe_jax.mesh import make_mesh
+from moe_jax.model import functional
+from moe_jax.run_dir import RunDir
+from moe_jax.study import write
+from moe_jax.train.checkpoint import Checkpointer
+from moe_jax.train.checkpoint_parts import tree_paths
+
+_LONGEST = 2048  # tokens in a sequence of a new experiment, if the model takes as many
+
+
+class Source(NamedTuple):
+  """A directory that was looked at and found whole.
+
+  Attributes:
+    directory: of it.
+    said: its config.json in our words.
+    weights: its tensors.
+    tensors: what they are.
+    init_from: what says in a configuration that its parameters come from here.
+  """
+
+  directory: pathlib.Path
+  said: Imported
+  weights: Weights
+  tensors: tuple[Weight, ...]
+  init_from: str
+
+
+def look(hf: str | os.PathLike) -> Source:
+  """Reads config.json, and checks that every tensor is there.
+
+  Raises:
+    FieldError: of `hf`; the directory is not whole, or no architecture of this project.
+  """
+  directory = pathlib.Path(hf).expanduser()
+  said = layouts.from_config_json(read_json(directory, "config.json"))
+  weights = Weights(directory)
+  tensors = tuple(layouts.weights(said.arch, said.layout))
+  weights.check(tensors)
+  label = re.sub("[^a-z0-9]+", "-", directory.resolve().name.lower()).strip("-") or "model"
+  return Source(directory, said, weights, tensors, f"hf/{label}-{weights.content_hash()}")
+
+
+def as_experiment(source: Source, path: str | os.PathLike, out: str | os.PathLike,
+                  corpus: str = DataConfig.corpus) -> Cell:
+  """Writes an experiment file with the model as its one cell; its tokenizer gets a name.
+
+  Args:
+    source: the model.
+    path: of the file, experiments/NAME.py.
+    out: directory of all experiments; the tokenizer is kept in <out>/_data.
+    corpus: what the model will be evaluated on.
+
+  Raises:
+    FieldError: the path is taken, the tokenizer is missing or does not suit the vocabulary.
+  """
+  write.check_free(path)
+  said = source.said
+  fits = tokenizer_files.read(source.directory)
+  require(fits.vocab_size <= said.arch.vocab_size, "hf", str(source.directory),
+          f"its tokenizer has {fits.vocab_size} tokens, its config.json a vocabulary of "
+          f"{said.arch.vocab_size}")
+  name = tokenizer_lib.add(source.directory / tokenizer_lib.FILE, pathlib.Path(out) / "_data")
+  config = RunConfig(
+      arch=said.arch, moe=said.moe, model=said.model,
+      data=DataConfig(corpus=corpus, tokenizer=name,
+                      seq_len=min(said.max_positions or _LONGEST, _LONGEST)),
+      train=TrainConfig(init_from=source.init_from))
+  experiment = re.sub("[^a-z0-9._-]+", "-", pathlib.Path(path).stem.lower()).strip("-")
+  grid = Grid(experiment, config, (config,))
+  write.write_experiment(path, grid, f"The model of {source.directory.resolve().name}, imported "
+                         "from Hugging Face's layout.\n\nIts weights are "
+                         f"{source.init_from}; they are trained on by a cell that says\n"
+                         f'init_from="{experiment}/{grid.names[0]}".\n')
+  return select(f"{path}:{grid.names[0]}")[0]
+
+
+def as_cell(source: Source, spec: str, changes: Mapping[str, Any]) -> Cell:
+  """The cell that `--config` names, as one that holds these weights.
+
+  Raises:
+    FieldError: the cell has another architecture; names the fields.
+  """
+  (cell, *others) = select(spec, {**changes, "train.init_from": source.init_from})
+  require(not others, "config", spec, "selects several cells: add :CELL")
+  differing = differences(cell.config, source.said)
+  require(not differing, "hf", str(source.directory), f"does not fit {cell.selector}: "
+          + "; ".join(differing))
+  return cell
+
+
+def differences(config: RunConfig, said: Imported) -> list[str]:
+  """Where the forward pass of a configuration is not the model's, each as one phrase."""
+  def resolved(arch):
+    given = {f"arch.{name}": value for name, value in leaves(arch).items()}
+    return given | {"arch.n_kv_heads": arch.kv_heads, "arch.head_dim": arch.d_head,
+                    "arch.d_dense": arch.dense_width if arch.n_dense_layers else None}
+
+  here, there = resolved(config.arch), resolved(said.arch)
+  here |= {"moe.router": config.moe.router, "moe.norm_topk_prob": config.moe.norm_topk_prob,
+           "model.rope_theta": config.model.rope_theta, "model.norm_eps": config.model.norm_eps}
+  there |= {"moe.router": said.moe.router, "moe.norm_topk_prob": said.moe.norm_topk_prob,
+            "model.rope_theta": said.model.rope_theta, "model.norm_eps": said.model.norm_eps}
+  return [f"{path} is {here[path]!r} in the cell and {there[path]!r} in config.json"
+          for path in here if here[path] != there[path]]
+
+
+def import_weights(source: Source, cell: Cell, out: str | os.PathLike) -> RunDir:
+  """Writes the run of a cell with these weights as its checkpoint of step 0.
+
+  Raises:
+    FieldError: the tokenizer of the cell is not the model's, or the run is there already.
+  """
+  config, run_dir = cell.config, RunDir.of(out, cell)
+  require(not run_dir.check_identity(cell), "out", str(run_dir.path), "is there already")
+  try:
+    prepared = prepare(config.data, epath.Path(out) / "_data")
+    config.check_vocabulary(prepared.vocab_size)
+    mesh = make_mesh(config)
+  except FieldError as error:
+    raise error if error.field == "out" else error.under("config") from None
+  if (source.directory / tokenizer_lib.FILE).is_file():
+    require(tokenizer_lib.same_ids(prepared.tokenizer, tokenizer_files.read(source.directory)),
+            "config.data.tokenizer", config.data.tokenizer, "is not the tokenizer of "
+            f"{source.directory}: it gives text other ids")
+  with run_dir.lock():
+    run_dir.claim(cell)
+    with Checkpointer(run_dir, keep=1) as checkpointer:
+      checkpointer.save(0, {"params": _params(source, config, mesh)}, {}, {
+          "data_fingerprint": prepared.fingerprint,
+          "identity": config_lib.identity_hash(config)})
+    run_dir.write_status({
+        "state": run_dir_lib.FINISHED, "step": 0, "steps": config.train.steps, "attempt": 0,
+        "started": time.time(), "error": None, "commit": None,
+        "device_kind": mesh.devices.flat[0].device_kind, "n_devices": mesh.devices.size})
+  return run_dir
+
+
+def _params(source: Source, config: RunConfig, mesh) -> functional.Params:
+  """The parameters on the mesh; each device's part is read for it alone."""
+  tensors = collections.defaultdict(dict)
+  for weight in source.tensors:
+    tensors[weight.path][weight.index] = weight
+  abstract = functional.abstract_params(config, mesh)
+
+  def load(path, leaf):
+    parts = tensors[path]
+    stacked = len(next(iter(parts)))  # leading axes: of layers, of experts
+
+    def of_device(index):
+      slices = [range(size)[axis] for size, axis in zip(leaf.shape, index, strict=True)]
+      found = np.empty([len(part) for part in slices], np.float32)
+      for at in np.ndindex(*found.shape[:stacked]):
+        weight = parts[tuple(slices[axis][i] for axis, i in enumerate(at))]
+        whole = weight.from_layout(source.weights.read(weight.name), leaf.shape[stacked:])
+        found[at] = whole[tuple(index[stacked:])]
+      return found
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, of_device)
+
+  loaded = {path: load(path, leaf) for path, leaf in tree_paths(abstract).items()}
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: loaded[tuple(key.key for key in path)], abstract)
+
+

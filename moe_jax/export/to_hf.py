@@ -1,0 +1,157 @@
+"""A checkpoint -> a Hugging Face directory, shard by shard."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+from safetensors.numpy import save_file
+
+from moe_jax import config as config_lib
+from moe_jax.config import ExecutionConfig
+from moe_jax.data.prepare import prepare
+from moe_jax.errors import FieldError, require
+from moe_jax.export import layouts, tokenizer_files
+from moe_jax.export.layouts import Weight
+from moe_jax.grid import Cell
+from moe_jax.mesh import make_mesh
+from moe_jax.model.functional import abstract_params
+from moe_jax.run_dir import RunDir
+from moe_jax.train.checkpoint_files import content_hash
+from moe_jax.train.checkpoint_parts import StoredParams
+
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"  # where one file holds all
+ORIGIN = "moe_jax.json"  # which run it was
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class Exported(NamedTuple):
+  """What was written."""
+
+  layout: str
+  step: int
+  n_parameters: int
+  n_bytes: int
+  n_files: int
+
+
+def export(cell: Cell, out: str | os.PathLike, hf: str | os.PathLike, step: int | None = None,
+           layout: str | None = None, dtype: str = "float32", shard_bytes: float = 4e9
+           ) -> Exported:
+  """Writes the directory `hf`, which appears when all of it is there.
+
+  One shard is in memory at a time, and of the checkpoint a chunk of 64 MB.
+
+  Args:
+    cell: its run is exported.
+    out: directory of all experiments.
+    hf: a local path that does not exist yet.
+    step: of the checkpoint; None means the newest sound one.
+    layout: of layouts.LAYOUTS; None takes the one that suits the architecture.
+    dtype: float32, which keeps the weights as they were trained, or bfloat16.
+    shard_bytes: largest file of weights, unless one tensor is larger.
+
+  Raises:
+    FieldError: no layout expresses the architecture, the directory exists or does not fit on
+      the disk, the text or its tokenizer has changed since the run read it.
+    CheckpointError: no checkpoint is sound.
+  """
+  config, target = cell.config, _free_target(hf)
+  found = layouts.layout_of(config, layout)
+  require(dtype in _DTYPES, "dtype", dtype, f"must be {' or '.join(_DTYPES)}")
+  run_dir = RunDir.of(out, cell)
+  require(run_dir.check_identity(cell), "out", os.fspath(out), f"holds no run {cell.experiment}/"
+          f"{cell.name}")
+  mesh = make_mesh(dataclasses.replace(config, execution=ExecutionConfig()), jax.devices()[:1])
+  stored = StoredParams(run_dir, abstract_params(config, mesh), step)
+  prepared = prepare(config.data, epath.Path(out) / "_data")
+  require(stored.meta["data_fingerprint"] == prepared.fingerprint, "config.data.corpus",
+          config.data.corpus, "the text has changed since the run read it, and perhaps its "
+          "tokenizer")
+  shards = plan_shards(tuple(layouts.weights(config.arch, found)), _DTYPES[dtype].itemsize,
+                       shard_bytes)
+  _require_space(target, sum(_size(weight, dtype) for shard in shards for weight in shard))
+  partial = target.with_name(f".{target.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
+  partial.mkdir(parents=True)
+  n_bytes = write_shards(partial, shards, stored, _DTYPES[dtype])
+  tokenizer_files.write(partial, prepared.tokenizer, config.data.seq_len)
+  start = prepared.document_start_id
+  _write_json(partial / "config.json", layouts.config_json(config, found, dtype, start))
+  _write_json(partial / "generation_config.json",
+              {"bos_token_id": start, "eos_token_id": start, "pad_token_id": start})
+  _write_json(partial / ORIGIN, {
+      "run": f"{cell.experiment}/{cell.name}", "step": stored.step,
+      "identity": config_lib.identity_hash(config),
+      "checkpoint": content_hash(run_dir, stored.step), "config": config_lib.to_dict(config)})
+  partial.rename(target)
+  return Exported(found.name, stored.step, n_bytes // _DTYPES[dtype].itemsize, n_bytes,
+                  len(shards))
+
+
+def plan_shards(weights: Sequence[Weight], itemsize: int, shard_bytes: float
+                ) -> list[list[Weight]]:
+  """The weights in their order, cut into files; a tensor is never cut."""
+  shards: list[list[Weight]] = [[]]
+  room = shard_bytes
+  for weight in weights:
+    size = int(np.prod(weight.shape)) * itemsize
+    if size > room and shards[-1]:
+      shards.append([])
+      room = shard_bytes
+    shards[-1].append(weight)
+    room -= size
+  return shards
+
+
+def write_shards(directory: pathlib.Path, shards: Sequence[Sequence[Weight]],
+                 stored: StoredParams, dtype: np.dtype) -> int:
+  """Writes the files of weights, and their index where there are several; bytes written."""
+  weight_map, total = {}, 0
+  for number, shard in enumerate(shards, start=1):
+    name = WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    tensors = {}
+    for weight in shard:
+      part = weight.to_layout(stored.read(weight.path, weight.index))
+      tensors[weight.name] = np.ascontiguousarray(part.astype(dtype, copy=False))
+      total += tensors[weight.name].nbytes
+    save_file(tensors, directory / name, metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(tensors, name)
+  if len(shards) > 1:
+    _write_json(directory / INDEX, {"metadata": {"total_size": total},
+                                    "weight_map": weight_map})
+  return total
+
+
+def _free_target(hf: str | os.PathLike) -> pathlib.Path:
+  require("://" not in os.fspath(hf), "hf", os.fspath(hf), "must be a local path")
+  target = pathlib.Path(hf).expanduser().absolute()
+  require(not target.exists(), "hf", os.fspath(hf), "exists, and is not overwritten")
+  existing = next(path for path in target.parents if path.exists())
+  require(existing.is_dir() and os.access(existing, os.W_OK), "hf", os.fspath(hf),
+          f"cannot be written: {existing} is no directory that this user may write")
+  return target
+
+
+def _require_space(target: pathlib.Path, needed: int) -> None:
+  existing = next(path for path in target.parents if path.exists())
+  free = shutil.disk_usage(existing).free
+  if needed > free:
+    raise FieldError("hf", str(target), f"needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB "
+                     "are free")
+
+
+def _size(weight: Weight, dtype: str) -> int:
+  return int(np.prod(weight.shape)) * _DTYPES[dtype].itemsize
+
+
+def _write_json(file: pathlib.Path, value: Any) -> None:
+  file.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""The weights in a Hugging Face directory: which are there, and any part of them."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from moe_jax.errors import FieldError, require
+from moe_jax.export.layouts import Weight
+from moe_jax.export.to_hf import INDEX, WHOLE
+
+_SHOWN = 3  # names in a message
+
+
+def read_json(directory: pathlib.Path, name: str) -> Any:
+  """The content of a JSON file of the directory. Raises FieldError of `hf`."""
+  file = directory / name
+  require(directory.is_dir(), "hf", str(directory), "is no directory")
+  require(file.is_file(), "hf", str(directory), f"has no {name}")
+  try:
+    return json.loads(file.read_text(encoding="utf-8"))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise FieldError("hf", str(file), f"is damaged, not JSON: {error}") from None
+
+
+class Weights:
+  """Tensors by name, in memory only when they are read."""
+
+  def __init__(self, directory: pathlib.Path):
+    """Opens every file of weights. Raises FieldError of `hf`: one is missing or damaged."""
+    self._directory = directory
+    if (directory / INDEX).is_file():
+      index = read_json(directory, INDEX)
+      located = index.get("weight_map") if isinstance(index, dict) else None
+      require(isinstance(located, dict) and bool(located), "hf", str(directory / INDEX),
+              "is damaged: no weight_map")
+    else:
+      require((directory / WHOLE).is_file(), "hf", str(directory),
+              f"has neither {WHOLE} nor {INDEX}")
+      located = None
+    files = sorted({WHOLE} if located is None else set(located.values()))
+    self._files = {name: self._open(name) for name in files}
+    held = {tensor: name for name, file in self._files.items() for tensor in file.keys()}  # noqa: SIM118
+    lost = sorted(set(located or ()) - set(held))
+    require(not lost, "hf", str(directory), f"lacks tensors that its index names: "
+            f"{_some(lost)}")
+    self._located = held
+
+  def _open(self, name: str):
+    file = self._directory / name
+    require(file.is_file(), "hf", str(self._directory), f"lacks {name}, which its index names")
+    try:
+      return safe_open(str(file), "np")
+    except SafetensorError as error:
+      raise FieldError("hf", str(file), f"is damaged or cut: {error}") from None
+
+  def check(self, wanted: Iterable[Weight]) -> None:
+    """Raises FieldError of `hf` unless exactly these tensors are there, in these shapes."""
+    by_name = {weight.name: weight for weight in wanted}
+    missing = [name for name in by_name if name not in self._located]
+    require(not missing, "hf", str(self._directory), "lacks "
+            f"{len(missing)} of {len(by_name)} tensors of its config.json: {_some(missing)}")
+    more = sorted(name for name in self._located if name not in by_name)
+    require(not more, "hf", str(self._directory), "has tensors that its config.json does not "
+            f"speak of: {_some(more)}")
+    for name, weight in by_name.items():
+      shape = tuple(self._slice(name).get_shape())
+      require(shape == weight.shape, "hf", str(self._directory), f"{name} has the shape "
+              f"{list(shape)}, and by config.json {list(weight.shape)}")
+
+  def read(self, name: str) -> np.ndarray:
+    """A tensor, in float32."""
+    return np.asarray(self._files[self._located[name]].get_tensor(name), np.float32)
+
+  def content_hash(self) -> str:
+    """Eight hex digits that name the files' content."""
+    digest = hashlib.sha256()
+    for name in self._files:
+      with (self._directory / name).open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:8]
+
+  def _slice(self, name: str):
+    return self._files[self._located[name]].get_slice(name)
+
+
+def _some(names: list[str]) -> str:
+  return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
