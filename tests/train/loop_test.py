@@ -186,7 +186,9 @@ def test_killed_ten_times_it_is_bitwise_the_undisturbed_run(runner, undisturbed)
 
 def test_sigterm_saves_and_the_same_command_goes_on(runner, undisturbed):
   process = runner.start_and_wait_for(f"checkpoints/{EVERY}")
-  process.send_signal(signal.SIGTERM)
+  for _ in range(3):  # a scheduler tells all processes of a job, and their launcher tells them too
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.01)
   _, err = process.communicate()
   assert process.returncode == EXIT_PREEMPTED, err
   assert "stopped by SIGTERM" in err
