@@ -130,13 +130,13 @@ class Grid:
                if (run := config.train.branch_run) in new else config for config in cells]
     return dataclasses.replace(self, cells=tuple(cells))
 
-  def only(self, cell: str, with_trunks: bool) -> "Grid":
-    """The grid of that cell, and of the cells it branches from. Raises FieldError."""
-    kept = []
-    while cell is not None and (not kept or cell in self.names):
-      kept.append(self.get_config(cell))
-      cell = kept[-1].train.branch_run if with_trunks else None
-    return dataclasses.replace(self, cells=tuple(kept))
+  def only(self, wanted: Sequence[str], with_trunks: bool) -> "Grid":
+    """The grid of those cells, and behind them of those they branch from. Raises FieldError."""
+    kept = {cell: self.get_config(cell) for cell in wanted}
+    for config in tuple(kept.values()) if with_trunks else ():
+      while (cell := config.train.branch_run) in self.names:
+        config = kept.setdefault(cell, self.get_config(cell))
+    return dataclasses.replace(self, cells=tuple(kept.values()))
 
 
 def trunk_and_branches(config: RunConfig, recipe: RunConfig,
@@ -230,12 +230,13 @@ def _frames(traceback):
 
 
 def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, ...]:
-  """The cells that `FILE` (all) or `FILE:CELL` (one) names, with overrides applied.
+  """The cells that `FILE` (all), `FILE:CELL` or `FILE:CELL,CELL` names, with overrides applied.
 
   Raises:
     FieldError: the file, the cell, a field or a value is refused.
   """
-  path, _, wanted = spec.partition(":")
+  path, _, named = spec.partition(":")
+  wanted = named.split(",") if named else []
   grid = load_grid(path)
   changes = changes or {}
   if wanted:
@@ -249,7 +250,7 @@ def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, .
     raise error.under("config") from None
   cells = tuple(Cell(grid.name, f"{path}:{base}", name, config, _residual_ppm(config, grid))
                 for base, name, config in zip(base_names, grid.names, grid.cells, strict=True))
-  return cells[:1] if wanted else cells
+  return cells[:len(set(wanted))] if wanted else cells
 
 
 def _residual_ppm(config: RunConfig, grid: Grid) -> float | None:

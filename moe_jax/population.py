@@ -4,7 +4,7 @@ Cells that differ in nothing but a few numbers (seeds, learning rate and schedul
 coefficients of the router's losses) run the same program on different arguments. So they share one
 compiled step, and several of them fill a device that one alone would leave idle:
 `execution.population` says how many train together at most. Each has its own run directory, which
-tells nothing of the others: a run that began in a population goes on alone, and the other way round.
+tells nothing of the others: a run that began in a population may go on alone, and the other way.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """python -m moe_jax.train --config=experiments/quickstart.py:CELL --out=runs
 
+Several cells, where --config.execution.population allows it, train together or one after another.
 A run of many processes is this command in each of them. On Cloud TPU, GKE and SLURM they find one
 another; elsewhere --coordinator_address, --num_processes and --process_id say where they are.
 """
@@ -13,6 +14,7 @@ from absl import flags, logging
 
 from moe_jax import cli, cluster, run_dir
 from moe_jax.errors import FieldError, require
+from moe_jax.population import deal
 
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or gs://; all "
@@ -29,17 +31,28 @@ _PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, e.g. 10:12: p
 def main(overrides: list[str]) -> int:
   logging.set_verbosity(logging.WARNING)  # Orbax tells every file at INFO
   cells = cli.selected_cells(_CONFIG.value, overrides)
-  if len(cells) != 1:
+  groups = deal(cells)
+  if len(cells) != 1 and max(cell.config.execution.population for cell in cells) == 1:
     raise FieldError("config", _CONFIG.value, f"selects {len(cells)} cells and trains one: "
-                     "add :CELL, or use launch.submit for all. Cells: "
+                     "add :CELL, or use launch.submit for all; --config.execution.population=8 "
+                     "trains up to 8 of one shape together. Cells: "
                      + ", ".join(cell.name for cell in cells))
   arguments = cluster.meeting(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
                               os.environ)
   profile_steps = _profile_steps(_PROFILE.value, cells[0].config.train.steps)
   from moe_jax import processes  # this imports JAX: bad input is answered before that
-  from moe_jax.train.loop import train
+  from moe_jax.train.loop import train_together
+
+  def body() -> int:
+    codes = [0]
+    for group in groups:  # one after another; the worst ending is the one to tell
+      codes.append(train_together(group, _OUT.value, profile_steps))
+      if codes[-1] == run_dir.EXIT_PREEMPTED:
+        return codes[-1]
+    return max(codes)
+
   try:
-    return processes.run(lambda: train(cells[0], _OUT.value, profile_steps), arguments, _ending)
+    return processes.run(body, arguments, _ending)
   except Exception as error:
     known = _ending(error)
     if known is None or isinstance(error, FieldError):

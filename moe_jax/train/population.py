@@ -1,0 +1,96 @@
+"""Many runs of one shape as one: their states side by side, one compiled step for all.
+
+Every array of the state, the batch and the metrics has a leading axis of members; the step is
+`train_step` under `jax.vmap`. So each member computes what it would compute alone, up to the
+rounding of sums in another order, and a number that is not finite stays with the member that made
+it. A population of one is the plain step, bit for bit.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax.config import RunConfig
+from moe_jax.errors import require
+from moe_jax.mesh import mesh_size, replicated
+from moe_jax.population import shape_of
+from moe_jax.train import step as step_lib
+from moe_jax.train.numbers import Numbers
+from moe_jax.train.step import Batch, Metrics, State
+
+
+def require_mesh(n_members: int, mesh: Mesh) -> None:
+  """Raises FieldError where a population would have to be split over devices."""
+  require(n_members == 1 or mesh_size(mesh) == 1, "config.execution.population", n_members,
+          f"trains on one device, and the mesh has {mesh_size(mesh)}: show a process one of them "
+          "(CUDA_VISIBLE_DEVICES=0, for instance), or train cells alone with "
+          "--config.execution.population=1")
+
+
+def lower_step(config: RunConfig, mesh: Mesh, n_members: int) -> jax.stages.Lowered:
+  """The step of `n_members` runs of the shape of `config`, ready to compile: of their states,
+  batches and numbers. The states that are given to it are donated."""
+  if n_members == 1:
+    return step_lib.lower_train_step(config, mesh)
+  shape = shape_of(config)
+
+  def step(state, batch, numbers):
+    return step_lib.train_step(state, batch, numbers, shape, mesh)
+
+  each = (step_lib.abstract_state(config, mesh), step_lib.abstract_batch(config, mesh),
+          Numbers.of(config))
+  together = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
+      (n_members, *leaf.shape), leaf.dtype, sharding=replicated(mesh)), each)
+  return jax.jit(jax.vmap(step), donate_argnums=0,
+                 out_shardings=replicated(mesh)).lower(*together)
+
+
+class Population:
+  """The compiled step of some runs, and the ways from one run to all and back."""
+
+  def __init__(self, configs: Sequence[RunConfig], mesh: Mesh):
+    """`configs` are of one shape (moe_jax.population.require_one_shape)."""
+    self._config, self._mesh, self._n = configs[0], mesh, len(configs)
+    self._compiled = lower_step(self._config, mesh, self._n).compile()
+    numbers = [Numbers.of(config) for config in configs]
+    self._numbers = jax.device_put(
+        numbers[0] if self._n == 1 else jax.tree.map(lambda *each: np.stack(each), *numbers),
+        replicated(mesh))
+    here = replicated(mesh)
+    self._stack = jax.jit(lambda *states: jax.tree.map(lambda *x: jnp.stack(x), *states),
+                          out_shardings=here)
+    self._take = jax.jit(lambda state, i: jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), state), out_shardings=here)
+
+  def step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+    """One step of every member. `state` is donated."""
+    return self._compiled(state, batch, self._numbers)
+
+  def join(self, states: Sequence[State]) -> State:
+    """The state of all from that of each."""
+    return states[0] if self._n == 1 else self._stack(*states)
+
+  def state_of(self, state: State, i: int) -> State:
+    """A copy of the state of one member, as it would be alone; of a population of one, itself."""
+    return state if self._n == 1 else self._take(state, np.int32(i))
+
+  def put_batch(self, batches: Sequence[dict[str, Any]]) -> Batch:
+    """The batch of each member (`inputs_BS`, ...) on the device."""
+    if self._n == 1:
+      return step_lib.put_batch(batches[0], self._config, self._mesh)
+    shape = step_lib.abstract_batch(self._config, self._mesh)["inputs"].shape
+    return {name.removesuffix("_BS"): jax.device_put(
+        np.stack([batch[name].reshape(shape) for batch in batches]), replicated(self._mesh))
+        for name in batches[0]}
+
+  def values(self, metrics: Metrics) -> list[dict[str, float]]:
+    """Each member's metrics as plain numbers; waits for them."""
+    fetched = jax.device_get(metrics)
+    if self._n == 1:
+      return [{name: float(value) for name, value in fetched.items()}]
+    return [{name: float(value_P[i]) for name, value_P in fetched.items()}
+            for i in range(self._n)]
