@@ -8,6 +8,7 @@ an invalid configuration cannot exist.
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -452,13 +453,19 @@ def identity(config: RunConfig) -> dict[str, Any]:
   that the two share (branch.require_trunk), and where it lies decides nothing.
   Of a run that one begins from, experiment, cell and step are told, and not the path to it.
   """
-  types = leaf_types(RunConfig)
+  floats = _float_paths()
   values = leaves(config) | {"moe.balance_coef": config.moe.balance_weight,
                              "moe.z_coef": config.moe.z_weight,
                              "train.branch_from": config.train.branch_step,
                              "train.init_from": _init_source(config.train)}
-  return {path: float(value) + 0.0 if types[path] in (float, float | None) else value
+  return {path: float(value) + 0.0 if path in floats else value
           for path, value in values.items() if not path.startswith("execution.")}
+
+
+@functools.cache
+def _float_paths() -> frozenset[str]:
+  return frozenset(path for path, hint in leaf_types(RunConfig).items()
+                   if hint in (float, float | None))
 
 
 def _init_source(train: TrainConfig) -> str | None:
