@@ -1,6 +1,9 @@
 """Configurations small enough to compile in a second, for tests of every room."""
 
 import dataclasses
+from typing import Any
+
+import numpy as np
 
 from moe_jax.config import (
     Architecture,
@@ -39,3 +42,22 @@ def small_config(arch: Architecture = ARCH, **sections) -> RunConfig:
              for name, default in defaults.items()}
   assert not sections, f"unknown sections {sections}"
   return RunConfig(arch=arch, **changed, **seeds)
+
+
+def random_params(config: RunConfig, seed: int = 0) -> dict[str, Any]:
+  """Parameters in NumPy, without compiling anything; norm scales differ from 1."""
+  import jax
+
+  from moe_jax.mesh import make_mesh
+  from moe_jax.model import functional
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    if "norm" in path[-1].key:
+      return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+    scale = 1.0 if "router" in path[-1].key else 0.25
+    return rng.normal(0, scale, leaf.shape).astype(np.float32)
+
+  one = dataclasses.replace(config, execution=ExecutionConfig(mesh=ONE_DEVICE))
+  return jax.tree.map_with_path(draw, functional.abstract_params(
+      one, make_mesh(one, jax.devices()[:1])))

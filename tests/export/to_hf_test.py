@@ -1,0 +1,159 @@
+"""What is exported computes what the run does, and what cannot be exported leaves nothing."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from moe_jax.errors import FieldError
+from moe_jax.export import to_hf
+from moe_jax.export.layouts import LAYOUTS, weights
+from moe_jax.export.to_hf import export, plan_shards
+from moe_jax.run_dir import RunDir
+from moe_jax.train.checkpoint_format import CheckpointError
+from moe_jax.train.checkpoint_parts import StoredParams
+from tests.experiment_files import run_module
+from tests.export import plain
+from tests.export.conftest import ARCHS, cell_of, config_of, leave_run
+from tests.export.forward import outputs
+from tests.small import random_params
+
+TOKENS_BS = np.random.default_rng(0).integers(0, 256, (8, 16))
+
+
+@pytest.mark.parametrize("layout", ARCHS)
+def test_the_exported_model_is_the_run(exported, layout):
+  """Logits, the experts of every token and the balance loss, against NumPy."""
+  config = config_of(layout)
+  ours, balance, assigned_LE = outputs(config, random_params(config), TOKENS_BS)
+  model = plain.Model(exported / layout)
+  theirs, experts, probability = zip(*map(model, TOKENS_BS), strict=True)
+  np.testing.assert_allclose(ours, np.stack(theirs), atol=1e-5)
+  experts_LSK = np.concatenate(experts, axis=1)
+  np.testing.assert_array_equal(assigned_LE, [
+      np.bincount(layer.ravel(), minlength=8) for layer in experts_LSK])
+  np.testing.assert_allclose(balance, plain.balance_loss(
+      experts_LSK, np.concatenate(probability, axis=1)), rtol=1e-5)
+  assert model.used == set(model.weights)  # and nothing else is there
+
+
+def test_shards_have_an_index_and_keep_to_their_size(exported):
+  folder = exported / "olmoe"
+  index = json.loads((folder / to_hf.INDEX).read_text())
+  files = sorted(set(index["weight_map"].values()))
+  assert files == [f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)]
+  sizes = []
+  for name in files:
+    tensors = load_file(folder / name)
+    assert set(tensors) == {t for t, file in index["weight_map"].items() if file == name}
+    sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+  assert max(sizes) <= 20e3 and sum(sizes) == index["metadata"]["total_size"]
+  assert not list(exported.glob(".*"))
+
+
+def test_a_tensor_larger_than_a_shard_has_one_to_itself():
+  found = tuple(weights(ARCHS["olmoe"], LAYOUTS["olmoe"]))
+  shards = plan_shards(found, 4, 1)
+  assert [len(shard) for shard in shards] == [1] * len(found)
+  assert plan_shards(found, 4, 1e12) == [list(found)]
+
+
+def test_both_generations_of_keys_are_there(exported):
+  said = json.loads((exported / "qwen3_moe" / "config.json").read_text())
+  assert said["num_experts"] == said["num_local_experts"] == 8
+  assert said["rope_theta"] == said["rope_parameters"]["rope_theta"] == 50_000.0
+  assert said["dtype"] == said["torch_dtype"] == "float32"
+  assert said["mlp_only_layers"] == [0] and said["intermediate_size"] == 20
+  assert said["bos_token_id"] == said["eos_token_id"] == 256
+
+
+def test_the_origin_is_told(exported, out_with_data):
+  told = json.loads((exported / "mixtral" / to_hf.ORIGIN).read_text())
+  assert (told["run"], told["step"]) == ("kinds/mixtral", 4)
+  assert told["checkpoint"] and told["config"]["arch"]["qk_norm"] == "none"
+
+
+def test_bfloat16_halves_it(exported, out_with_data, tmp_path):
+  done = export(cell_of("mixtral"), out_with_data, tmp_path / "hf", dtype="bfloat16")
+  half, whole = (load_file(folder / to_hf.WHOLE) for folder in (
+      tmp_path / "hf", exported / "mixtral"))
+  assert 2 * done.n_bytes == sum(tensor.nbytes for tensor in whole.values())
+  for name, tensor in half.items():
+    assert tensor.dtype.name == "bfloat16"
+    np.testing.assert_allclose(tensor.astype(np.float32), whole[name], rtol=2**-8)
+
+
+def test_a_part_of_a_checkpoint_is_the_part(exported, out_with_data):
+  config = config_of("olmoe")
+  params = random_params(config)
+  stored = StoredParams(RunDir.of(out_with_data, cell_of("olmoe")),
+                        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params))
+  whole = params["moe_layers"]["moe"]["w_up_EDF"]
+  np.testing.assert_array_equal(stored.read(("moe_layers", "moe", "w_up_EDF"), (1, 3)),
+                                whole[1, 3])
+  np.testing.assert_array_equal(stored.read(("final_norm_D",)), params["final_norm_D"])
+
+
+def test_an_interrupted_export_leaves_nothing_that_looks_whole(out_with_data, exported, tmp_path,
+                                                              monkeypatch):
+  saved = []
+
+  def interrupt(tensors, file, metadata):
+    saved.append(file)
+    if len(saved) == 2:
+      raise KeyboardInterrupt
+    return to_hf_save(tensors, file, metadata)
+
+  to_hf_save = to_hf.save_file
+  monkeypatch.setattr(to_hf, "save_file", interrupt)
+  with pytest.raises(KeyboardInterrupt):
+    export(cell_of("olmoe"), out_with_data, tmp_path / "hf", shard_bytes=20e3)
+  assert saved[0].exists() and not (tmp_path / "hf").exists()
+  monkeypatch.undo()
+  export(cell_of("olmoe"), out_with_data, tmp_path / "hf", shard_bytes=4e9)
+  assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+  assert not list((tmp_path / "hf").glob("*-of-*"))
+
+
+def test_what_cannot_be_written_is_refused_first(exported, out_with_data, tmp_path, monkeypatch):
+  def refused(field, message, layout="olmoe", **arguments):
+    hf = arguments.pop("hf", tmp_path / "new")
+    with pytest.raises(FieldError, match=message) as caught:
+      export(cell_of(layout), arguments.pop("out", out_with_data), hf, **arguments)
+    assert caught.value.field == field
+
+  refused("hf", "exists, and is not overwritten", hf=exported / "olmoe")
+  refused("hf", "must be a local path", hf="gs://bucket/model")
+  refused("dtype", "float8.*must be float32 or bfloat16", dtype="float8")
+  refused("out", "holds no run kinds/olmoe", out=tmp_path / "empty")
+  monkeypatch.setattr(to_hf.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5}))
+  refused("hf", "needs 7.83e-05 GB, and 5e-09 GB are free")
+  assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_checkpoint_or_a_changed_text_is_refused(out, small_corpus):
+  cell = cell_of("mixtral")
+  run_dir = leave_run(out, cell)
+  with pytest.raises(CheckpointError, match="holds no checkpoint 3: it has 4"):
+    export(cell, out, out / "hf", step=3)
+  folder = pathlib.Path(run_dir.checkpoints, "4", "params")
+  file = max((path for path in folder.rglob("*") if path.is_file()),
+             key=lambda path: path.stat().st_size)
+  file.write_bytes(file.read_bytes()[:-1] + b"x")
+  with pytest.raises(CheckpointError, match="params/.* does not match its checksum"):
+    export(cell, out, out / "hf")
+  assert not (out / "hf").exists()
+
+
+def test_the_command_refuses_in_one_line(tmp_path):
+  for arguments, message in (
+      ([f"--hf={tmp_path}/x"], "--to=None: give either --to=hf or --from=hf"),
+      (["--to=hf", f"--hf={tmp_path}/x"], "--config=None: is needed: FILE:CELL"),
+      (["--to=hf", f"--hf={tmp_path}/x", "--write=x.py"], "--write='x.py': does not go with --to"),
+      (["--from=hf", f"--hf={tmp_path}/x", "--write=x.py"], "is no directory")):
+    done = run_module("-m", "moe_jax.export", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
