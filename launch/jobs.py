@@ -10,6 +10,7 @@ from etils import epath
 
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.grid import Cell
+from moe_jax.population import deal
 from moe_jax.run_dir import FINISHED, RunDir, read_json, write_json
 
 # What a launcher says of a cell, where the trainer's own states do not fit.
@@ -146,6 +147,22 @@ def require_trunks(jobs: Sequence[Job]) -> None:
       raise FieldError("config", job.name, f"branches from {trunk.path.parent.name}/"
                        f"{trunk.path.name}, which has not saved step "
                        f"{job.cell.config.train.branch_step} and is not submitted with it")
+
+
+def trained_together(jobs: Sequence[Job]) -> list[tuple[Job, ...]]:
+  """The jobs that are not finished, in the groups in which they are trained: those of one shape
+  in one process where `execution.population` says so, every other by itself."""
+  by_name = {job.name: job for job in jobs if not job.is_finished()}
+  return [tuple(by_name[cell.name] for cell in group)
+          for group in deal([job.cell for job in by_name.values()])]
+
+
+def joint_command(jobs: Sequence[Job]) -> tuple[str, ...]:
+  """The command that trains all of them, in one process."""
+  first, *others = jobs
+  selection = f"--config={first.cell.selector}"
+  all_of_them = ",".join([selection, *(job.cell.selector.rpartition(":")[2] for job in others)])
+  return tuple(all_of_them if word == selection else word for word in first.command)
 
 
 def _trunks_first(jobs: Sequence[Job]) -> tuple[Job, ...]:

@@ -18,7 +18,7 @@ from absl import flags
 
 from launch import backends, gate, options, plans, remote, together
 from launch.code import Code, pack
-from launch.jobs import Job, jobs_of, plan, require_trunks
+from launch.jobs import Job, jobs_of, joint_command, plan, require_trunks, trained_together
 from launch.table import shapes
 from moe_jax import cli
 from moe_jax.errors import require
@@ -60,9 +60,12 @@ def main(overrides: list[str]) -> int:
 def _submit_local(cells, overrides: list[str], backend: types.ModuleType) -> int:
   jobs = [dataclasses.replace(job, command=together.command(_PROCESSES.value, job.command))
           for job in plan(cells, _OUT.value, overrides)]
+  for job in jobs:
+    require(_PROCESSES.value == 1 or job.cell.config.execution.population == 1, "processes",
+            _PROCESSES.value, "must be 1 where cells train together (execution.population)")
   if _DRY_RUN.value == "json":
     print(json.dumps({"backend": backends.LOCAL, "commands": [
-        job.command for job in jobs if not job.is_finished()]}, indent=1))
+        joint_command(group) for group in trained_together(jobs)]}, indent=1))
     return 0
   if _DRY_RUN.value:  # a script that a shell can run
     print("\n".join([*("# " + line for line in shapes(cells)), *backend.dry_run(jobs)]))
@@ -75,6 +78,10 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
                    overrides: list[str]) -> int:
   for name, path in (("out", out), ("config", _CONFIG.value)):
     options.require_path(name, path)
+  for job in jobs:
+    number = job.cell.config.execution.population
+    require(number == 1, "config.execution.population", number, "must be 1: cells train together "
+            "on one device, with --backend=local on its machine")
   require_trunks(jobs)
   code = pack(_CONFIG.value.partition(":")[0])
   planned = backend.plan(jobs, chosen, code, out)

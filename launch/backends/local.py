@@ -1,4 +1,5 @@
-"""Runs cells on this machine, one process each.
+"""Runs cells on this machine, one process each, or one for several cells of one shape where
+`execution.population` says so.
 
 A cell is run once in a launch. One that crashes (exit 1, or killed by a signal) is started
 once more if it got further than where it began, since then the crash may not repeat. One
@@ -32,7 +33,14 @@ import time
 from collections.abc import Iterator, Sequence
 
 from launch import jobs as jobs_lib
-from launch.jobs import Job, Launch, read_launch, write_launch
+from launch.jobs import (
+    Job,
+    Launch,
+    joint_command,
+    read_launch,
+    trained_together,
+    write_launch,
+)
 from launch.overview import Overview
 from launch.state import CellState, read_state
 from launch.table import progress
@@ -46,12 +54,14 @@ _STATE_OF_EXIT = {
     EXIT_BAD_INPUT: jobs_lib.REFUSED, run_dir_lib.EXIT_PREEMPTED: run_dir_lib.PREEMPTED,
     run_dir_lib.EXIT_DIVERGED: run_dir_lib.DIVERGED, run_dir_lib.EXIT_BUSY: jobs_lib.BUSY,
 }
+_EXIT_OF_STATE = {run_dir_lib.FINISHED: 0, run_dir_lib.PREEMPTED: run_dir_lib.EXIT_PREEMPTED,
+                  run_dir_lib.DIVERGED: run_dir_lib.EXIT_DIVERGED}
 
 
 def dry_run(jobs: Sequence[Job]) -> list[str]:
   """The shell lines that `submit` would run; a comment for each cell it would skip."""
-  return [f"# {job.name} is finished" if job.is_finished() else shlex.join(job.command)
-          for job in jobs]
+  return [*(f"# {job.name} is finished" for job in jobs if job.is_finished()),
+          *(shlex.join(joint_command(group)) for group in trained_together(jobs))]
 
 
 def submit(jobs: Sequence[Job], parallel: int) -> int:
@@ -72,12 +82,13 @@ def submit(jobs: Sequence[Job], parallel: int) -> int:
 
 @dataclasses.dataclass
 class _Child:
-  """A running trainer; `first_step` is what the run had reached when it was started."""
+  """A running trainer of one cell or several; `launches` and `first_steps` (what the runs had
+  reached when it was started) are theirs, in order."""
 
-  job: Job
+  jobs: tuple[Job, ...]
   process: subprocess.Popen
-  launch: Launch
-  first_step: int
+  launches: tuple[Launch, ...]
+  first_steps: tuple[int, ...]
 
 
 class _Launcher:
@@ -85,7 +96,7 @@ class _Launcher:
 
   def __init__(self, jobs: Sequence[Job], parallel: int, overview: Overview):
     self._jobs, self._parallel, self._overview = jobs, parallel, overview
-    self._waiting = collections.deque(jobs)
+    self._waiting = collections.deque(trained_together(jobs))
     self._running: list[_Child] = []
     self._retried: set[str] = set()
     self._unfinished: dict[str, str] = {}  # cell name -> why
@@ -95,15 +106,16 @@ class _Launcher:
   def run(self) -> int:
     todo = sum(not job.is_finished() for job in self._jobs)
     self._say(f"{len(self._jobs)} cells, {len(self._jobs) - todo} already finished, "
-              f"{todo} to run, {self._parallel} at a time")
+              f"{todo} to run, {self._parallel} at a time"
+              + (f", in {len(self._waiting)} groups" if len(self._waiting) < todo else ""))
     with self._catching_signals():
       try:
         while self._running or (self._waiting and not self._received):
           self._pass_signals_on()
           self._reap()
           self._start_waiting()
-          self._overview.show(self._states, f"{len(self._running)} running, "
-                              f"{len(self._waiting)} waiting of {len(self._jobs)}")
+          self._overview.show(self._states, f"{sum(map(len, self._trained))} running, "
+                              f"{sum(map(len, self._waiting))} waiting of {len(self._jobs)}")
           time.sleep(POLL_SECONDS)
       except BaseException:  # a fault of the launcher's own must not orphan the children
         for child in self._running:
@@ -116,8 +128,12 @@ class _Launcher:
   def _say(self, text: str) -> None:
     self._overview.line(text)
 
+  @property
+  def _trained(self) -> list[tuple[Job, ...]]:
+    return [child.jobs for child in self._running]
+
   def _states(self) -> list[CellState]:
-    return [read_state(child.job.run_dir, child.job.cell) for child in self._running]
+    return [read_state(job.run_dir, job.cell) for group in self._trained for job in group]
 
   # signals
 
@@ -137,7 +153,7 @@ class _Launcher:
     while self._passed_on < len(self._received):
       self._passed_on += 1
       if self._passed_on == 1:
-        self._say(f"stopping: {len(self._running)} running cells save a checkpoint; "
+        self._say(f"stopping: {sum(map(len, self._trained))} running cells save a checkpoint; "
                   "once more (Ctrl-C) kills them")
       for child in self._running:
         if self._passed_on == 1:  # the trainer alone: its data workers are its own affair
@@ -149,35 +165,49 @@ class _Launcher:
 
   def _start_waiting(self) -> None:
     while len(self._running) < self._parallel and not self._received:
-      job = self._next_ready()
-      if job is None:
+      group = self._next_ready()
+      if group is None:
         return
-      if job.is_finished():  # already, or by another launcher meanwhile
-        continue
-      if (trunk := job.missing_trunk()) and self._is_ours(trunk):
-        self._unfinished[job.name] = (f"its trunk {trunk.path.name} ended before it saved step "
-                                      f"{job.cell.config.train.branch_step}")
-        self._say(f"{job.name}: not started: {self._unfinished[job.name]}")
+      ready = tuple(job for job in group if self._can_start(job))
+      if not ready:
         continue
       try:
-        with job.run_dir.lock():
-          pass
-        child = _start(job)
-      except (run_dir_lib.RunDirBusy, OSError) as error:
-        self._unfinished[job.name] = str(error)
-        self._say(f"{job.name}: not started: {error}")
+        child = _start(ready)
+      except OSError as error:
+        for job in ready:
+          self._not_started(job, str(error))
         continue
       self._running.append(child)
-      self._say(f"{job.name}: started, process {child.process.pid}, log {job.run_dir.log}")
+      for job in ready:
+        self._say(f"{job.name}: started, process {child.process.pid}, "
+                  f"log {ready[0].run_dir.log}")
 
-  def _next_ready(self) -> Job | None:
-    """Takes the first waiting cell whose trunk is not still to come."""
-    to_come = {job.run_dir for job in self._waiting} | {
-        child.job.run_dir for child in self._running}
-    for job in self._waiting:
-      if job.missing_trunk() not in to_come:
-        self._waiting.remove(job)
-        return job
+  def _can_start(self, job: Job) -> bool:
+    """Whether it is to be started; if it should be and cannot, the reason is told."""
+    if job.is_finished():  # by another launcher meanwhile
+      return False
+    if (trunk := job.missing_trunk()) and self._is_ours(trunk):
+      self._not_started(job, f"its trunk {trunk.path.name} ended before it saved step "
+                        f"{job.cell.config.train.branch_step}")
+      return False
+    try:
+      with job.run_dir.lock():
+        return True
+    except (run_dir_lib.RunDirBusy, OSError) as error:
+      self._not_started(job, str(error))
+      return False
+
+  def _not_started(self, job: Job, why: str) -> None:
+    self._unfinished[job.name] = why
+    self._say(f"{job.name}: not started: {why}")
+
+  def _next_ready(self) -> tuple[Job, ...] | None:
+    """Takes the first waiting cells whose trunks are not still to come."""
+    to_come = {job.run_dir for group in (*self._waiting, *self._trained) for job in group}
+    for group in self._waiting:
+      if not any(job.missing_trunk() in to_come for job in group):
+        self._waiting.remove(group)
+        return group
     return None
 
   def _is_ours(self, run_dir: run_dir_lib.RunDir) -> bool:
@@ -189,29 +219,35 @@ class _Launcher:
         continue
       self._running.remove(child)
       _kill_group(child.process)  # workers that a crashed trainer left behind
-      launch = _outcome(child, stopping=bool(self._received))
-      with contextlib.suppress(OSError):  # a full disk: the trainer's files tell the same
-        write_launch(child.job.run_dir, launch)
-      self._report(child, launch)
+      again = []
+      for i, job in enumerate(child.jobs):
+        launch = _outcome(child, i, stopping=bool(self._received))
+        with contextlib.suppress(OSError):  # a full disk: the trainer's files tell the same
+          write_launch(job.run_dir, launch)
+        if self._is_tried_again(job, launch, child.first_steps[i]):
+          again.append(job)
+      if again:
+        self._waiting.appendleft(tuple(again))
 
-  def _report(self, child: _Child, launch: Launch) -> None:
-    job, row = child.job, read_state(child.job.run_dir, child.job.cell)
+  def _is_tried_again(self, job: Job, launch: Launch, first_step: int) -> bool:
+    """Tells how a run ended, and whether it is to be started once more."""
+    row = read_state(job.run_dir, job.cell)
     if launch.state == run_dir_lib.FINISHED:
       self._say(f"{job.name}: {progress(row)}, {launch.ended - launch.started:.0f} s")
-      return
+      return False
     reached = launch.state
     if row.step is not None:
       reached += f" at step {row.step} of {row.steps}"
     if launch.error:
       reached += f": {launch.error}"
     self._say(f"{job.name}: {reached}")
-    if (launch.state == run_dir_lib.FAILED and (row.step or 0) > child.first_step
+    if (launch.state == run_dir_lib.FAILED and (row.step or 0) > first_step
         and job.name not in self._retried and not self._received):
       self._say(f"{job.name}: it had got further than before, so it is started once more")
       self._retried.add(job.name)
-      self._waiting.appendleft(job)
-    else:
-      self._unfinished[job.name] = f"{reached}\n    log: {job.run_dir.log}"
+      return True
+    self._unfinished[job.name] = f"{reached}\n    log: {job.run_dir.log}"
+    return False
 
   def _conclude(self) -> int:
     left = [job for job in self._jobs if not job.is_finished()]
@@ -229,32 +265,45 @@ class _Launcher:
     return 128 + self._received[0] if self._received else 1
 
 
-def _start(job: Job) -> _Child:
-  """Starts the trainer in a process group of its own, so that Ctrl-C does not reach it."""
+def _start(jobs: tuple[Job, ...]) -> _Child:
+  """Starts the trainer in a process group of its own, so that Ctrl-C does not reach it.
+
+  Its output goes to the log of the first cell, to which the logs of the others refer.
+  """
+  attempts = tuple(_attempts(job) + 1 for job in jobs)
+  first_steps = tuple(read_state(job.run_dir, job.cell).step or 0 for job in jobs)
+  command, started = joint_command(jobs), time.time()
+  stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
+  log_of_all = jobs[0].run_dir.log
+  for job, attempt in zip(jobs, attempts, strict=True):
+    how = shlex.join(command) if job is jobs[0] else f"by the process whose log is {log_of_all}"
+    with open(job.run_dir.log, "ab") as log:
+      log.write(f"==== {stamp} launch {attempt}: {how}\n".encode())
+  with open(log_of_all, "ab") as log:
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log,
+                               stderr=subprocess.STDOUT, start_new_session=True)
+  launches = tuple(Launch(backend="local", command=command, attempt=attempt,
+                          host=socket.gethostname(), pid=process.pid, started=started)
+                   for attempt in attempts)
+  for job, launch in zip(jobs, launches, strict=True):
+    with contextlib.suppress(OSError):  # the child runs: it must not be forgotten now
+      write_launch(job.run_dir, launch)
+  return _Child(jobs, process, launches, first_steps)
+
+
+def _attempts(job: Job) -> int:
   try:
     previous = read_launch(job.run_dir)
-  except FieldError:  # only the count of attempts is lost
-    previous = None
-  attempt = 1 + (previous.attempt if previous else 0)
-  first_step = read_state(job.run_dir, job.cell).step or 0
-  started = time.time()
-  with open(job.run_dir.log, "ab") as log:
-    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
-    log.write(f"==== {stamp} launch {attempt}: {shlex.join(job.command)}\n".encode())
-    log.flush()
-    process = subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log,
-                               stderr=subprocess.STDOUT, start_new_session=True)
-  launch = Launch(backend="local", command=job.command, attempt=attempt,
-                  host=socket.gethostname(), pid=process.pid, started=started)
-  with contextlib.suppress(OSError):  # the child runs: it must not be forgotten now
-    write_launch(job.run_dir, launch)
-  return _Child(job, process, launch, first_step)
+  except FieldError:  # only the count is lost
+    return 0
+  return previous.attempt if previous else 0
 
 
-def _outcome(child: _Child, stopping: bool) -> Launch:
-  """The launch with its end: state, exit code and error."""
-  code = child.process.returncode
-  if code == 0 and child.job.is_finished():
+def _outcome(child: _Child, i: int, stopping: bool) -> Launch:
+  """The launch of the child's i-th cell with its end: state, exit code and error."""
+  job = child.jobs[i]
+  code = _code_of(child, job)
+  if code == 0 and job.is_finished():
     state, error = run_dir_lib.FINISHED, None
   elif code == 0:
     state, error = run_dir_lib.FAILED, "ended without an error and is not finished"
@@ -263,18 +312,29 @@ def _outcome(child: _Child, stopping: bool) -> Launch:
     error = f"killed by {signal.Signals(-code).name}"
   else:
     state = _STATE_OF_EXIT.get(code, run_dir_lib.FAILED)
-    error = None if state == run_dir_lib.PREEMPTED else _error_of(child)
-  return dataclasses.replace(child.launch, ended=time.time(), state=state, exit_code=code,
+    error = None if state == run_dir_lib.PREEMPTED else _error_of(child, job)
+  return dataclasses.replace(child.launches[i], ended=time.time(), state=state, exit_code=code,
                              error=error)
 
 
-def _error_of(child: _Child) -> str:
+def _code_of(child: _Child, job: Job) -> int:
+  """The exit code that the trainer would have had if it had trained this cell alone."""
+  code = child.process.returncode
+  if len(child.jobs) > 1:
+    with contextlib.suppress(FieldError):
+      status = job.run_dir.read_status()
+      if status.get("pid") == child.process.pid:
+        return _EXIT_OF_STATE.get(status["state"], code)
+  return code
+
+
+def _error_of(child: _Child, job: Job) -> str:
   """The error in the trainer's status, or, where it left none, the last line of its log."""
   with contextlib.suppress(FieldError):
-    status = child.job.run_dir.read_status()
+    status = job.run_dir.read_status()
     if status.get("pid") == child.process.pid and status.get("error"):
       return " ".join(status["error"].split())
-  with open(child.job.run_dir.log, "rb") as log:
+  with open(child.jobs[0].run_dir.log, "rb") as log:
     log.seek(max(0, os.fstat(log.fileno()).st_size - 8192))
     lines = log.read().decode(errors="replace").split("\n")
   last = next((line.strip() for line in reversed(lines) if line.strip()), "")

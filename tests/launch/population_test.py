@@ -1,0 +1,176 @@
+"""A grid packed into populations by the launcher: one process for several run directories."""
+
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch.jobs import jobs_of, read_launch, trained_together
+from launch.state import states_of
+from moe_jax.grid import select
+from moe_jax.run_dir import EXIT_PREEMPTED, RunDir
+from tests.experiment_files import BASE, ROOT, run_module, write, write_tiny
+
+SOURCE = '''
+import dataclasses
+from moe_jax.config import *
+from moe_jax.fields import override
+from moe_jax.grid import Grid, trunk_and_branches
+
+RECIPE = RunConfig(
+    arch=Architecture(n_layers=1, d_model=16, d_expert=8, n_exp=4, n_topk=2, n_heads=2),
+    model=ModelConfig(compute_dtype="float32"), data=DataConfig(seq_len=16),
+    train=TrainConfig(steps=24, warmup_steps=2, batch_size=8, decay_fraction=0.25),
+    execution=ExecutionConfig(mesh=MeshConfig(1, 1, 1), log_every=1, checkpoint_every=6,
+                              population=8))
+WIDER = override(RECIPE, {"arch.d_expert": 12})
+
+
+def get_grid():
+  return Grid("packed", RECIPE, tuple(GRID))
+'''
+SWEEP = SOURCE + '''
+GRID = [override(RECIPE, {"train.learning_rate": rate}) for rate in (1e-3, 2e-3, 1e30)] + [
+    override(WIDER, {"seed_init": 1})]
+'''
+BRANCHES = SOURCE + '''
+GRID = [cell for seed in (1, 2) for cell in trunk_and_branches(
+    override(RECIPE, {"seed_init": seed}), RECIPE, (0.5, 1.0))]
+'''
+ENVIRONMENT = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+def groups_of(spec, out):
+  return [[job.name for job in group] for group in trained_together(
+      jobs_of(select(spec), out, []))]
+
+
+def test_cells_of_one_shape_and_length_are_dealt_together(tmp_path):
+  spec = write(tmp_path, SWEEP, "packed.py")
+  assert groups_of(spec, tmp_path) == [
+      ["l1-d16-f8-e4-k2", "l1-d16-f8-e4-k2-lr2e-3", "l1-d16-f8-e4-k2-lr1e30"],
+      ["l1-d16-f12-e4-k2-s1"]]
+
+
+def test_trunks_come_first_and_branches_of_one_length_together(tmp_path):
+  cells = select(write(tmp_path, BRANCHES, "packed.py"))
+  groups = [[(cell.config.seed_init, cell.config.train.branch_step, cell.config.train.steps)
+             for cell in (job.cell for job in group)]
+            for group in trained_together(jobs_of(cells, tmp_path, []))]
+  assert groups == [[(1, None, 18), (2, None, 18)], [(1, 9, 12), (2, 9, 12)],
+                    [(1, 18, 24), (2, 18, 24)]]
+
+
+def test_a_dry_run_shows_a_command_a_population(tmp_path):
+  spec = write_tiny(tmp_path, seeds=5)
+  done = run_module("-m", "launch.submit", f"--config={spec}", f"--out={tmp_path}", "--dry_run",
+                    "--config.execution.population=2")
+  lines = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("#")]
+  assert [line[3] for line in lines] == [
+      f"--config={spec}:{BASE},{BASE}-s1", f"--config={spec}:{BASE}-s2,{BASE}-s3",
+      f"--config={spec}:{BASE}-s4"]
+  assert all(line[-1] == "--config.execution.population=2" for line in lines)
+
+
+@pytest.mark.parametrize("arguments, line", [
+    (("--config.execution.population=0",),
+     "--config.execution.population=0: must be at least 1"),
+    (("--config.train.population=8",), "--config.train.population='8': no such field; did you "
+     "mean 'config.execution.population'"),
+    (("--config.execution.population=2", "--processes=2"),
+     "--processes=2: must be 1 where cells train together"),
+    (("--config.execution.population=2", "--backend=slurm"),
+     "--config.execution.population=2: must be 1: cells train together on one device")])
+def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path, arguments, line):
+  spec = write_tiny(tmp_path)
+  done = run_module("-m", "launch.submit", f"--config={spec}", f"--out={tmp_path}/runs",
+                    *arguments)
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: " + line) and done.stderr.count("\n") == 1, done.stderr
+  assert not (tmp_path / "runs").exists()
+
+
+def curve(run_dir):
+  return [(record["step"], record["loss"]) for record in run_dir.read_metrics()]
+
+
+def submit(spec, out):
+  return run_module("-m", "launch.submit", f"--config={spec}", f"--out={out}", "--parallel=2",
+                    timeout=600, **ENVIRONMENT)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_one_population_and_each_cell_ends_in_its_own_way(tmp_path):
+  spec, out = write(tmp_path, SWEEP, "packed.py"), tmp_path / "runs"
+  done = submit(spec, out)
+  cells = select(spec)
+  assert [row.state for row in states_of(out, cells)] == [
+      "finished", "finished", "diverged", "finished"], done.stdout + done.stderr
+  assert done.returncode == 1 and "3 of 4 cells are finished" in done.stdout
+  launches = [read_launch(RunDir.of(out, cell)) for cell in cells]
+  assert launches[0].pid == launches[1].pid == launches[2].pid != launches[3].pid
+  assert [launch.exit_code for launch in launches] == [0, 0, 76, 0]
+  assert str(RunDir.of(out, cells[0]).log) in RunDir.of(out, cells[1]).log.read_text()
+  again = submit(spec, out)
+  assert "3 already finished, 1 to run" in again.stdout
+
+
+@pytest.mark.slow
+def test_branches_of_several_trunks_are_one_population(tmp_path):
+  spec, out = write(tmp_path, BRANCHES, "packed.py"), tmp_path / "runs"
+  done = submit(spec, out)
+  assert done.returncode == 0, done.stdout + done.stderr
+  for cell in select(spec):
+    begun = (cell.config.train.branch_step or 0) + 1
+    assert [step for step, _ in curve(RunDir.of(out, cell))] == list(
+        range(begun, cell.config.train.steps + 1))
+
+
+@pytest.mark.slow
+def test_killed_or_stopped_a_population_goes_on_bit_for_bit(tmp_path):
+  """The trainer by itself, which compiles once for cells of one shape."""
+  spec = write(tmp_path, SWEEP.replace("1e30", "3e-3"), "packed.py")
+  cells = select(spec)[:3]
+  selection = f"--config={spec}:" + ",".join(cell.name for cell in cells)
+
+  def start(out, *arguments):
+    return subprocess.Popen([sys.executable, "-m", "moe_jax.train", *(arguments or [selection]),
+                             f"--out={out}"], cwd=ROOT, env=os.environ | ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+  undisturbed, out = tmp_path / "undisturbed", tmp_path / "runs"
+  process = start(undisturbed)
+  assert process.communicate() and process.returncode == 0
+  for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, EXIT_PREEMPTED), (0, 0)):
+    process = start(out)
+    before = len(list(pathlib.Path(out).glob("packed/*/checkpoints/*[0-9]")))
+    while number and process.poll() is None and len(list(pathlib.Path(out).glob(
+        "packed/*/checkpoints/*[0-9]"))) <= before:
+      time.sleep(0.002)
+    if number:
+      process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == code, err
+    if number == signal.SIGTERM:
+      states = [RunDir.of(out, cell).read_status() for cell in cells]
+      assert {status["state"] for status in states} == {"preempted"}
+      assert len({status["step"] for status in states}) == 1
+  for cell in cells:
+    assert curve(RunDir.of(out, cell)) == curve(RunDir.of(undisturbed, cell))
+
+  compiled = []
+  for cell in cells:  # each alone, elsewhere
+    process = start(tmp_path / "alone", f"--config={spec}:{cell.name}")
+    assert process.communicate() and process.returncode == 0
+    compiled.append({file.name for file in (tmp_path / "alone/_compilation_cache").iterdir()
+                     if file.name.endswith("-cache")})
+    config = json.loads((RunDir.of(out, cell).path / "config.json").read_text())
+    assert config == json.loads(
+        (RunDir.of(tmp_path / "alone", cell).path / "config.json").read_text())
+  assert compiled[0] and compiled[0] == compiled[1] == compiled[2]
