@@ -32,6 +32,7 @@ from moe_jax.run_dir import RunDir
 from moe_jax.train import step as step_lib
 from moe_jax.train.checkpoint import Checkpointer
 from moe_jax.train.checkpoint_files import check_free_space, lost_end
+from moe_jax.train.checkpoint_format import CheckpointError
 from moe_jax.train.member import Diverged, Member
 from moe_jax.train.population import Population, require_mesh
 from moe_jax.train.profile import Profile
@@ -52,14 +53,15 @@ def train_together(cells: Sequence[Cell], out: str | os.PathLike,
   """Trains cells of one shape in `<out>/<experiment>/<cell>/`, each going on where it was left.
 
   Args:
-    cells: what to train. A run whose loss is not finite ends, and the others go on.
+    cells: what to train. A run whose loss is not finite, or that has no sound checkpoint left,
+      ends, and the others go on.
     out: directory of all experiments.
     profile_steps: (first, last) of the steps that are profiled, counted from 1, of the first
       cell.
 
   Returns:
     An exit code of run_dir.py: 0 all finished, EXIT_PREEMPTED after a signal (the same command
-    goes on), EXIT_DIVERGED where a loss was not finite.
+    goes on), EXIT_DIVERGED where a loss was not finite, 1 where a run of several failed.
 
   Raises:
     FieldError: the cells have several shapes, or the mesh, the batch, the corpus or a directory
@@ -152,9 +154,21 @@ def _go(members: Sequence[Member], mesh, stop: list[int], progress: Progress | N
   """Trains all to their ends or a signal in `stop`. `progress` is None if another shows it."""
   with contextlib.ExitStack() as stack:
     stack.enter_context(_heartbeat(members))
-    states = [member.begin(stack.enter_context(Checkpointer(
-        member.run_dir, member.config.execution.keep_checkpoints,
-        member.config.execution.keep_steps))) for member in members]
+    states = []
+    for member in members:
+      try:
+        states.append(member.begin(stack.enter_context(Checkpointer(
+            member.run_dir, member.config.execution.keep_checkpoints,
+            member.config.execution.keep_steps))))
+      except CheckpointError as error:
+        if len(members) == 1:
+          raise
+        logging.error("%s: %s", member.cell.name, error)
+        member.fail(f"CheckpointError: {error}")
+    failed = len(states) < len(members)
+    members = [member for member in members if member.ended is None]
+    if not members:
+      return 1
     profile = stack.enter_context(Profile(members[0].run_dir, profile_steps))
     population = Population([member.config for member in members], mesh)
     peak = peak_flops(list(mesh.devices.flat)) if processes.is_first() else None
@@ -176,7 +190,9 @@ def _go(members: Sequence[Member], mesh, stop: list[int], progress: Progress | N
   ends = {member.ended for member in members}
   if run_dir_lib.PREEMPTED in ends:
     return run_dir_lib.EXIT_PREEMPTED
-  return run_dir_lib.EXIT_DIVERGED if run_dir_lib.DIVERGED in ends else 0
+  if run_dir_lib.DIVERGED in ends:
+    return run_dir_lib.EXIT_DIVERGED
+  return int(failed)
 
 
 class _Loop:

@@ -6,6 +6,7 @@ rounding of sums in another order, and a number that is not finite stays with th
 it. A population of one is the plain step, bit for bit.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,22 +32,22 @@ def require_mesh(n_members: int, mesh: Mesh) -> None:
           "--config.execution.population=1")
 
 
-def lower_step(config: RunConfig, mesh: Mesh, n_members: int) -> jax.stages.Lowered:
-  """The step of `n_members` runs of the shape of `config`, ready to compile: of their states,
-  batches and numbers. The states that are given to it are donated."""
+@functools.lru_cache(maxsize=4)
+def compiled_step(shape: RunConfig, mesh: Mesh, n_members: int) -> jax.stages.Compiled:
+  """The step of `n_members` runs of a shape (shape_of): of their states, batches and numbers.
+  The states that are given to it are donated."""
   if n_members == 1:
-    return step_lib.lower_train_step(config, mesh)
-  shape = shape_of(config)
+    return step_lib.lower_train_step(shape, mesh).compile()
 
   def step(state, batch, numbers):
     return step_lib.train_step(state, batch, numbers, shape, mesh)
 
-  each = (step_lib.abstract_state(config, mesh), step_lib.abstract_batch(config, mesh),
-          Numbers.of(config))
+  each = (step_lib.abstract_state(shape, mesh), step_lib.abstract_batch(shape, mesh),
+          Numbers.of(shape))
   together = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
       (n_members, *leaf.shape), leaf.dtype, sharding=replicated(mesh)), each)
   return jax.jit(jax.vmap(step), donate_argnums=0,
-                 out_shardings=replicated(mesh)).lower(*together)
+                 out_shardings=replicated(mesh)).lower(*together).compile()
 
 
 class Population:
@@ -55,7 +56,7 @@ class Population:
   def __init__(self, configs: Sequence[RunConfig], mesh: Mesh):
     """`configs` are of one shape (moe_jax.population.require_one_shape)."""
     self._config, self._mesh, self._n = configs[0], mesh, len(configs)
-    self._compiled = lower_step(self._config, mesh, self._n).compile()
+    self._compiled = compiled_step(shape_of(self._config), mesh, self._n)
     numbers = [Numbers.of(config) for config in configs]
     self._numbers = jax.device_put(
         numbers[0] if self._n == 1 else jax.tree.map(lambda *each: np.stack(each), *numbers),

@@ -1,0 +1,153 @@
+"""Runs that train together against the same runs one after another, on one device.
+
+    python -m benchmarks.population
+    python -m benchmarks.population --population_model=bytes-5m --population_sizes=1,2,4,8,16,32
+
+Whole steps as the trainer takes them: batches are put on the device, metrics are fetched. Sizes
+take turns, so that all see the same machine, and the fastest pass of each counts. `of the peak`
+counts active FLOPs against the fastest large matrix product of this device in the type of the
+model's activations, measured here. Prints a table, then the same figures as JSON.
+"""
+
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from benchmarks.iso_solver import machine
+from experiments import quickstart
+from moe_jax import cli
+from moe_jax.arch import count
+from moe_jax.config import Architecture, DataConfig, MoEConfig, RunConfig, TrainConfig
+from moe_jax.design.sheet import Sheet, print_sheet
+from moe_jax.errors import require
+from moe_jax.fields import override
+from moe_jax.mesh import make_mesh
+from moe_jax.train.population import Population
+from moe_jax.train.step import init_state
+
+_SIZES = flags.DEFINE_list("population_sizes", ["1", "2", "4", "8"], "Members; 1 comes first.")
+_STEPS = flags.DEFINE_integer("population_steps", 5, "Steps in a pass.")
+_PASSES = flags.DEFINE_integer("population_passes", 3, "Passes of which the fastest counts.")
+_MODEL = flags.DEFINE_enum("population_model", "quickstart", ["quickstart", "bytes-5m"],
+                           "The cheapest cell of the quickstart, or 5M active parameters on bytes "
+                           "as in the study.")
+
+
+def model(name: str) -> RunConfig:
+  """The configuration that all members share, but for seeds and learning rates."""
+  if name == "quickstart":
+    return min(quickstart.get_grid().cells, key=lambda config: count.n_active(config.arch))
+  return RunConfig(
+      arch=Architecture(n_layers=8, d_model=256, d_expert=128, n_exp=16, n_topk=4, n_heads=4),
+      moe=MoEConfig(capacity_factor=2.0, routing_group_tokens=128 * 256),
+      data=DataConfig(tokenizer="bytes", seq_len=256), train=TrainConfig(batch_size=128))
+
+
+class Contender:
+  """A population of one size, compiled and warm."""
+
+  def __init__(self, config: RunConfig, size: int):
+    configs = [override(config, {"seed_init": i, "train.learning_rate": 1e-3 * (1 + i)})
+               for i in range(size)]
+    mesh = make_mesh(config, jax.devices()[:1])
+    started = time.perf_counter()
+    self._population = Population(configs, mesh)
+    self.compile_seconds = time.perf_counter() - started
+    self._state = self._population.join([init_state(each, mesh) for each in configs])
+    shape = config.train.batch_size, config.data.seq_len
+    tokens_BS = np.random.default_rng(0).integers(0, 256, shape, np.int32)
+    batch = {"inputs_BS": tokens_BS, "targets_BS": np.roll(tokens_BS, -1, 1),
+             "segments_BS": np.zeros(shape, np.int32)}
+    self._batches = [batch] * size
+    self.seconds = math.inf  # a step, at best
+
+  def run(self, steps: int) -> None:
+    """A pass; the metrics of a step are fetched while the next one runs, as in training."""
+    started, pending = time.perf_counter(), None
+    for _ in range(steps):
+      self._state, metrics = self._population.step(
+          self._state, self._population.put_batch(self._batches))
+      if pending is not None:
+        self._population.values(pending)
+      pending = metrics
+    assert all(math.isfinite(each["loss"]) for each in self._population.values(pending))
+    self.seconds = min(self.seconds, (time.perf_counter() - started) / steps)
+
+
+def matmul_peak(dtype: str) -> float:
+  """FLOP/s of the fastest of some large products."""
+  size = 1024 if jax.default_backend() == "cpu" else 8192
+  x = jnp.ones((size, size), dtype)
+  multiply = jax.jit(jnp.matmul)
+  multiply(x, x).block_until_ready()
+  seconds = []
+  for _ in range(5):
+    started = time.perf_counter()
+    multiply(x, x).block_until_ready()
+    seconds.append(time.perf_counter() - started)
+  return 2 * size**3 / min(seconds)
+
+
+def measure(config: RunConfig, sizes: list[int], steps: int, passes: int) -> list[dict]:
+  """A row for each size; one that does not fit into the device's memory says so."""
+  contenders: dict[int, Contender] = {}
+  lost = []
+  for size in sizes:
+    try:
+      contenders[size] = Contender(config, size)
+      contenders[size].run(2)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      contenders.pop(size, None)
+      lost.append(size)
+  for contender in contenders.values():
+    contender.seconds = math.inf
+  for _ in range(passes):
+    for contender in contenders.values():
+      contender.run(steps)
+  peak = matmul_peak(config.model.compute_dtype)
+  flops = count.training_flops_per_token(config.arch, config.data.seq_len)
+  rows = []
+  for size, contender in contenders.items():
+    speed = size * config.batch_tokens / contender.seconds
+    rows.append({"population": size, "step_ms": 1e3 * contender.seconds,
+                 "tokens_per_second": speed,
+                 "over_one_after_another": size * contenders[sizes[0]].seconds / contender.seconds,
+                 "share_of_matmul_peak": speed * flops / peak,
+                 "compile_seconds": contender.compile_seconds})
+  return rows + [{"population": size, "error": "out of memory"} for size in lost]
+
+
+def main(_) -> None:
+  sizes = [int(text) if text.isdecimal() else 0 for text in _SIZES.value]
+  require(sizes[:1] == [1] and min(sizes) >= 1, "population_sizes", ",".join(_SIZES.value),
+          "must be whole numbers above 0, and begin with 1")
+  for flag in (_STEPS, _PASSES):
+    require(flag.value >= 1, flag.name, flag.value, "must be at least 1")
+  config = model(_MODEL.value)
+  rows = measure(config, sizes, _STEPS.value, _PASSES.value)
+  sheet = Sheet(f"{_MODEL.value}: {count.n_active(config.arch):,} active parameters, "
+                f"{config.train.batch_size} x {config.data.seq_len} tokens a member, "
+                f"{config.model.compute_dtype}", ["population"],
+                ["step [ms]", "tokens/s", "over one after another", "of the peak",
+                 "compilation [s]"])
+  for row in rows:
+    figures = ("out of memory", "", "", "", "") if "error" in row else (
+        f"{row['step_ms']:.1f}", f"{row['tokens_per_second']:,.0f}",
+        f"{row['over_one_after_another']:.2f}", f"{row['share_of_matmul_peak']:.1%}",
+        f"{row['compile_seconds']:.1f}")
+    sheet.add(str(row["population"]), *figures)
+  print_sheet(sheet)
+  print(json.dumps({"machine": machine(), "jax": jax.__version__,
+                    "device": jax.devices()[0].device_kind, "model": _MODEL.value,
+                    "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+  cli.run(main)
