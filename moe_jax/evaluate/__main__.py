@@ -4,6 +4,13 @@
 
 What is evaluated already is not done again. Execution flags say how to run, e.g.
 --config.execution.mesh.expert=4 or --config.execution.microbatches=4 for smaller batches.
+
+    --split=train --corpus=python      another split, another corpus
+    --steps=all                        all checkpoints: loss and routing against step
+    --compare=CELL_A,CELL_B            the paired difference over the same documents
+    --inference                        measured prefill, decode and memory on these devices
+    --report=FILE.html                 one page with all of it and what routers do
+    --generate="The state of"          text from one cell
 """
 
 import os
@@ -16,6 +23,25 @@ from moe_jax.errors import FieldError
 
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or gs://.")
+_SPLIT = flags.DEFINE_string("split", "heldout", "Split that is evaluated: heldout or train.")
+_CORPUS = flags.DEFINE_string("corpus", None, "Corpus that is evaluated, as in "
+                              "--config.data.corpus; the run's own if not given.")
+_STEPS = flags.DEFINE_string("steps", None, "Checkpoints evaluated beside the newest: all, or "
+                             "steps such as 200,400.")
+_COMPARE = flags.DEFINE_string("compare", None, "CELL_A,CELL_B: compares both over the same "
+                               "documents.")
+_INFERENCE = flags.DEFINE_bool("inference", False, "Measures the cost of inference here.")
+_BATCH_SIZES = flags.DEFINE_string("batch_sizes", "1,8,32", "Sequences that --inference decodes "
+                                   "together.")
+_REPORT = flags.DEFINE_string("report", None, "Path of an .html page that is written.")
+_GENERATE = flags.DEFINE_multi_string("generate", None, "A prompt; may be given several times. "
+                                      "Continues each instead of evaluating.")
+_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "At most so many for each prompt.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draws among so many of the likeliest; 0 among all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws among the fewest tokens that have this "
+                            "probability together.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 
 
 def main(overrides: list[str]) -> int:
@@ -26,34 +52,85 @@ def main(overrides: list[str]) -> int:
           "once, on one host with its own devices (a run of any number of processes is "
           "evaluated there)", file=sys.stderr)
     return cli.EXIT_BAD_INPUT
-  from moe_jax.evaluate import results
-  from moe_jax.evaluate.cells import evaluate_cells, survey
+  return _evaluate(cells) if _GENERATE.value is None else _generate(cells)
+
+
+def _evaluate(cells) -> int:
+  from moe_jax.evaluate import compare, cost
+  from moe_jax.evaluate.cells import evaluate_cells, parse_steps, survey
+  from moe_jax.evaluate.text import Text
+  from moe_jax.laws.publish.page import check_path
+  text = Text(_SPLIT.value, _CORPUS.value)
+  steps = () if _STEPS.value is None else parse_steps(_STEPS.value)
+  sizes = cost.parse_batch_sizes(_BATCH_SIZES.value)
+  if _REPORT.value is not None:
+    check_path(_REPORT.value)
+  if _COMPARE.value is not None:
+    pair = compare.parse_pair(_COMPARE.value, [cell.name for cell in cells])
+    cells = [cell for cell in cells if cell.name in pair]
   found = survey(cells, _OUT.value)
   for line in found.unfinished:
-    print(line, flush=True)
-  problems = found.refused
-  for line in problems:
-    print(line, file=sys.stderr)
+    _say(line)
+  _complain(found.refused)
   if not found.finished:
     raise FieldError("out", _OUT.value, f"holds no finished cell of {_CONFIG.value}; train "
                      f"with: python -m launch.submit --config={_CONFIG.value} --out="
                      f"{_OUT.value}")
-  failed = evaluate_cells(found.finished, _OUT.value,
-                          say=lambda line: print(line, flush=True))
+  problems = [*found.refused, *evaluate_cells(found.finished, _OUT.value, _say, text, steps)]
+  if _INFERENCE.value:
+    from moe_jax.evaluate.inference import measure_cells
+    problems += measure_cells(found.finished, _OUT.value, sizes, _say)
+  problems += _show(found.finished, text, bool(steps is None or steps))
+  if _COMPARE.value is not None:
+    for line in compare.compare(_OUT.value, found.finished, pair, text.name):
+      _say(line)
+  return 1 if problems else 0
 
+
+def _show(cells, text, with_curves: bool) -> list[str]:
+  """Tables, results.csv and pictures; returns what went wrong, which was said."""
+  from moe_jax.evaluate import cost, curves, report, results, show
   experiment = cells[0].experiment
-  rows, unreadable = results.collect(_OUT.value, experiment)
-  for line in unreadable:
-    print(line, file=sys.stderr)
-  heldout = {row["cell"]: row for row in rows if row["evaluation"] == "heldout"}
-  unwritten = []
-  shown = [heldout[cell.name] for cell in found.finished if cell.name in heldout]
+  rows, problems = results.collect(_OUT.value, experiment)
+  by_cell = {row["cell"]: row for row in rows if row["evaluation"] == text.name}
+  shown = [by_cell[cell.name] for cell in cells if cell.name in by_cell]
   if shown:
-    from moe_jax.evaluate.show import show
-    unwritten = show(rows, shown, results.csv_path(_OUT.value, experiment))
-    for line in unwritten:
-      print(line, file=sys.stderr)
-  return 1 if problems or failed or unreadable or unwritten else 0
+    problems += show.show(rows, shown, results.csv_path(_OUT.value, experiment))
+    if with_curves:
+      problems += curves.show(_OUT.value, experiment, text.name)
+    if _INFERENCE.value:
+      problems += cost.show(_OUT.value, cells, shown)
+    if _REPORT.value is not None:
+      heldout = [row for row in rows if row["evaluation"] == "heldout"
+                 and row["cell"] in by_cell]
+      print(*report.write(_REPORT.value, cells, _OUT.value, heldout)[:1], sep="\n")
+  _complain(problems)
+  return problems
+
+
+def _generate(cells) -> int:
+  from moe_jax.evaluate import generate
+  from moe_jax.evaluate.sampling import Sampling
+  if len(cells) != 1:
+    raise FieldError("config", _CONFIG.value, f"selects {len(cells)} cells and --generate takes "
+                     "one: add :CELL. Cells: " + ", ".join(cell.name for cell in cells))
+  sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value)
+  if _NEW_TOKENS.value < 1:
+    raise FieldError("new_tokens", _NEW_TOKENS.value, "must be at least 1")
+  made = generate.generate(cells[0], _OUT.value, _GENERATE.value, _NEW_TOKENS.value, sampling,
+                           lambda line: print(line, file=sys.stderr))
+  for prompt, text in zip(_GENERATE.value, made, strict=True):
+    print(f"{prompt}{text}", end="\n\n")
+  return 0
+
+
+def _say(line: str) -> None:
+  print(line, flush=True)
+
+
+def _complain(lines: list[str]) -> None:
+  for line in lines:
+    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

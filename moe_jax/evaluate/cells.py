@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 from moe_jax import config as config_lib
 from moe_jax import run_dir as run_dir_lib
-from moe_jax.errors import FieldError
-from moe_jax.evaluate.results import SEEN_THE_FUTURE
+from moe_jax.errors import FieldError, require
+from moe_jax.evaluate.compare import write_documents
+from moe_jax.evaluate.results import ROUTING, SEEN_THE_FUTURE
+from moe_jax.evaluate.text import Text
 from moe_jax.grid import Cell
 from moe_jax.run_dir import RunDir
 
@@ -54,66 +56,127 @@ def _state(run_dir: RunDir, status: dict[str, Any]) -> str:
           + (f": {error}" if error else ""))
 
 
+def parse_steps(text: str) -> tuple[int, ...] | None:
+  """`200,400` -> (200, 400); `all` -> None, every checkpoint there is. Raises FieldError."""
+  if text == "all":
+    return None
+  parts = [part.strip() for part in text.split(",")]
+  require(all(part.isdecimal() and 0 < int(part) < 2**53 for part in parts), "steps", text,
+          "must be all, or steps of checkpoints such as 200,400")
+  return tuple(sorted({int(part) for part in parts}))
+
+
 def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike,
-                   say: Callable[[str], None] = print) -> list[str]:
-  """Evaluates finished cells into eval/heldout.json, where that is not done already.
+                   say: Callable[[str], None] = print, text: Text | None = None,
+                   steps: Sequence[int] | None = ()) -> list[str]:
+  """Evaluates finished cells into eval/, where that is not done already.
 
   Args:
     cells: finished ones.
     out: directory of all experiments.
     say: gets a line for each cell, as soon as it is known.
+    text: what is evaluated; the held-out split of the runs' own data if None.
+    steps: checkpoints that are evaluated beside the newest sound one; None for all there are.
 
   Returns:
     The lines of the cells that failed.
   """
-  import jax
-  from etils import epath
-
-  from moe_jax.data.prepare import prepare
-  from moe_jax.evaluate import heldout
-  from moe_jax.train.checkpoint import CheckpointError
   from moe_jax.train.loop import use_compilation_cache
 
   use_compilation_cache(out)
   failed = []
   for number, cell in enumerate(cells, start=1):
     label = f"[{number}/{len(cells)}] {cell.name}: "
-    run_dir = RunDir.of(out, cell)
-    try:
-      prepared = prepare(cell.config.data, epath.Path(out) / "_data")
-      result = _kept(run_dir, cell, prepared.fingerprint)
-      if result is None:
-        result = heldout.evaluate(cell, run_dir, prepared)
-        run_dir.write_eval(heldout.NAME, result)
-        done = f"{result['seconds']:.1f} s"
-      else:
-        done = "was evaluated before"
-    except (FieldError, CheckpointError, OSError) as error:  # OSError: the disk is full, ...
-      failed.append(f"{label}failed: {error}")
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      failed.append(f"{label}failed: out of memory: raise "
-                    "--config.execution.microbatches (smaller batches, the same result)")
-    else:
-      peeks = "" if cell.config.moe.causal else f" (NOT CAUSAL: {SEEN_THE_FUTURE})"
-      say(f"{label}step {result['step']}, held-out loss {result['loss']:.4f}{peeks}, {done}")
-      continue
-    say(failed[-1])
+    problem = guarded(lambda cell=cell, label=label: _evaluate_cell(
+        cell, out, text or Text(), steps, lambda line: say(label + line)))
+    if problem is not None:
+      failed.append(f"{label}failed: {problem}")
+      say(failed[-1])
   return failed
 
 
-def _kept(run_dir: RunDir, cell: Cell, fingerprint: str) -> dict[str, Any] | None:
+def guarded(work: Callable[[], None]) -> str | None:
+  """Does it, and returns what went wrong, as one line, if that is the trouble of one cell."""
+  import jax
+
+  from moe_jax.train.checkpoint import CheckpointError
+  try:
+    work()
+  except (FieldError, CheckpointError, OSError) as error:  # OSError: the disk is full, ...
+    return str(error)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return ("out of memory: raise --config.execution.microbatches (smaller batches, the same "
+            "result)")
+  return None
+
+
+def _evaluate_cell(cell: Cell, out, text: Text, steps: Sequence[int] | None,
+                   say: Callable[[str], None]) -> None:
+  from etils import epath
+
+  from moe_jax.data.prepare import prepare
+  from moe_jax.evaluate import heldout
+  from moe_jax.train.checkpoint_files import checkpoint_steps
+
+  run_dir = RunDir.of(out, cell)
+  own = prepare(cell.config.data, epath.Path(out) / "_data")
+  prepared = text.prepare(cell.config, epath.Path(out) / "_data", own)
+  there = checkpoint_steps(run_dir)
+  wanted = there if steps is None else list(steps)
+  for step in wanted:
+    if step not in there:
+      raise FieldError("steps", step, f"{run_dir.path} has no such checkpoint: it has "
+                       f"{', '.join(map(str, there)) or 'none'}")
+  peeks = "" if cell.config.moe.causal else f" (NOT CAUSAL: {SEEN_THE_FUTURE})"
+
+  def evaluate(step: int | None):
+    return heldout.evaluate(cell, run_dir, own, text=prepared, split=text.split, step=step,
+                            keep_choices=bool(wanted))
+
+  final = None
+  for step in (None, *reversed(wanted)):
+    result, done = _kept(run_dir, cell, prepared.fingerprint, text.name, step), ""
+    if result is None:
+      final = final or evaluate(None)  # a step is compared with it
+      found = final if step in (None, final.result["step"]) else evaluate(step)
+      result, done = found.result, f"{found.result['seconds']:.1f} s"
+      _write(run_dir, text, step, found, final)
+    say(f"step {result['step']}, {text.name} loss {result['loss']:.4f}{peeks}, "
+        f"{done or 'was evaluated before'}")
+
+
+def _write(run_dir: RunDir, text: Text, step: int | None, found, final) -> None:
+  """Writes an evaluation; `final` is that of the newest checkpoint."""
+  if step is None:
+    write_documents(run_dir, text.name, found.result, found.documents)
+  if found.routing is not None and text == Text():
+    told = {key: found.result[key] for key in _WHICH} | found.routing.result(found.labels)
+    if step is not None:
+      told["agreement"] = found.routing.agreement(final.routing)
+    run_dir.write_eval(ROUTING, told, step)
+  run_dir.write_eval(text.name, found.result, step)  # last: what it tells of is there
+
+
+_WHICH = ("version", "step", "checkpoint", "identity", "data_fingerprint")
+
+
+def _kept(run_dir: RunDir, cell: Cell, fingerprint: str, name: str,
+          step: int | None) -> dict[str, Any] | None:
   """What an earlier evaluation found of the same checkpoint and text, if anything."""
   from moe_jax.evaluate import heldout
   from moe_jax.train.checkpoint_files import checkpoint_steps, content_hash
 
   try:
-    old = run_dir.read_evals().get(heldout.NAME)
+    old = run_dir.read_eval(name, step)
   except FieldError:  # damaged: done again
     return None
   steps = checkpoint_steps(run_dir)
+  if not isinstance(old, dict) or not steps:
+    return None
+  newest = steps[-1] if step is None else step
   wanted = {"version": heldout.VERSION, "identity": config_lib.identity_hash(cell.config),
-            "data_fingerprint": fingerprint, "step": steps[-1] if steps else None,
-            "checkpoint": content_hash(run_dir, steps[-1]) if steps else None}
-  return old if isinstance(old, dict) and wanted.items() <= old.items() else None
+            "data_fingerprint": fingerprint, "step": newest,
+            "checkpoint": content_hash(run_dir, newest)}
+  return old if wanted.items() <= old.items() else None

@@ -5,7 +5,6 @@ gives every row its next token, as often as wanted. Which tokens a row gets depe
 its number and the seed, and not on what else is in the batch or on the devices.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -17,35 +16,12 @@ from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
 from moe_jax.errors import FieldError, require
+from moe_jax.evaluate.sampling import Sampling
 from moe_jax.mesh import batch_sharding, mesh_size, replicated
 from moe_jax.model import cached, functional
 
 _LEAST_SLOTS = 16  # shorter prompts share a shape
 _LOOK_EVERY = 16  # tokens between two looks whether all rows have ended: each look waits
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How the next token is chosen.
-
-  Attributes:
-    temperature: 0 takes the likeliest token; 1 draws from the model's distribution.
-    top_k: draws among that many of the likeliest; 0 among all.
-    top_p: draws among the fewest tokens whose probabilities sum to at least this.
-    seed: of the draws.
-  """
-
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  seed: int = 0
-
-  def __post_init__(self):
-    require(0 <= self.temperature < math.inf, "temperature", self.temperature,
-            "must be 0 (the likeliest token) or more")
-    require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (all tokens) or more")
-    require(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
-    require(0 <= self.seed < 2**31, "seed", self.seed, "must be at least 0 and below 2^31")
 
 
 class Decoder:
@@ -66,11 +42,11 @@ class Decoder:
 
   def prefill(self, cache: cached.Cache, tokens_BS, length_B):
     """See cached.prefill; the cache that is given is used up."""
-    return self._prefill(self.params, self.router, cache, *self._put(tokens_BS, length_B))
+    return self._prefill(self.params, self.router, cache, *self.put(tokens_BS, length_B))
 
   def decode(self, cache: cached.Cache, token_B, position_B):
     """See cached.decode; the cache that is given is used up."""
-    return self._decode(self.params, self.router, cache, *self._put(token_B, position_B))
+    return self._decode(self.params, self.router, cache, *self.put(token_B, position_B))
 
   def empty_cache(self, batch: int, slots: int) -> cached.Cache:
     return cached.empty_cache(self.config, batch, slots, self.mesh)
@@ -97,7 +73,7 @@ class Decoder:
     longest, shortest = length_B.max(), length_B[:len(prompts)].min()
     slots = max(tokens_BS.shape[1], _shape_of(min(int(longest) + new_tokens, context), context))
     logits_BV, cache = self.prefill(self.empty_cache(len(row_B), slots), tokens_BS, length_B)
-    row_B, position_B = self._put(row_B, length_B)
+    row_B, position_B = self.put(row_B, length_B)
     choice = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k),
               jnp.float32(sampling.top_p), jax.random.key(sampling.seed))
     found, ended_B = [], np.arange(len(length_B)) >= len(prompts)
@@ -127,7 +103,8 @@ class Decoder:
       tokens_BS[row, :len(prompt)] = prompt
     return tokens_BS, length_B
 
-  def _put(self, *arrays):
+  def put(self, *arrays):
+    """Arrays by row, on the devices."""
     return jax.device_put(arrays, self._rows)
 
   @functools.cached_property

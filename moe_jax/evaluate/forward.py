@@ -9,11 +9,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from moe_jax.config import MeshConfig, RunConfig, resolve_mesh
+from moe_jax.config import MeshConfig, RunConfig, TrainConfig, resolve_mesh
 from moe_jax.data.loader import Batch
 from moe_jax.errors import FieldError
 from moe_jax.mesh import batch_sharding, replicated
-from moe_jax.model import functional
+from moe_jax.model import functional, observed
 from moe_jax.moe.router import RouterSums
 
 
@@ -23,10 +23,13 @@ class Output(NamedTuple):
   Attributes:
     nll_BS: float32, nats of each target.
     sums: of the router by layer, without padding; None where every layer is dense.
+    choices: of each token; None in a dropless pass, where every layer is dense, and where
+      experts choose tokens.
   """
 
   nll_BS: np.ndarray
   sums: RouterSums | None
+  choices: observed.Choices | None = None
 
   @property
   def dropped(self) -> float:
@@ -65,34 +68,32 @@ class Forward:
     self._config = config
 
   def at_capacity(self, batch: Batch) -> Output:
-    """With the capacity and the routing groups of training."""
-    return self._run(self._at_capacity, batch)
+    """With the capacity and the routing groups of training, and what the routers chose."""
+    return self._run(self._config, batch, self._config.arch.n_moe_layers > 0
+                     and self._config.moe.causal)
 
   def dropless(self, batch: Batch) -> Output:
     """With every token at all of its experts, whatever the dispatch of training."""
-    return self._run(self._dropless, batch)
+    return self._run(dataclasses.replace(self._config, moe=dataclasses.replace(
+        self._config.moe, dispatch="dropless")), batch, False)
 
-  @functools.cached_property
-  def _at_capacity(self):
-    return self._compile(self._config)
-
-  @functools.cached_property
-  def _dropless(self):
-    return self._compile(dataclasses.replace(self._config, moe=dataclasses.replace(
-        self._config.moe, dispatch="dropless")))
-
-  def _compile(self, config: RunConfig):
-    mesh = self._mesh
-
-    def step(params, router, batch):
-      logits_BSV, sums = functional.apply(config, params, batch["inputs_BS"],
-                                          batch["segments_BS"], mesh,
-                                          counted_BS=batch["mask_BS"], router=router)
-      return optax.softmax_cross_entropy_with_integer_labels(
-          logits_BSV, batch["targets_BS"]), sums
-
-    return jax.jit(step, out_shardings=replicated(mesh))
-
-  def _run(self, step, batch: Batch) -> Output:
+  def _run(self, config: RunConfig, batch: Batch, observe: bool) -> Output:
+    # Checkpoints of one run, and runs that differ in seed or optimizer, share a program.
+    config = dataclasses.replace(config, seed_init=0, seed_data=0, train=TrainConfig(
+        batch_size=config.train.batch_size))
     batch = jax.device_put(batch, batch_sharding(self._mesh))
-    return Output(*jax.device_get(step(self._params, self._router, batch)))
+    program = _program(config, self._mesh, observe)
+    return Output(*jax.device_get(program(self._params, self._router, batch)))
+
+
+@functools.lru_cache(maxsize=4)
+def _program(config: RunConfig, mesh: Mesh, observe: bool):
+  """(params, router, batch) -> Output; with the choices if `observe`."""
+  apply = observed.apply if observe else functional.apply
+
+  def step(params, router, batch):
+    logits_BSV, *rest = apply(config, params, batch["inputs_BS"], batch["segments_BS"], mesh,
+                              counted_BS=batch["mask_BS"], router=router)
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch["targets_BS"]), *rest
+
+  return jax.jit(step, out_shardings=replicated(mesh))

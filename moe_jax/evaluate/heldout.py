@@ -1,4 +1,4 @@
-"""Held-out loss of one run, from its checkpoint, on the devices there are.
+"""Loss of one run on a split of text, from a checkpoint, on the devices there are.
 
 Every target of the split is predicted once. The loss is that of the model without capacity
 limits: which tokens a limit drops depends on who else is in the batch, so it is no property
@@ -9,7 +9,7 @@ In the order of the text it would hold one document's, whose tokens want the sam
 
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ from moe_jax.data.prepare import PreparedData, Split
 from moe_jax.errors import FieldError
 from moe_jax.evaluate.estimate import ratio
 from moe_jax.evaluate.forward import Forward, Output, evaluation_config
+from moe_jax.evaluate.routing import RoutingCounts
+from moe_jax.evaluate.text import HELDOUT
 from moe_jax.grid import Cell
 from moe_jax.mesh import make_mesh
 from moe_jax.model.functional import abstract_model
@@ -29,70 +31,127 @@ from moe_jax.run_dir import RunDir
 from moe_jax.train.checkpoint import restore_model
 from moe_jax.train.checkpoint_files import content_hash
 
-NAME = "heldout"  # of the file in eval/
-SPLIT = "heldout"
 ORDER_SEED = 0  # of the order in which rows are evaluated
-VERSION = 2  # raise it when the same checkpoint gives other numbers: old results are redone
+VERSION = 3  # raise it when the same checkpoint gives other numbers: old results are redone
 
 
-def evaluate(cell: Cell, run_dir: RunDir, prepared: PreparedData,
-             devices: list[jax.Device] | None = None) -> dict[str, Any]:
-  """Evaluates the newest sound checkpoint of a run; writes nothing.
+class Documents(NamedTuple):
+  """By document of the split, float64 or int64 [D]: what a comparison of two runs needs.
+
+  Attributes:
+    nats_D: the loss, dropless, summed over the document's targets.
+    nats_at_capacity_D: at the capacity of training.
+    targets_D: how many targets.
+    bytes_D: UTF-8 bytes of the text.
+    domain_D: number of its domain.
+  """
+
+  nats_D: np.ndarray
+  nats_at_capacity_D: np.ndarray
+  targets_D: np.ndarray
+  bytes_D: np.ndarray
+  domain_D: np.ndarray
+
+
+class Measured(NamedTuple):
+  """What the text gave: `losses` as plain values, by document, and what routers chose."""
+
+  losses: dict[str, Any]
+  documents: Documents
+  routing: RoutingCounts | None
+
+
+class Evaluation(NamedTuple):
+  """One checkpoint on one text.
+
+  Attributes:
+    result: what eval/NAME.json holds; see `measure`.
+    documents: of the text.
+    routing: counts of what routers chose; None where there are none.
+    labels: of the domains.
+  """
+
+  result: dict[str, Any]
+  documents: Documents
+  routing: RoutingCounts | None
+  labels: list[str]
+
+
+def evaluate(cell: Cell, run_dir: RunDir, own: PreparedData,
+             devices: list[jax.Device] | None = None, *, text: PreparedData | None = None,
+             split: str = HELDOUT, step: int | None = None,
+             keep_choices: bool = False) -> Evaluation:
+  """Evaluates a checkpoint of a run; writes nothing.
 
   Args:
     cell: its identity must be that of the run; its execution says how to run.
     run_dir: of the run.
-    prepared: the text, which must be what the run was trained on.
+    own: the text of the run, which must be what it was trained on.
     devices: all of them if None. A mesh of the cell that does not suit them is replaced,
       with a warning.
-
-  Returns:
-    What eval/heldout.json holds; see `measure` for the measurements.
+    text: what is evaluated; `own` if None.
+    split: of the text.
+    step: of the checkpoint; the newest sound one if None.
+    keep_choices: see RoutingCounts.
 
   Raises:
-    FieldError: the text has changed, the loss is not finite.
-    CheckpointError: no checkpoint is sound.
+    FieldError: the text has changed, its tokens do not fit the model, the loss is not finite.
+    CheckpointError: no checkpoint is sound, or not that one.
   """
   started = time.perf_counter()
-  devices = devices or jax.devices()
+  devices, text = devices or jax.devices(), text or own
   config = evaluation_config(cell.config, len(devices))
   if config.execution.mesh != cell.config.execution.mesh:
     logging.warning("%s: %s does not suit %d device(s): evaluated on %s, which gives the same",
                     cell.name, cell.config.execution.mesh, len(devices), config.execution.mesh)
   mesh = make_mesh(config, devices)
-  step, model, meta = restore_model(run_dir, abstract_model(config, mesh))
-  if meta["data_fingerprint"] != prepared.fingerprint:
-    raise FieldError("config.data.corpus", config.data.corpus,
-                     f"the text has changed since the run read it (fingerprint "
-                     f"{meta['data_fingerprint']} then, {prepared.fingerprint} now)")
-  measured = measure(config, Forward(config, mesh, **model), prepared)
-  if not math.isfinite(measured["loss"]):
-    raise FieldError("out", str(run_dir.path), f"its held-out loss at step {step} is "
-                     f"{measured['loss']}")
-  return {
+  step, model = restore(config, run_dir, own, mesh, step)
+  measured = measure(config, Forward(config, mesh, **model), text, split, keep_choices)
+  if not math.isfinite(measured.losses["loss"]):
+    raise FieldError("out", str(run_dir.path), f"its loss on {split} at step {step} is "
+                     f"{measured.losses['loss']}")
+  return Evaluation({
       "version": VERSION, "step": step, "checkpoint": content_hash(run_dir, step),
       "identity": config_lib.identity_hash(cell.config),
-      "data_fingerprint": prepared.fingerprint, **measured,
+      "data_fingerprint": text.fingerprint, **measured.losses,
       "device_kind": devices[0].device_kind, "n_devices": len(devices),
-      "seconds": round(time.perf_counter() - started, 2)}
+      "seconds": round(time.perf_counter() - started, 2)},
+      measured.documents, measured.routing, _labels(text))
 
 
-def measure(config: config_lib.RunConfig, forward: Forward,
-            prepared: PreparedData) -> dict[str, Any]:
-  """Runs the whole held-out split, its rows in the order of ORDER_SEED.
+def restore(config: config_lib.RunConfig, run_dir: RunDir, own: PreparedData, mesh,
+            step: int | None = None) -> tuple[int, dict[str, Any]]:
+  """(step, {"params", "router"}) of a checkpoint whose text is `own`; see `evaluate`."""
+  config.check_vocabulary(own.vocab_size)
+  step, model, meta = restore_model(run_dir, abstract_model(config, mesh), step)
+  if meta["data_fingerprint"] != own.fingerprint:
+    raise FieldError("config.data.corpus", config.data.corpus,
+                     f"the text has changed since the run read it (fingerprint "
+                     f"{meta['data_fingerprint']} then, {own.fingerprint} now)")
+  return step, model
+
+
+def measure(config: config_lib.RunConfig, forward: Forward, prepared: PreparedData,
+            split_name: str = HELDOUT, keep_choices: bool = False) -> Measured:
+  """Runs a whole split, its rows in the order of ORDER_SEED.
 
   Losses are in nats per token, standard errors (`_se`) are over documents; see
   estimate.ratio. Bits per byte divide by the bytes of the text, so they compare tokenizers.
-  With a router that is not causal (`causal` is false) they have seen the future: they compare
-  with each other and with no other model's. There `loss` is that of training's routing groups.
-  What the router does is measured in the pass at the capacity of training: the share of
-  assignments dropped, loads (over their mean) of each layer's experts, and their spread as
-  in router_metrics; None where every layer is dense.
+  `domains` has both for the documents of each domain. With a router that is not causal
+  (`causal` is false) they have seen the future: they compare with each other and with no other
+  model's. There `loss` is that of training's routing groups. What the router does is measured
+  in the pass at the capacity of training: the share of assignments dropped, loads (over their
+  mean) of each layer's experts, and their spread as in router_metrics; None where every layer
+  is dense.
   """
-  split = prepared.splits[SPLIT]
-  rows = eval_rows(prepared, SPLIT, config.data.seq_len)
+  split, labels = prepared.splits[split_name], _labels(prepared)
+  rows = eval_rows(prepared, split_name, config.data.seq_len)
+  domain_D = _domain_of_label(prepared, labels)[split.domain_D]
   nats_D, nats_at_capacity_D, targets_D = np.zeros((3, split.n_documents))
-  sums = None
+  sums, routing = None, RoutingCounts(
+      len(labels), config.arch.n_exp, config.arch.vocab_size, config.arch.n_dense_layers,
+      keep_choices)
+  observed = False
   for batch in rows.batches(config.train.batch_size, ORDER_SEED):
     limited = forward.at_capacity(batch)
     free = forward.dropless(batch) if limited.dropped else limited
@@ -101,19 +160,48 @@ def measure(config: config_lib.RunConfig, forward: Forward,
     targets_D += np.bincount(batch["segments_BS"][batch["mask_BS"]],
                              minlength=split.n_documents)
     sums = _add(sums, limited.sums)
+    if limited.choices is not None:
+      observed = True
+      routing.add(limited.choices, batch["inputs_BS"], domain_D[batch["segments_BS"]],
+                  batch["mask_BS"])
   assert targets_D.sum() == rows.n_targets
 
-  loss, at_capacity = ratio(nats_D, targets_D), ratio(nats_at_capacity_D, targets_D)
-  bits_per_byte = ratio(nats_D, split.bytes_D).scaled(1 / math.log(2))
-  card = prepared.card["splits"][SPLIT]
-  return {
-      "causal": config.moe.causal, "loss": loss.value, "loss_se": loss.se,
-      "loss_at_capacity": at_capacity.value, "loss_at_capacity_se": at_capacity.se,
-      "bits_per_byte": bits_per_byte.value, "bits_per_byte_se": bits_per_byte.se,
+  documents = Documents(nats_D, nats_at_capacity_D, targets_D.astype(np.int64),
+                        np.array(split.bytes_D), domain_D)
+  card = prepared.card["splits"][split_name]
+  losses = {
+      "causal": config.moe.causal, **_losses(documents, np.ones(split.n_documents, bool)),
       "unigram_loss": card["unigram_nats_per_token"],
       "unigram_bits_per_byte": card["unigram_bits_per_byte"],
       **_router_facts(sums), "heldout_documents": split.n_documents,
-      "heldout_targets": rows.n_targets, "heldout_bytes": split.n_bytes}
+      "heldout_targets": rows.n_targets, "heldout_bytes": split.n_bytes,
+      "domains": {label: _of_domain(documents, domain_D == number)
+                  for number, label in enumerate(labels)}}
+  return Measured(losses, documents, routing if observed else None)
+
+
+def _labels(prepared: PreparedData) -> list[str]:
+  """Labels of the domains, each once; several corpora may share one."""
+  return list(dict.fromkeys(domain.label for domain in prepared.domains)) or ["all"]
+
+
+def _domain_of_label(prepared: PreparedData, labels: list[str]) -> np.ndarray:
+  """The number of the label of each corpus."""
+  return np.array([labels.index(domain.label) for domain in prepared.domains] or [0])
+
+
+def _losses(documents: Documents, chosen_D: np.ndarray) -> dict[str, float | None]:
+  nats_D, at_capacity_D, targets_D, bytes_D, _ = (each[chosen_D] for each in documents)
+  found = {"loss": ratio(nats_D, targets_D), "loss_at_capacity": ratio(at_capacity_D, targets_D),
+           "bits_per_byte": ratio(nats_D, bytes_D).scaled(1 / math.log(2))}
+  return {key: value for name, estimate in found.items()
+          for key, value in ((name, estimate.value), (f"{name}_se", estimate.se))}
+
+
+def _of_domain(documents: Documents, chosen_D: np.ndarray) -> dict[str, Any]:
+  counts = {"documents": int(chosen_D.sum()), "targets": int(documents.targets_D[chosen_D].sum()),
+            "bytes": int(documents.bytes_D[chosen_D].sum())}
+  return (_losses(documents, chosen_D) if counts["targets"] and counts["bytes"] else {}) | counts
 
 
 def _by_document(output: Output, batch: dict[str, np.ndarray], split: Split) -> np.ndarray:

@@ -21,7 +21,14 @@ _TOKENS_PER_PARAMETER = 20
 
 
 def plot(rows: Sequence[Row], path: epath.Path) -> None:
-  """Writes a PNG of two panels from rows of held-out results.
+  """Writes `figure` as a PNG."""
+  image = io.BytesIO()
+  figure(rows).savefig(image, format="png")
+  run_dir_lib.write_bytes(path, image.getvalue())
+
+
+def figure(rows: Sequence[Row]):
+  """Two panels from rows of held-out results.
 
   Only runs trained on equally many tokens compare: those of the most frequent number are
   shown, and the caption says what is not.
@@ -30,22 +37,20 @@ def plot(rows: Sequence[Row], path: epath.Path) -> None:
   from matplotlib.figure import Figure
 
   shown = equal_tokens(rows)
-  figure = Figure(figsize=(8, 4.6), dpi=160)
-  FigureCanvasAgg(figure)
-  left, right = figure.subplots(1, 2, sharey=True)
+  made = Figure(figsize=(8, 4.6), dpi=160)
+  FigureCanvasAgg(made)
+  left, right = made.subplots(1, 2, sharey=True)
   _panel(left, shown, "sparsity", "n_exp", _STYLES)
   _panel(right, shown, "n_exp", "sparsity", _STYLES[3:] + _STYLES[:3])
   left.set_xlabel("sparsity  s = n_exp / n_topk")
   right.set_xlabel("routed experts  n_exp")
   left.set_ylabel("held-out loss (nats per token)")
-  figure.suptitle(title(shown), fontsize=11, x=0.02, ha="left")
+  made.suptitle(title(shown), fontsize=11, x=0.02, ha="left")
   lines = textwrap.wrap(caption(rows), 118)
-  figure.text(0.02, 0.02, "\n".join(lines), fontsize=8.5, va="bottom", color="#333333")
-  figure.subplots_adjust(left=0.09, right=0.985, top=0.9, wspace=0.06,
-                         bottom=0.15 + 0.037 * len(lines))
-  image = io.BytesIO()
-  figure.savefig(image, format="png")
-  run_dir_lib.write_bytes(path, image.getvalue())
+  made.text(0.02, 0.02, "\n".join(lines), fontsize=8.5, va="bottom", color="#333333")
+  made.subplots_adjust(left=0.09, right=0.985, top=0.9, wspace=0.06,
+                       bottom=0.15 + 0.037 * len(lines))
+  return made
 
 
 def equal_tokens(rows: Sequence[Row]) -> list[Row]:

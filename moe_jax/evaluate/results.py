@@ -7,7 +7,7 @@ experiment that is on disk.
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
@@ -21,6 +21,9 @@ from moe_jax.run_dir import RunDir
 from moe_jax.text import natural
 
 Row = dict[str, Any]
+
+# Files of eval/ that are not losses: what routers do, and measured cost of inference.
+ROUTING, INFERENCE = "routing", "inference"
 
 # Of a loss whose router is not causal.
 SEEN_THE_FUTURE = "its router has seen the future, so it compares with no other model's"
@@ -63,18 +66,38 @@ def facts(config: RunConfig) -> Row:
       "batch_tokens": config.batch_tokens, "learning_rate": train.learning_rate,
       "schedule": train.schedule, "warmup_steps": train.warmup_steps,
       "decay_fraction": train.decay_fraction, "weight_decay": train.weight_decay,
-      "seed_init": config.seed_init, "seed_data": config.seed_data}
+      "init_from": train.init_from, "seed_init": config.seed_init,
+      "seed_data": config.seed_data}
 
 
 def rows_of(run_dir: RunDir) -> list[Row]:
-  """A row for each evaluation of one run; none where it has not begun.
+  """A row for each evaluation of one run's newest checkpoint; none where it has not begun.
 
   `tokens` and `training_flops` are those up to the evaluated checkpoint. `tokens_per_second`,
-  `mfu`, `device_kind`, `n_devices` and `commit` are of the training.
+  `mfu`, `device_kind`, `n_devices` and `commit` are of the training. Where the text has several
+  domains there are `loss.LABEL` and `bits_per_byte.LABEL` with their errors for each; where the
+  cost of inference was measured, its columns (inference.columns).
 
   Raises:
     FieldError: a file is damaged.
   """
+  evals = run_dir.read_evals()
+  cost = evals.get(INFERENCE) or {}
+  cost = cost.get("columns", {}) if isinstance(cost, dict) else {}
+  return [row | cost for row in _rows(run_dir, {
+      name: found for name, found in evals.items() if name not in (ROUTING, INFERENCE)})]
+
+
+def curve_rows_of(run_dir: RunDir, evaluation: str) -> list[Row]:
+  """A row for each checkpoint that was evaluated on that text, by step; see rows_of."""
+  rows = []
+  for step in run_dir.evaluated_steps():
+    found = run_dir.read_eval(evaluation, step)
+    rows += [] if found is None else _rows(run_dir, {evaluation: found})
+  return rows
+
+
+def _rows(run_dir: RunDir, evals: dict[str, Any]) -> list[Row]:
   config = run_dir.read_config()
   if config is None:
     return []
@@ -86,7 +109,7 @@ def rows_of(run_dir: RunDir) -> list[Row]:
   identity = config_lib.identity_hash(config)
   flops = count.training_flops_per_token(config.arch, config.data.seq_len)
   rows = []
-  for name, found in run_dir.read_evals().items():
+  for name, found in evals.items():
     if not isinstance(found, dict) or not isinstance(found.get("step"), int):
       raise FieldError("out", str(run_dir.path / "eval" / f"{name}.json"),
                        "is damaged: no step")
@@ -99,26 +122,36 @@ def rows_of(run_dir: RunDir) -> list[Row]:
         "trunk_identity": trunk.get("identity"), "trunk_step": trunk.get("step"),
         "tokens": tokens, "training_flops": tokens * flops,
         **{key: found.get(key) for key in _MEASURED},
-        **{key: status.get(key) for key in _OF_TRAINING}})
+        **{key: status.get(key) for key in _OF_TRAINING}, **_by_domain(found)})
   return rows
 
 
-def collect(out: str | os.PathLike, experiment: str) -> tuple[list[Row], list[str]]:
+def _by_domain(found: dict[str, Any]) -> Row:
+  domains = found.get("domains") or {}
+  if len(domains) < 2:
+    return {}
+  return {f"{key}.{label}": of_domain.get(key) for label, of_domain in domains.items()
+          for key in ("loss", "loss_se", "bits_per_byte", "bits_per_byte_se")}
+
+
+def collect(out: str | os.PathLike, experiment: str,
+            read: Callable[[RunDir], list[Row]] = rows_of) -> tuple[list[Row], list[str]]:
   """The rows of all runs of an experiment, and a line for each that cannot be read."""
   rows, problems = [], []
   folder = epath.Path(out) / experiment
   for file in sorted(folder.glob("*/config.json"), key=lambda f: natural(f.parent.name)):
     try:
-      rows += rows_of(RunDir(file.parent))
+      rows += read(RunDir(file.parent))
     except FieldError as error:
       problems.append(f"{file.parent.name}: not in results.csv: {error}")
   return rows, problems
 
 
 def write_csv(path: epath.Path, rows: Sequence[Row]) -> None:
-  """Writes rows of equal columns; None is an empty field."""
+  """Writes rows; None, and a column that a row has not, is an empty field."""
   text = io.StringIO()
-  writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+  columns = dict.fromkeys(name for row in rows for name in row)
+  writer = csv.DictWriter(text, list(columns), lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
   run_dir_lib.write_text(path, text.getvalue())

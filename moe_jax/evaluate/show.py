@@ -23,8 +23,10 @@ def show(rows: Sequence[Row], in_table: Sequence[Row], csv_file: epath.Path) -> 
   png_file = csv_file.with_suffix(".png")
   heldout = [row for row in rows if row["evaluation"] == "heldout"]
   written, unwritten = [], []
-  for file, write in ((csv_file, lambda: write_csv(csv_file, rows)),
-                      (png_file, lambda: plot(heldout, png_file))):
+  files = [(csv_file, lambda: write_csv(csv_file, rows))]
+  if heldout:
+    files.append((png_file, lambda: plot(heldout, png_file)))
+  for file, write in files:
     try:
       write()
       written.append(file)

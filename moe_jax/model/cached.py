@@ -84,7 +84,7 @@ def prefill(config: RunConfig, params: functional.Params, router: functional.Rou
   model = functional.merged(config, params, router)
   x_BSD, cache = _layers(model, cache, tokens_BS, None, mesh)
   x_BD = jnp.take_along_axis(x_BSD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-  return _head(model, x_BD, mesh), cache
+  return head(model, x_BD, mesh), cache
 
 
 def decode(config: RunConfig, params: functional.Params, router: functional.Router,
@@ -98,7 +98,7 @@ def decode(config: RunConfig, params: functional.Params, router: functional.Rout
   """
   model = functional.merged(config, params, router)
   x_B1D, cache = _layers(model, cache, token_B[:, None], position_B, mesh)
-  return _head(model, x_B1D[:, 0], mesh), cache
+  return head(model, x_B1D[:, 0], mesh), cache
 
 
 def _layers(model: Transformer, cache: Cache, tokens_BS, position_B, mesh):
@@ -161,12 +161,13 @@ def _attend(attention: Attention, x_BSD, cache: Cache, number, position_B, gathe
   return jnp.einsum("bsnh,nhd->bsd", out_BSHh, gather(attention.w_out_HhD)), cache
 
 
-def _head(model: Transformer, x_BD, mesh) -> jax.Array:
+def head(model: Transformer, x: jax.Array, mesh: Mesh) -> jax.Array:
+  """Logits in float32 of outputs [..., D] of the last layer."""
   config = model.config
   dtype = jnp.dtype(config.model.compute_dtype)
-  x_BD = rms_norm(x_BD, model.final_norm_D[...], config.model.norm_eps)
+  x = rms_norm(x, model.final_norm_D[...], config.model.norm_eps)
   if config.arch.tie_embeddings:
     head_DV = gather_whole(model.embedding_VD, mesh, dtype).T
   else:
     head_DV = gather_whole(model.w_head_DV, mesh, dtype)
-  return jnp.einsum("bd,dv->bv", x_BD, head_DV, preferred_element_type=jnp.float32)
+  return jnp.einsum("...d,dv->...v", x, head_DV, preferred_element_type=jnp.float32)

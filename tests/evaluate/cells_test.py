@@ -5,11 +5,17 @@ import pathlib
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from moe_jax import run_dir as run_dir_lib
-from moe_jax.evaluate.cells import evaluate_cells, survey
+from moe_jax.data.prepare import prepare
+from moe_jax.errors import FieldError
+from moe_jax.evaluate import compare, heldout, results
+from moe_jax.evaluate.cells import evaluate_cells, parse_steps, survey
+from moe_jax.evaluate.text import Text
 from moe_jax.run_dir import RunDir
+from moe_jax.train import checksums
 from tests.evaluate.conftest import STATUS, cells_of, finish
 
 
@@ -129,3 +135,104 @@ def test_a_result_that_cannot_be_written_is_named_and_the_others_are(out):
   said, (failed,) = evaluate(cells, out)
   assert len(said) == 2 and "/eval" in failed and cells[0].name in failed
   assert result_of(out, cells[1])["loss"] > 0
+
+
+def test_all_checkpoints_of_a_run_make_a_curve(out):
+  (cell,) = cells_of(seeds=1)
+  run_dir = finish(out, cell)
+  said = []
+  assert evaluate_cells([cell], out, said.append, steps=None) == [] and len(said) == 3
+  assert run_dir.evaluated_steps() == [2, 4]
+  rows = results.curve_rows_of(run_dir, "heldout")
+  assert [row["step"] for row in rows] == [2, 4]
+  assert result_of(out, cell) == run_dir.read_eval("heldout", 4)
+  routing = run_dir.read_eval("routing", 2)
+  assert routing["agreement"] == [1, 1]  # nothing was trained in between
+  assert run_dir.read_eval("routing")["step"] == 4
+  assert len(results.rows_of(run_dir)) == 1  # routing.json is no loss
+  said.clear()
+  evaluate_cells([cell], out, said.append, steps=(2,))
+  assert [line.endswith("was evaluated before") for line in said] == [True, True]
+  (failed,) = evaluate_cells([cell], out, said.append, steps=(3,))
+  assert "has no such checkpoint: it has 2, 4" in failed
+
+
+def test_any_split_of_any_corpus_and_a_comparison_over_its_documents(out):
+  cells = cells_of()
+  run_dirs = [finish(out, cell) for cell in cells]
+  same = Text(corpus="small")
+  for text in (Text(), Text("train"), same):
+    assert evaluate_cells(cells, out, lambda line: None, text) == []
+  found = [run_dirs[0].read_eval(name) for name in ("heldout", "small-heldout", "train")]
+  assert found[0]["loss"] == found[1]["loss"] != found[2]["loss"]
+  assert found[2]["heldout_documents"] > found[0]["heldout_documents"]
+  pair = (cells[0].name, cells[1].name)
+  lines = compare.compare(out, cells, pair, "heldout")
+  difference = found[0]["loss"] - result_of(out, cells[1])["loss"]
+  assert f"all: {difference:+.4f} nats per token" in lines[1]
+  with pytest.raises(FieldError, match="has no evaluation on nothing"):
+    compare.compare(out, cells, pair, "nothing")
+
+
+def test_another_corpus_is_cut_by_the_tokenizer_of_the_run(out):
+  config = cells_of(seeds=1)[0].config
+  data = dataclasses.replace(config.data, tokenizer="bpe-300")
+  arch = dataclasses.replace(config.arch, vocab_size=300)
+  own = prepare(data, out / "_data")
+  text = Text(corpus="small")
+  found = text.prepare(dataclasses.replace(config, data=data, arch=arch), out / "_data", own)
+  assert found.card["tokenizer"].startswith("bpe-300-")
+  np.testing.assert_array_equal(found.splits["heldout"].tokens_N, own.splits["heldout"].tokens_N)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Text("held"), "must be heldout or train; did you mean 'heldout'"),
+    (lambda: Text(corpus="No Such"), "must be the name of a corpus"),
+    (lambda: parse_steps("last"), "must be all, or steps"),
+    (lambda: parse_steps("0,5"), "must be all, or steps")])
+def test_a_text_or_steps_that_cannot_be_are_refused(make, message):
+  with pytest.raises(FieldError, match=message) as error:
+    make()
+  assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_the_vocabulary_does_not_hold_is_one_line(out):
+  """As of a run whose data were prepared anew by another tokenizer of the same name."""
+  (cell,) = cells_of(seeds=1)
+  run_dir = finish(out, cell)
+  own = prepare(cell.config.data, out / "_data")
+  own.card["vocab_size"] = 999
+  with pytest.raises(FieldError, match="must be at least the 999 tokens of the tokenizer"):
+    heldout.evaluate(cell, run_dir, own)
+
+
+def test_a_checkpoint_of_another_architecture_is_one_line(out):
+  """Its files moved into the directory of another run."""
+  (small,), (large,) = (cells_of(seeds=1), [wider(cell) for cell in cells_of(seeds=1)])
+  ours, theirs = finish(out, small), finish(out, large)
+  for folder in ("checkpoints", "checksums"):
+    shutil.rmtree(ours.path / folder)
+    shutil.copytree(theirs.path / folder, ours.path / folder)
+  said, (failed,) = evaluate([small], out)
+  assert "does not fit this configuration" in failed
+
+
+def wider(cell):
+  config = dataclasses.replace(cell.config, arch=dataclasses.replace(cell.config.arch, d_model=32))
+  return dataclasses.replace(cell, config=config, name=cell.name + "-wide")
+
+
+def test_a_checkpoint_written_by_devices_that_are_not_here_is_read(out):
+  """What Orbax notes of a GPU is no hindrance to a CPU."""
+  (cell,) = cells_of(seeds=1)
+  run_dir = finish(out, cell)
+  changed = 0
+  for file in pathlib.Path(run_dir.path).rglob("_sharding"):
+    content = file.read_text()
+    file.write_text(content.replace("TFRT_CPU_0", "cuda:0"))
+    changed += content != file.read_text()
+  assert changed
+  for step in (2, 4):
+    checksums.record(run_dir.checkpoints / str(step), run_dir.checksums(step))
+  said, failed = evaluate([cell], out)
+  assert not failed and "step 4" in said[0]

@@ -61,9 +61,21 @@ def forward_of(config, n_devices=1):
   return config, Forward(config, mesh, sharpened(functional.init_params(config, mesh)))
 
 
+def numbers(measured):
+  """What was measured, flat; with what the routers chose where there are any."""
+  losses = dict(measured.losses)
+  (whole,) = losses.pop("domains").values()
+  assert whole.items() <= (losses | {"documents": losses["heldout_documents"], "targets":
+                                     losses["heldout_targets"], "bytes":
+                                     losses["heldout_bytes"]}).items()
+  routing = measured.routing.result(["all"]) if measured.routing else {}
+  return losses | {f"routing {name}": value for name, value in routing.items()
+                   if isinstance(value, list) and name not in ("layers", "domains")}
+
+
 def run(config, n_devices=1):
   config, forward = forward_of(config, n_devices)
-  return measure(config, forward, PREPARED)
+  return numbers(measure(config, forward, PREPARED))
 
 
 def assert_same(ours, theirs, rtol):
@@ -117,7 +129,7 @@ def test_a_routing_group_mixes_documents_as_in_training():
   split = Split(tokens_N.astype(np.uint16), starts_D1, np.diff(starts_D1))
   prepared = dataclasses.replace(PREPARED, splits={"heldout": split})
   config = small_config(moe={"routing_group_tokens": 4 * SEQ_LEN})
-  result = measure(*forward_of(config), prepared)
+  result = measure(*forward_of(config), prepared).losses
   shuffled = router_at_capacity(config, prepared, ORDER_SEED)
   for name in ("drop_rate", "load_variation"):
     np.testing.assert_allclose(result[name], shuffled[name], rtol=1e-5)
@@ -216,7 +228,7 @@ def test_a_run_saved_in_shards_is_evaluated_on_any_devices(out, caplog):
     config = dataclasses.replace(cell.config, execution=dataclasses.replace(
         cell.config.execution, mesh=MESHES[mesh]))
     result = evaluate(dataclasses.replace(cell, config=config), run_dir, prepared,
-                      jax.devices()[:n_devices])
+                      jax.devices()[:n_devices]).result
     assert result["n_devices"] == n_devices
     return {name: value for name, value in result.items()
             if name not in ("n_devices", "seconds") and isinstance(value, float | list)}
@@ -245,11 +257,11 @@ def test_the_selection_bias_is_that_of_the_checkpoint(out):
   """With a bias of 1 every token goes to expert 0: seen in the loads, on other devices too."""
   unbiased, biased = cells_of(moe={"router": "sigmoid"})
   prepared = prepare(biased.config.data, out / "_data")
-  found = evaluate(unbiased, finish(out, unbiased), prepared, jax.devices()[:1])
+  found = evaluate(unbiased, finish(out, unbiased), prepared, jax.devices()[:1]).result
   assert found["causal"] and np.array(found["load"]).max() < 3.9
   run_dir = finish(out, biased, bias=1.0)
   for n_devices in (1, 8):
-    found = evaluate(biased, run_dir, prepared, jax.devices()[:n_devices])
+    found = evaluate(biased, run_dir, prepared, jax.devices()[:n_devices]).result
     load_LE = np.array(found["load"])
     np.testing.assert_allclose(load_LE[:, 0], ARCH.n_exp / ARCH.n_topk)
     assert found["load_variation"] > 1 and found["drop_rate"] > 0
@@ -258,7 +270,7 @@ def test_the_selection_bias_is_that_of_the_checkpoint(out):
 def test_expert_choice_is_measured_in_its_groups_and_marked():
   config, forward = forward_of(small_config(
       moe={"router": "expert_choice", "norm_topk_prob": False}))
-  found = measure(config, forward, PREPARED)
+  found = measure(config, forward, PREPARED).losses
   assert found["causal"] is False
   assert found["loss"] == found["loss_at_capacity"] and found["drop_rate"] == 0
   assert found["left_behind"] > 0
