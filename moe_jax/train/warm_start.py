@@ -141,7 +141,7 @@ def _function(config: RunConfig, upcycled: bool) -> dict[str, Any]:
              "model.rope_theta": config.model.rope_theta,
              "model.norm_eps": config.model.norm_eps, "data.tokenizer": data.tokenizer}
   if data.tokenizer.startswith("bpe-") and data.tokenizer_vocab_size:  # trained on the corpus
-    fields["data.corpus"] = sorted(data.mixture)
+    fields["data.tokenizer"] += f" of {'+'.join(data.mixture)}"
   if not upcycled:
     fields |= {f"arch.{name}": getattr(arch, name) for name in (
         "d_expert", "n_exp", "n_topk", "n_shared_experts", "n_dense_layers")}
