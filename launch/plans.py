@@ -62,12 +62,15 @@ def with_folder(command: Sequence[str], folder: str) -> tuple[str, ...]:
 
 def to_text(plan: Plan) -> list[str]:
   """Lines that a shell could run, once the files are there; the rest are comments."""
-  lines = [f"# {note}" for note in plan.notes]
+  lines, folder = [f"# {note}" for note in plan.notes], plan.out
+  if "://" in folder:  # where these tools do not read files
+    lines.append(f"# below, _slices is a copy of {folder} in this folder")
+    folder = "_slices"
   for share in plan.slices:
     lines.append(f"# {share.name}: {len(share.cells)} cells: {', '.join(share.cells)}")
     lines += [f"# writes {plan.out}/{file.path}, {len(file.text.encode()):,} bytes"
               for file in share.files]
-    lines += [shlex.join(with_folder(command, plan.out)) for command in share.commands]
+    lines += [shlex.join(with_folder(command, folder)) for command in share.commands]
   return lines
 
 

@@ -5,6 +5,7 @@ stderr and exit code 2, before anything is compiled, launched or written.
 """
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -65,14 +66,27 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
   def body(_):
     try:
-      return main(found)
+      code = main(found)
+      sys.stdout.flush()
+      return code
     except FieldError as error:
       _fail(f"--{error}")
+    except BrokenPipeError:
+      _end_if_nobody_reads()
+      raise
     except KeyboardInterrupt:
       print("interrupted; what was finished is kept", file=sys.stderr, flush=True)
       os._exit(128 + signal.SIGINT)  # not through the exit handlers of threads at work
 
   app.run(body, flags_parser=flags_parser)
+
+
+def _end_if_nobody_reads() -> None:
+  """Ends as SIGPIPE would, which Python ignores, where it is standard output that was closed."""
+  output = select.poll()
+  output.register(sys.__stdout__.fileno(), 0)
+  if any(event & select.POLLERR for _, event in output.poll(0)):  # `| head` has seen enough
+    os._exit(128 + signal.SIGPIPE)
 
 
 def selected_cells(spec: str, overrides: Sequence[str]) -> tuple[grid.Cell, ...]:

@@ -1,10 +1,14 @@
 """The command line: typed overrides in process, refusals through a real command."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from moe_jax import cli
 from moe_jax.errors import FieldError
-from tests.experiment_files import BASE, run_module, write, write_tiny
+from tests.experiment_files import BASE, ROOT, run_module, write, write_tiny
 
 
 @pytest.mark.parametrize("argument, parsed", [
@@ -91,3 +95,14 @@ def test_help_names_the_flags_of_the_command(command):
   assert "--config:" in done.stdout
   assert "--parallel:" in done.stdout
   assert done.stderr == ""
+
+
+@pytest.mark.parametrize("seeds", [1, 300])  # what the buffer holds until the end, and more
+def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(tmp_path, seeds):
+  command = [sys.executable, "-m", "launch.submit", f"--config={write_tiny(tmp_path, seeds)}",
+             f"--out={tmp_path / 'runs'}", "--dry_run"]
+  process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  process.stdout.close()
+  with process.stderr:
+    assert process.stderr.read() == b""
+  assert process.wait() == 128 + signal.SIGPIPE

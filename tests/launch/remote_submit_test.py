@@ -122,6 +122,15 @@ def test_the_same_command_gives_the_same_plan(tmp_path, spec):
   assert first == second
 
 
+def test_a_dry_run_on_a_bucket_prints_lines_that_a_shell_can_run(tmp_path, spec):
+  """gcloud and kubectl read files, not objects."""
+  done = run_module("-m", "launch.submit", f"--config={spec}", "--backend=gke",
+                    "--out=gs://bucket/runs", *_BACKENDS["gke"], "--dry_run", "--plan=ignore")
+  *_, line = done.stdout.splitlines()
+  assert line.startswith("kubectl --namespace=default apply --filename=_slices/tiny-0-")
+  assert "# below, _slices is a copy of gs://bucket/runs/tiny/_slices in this folder" in done.stdout
+
+
 def test_a_thousand_cells_are_planned_with_little_text(tmp_path):
   """No time is asserted; a plan that grew with the square of the cells would show here."""
   jobs = jobs_of(select(write_tiny(tmp_path, seeds=1000)), "gs://b/runs", [])
