@@ -140,8 +140,8 @@ def preflight(options: Options, out: str, run: remote.Run) -> str | None:
     answer = run(gcloud.accelerator(options, zone))
     if not answer.ok:
       return f"{options.topology} in {zone}: {answer.error}"
-  if (error := _why_not_writable(out)) is not None:
-    return f"--out={out} cannot be written: {error}"
+  if (error := remote.why_not_writable(out)) is not None:
+    return error
   if out.startswith("gs://"):
     answer = run(gcloud.bucket(options, out[5:].partition("/")[0]))
     if not answer.ok:
@@ -151,17 +151,6 @@ def preflight(options: Options, out: str, run: remote.Run) -> str | None:
       if not zone.startswith(location):
         print(f"warning: the bucket is in {location}, which is not {zone}'s region: traffic "
               "between them is charged")
-  return None
-
-
-def _why_not_writable(out: str) -> str | None:
-  probe = epath.Path(out) / "_code" / "probe"
-  try:
-    probe.parent.mkdir(parents=True, exist_ok=True)
-    probe.write_text("writable")
-    probe.unlink()
-  except Exception as error:  # each file system has its own
-    return " ".join(str(error).split())
   return None
 
 

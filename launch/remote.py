@@ -62,6 +62,18 @@ def _text(output: bytes | str | None) -> str:
   return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
+def why_not_writable(out: str) -> str | None:
+  """Why nothing can be written under `out`, in one line, or None."""
+  probe = epath.Path(out) / "_code" / "probe"
+  try:
+    probe.parent.mkdir(parents=True, exist_ok=True)
+    probe.write_text("writable")
+    probe.unlink()
+  except Exception as error:  # each file system has its own
+    return f"--out={out} cannot be written: {' '.join(str(error).split())}"
+  return None
+
+
 def upload(code: Code, out: str) -> None:
   """Puts the code where the machines find it, once; its name is its hash."""
   target = epath.Path(out) / "_code" / code.file_name

@@ -28,8 +28,8 @@ def define_config_flag(required: bool = True) -> flags.FlagHolder:
   """Declares `--config`; `selected_cells` reads it together with the overrides."""
   return flags.DEFINE_string(
       "config", None, "Experiment file, experiments/NAME.py, or one cell of it, "
-      "experiments/NAME.py:CELL, or several, :CELL,CELL. Override a field with --config.PATH=VALUE, e.g. "
-      "--config.train.steps=200.", required=required)
+      "experiments/NAME.py:CELL, or several, :CELL,CELL. Override a field with "
+      "--config.PATH=VALUE, e.g. --config.train.steps=200.", required=required)
 
 
 def parse_override(argument: str) -> tuple[str, Any]:

@@ -160,6 +160,9 @@ def _container(name: str, options: Options, code: Code, out: str,
 def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out: str,
            run: remote.Run = remote.run) -> int:
   """Applies the JobSets that are not there yet. The launcher's exit code."""
+  if (error := remote.why_not_writable(out)) is not None:
+    print(f"nothing was applied: {error}")
+    return 1
   remote.upload(code, out)
   failed = 0
   for share in planned.slices:

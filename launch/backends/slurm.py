@@ -130,6 +130,9 @@ def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out
   if tasks := waiting.stdout.split("\n")[:-1]:
     print(f"{array.name} is in the queue already: {'; '.join(tasks)}")
     return 0
+  if (error := remote.why_not_writable(out)) is not None:
+    print(f"nothing was submitted: {error}")
+    return 1
   remote.begin_anew(planned, array, jobs)
   remote.upload(code, out)
   remote.write_files(planned, array)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from launch import cloud, driver, lease, slices
+from launch import cloud, driver, lease, remote, slices
 from launch.backends import gcloud
 from launch.code import Code
 from launch.remote import Answer
@@ -313,7 +313,7 @@ def test_what_can_be_checked_is_checked_first(tmp_path, capsys, wrong, message):
 
 def test_a_bucket_elsewhere_is_warned_of(tmp_path, capsys, monkeypatch):
   world = World(tmp_path, on_command=lambda command: Answer(0, '{"location": "US-EAST5"}', ""))
-  monkeypatch.setattr(driver, "_why_not_writable", lambda out: None)
+  monkeypatch.setattr(remote, "why_not_writable", lambda out: None)
   assert driver.preflight(world.options, "gs://bucket/runs", world.cloud.run) is None
   said = capsys.readouterr().out
   assert "which is not europe-west4-a's region: traffic between them is charged" in said

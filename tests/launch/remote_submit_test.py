@@ -6,10 +6,11 @@ import time
 
 import pytest
 
-from launch.backends import gcloud
+from launch.backends import gcloud, gke, slurm
 from launch.code import Code
 from launch.jobs import jobs_of
 from launch.plans import to_json
+from launch.remote import Answer
 from moe_jax.grid import select
 from tests.experiment_files import BASE, run_module, write, write_tiny
 
@@ -115,6 +116,23 @@ def test_without_the_tool_nothing_is_asked_for(tmp_path, spec):
   done = _submit("slurm", spec, tmp_path, PATH=str(folder))
   assert done.returncode == 2
   assert "--backend='squeue': is not on PATH" in done.stderr
+
+
+@pytest.mark.parametrize("backend, module, options", [
+    ("gke", gke, gke.Options("v6e-8", "i:1")), ("slurm", slurm, slurm.Options())])
+def test_where_nothing_can_be_written_nothing_is_submitted(tmp_path, spec, capsys, backend, module,
+                                                           options):
+  (tmp_path / "file").touch()
+  out, asked = str(tmp_path / "file" / "runs"), []
+  jobs, code = jobs_of(select(spec), out, []), Code("c", "a" * 64, "e.py", b"")
+
+  def run(command):
+    asked.append(command[0])
+    return Answer(0, "", "")
+
+  assert module.submit(module.plan(jobs, options, code, out), jobs, options, code, out, run) == 1
+  assert f"--out={out} cannot be written: " in capsys.readouterr().out
+  assert "sbatch" not in asked and "kubectl" not in asked
 
 
 def test_the_same_command_gives_the_same_plan(tmp_path, spec):
