@@ -1,9 +1,10 @@
 """A gcloud for PATH, whose TPU VMs are process groups on this machine that run the real start-up
 script: python fake_gcloud.py FOLDER ARGUMENTS...
 
-FOLDER/cloud.json holds the queued resources. The first one in the first zone is taken away by
-force once its cell has saved FOLDER/preempt_at's checkpoint; that zone then has no capacity. A
-queued resource moves on by one state each time it is described.
+FOLDER/cloud.json holds the queued resources. On the first one's machine the trainer stands still
+once it has saved a checkpoint that FOLDER/preempt_at, a pattern of paths, names; then that machine
+is taken away by force, and its zone has no capacity. A queued resource moves on by one state each
+time it is described.
 """
 
 import contextlib
@@ -15,6 +16,19 @@ import signal
 import subprocess
 import sys
 
+# Of the machine that will be taken away: without it a quick run would end before that is noticed.
+_STANDSTILL = """
+import glob, os, pathlib, signal, sys, threading, time
+
+def watch():
+  while not glob.glob({pattern!r}):
+    time.sleep(0.001)
+  pathlib.Path({mark!r}).touch()
+  os.kill(os.getpid(), signal.SIGSTOP)
+
+if "moe_jax.train" in sys.orig_argv:
+  threading.Thread(target=watch, daemon=True).start()
+"""
 _STATES = ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
 
 
@@ -73,21 +87,26 @@ def _advance(folder, found):
     found["state"] = _STATES[_STATES.index(found["state"]) + 1]
     if found["state"] == "ACTIVE":
       _give_machine(folder, found)
-  elif found["n"] == 1 and found["state"] == "ACTIVE":
-    wanted = pathlib.Path((folder / "preempt_at").read_text())
-    if list(wanted.parent.parent.parent.glob(f"*/checkpoints/{wanted.name}")):
-      _take_machine(found)
-      found["state"] = "SUSPENDED"
+  elif found["n"] == 1 and found["state"] == "ACTIVE" and (folder / "stands-still").exists():
+    _take_machine(found)
+    found["state"] = "SUSPENDED"
 
 
 def _give_machine(folder, found):
   found["home"] = str(folder / f"machine-{found['n']}")
   script = folder / f"startup-{found['n']}.sh"
   script.write_text(found["script"])
+  path = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+  if found["n"] == 1 and (folder / "preempt_at").exists():
+    path.insert(0, str(folder / "standstill"))
+    (folder / "standstill").mkdir()
+    (folder / "standstill" / "sitecustomize.py").write_text(_STANDSTILL.format(
+        pattern=(folder / "preempt_at").read_text(), mark=str(folder / "stands-still")))
   with open(os.devnull) as null, open(folder / "machines.txt", "a") as log:
     subprocess.Popen(["bash", str(script)], cwd="/", stdin=null, stdout=log, stderr=log,
                      start_new_session=True, env={**os.environ, "MOE_JAX_HOME": found["home"],
-                                                  "MOE_JAX_PAUSE": "0.5"})
+                                                  "MOE_JAX_PAUSE": "0.5",
+                                                  "PYTHONPATH": ":".join(path)})
 
 
 def processes_of(home):
