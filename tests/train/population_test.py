@@ -192,9 +192,9 @@ def test_a_member_goes_on_alone_and_a_run_begun_alone_goes_on_in_a_population(tr
   assert loop.train(first, out) == 0
   shutil.rmtree(RunDir.of(out, second).path)
   assert loop.train(second, out) == 0
-  interrupt(out, second, EVERY)
-  interrupt(out, third, EVERY)
-  assert loop.train_together([second, third], out) == 0
+  for cell in (first, second, third):
+    interrupt(out, cell, EVERY)
+  assert loop.train_together([first, second, third], out) == 0
   for cell in (first, second, third):
     for mine, theirs in zip(curve(out, cell), curve(trained, cell), strict=True):
       assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
