@@ -1,5 +1,5 @@
 """What earlier plans say of a submission to TPU slices: what does not fit is refused, the rest is
-priced. No JAX: plans are files that `python -m moe_jax.plan` wrote under --out.
+priced. No JAX: plans are files that `python -m moe_jax.plan` wrote on this machine.
 """
 
 import dataclasses
@@ -9,12 +9,18 @@ from collections.abc import Sequence
 
 from launch.jobs import Job
 from moe_jax.arch.hardware import PRICES_AS_OF
+from moe_jax.config import resolve_mesh
 from moe_jax.errors import FieldError
 from moe_jax.plan import cells as cells_lib
 from moe_jax.plan.cells import Plan
 from moe_jax.plan.topology import Topology
 
 KNOWN, MAKE, IGNORE = "known", "make", "ignore"  # what may be done about plans
+
+
+def folder(out: str) -> str:
+  """Where plans are kept: under --out, or on this machine's default where that is a bucket."""
+  return "runs" if "://" in out else out
 
 
 def command(spec: str, topology: Topology, out: str,
@@ -39,7 +45,7 @@ def notes(jobs: Sequence[Job], topology: Topology, out: str, price: float | None
   Args:
     jobs: all cells of the submission.
     topology: what each run gets.
-    out: root of the run directories, where plans are kept.
+    out: directory of the plans, see `folder`.
     price: US dollars a chip-hour; None takes the catalogue's.
     planning: the command that makes the plans.
 
@@ -55,6 +61,15 @@ def notes(jobs: Sequence[Job], topology: Topology, out: str, price: float | None
               "and what they cost is not known; --plan=make compiles them first, as does",
               f"  {' '.join(planning)}")
   return lines
+
+
+def require_mesh(jobs: Sequence[Job], devices: int | None) -> None:
+  """Raises FieldError where a cell cannot be split over so many devices; None: not known."""
+  for job in jobs if devices else ():
+    try:
+      resolve_mesh(job.cell.config, devices)
+    except FieldError as error:
+      raise error.under("config") from None
 
 
 def _refuse(plans: Sequence[Plan], out: str) -> None:

@@ -142,8 +142,9 @@ def require_trunks(jobs: Sequence[Job]) -> None:
   """
   ours = {job.run_dir for job in jobs}
   for job in jobs:
-    trunk = job.missing_trunk()
-    if trunk is not None and trunk not in ours:
+    if RunDir.trunk_of(job.run_dir.path.parent.parent, job.cell) in ours:
+      continue
+    if (trunk := job.missing_trunk()) is not None:
       raise FieldError("config", job.name, f"branches from {trunk.path.parent.name}/"
                        f"{trunk.path.name}, which has not saved step "
                        f"{job.cell.config.train.branch_step} and is not submitted with it")

@@ -82,7 +82,8 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
     number = job.cell.config.execution.population
     require(number == 1, "config.execution.population", number, "must be 1: cells train together "
             "on one device, with --backend=local on its machine")
-  require_trunks(jobs)
+  if not (_DRY_RUN.value and "://" in out):  # a dry run asks no object store
+    require_trunks(jobs)
   code = pack(_CONFIG.value.partition(":")[0])
   planned = backend.plan(jobs, chosen, code, out)
   planned = dataclasses.replace(planned, notes=(
@@ -102,14 +103,15 @@ def _gate(jobs: tuple[Job, ...], chosen, out: str, overrides: list[str]) -> tupl
   """What plans say, where the machines are TPU slices. Raises FieldError: cells do not fit."""
   if not hasattr(chosen, "slice"):
     require(not flags.FLAGS["plan"].present, "plan", _PLAN.value, "is for TPU slices")
+    gate.require_mesh(jobs, chosen.devices)
     return ()
   if _PLAN.value == gate.IGNORE:
     return ()
-  topology = chosen.slice.topology
-  planning = gate.command(_CONFIG.value, topology, out, overrides)
+  topology, plans_in = chosen.slice.topology, gate.folder(out)
+  planning = gate.command(_CONFIG.value, topology, plans_in, overrides)
   if _PLAN.value == gate.MAKE and not _DRY_RUN.value:
     gate.make(planning)
-  return gate.notes(jobs, topology, out, chosen.usd_per_chip_hour, planning)
+  return gate.notes(jobs, topology, plans_in, chosen.usd_per_chip_hour, planning)
 
 
 def _notes(out: str, code: Code) -> tuple[str, ...]:

@@ -62,6 +62,11 @@ class Options:
     """Processes on each node."""
     return self.gpus_per_node or self.tasks_per_node or 1
 
+  @property
+  def devices(self) -> int | None:
+    """Of each run; None where only the nodes know."""
+    return self.nodes * self.gpus_per_node or None
+
 
 def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
   """One array for all jobs. Raises FieldError where `out` is no path."""

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from launch import gate
+from launch.backends import slurm
 from launch.jobs import jobs_of
 from moe_jax.errors import FieldError
 from moe_jax.grid import select
@@ -94,6 +95,14 @@ def test_a_branch_costs_the_steps_that_it_takes_itself(tmp_path, out):
               for job in jobs)
   (line,) = gate.notes(jobs, V6E, out, None, _PLANNING)
   assert f"at least {steps * 1.5 * 8 / 3600:,.4g} chip-hours" in line
+
+
+def test_what_cannot_be_split_over_the_gpus_is_refused(jobs):
+  gate.require_mesh(jobs, 8)
+  gate.require_mesh(jobs, None)
+  with pytest.raises(FieldError, match="config.train.batch_size=8: .* each of the 16 devices"):
+    gate.require_mesh(jobs, slurm.Options(nodes=2, gpus_per_node=8).devices)
+  assert slurm.Options(gpus_per_node=0, tasks_per_node=4).devices is None
 
 
 # As typed
