@@ -111,7 +111,9 @@ def _gate(jobs: tuple[Job, ...], chosen, out: str, overrides: list[str]) -> tupl
   planning = gate.command(_CONFIG.value, topology, plans_in, overrides)
   if _PLAN.value == gate.MAKE and not _DRY_RUN.value:
     gate.make(planning)
-  return gate.notes(jobs, topology, plans_in, chosen.usd_per_chip_hour, planning)
+  limit = getattr(chosen, "max_cost_usd", None)
+  return gate.notes(jobs, topology, plans_in, chosen.usd_per_chip_hour, planning) + (
+      () if limit is None else (f"all slices are deleted before they have cost ${limit:g}",))
 
 
 def _notes(out: str, code: Code) -> tuple[str, ...]:
