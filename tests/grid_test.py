@@ -85,6 +85,13 @@ def test_a_cell_is_selected_by_name(tmp_path):
   assert get_config(f"{file}:{BASE}-s1") == cell.config
 
 
+def test_several_cells_are_selected_in_the_order_of_their_names(tmp_path):
+  spec = write_tiny(tmp_path, seeds=3)
+  assert [cell.name for cell in select(f"{spec}:{BASE}-s2,{BASE}")] == [f"{BASE}-s2", BASE]
+  with pytest.raises(FieldError, match="no such cell; did you mean"):
+    select(f"{spec}:{BASE},{BASE}-s7")
+
+
 def test_an_override_for_the_whole_grid_shows_in_every_name(tmp_path):
   file = write_tiny(tmp_path)
   cells = select(file, {"train.learning_rate": 0.01})
