@@ -417,12 +417,14 @@ def require_causal(config: RunConfig) -> None:
           "softmax or sigmoid")
 
 
-def resolve_mesh(config: RunConfig, n_devices: int) -> tuple[int, int, int]:
-  """(data, fsdp, expert) sizes of the mesh on `n_devices`.
+def resolve_mesh(config: RunConfig, n_devices: int,
+                 n_slices: int = 1) -> tuple[int, int, int]:
+  """(data, fsdp, expert) sizes of the mesh on `n_devices`, which are `n_slices` equal slices.
 
   Raises:
     FieldError: the mesh does not use all devices, does not divide the experts or the
-      width, or cannot split a microbatch into whole routing groups for each device.
+      width, cannot split a microbatch into whole routing groups for each device, or lays
+      another axis than `data` across slices.
   """
   mesh, arch = config.execution.mesh, config.arch
   model_parallel = mesh.fsdp * mesh.expert
@@ -432,6 +434,8 @@ def resolve_mesh(config: RunConfig, n_devices: int) -> tuple[int, int, int]:
   require(data * model_parallel == n_devices, "execution.mesh.data", mesh.data,
           f"times fsdp ({mesh.fsdp}) times expert ({mesh.expert}) must be the "
           f"{n_devices} devices there are; -1 takes what is left over")
+  require(data % n_slices == 0, "execution.mesh.data", data, f"must be a multiple of the "
+          f"{n_slices} slices: only gradients are to cross the slower network between them")
   require(arch.n_exp % mesh.expert == 0, "execution.mesh.expert", mesh.expert,
           f"must divide n_exp, which is {arch.n_exp}")
   require(arch.d_model % model_parallel == 0, "execution.mesh.fsdp", mesh.fsdp,

@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,13 +27,22 @@ RULES = {
 def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mesh:
   """The mesh that `config.execution.mesh` asks for, on all devices or on those given.
 
+  Where the devices are several TPU slices, `data` runs over the slices first, and all else
+  stays inside one: between slices there is only the data-centre network.
+
   Raises:
     FieldError: the mesh does not suit the devices, the architecture or the batch.
   """
   devices = jax.devices() if devices is None else devices
-  shape = resolve_mesh(config, len(devices))
-  return jax.make_mesh(shape, MESH_AXES, devices=devices,
-                       axis_types=(AxisType.Auto,) * len(MESH_AXES))
+  n_slices = len({getattr(device, "slice_index", 0) for device in devices})
+  data, fsdp, expert = resolve_mesh(config, len(devices), n_slices)
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  if n_slices == 1:
+    return jax.make_mesh((data, fsdp, expert), MESH_AXES, devices=devices, axis_types=types)
+  laid_out = mesh_utils.create_hybrid_device_mesh(
+      (data // n_slices, fsdp, expert), (n_slices, 1, 1), devices,
+      allow_split_physical_axes=True)
+  return Mesh(laid_out, MESH_AXES, axis_types=types)
 
 
 def param_spec(axes: tuple[str | None, ...]) -> P:

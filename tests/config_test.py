@@ -153,6 +153,13 @@ def test_a_mesh_that_cannot_be_is_refused(changes, n_devices, message):
   assert "\n" not in str(caught.value)
 
 
+def test_only_data_crosses_slices():
+  config = override(CONFIG, {"execution.mesh.fsdp": 4})
+  assert resolve_mesh(config, 8, n_slices=2) == (2, 4, 1)
+  with pytest.raises(FieldError, match=r"mesh\.data=2: must be a multiple of the 4 slices"):
+    resolve_mesh(config, 8, n_slices=4)
+
+
 def test_a_routing_group_is_never_split_over_devices():
   config = override(CONFIG, {"moe.routing_group_tokens": 8 * 256})  # 4 groups in a batch
   assert resolve_mesh(config, 4) == (4, 1, 1)

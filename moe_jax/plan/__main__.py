@@ -24,13 +24,17 @@ _PARALLEL = flags.DEFINE_integer("parallel", 1, "Compilations at once; each take
 _PRICE = flags.DEFINE_float("usd_per_chip_hour", None, "Replaces the table's price.")
 _JSON = flags.DEFINE_string("json", None, "File for everything that is known, as JSON.")
 _CSV = flags.DEFINE_string("csv", None, "File for a row a cell, as CSV.")
+_SEARCH = flags.DEFINE_bool("search", False, "Look for the mesh, remat and microbatches under "
+                            "which each cell is fastest, instead of planning its own.")
+_TRIES = flags.DEFINE_integer("tries", 4, "Layouts of a cell that --search compiles.")
 _HLO_OUT = flags.DEFINE_string("hlo_out", None, "Folder for the compiled text of each cell.")
 
 
 def main(overrides: list[str]) -> int:
   from moe_jax.plan import topology as topology_lib
   topology = topology_lib.parse(_TOPOLOGY.value, _SLICES.value)
-  require(_PARALLEL.value >= 1, "parallel", _PARALLEL.value, "must be at least 1")
+  for flag in (_PARALLEL, _TRIES):
+    require(flag.value >= 1, flag.name, flag.value, "must be at least 1")
   price = topology.hardware.usd_per_chip_hour if _PRICE.value is None else _PRICE.value
   if price is not None and not (math.isfinite(price) and price >= 0):
     raise FieldError("usd_per_chip_hour", price, "must be 0 or more")
@@ -42,15 +46,26 @@ def main(overrides: list[str]) -> int:
   import rich.measure
 
   from moe_jax.plan import cells as cells_lib
-  from moe_jax.plan import table
-  plans = cells_lib.plan_cells(cells, topology, _OUT.value, parallel=_PARALLEL.value,
-                               hlo_out=_HLO_OUT.value, say=lambda line: print(line, flush=True))
+  from moe_jax.plan import search, table
+  tried = [search.candidates(cell, topology, _TRIES.value) for cell in cells
+           ] if _SEARCH.value else []
+  planned = [variant for found in tried for _, variant in found] if _SEARCH.value else cells
+  plans = cells_lib.plan_cells(planned, topology, _OUT.value, parallel=_PARALLEL.value,
+                               remedies=not _SEARCH.value, hlo_out=_HLO_OUT.value,
+                               say=lambda line: print(line, flush=True))
   shown = table.table(plans, price)
   console = rich.console.Console()
   console.width = max(console.width, rich.measure.Measurement.get(
       console, console.options.update(max_width=10_000), shown).maximum)
   console.print(shown)
-  print(table.summary(plans, price))
+  chosen = plans
+  if _SEARCH.value:
+    answers = iter(plans)
+    pairs = [[(layout, next(answers)) for layout, _ in found] for found in tried]
+    for cell, found in zip(cells, pairs, strict=True):
+      print(search.verdict(cell, found))
+    chosen = [search.best(found) for found in pairs]
+  print(table.summary(chosen, price))
   rows = [table.row(plan, price) for plan in plans]
   if _CSV.value:
     pathlib.Path(_CSV.value).write_text(table.csv_text(rows))
@@ -58,7 +73,7 @@ def main(overrides: list[str]) -> int:
     detailed = [flat | {"dearest": plan.result.get("dearest", [])}
                 for flat, plan in zip(rows, plans, strict=True)]
     pathlib.Path(_JSON.value).write_text(json.dumps(detailed, indent=1))
-  return 0 if all(plan.fits for plan in plans) else 1
+  return 0 if all(plan.fits for plan in chosen) else 1
 
 
 if __name__ == "__main__":

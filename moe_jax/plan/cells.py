@@ -99,7 +99,7 @@ class Plan:
 
 
 def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike, *,
-               parallel: int = 1, hlo_out: str | None = None,
+               parallel: int = 1, remedies: bool = True, hlo_out: str | None = None,
                say: Callable[[str], None] = print) -> list[Plan]:
   """Compiles each cell, or reads what an earlier plan of it said.
 
@@ -108,6 +108,7 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
     topology: where.
     out: directory of all experiments; results are kept in `<out>/_plans`.
     parallel: compilations at once.
+    remedies: whether a cell that does not fit is compiled again with what may make it fit.
     hlo_out: folder for the compiled text of each cell; None keeps none.
     say: gets a line a cell as soon as it is known.
 
@@ -120,7 +121,7 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
   def one(cell: Cell) -> Plan:
     nonlocal done
     plan = plan_config(cell.name, cell.config, topology, out, hlo_out)
-    if plan.fits is False:
+    if plan.fits is False and remedies:
       plan = dataclasses.replace(plan, remedy=_find_remedy(plan, out))
     with lock:
       done += 1
@@ -153,7 +154,7 @@ def known_plan(name: str, config: RunConfig, topology: Topology,
   """What is known without compiling: an earlier plan under `out`, a mesh that does not fit the
   slice, or None."""
   try:
-    resolve_mesh(config, topology.devices)
+    resolve_mesh(config, topology.devices, topology.n_slices)
   except FieldError as error:
     return Plan(name, config, topology, {}, str(error.under("config")))
   result = read_json(_cached(config, topology, out))
@@ -162,7 +163,7 @@ def known_plan(name: str, config: RunConfig, topology: Topology,
 
 def known_remedy(plan: Plan, out: str | os.PathLike) -> str:
   """Overrides under which an earlier plan saw the cell fit; empty if there are none."""
-  for overrides, config in remedies(plan.config, plan.topology):
+  for overrides, config in changes_that_save(plan.config, plan.topology):
     other = known_plan(plan.cell, config, plan.topology, out)
     if other is not None and other.fits:
       return overrides
@@ -211,13 +212,13 @@ def check_libtpu() -> None:
 
 def _find_remedy(plan: Plan, out: str | os.PathLike) -> str:
   """Overrides under which the cell fits; empty if none of a few does."""
-  for overrides, config in remedies(plan.config, plan.topology):
+  for overrides, config in changes_that_save(plan.config, plan.topology):
     if plan_config(plan.cell, config, plan.topology, out).fits:
       return overrides
   return ""
 
 
-def remedies(config: RunConfig, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
+def changes_that_save(config: RunConfig, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
   """Changes of execution that save memory, cheapest first: (flags, config). All valid."""
   tried = []
   whole = {"remat": "full"} if config.execution.remat != "full" else {}
@@ -240,7 +241,7 @@ def _valid(config: RunConfig, topology: Topology, tried) -> Iterator[tuple[str, 
     try:
       changed = dataclasses.replace(
           config, execution=dataclasses.replace(config.execution, **changes))
-      resolve_mesh(changed, topology.devices)
+      resolve_mesh(changed, topology.devices, topology.n_slices)
     except FieldError:
       continue
     words = [f"--config.execution.mesh.fsdp={value.fsdp}" if name == "mesh"

@@ -68,7 +68,7 @@ def test_remedies_are_valid_and_save(remat, microbatches, fsdp, batch_size):
   base = dataclasses.replace(base, execution=dataclasses.replace(
       base.execution, remat=remat, microbatches=microbatches, mesh=MeshConfig(fsdp=fsdp)))
   resolve_mesh(base, V5P.devices)
-  for words, changed in cells.remedies(base, V5P):
+  for words, changed in cells.changes_that_save(base, V5P):
     resolve_mesh(changed, V5P.devices)
     assert changed != base and changed.execution.remat == "full"
     assert changed.execution.microbatches >= microbatches
