@@ -155,7 +155,7 @@ def import_weights(source: Source, cell: Cell, out: str | os.PathLike) -> RunDir
   with run_dir.lock():
     run_dir.claim(cell)
     with Checkpointer(run_dir, keep=1) as checkpointer:
-      checkpointer.save(0, {"params": _params(source, config, mesh)}, {}, {
+      checkpointer.save(0, {"params": read_params(source, config, mesh)}, {}, {
           "data_fingerprint": prepared.fingerprint,
           "identity": config_lib.identity_hash(config)})
     run_dir.write_status({
@@ -165,7 +165,7 @@ def import_weights(source: Source, cell: Cell, out: str | os.PathLike) -> RunDir
   return run_dir
 
 
-def _params(source: Source, config: RunConfig, mesh) -> functional.Params:
+def read_params(source: Source, config: RunConfig, mesh) -> functional.Params:
   """The parameters on the mesh; each device's part is read for it alone."""
   tensors = collections.defaultdict(dict)
   for weight in source.tensors:

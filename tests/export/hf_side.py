@@ -45,7 +45,7 @@ def run(job):
     result["ids"] = np.array(tokenizer.encode(job["text"], add_special_tokens=False))
     result["back"] = np.array(tokenizer.decode(result["ids"].tolist()))
     result["start"] = np.array(tokenizer.bos_token_id)
-  np.savez(job["result"], **result)
+  np.savez(job["result"], version=np.array(transformers.__version__), **result)
 
 
 def _outputs(model, tokens):
