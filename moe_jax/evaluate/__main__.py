@@ -117,8 +117,13 @@ def _generate(cells) -> int:
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value)
   if _NEW_TOKENS.value < 1:
     raise FieldError("new_tokens", _NEW_TOKENS.value, "must be at least 1")
-  made = generate.generate(cells[0], _OUT.value, _GENERATE.value, _NEW_TOKENS.value, sampling,
-                           lambda line: print(line, file=sys.stderr))
+  from moe_jax.train.checkpoint_format import CheckpointError
+  try:
+    made = generate.generate(cells[0], _OUT.value, _GENERATE.value, _NEW_TOKENS.value, sampling,
+                             lambda line: print(line, file=sys.stderr))
+  except (CheckpointError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
   for prompt, text in zip(_GENERATE.value, made, strict=True):
     print(f"{prompt}{text}", end="\n\n")
   return 0

@@ -44,7 +44,7 @@ def generate(cell: Cell, out: str | os.PathLike, prompts: Sequence[str], new_tok
   run_dir = RunDir.of(out, cell)
   if not run_dir.check_identity(cell):
     raise FieldError("out", str(run_dir.path), "holds no run: train it first, with "
-                     f"python -m moe_jax.train --config={cell.spec} --out={out}")
+                     f"python -m moe_jax.train --config={cell.selector} --out={out}")
 
   from moe_jax.data.prepare import prepare
   from moe_jax.evaluate.decode import check_prompts

@@ -36,9 +36,8 @@ def write(path: str | os.PathLike, cells: Sequence[Cell], out: str | os.PathLike
   dirs = {cell.name: RunDir.of(out, cell) for cell in cells if cell.name in names}
   routing = {name: found for name, run_dir in dirs.items()
              if (found := _read(run_dir, ROUTING)) is not None}
-  steps = {name: found for name, run_dir in dirs.items() if len(found := [
-      told for step in run_dir.evaluated_steps()
-      if (told := _read(run_dir, ROUTING, step)) is not None]) > 1}
+  steps = {name: found for name, run_dir in dirs.items()
+           if len(found := _by_step(run_dir)) > 1}
   curve = [row for run_dir in dirs.values() for row in results.curve_rows_of(run_dir, "heldout")]
   sections = [_losses(rows), *_domains(rows), *_curves(curve), *_routing(routing),
               *_training(steps), *_cost(rows)]
@@ -55,6 +54,16 @@ def _read(run_dir: RunDir, name: str, step: int | None = None) -> dict[str, Any]
   if found is not None and not (isinstance(found, dict) and isinstance(found.get("step"), int)):
     raise FieldError("out", str(run_dir.path / "eval" / f"{name}.json"), "is damaged: no step")
   return found
+
+
+def _by_step(run_dir: RunDir) -> list[dict[str, Any]]:
+  """What the routers did at each checkpoint, ascending."""
+  found = {told["step"]: told for step in (None, *run_dir.evaluated_steps())
+           if (told := _read(run_dir, ROUTING, step)) is not None}
+  if found:  # the newest agrees with itself, whether that was written or not
+    newest = found[max(found)]
+    newest.setdefault("agreement", [1.0] * len(newest["layers"]))
+  return [found[step] for step in sorted(found)]
 
 
 def _losses(rows: Sequence[Row]) -> Section:

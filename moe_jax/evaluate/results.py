@@ -90,11 +90,12 @@ def rows_of(run_dir: RunDir) -> list[Row]:
 
 def curve_rows_of(run_dir: RunDir, evaluation: str) -> list[Row]:
   """A row for each checkpoint that was evaluated on that text, by step; see rows_of."""
-  rows = []
-  for step in run_dir.evaluated_steps():
+  rows = {}
+  for step in (None, *run_dir.evaluated_steps()):
     found = run_dir.read_eval(evaluation, step)
-    rows += [] if found is None else _rows(run_dir, {evaluation: found})
-  return rows
+    for row in [] if found is None else _rows(run_dir, {evaluation: found}):
+      rows[row["step"]] = row
+  return [rows[step] for step in sorted(rows)]
 
 
 def _rows(run_dir: RunDir, evals: dict[str, Any]) -> list[Row]:

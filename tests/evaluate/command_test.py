@@ -43,3 +43,37 @@ def test_train_then_evaluate(tmp_path):
                      "--config.train.learning_rate=1e-2", timeout=600)
   assert "was evaluated before" in again.stdout
   assert (out / "tiny" / "results.csv").read_text().count("\n") == 2
+  prompted = run_module("-m", "moe_jax.evaluate", f"--config={file}:{BASE}", f"--out={out}",
+                        "--config.train.learning_rate=1e-2", "--generate=The state",
+                        "--new_tokens=5", timeout=600)
+  assert prompted.returncode == 0, prompted.stderr
+  assert prompted.stdout.startswith("The state") and "step 150: 5 tokens" in prompted.stderr
+  page = tmp_path / "page.html"
+  whole = run_module("-m", "moe_jax.evaluate", f"--config={file}:{BASE}", f"--out={out}",
+                     "--config.train.learning_rate=1e-2", "--steps=all", "--inference",
+                     "--batch_sizes=1,2", f"--report={page}", timeout=600)
+  assert whole.returncode == 0, whole.stderr
+  text = page.read_text()
+  for title in ("Loss against step", "Which experts work together", "Specialisation over training",
+                "Loss against measured cost of inference"):
+    assert title in text
+  assert "decode_ms_b2" in (out / "tiny" / "results.csv").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--split=held", "--split='held': must be heldout or train"),
+    ("--steps=last", "--steps='last': must be all"),
+    ("--compare=a,b", "--compare='a': no such cell"),
+    ("--batch_sizes=0", "--batch_sizes='0': must be numbers"),
+    ("--report=page.txt", "--report='page.txt': must end in .html"),
+    ("--generate=Hello", "selects 2 cells and --generate takes one")])
+def test_a_bad_flag_is_one_line_and_writes_nothing(tmp_path, flag, message):
+  file, out = write_tiny(tmp_path), tmp_path / "runs"
+  done = evaluate_with(flag, file, out)
+  assert done.returncode == 2 and message in done.stderr
+  assert done.stderr.count("\n") == 1 and done.stdout == "" and not out.exists()
+
+
+def evaluate_with(flag, spec, out):
+  return run_module("-m", "moe_jax.evaluate", f"--config={spec}", f"--out={out}", flag,
+                    timeout=120)

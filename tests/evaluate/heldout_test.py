@@ -4,6 +4,8 @@ import dataclasses
 import math
 import pathlib
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 from moe_jax.config import MeshConfig
 from moe_jax.data.loader import eval_rows
-from moe_jax.data.prepare import PreparedData, Split, prepare
+from moe_jax.data.prepare import Domain, PreparedData, Split, prepare
 from moe_jax.evaluate.forward import Forward, evaluation_config
 from moe_jax.evaluate.heldout import ORDER_SEED, evaluate, measure
 from moe_jax.mesh import make_mesh
@@ -32,7 +34,6 @@ def text(n_documents=5, seed=0):
   tokens_N = rng.integers(0, 256, starts_D1[-1])
   tokens_N[starts_D1[:-1]] = 256
   split = Split(tokens_N.astype(np.uint16), starts_D1, length_D - 1)
-  assert (split.n_tokens - 1) % SEQ_LEN and len(eval_rows_of(split)) % 8
   card = {"splits": {"heldout": {"unigram_nats_per_token": 5.0,
                                  "unigram_bits_per_byte": 7.0}}}
   return PreparedData(pathlib.Path("nowhere"), card, {"heldout": split})
@@ -44,6 +45,8 @@ def eval_rows_of(split):
 
 
 PREPARED = text()
+assert (PREPARED.splits["heldout"].n_tokens - 1) % SEQ_LEN
+assert len(eval_rows_of(PREPARED.splits["heldout"])) % 8
 
 
 def sharpened(params):
@@ -248,6 +251,50 @@ def test_a_mesh_that_suits_is_kept():
   config = small_config(execution={"mesh": MESHES["fsdp4_expert2"]})
   assert evaluation_config(config, 8).execution.mesh == MESHES["fsdp4_expert2"]
   assert evaluation_config(config, 3).execution.mesh == MeshConfig(3, 1, 1)
+
+
+def test_domains_add_up_to_the_whole_and_corpora_of_one_label_are_one():
+  """Documents 0 and 4 are of one label, the others of another."""
+  split = dataclasses.replace(PREPARED.splits["heldout"], domain_starts=(0, 1, 4))
+  prepared = dataclasses.replace(PREPARED, splits={"heldout": split}, domains=tuple(
+      Domain(name, label, 1 / 3) for name, label in (("a", "x"), ("b", "y"), ("c", "x"))))
+  config, forward = forward_of(GROUPED)
+  losses, documents, routing = measure(config, forward, prepared)
+  assert list(losses["domains"]) == ["x", "y"]
+  assert documents.domain_D.tolist() == [0, 1, 1, 1, 0]
+  x, y = losses["domains"].values()
+  assert (x["documents"], y["documents"]) == (2, 3)
+  for value, size in (("loss", "targets"), ("bits_per_byte", "bytes")):
+    total = x[value] * x[size] + y[value] * y[size]
+    assert total / (x[size] + y[size]) == pytest.approx(losses[value])
+  found = routing.result(["x", "y"])
+  assert found["tokens"] == [x["targets"], y["targets"]]
+  load_LGE = np.array(found["load"])
+  mixed_LE = np.average(load_LGE, axis=1, weights=found["tokens"])
+  np.testing.assert_allclose(mixed_LE, losses["load"], atol=1e-3)
+  dropped = np.average(np.array(found["drop_rate"]), axis=1, weights=found["tokens"]).mean()
+  assert dropped == pytest.approx(losses["drop_rate"], rel=1e-4)
+  assert np.mean(found["entropy"]) == pytest.approx(losses["router_entropy"], rel=0.05)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=6, deadline=None)
+@hypothesis.given(seed=st.integers(0, 99), n_documents=st.integers(1, 6),
+                  rows=st.sampled_from([2, 8, 14]),
+                  mesh=st.sampled_from([(1, None), (8, "fsdp2_expert4"), (8, "data4_fsdp2")]))
+def test_any_text_any_batch_any_mesh(seed, n_documents, rows, mesh):
+  prepared, (n_devices, name) = text(n_documents, seed), mesh
+  execution = GROUPED.execution if name is None else dataclasses.replace(
+      GROUPED.execution, mesh=MESHES[name])
+  rows *= n_devices
+  other = dataclasses.replace(GROUPED, execution=execution, train=dataclasses.replace(
+      GROUPED.train, batch_size=rows))
+  ours, theirs = (numbers(measure(*forward_of(*which), prepared))
+                  for which in ((other, n_devices), (GROUPED, 1)))
+  for each in (ours, theirs):
+    for key in [key for key, value in each.items() if value is None]:
+      del each[key]
+  assert_same(ours, theirs, 1e-6)
 
 
 # Routers

@@ -87,15 +87,20 @@ def test_agreement_is_of_sets_and_not_of_their_order():
 
 def test_company_by_chance_is_one_and_a_pair_stands_out():
   rng = np.random.default_rng(0)
-  expert = np.array([rng.choice(4, 2, replace=False) for _ in range(4000)])
-  expert[:2000] = [0, 1]
-  shape = (1, 1, 4000)
-  counts = RoutingCounts(1, 4, 3)
-  counts.add(Choices(expert.reshape(*shape, 2), np.zeros((*shape, 2), bool), np.zeros(shape)),
-             np.zeros((1, 4000), int), np.zeros((1, 4000), int), np.ones((1, 4000), bool))
-  lift_EE = routing_plots.lift(counts.result(["a"]))
-  assert lift_EE[0, 1] > 1.2 > 0.7 > lift_EE[0, 2] and np.isnan(lift_EE[0, 0])
-  np.testing.assert_allclose(lift_EE[2, [0, 1, 3]], 1, atol=0.45)
+  expert_TK = np.array([rng.choice(4, 2, replace=False) for _ in range(4000)])
+
+  def lift(expert_TK):
+    shape = (1, 1, 4000)
+    counts = RoutingCounts(1, 4, 3)
+    counts.add(Choices(expert_TK.reshape(*shape, 2), np.zeros((*shape, 2), bool), np.zeros(shape)),
+               np.zeros((1, 4000), int), np.zeros((1, 4000), int), np.ones((1, 4000), bool))
+    return routing_plots.lift(counts.result(["a"]))
+
+  others = ~np.eye(4, dtype=bool)
+  np.testing.assert_allclose(lift(expert_TK)[others], 1, atol=0.1)
+  assert np.isnan(np.diagonal(lift(expert_TK))).all()
+  expert_TK[:2000] = [0, 1]
+  assert lift(expert_TK)[0, 1] > 1.2 > 0.7 > lift(expert_TK)[0, 2]
 
 
 def test_pictures_and_the_table_take_one_cell_or_many():
