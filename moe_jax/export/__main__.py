@@ -8,6 +8,7 @@
 of it: with --write a new experiment file whose cell it is, with --config a run of that cell.
 """
 
+import pathlib
 import sys
 
 from absl import flags, logging
@@ -92,7 +93,12 @@ def _import(overrides: list[str]) -> int:
     cell = from_hf.as_cell(source, _CONFIG.value, changes)
     again = " ".join([f"--config={cell.selector}",
                       f"--config.train.init_from={source.init_from}", *overrides])
-  run_dir = from_hf.import_weights(source, cell, _OUT.value)
+  try:
+    run_dir = from_hf.import_weights(source, cell, _OUT.value)
+  except BaseException:
+    if _WRITE.value is not None:  # so that the same command can be given again
+      pathlib.Path(_WRITE.value).unlink()
+    raise
   print(f"{_HF.value} ({source.said.layout.name}) is step 0 of {run_dir.path}")
   print(f"evaluate it: python -m moe_jax.evaluate {again} --out={_OUT.value}")
   print("train on:    python -m moe_jax.train --config=FILE:CELL --config.train.init_from="

@@ -141,7 +141,9 @@ def import_weights(source: Source, cell: Cell, out: str | os.PathLike) -> RunDir
     FieldError: the tokenizer of the cell is not the model's, or the run is there already.
   """
   config, run_dir = cell.config, RunDir.of(out, cell)
-  require(not run_dir.check_identity(cell), "out", str(run_dir.path), "is there already")
+  begun = run_dir.check_identity(cell)  # the identity names the weights: it may go on
+  require(not begun or run_dir.read_status().get("state") != run_dir_lib.FINISHED, "out",
+          str(run_dir.path), "is there already")
   try:
     prepared = prepare(config.data, epath.Path(out) / "_data")
     config.check_vocabulary(prepared.vocab_size)

@@ -156,6 +156,18 @@ def test_what_is_there_is_not_overwritten(exported, out):
     from_hf.import_weights(source, cell, out)
 
 
+def test_an_interrupted_import_is_not_finished_and_goes_on(exported, out, monkeypatch):
+  source = from_hf.look(exported / "mixtral")
+  cell = from_hf.as_experiment(source, out / "mine.py", out, corpus="small")
+  with monkeypatch.context() as patch:
+    patch.setattr(from_hf.Checkpointer, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      from_hf.import_weights(source, cell, out)
+  assert survey([cell], out).finished == []
+  run_dir = from_hf.import_weights(source, from_hf.as_cell(source, str(out / "mine.py"), {}), out)
+  assert survey([cell], out).finished == [cell] and run_dir.has_checkpoint(0)
+
+
 def test_bytes_are_the_same_ids_in_a_file(exported):
   ours, theirs = ByteTokenizer(), FileTokenizer(exported / "olmoe" / tokenizer_lib.FILE)
   np.testing.assert_array_equal(theirs.encode(DOCUMENT), ours.encode(DOCUMENT))
