@@ -27,6 +27,8 @@ _CSV = flags.DEFINE_string("csv", None, "File for a row a cell, as CSV.")
 _SEARCH = flags.DEFINE_bool("search", False, "Look for the mesh, remat and microbatches under "
                             "which each cell is fastest, instead of planning its own.")
 _TRIES = flags.DEFINE_integer("tries", 4, "Layouts of a cell that --search compiles.")
+_MEMORY = flags.DEFINE_bool("memory_profile", False, "List what fills each cell's memory when it "
+                            "needs most, by source line.")
 _HLO_OUT = flags.DEFINE_string("hlo_out", None, "Folder for the compiled text of each cell.")
 
 
@@ -58,6 +60,9 @@ def main(overrides: list[str]) -> int:
   console.width = max(console.width, rich.measure.Measurement.get(
       console, console.options.update(max_width=10_000), shown).maximum)
   console.print(shown)
+  if _MEMORY.value:
+    for plan in plans:
+      print(table.memory_profile(plan))
   chosen = plans
   if _SEARCH.value:
     answers = iter(plans)
@@ -70,7 +75,7 @@ def main(overrides: list[str]) -> int:
   if _CSV.value:
     pathlib.Path(_CSV.value).write_text(table.csv_text(rows))
   if _JSON.value:
-    detailed = [flat | {"dearest": plan.result.get("dearest", [])}
+    detailed = [flat | {name: plan.result.get(name, []) for name in ("dearest", "largest")}
                 for flat, plan in zip(rows, plans, strict=True)]
     pathlib.Path(_JSON.value).write_text(json.dumps(detailed, indent=1))
   return 0 if all(plan.fits for plan in chosen) else 1

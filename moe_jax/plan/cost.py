@@ -15,6 +15,7 @@ and the two subtotals are always kept apart. Both are optimistic: a lower bound 
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 
@@ -234,7 +235,7 @@ class _Walk:
     declared = re.search(r'"cost_estimate":\{"flops":"?(\d+)"?.*?"bytes_accessed":"?(\d+)"?',
                          instruction.attributes, re.S)
     n_bytes = computation.operand_bytes(instruction) + sum(a.bytes for a in instruction.type)
-    flops = int(declared[1]) if declared else 0
+    flops = int(declared[1]) if declared else splash_flops(computation, instruction)
     n_bytes = max(n_bytes, int(declared[2])) if declared else n_bytes
     chip = self.topology.hardware
     roofline = max(flops / chip.device_bf16_flops, n_bytes / chip.device_hbm_bytes_per_second)
@@ -272,6 +273,25 @@ class _Walk:
           op_name = inner.op_name or op_name
     return Item(instruction.name, op_name, part_of(op_name, bool(flops)), times,
                 seconds * times, priced, flops * times)
+
+
+# Matrix products of [S, h] and [h, S] or of that size, in each pass of splash attention.
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def splash_flops(computation: Computation, kernel: Instruction) -> int:
+  """FLOPs of splash attention, which declares none; 0 for another kernel.
+
+  Of its n x n tiles it computes those that the causal mask does not empty, n (n + 1) / 2.
+  """
+  found = re.match(r"splash_m[hq]a_(fwd|dq|dkv)_", kernel.name)
+  if not found:
+    return 0
+  operands = [computation.by_name[name].type[0] for name in kernel.operands]
+  tiles = next(array.dims[-1] for array in operands if array.dtype == "s8")  # the tiles' mask
+  *rows, seq_len, h = next(array.dims for array in operands if array.dtype in ("bf16", "f32"))
+  scores = math.prod(rows) * seq_len**2 * (tiles + 1) // (2 * tiles)
+  return 2 * _SPLASH_PRODUCTS[found[1]] * scores * h
 
 
 def part_of(op_name: str, is_matmul: bool, scopes: Mapping[str, str] = _SCOPES) -> str:

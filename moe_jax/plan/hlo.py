@@ -14,7 +14,7 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s
          "u32": 32, "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64,
          "c64": 64, "c128": 128}
 _FLOAT8 = re.compile(r"f8\w+$")
-_ARRAY = re.compile(r"([a-z]\w*)\[([0-9,]*)\]")
+_ARRAY = re.compile(r"([a-z]\w*)\[([0-9,]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^  (ROOT )?%(\S+) = ")
 _OPCODE = re.compile(r"([a-z][a-z0-9-]*)\(")
@@ -24,10 +24,11 @@ _NO_ESTIMATE = 2**63 - 1  # what libtpu prints where it has none
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """Element type and dimensions of one array."""
+  """Element type and dimensions of one array; `space` 0 is the device's main memory."""
 
   dtype: str
   dims: tuple[int, ...]
+  space: int = 0
 
   @property
   def size(self) -> int:
@@ -108,6 +109,12 @@ class Computation:
 class Module:
   computations: dict[str, Computation]
   entry: str
+  sources: dict[int, str] = dataclasses.field(default_factory=dict)  # stack frame -> file:line
+
+  def source(self, instruction: Instruction) -> str:
+    """`file:line` that it came from; empty if XLA does not say."""
+    found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+    return self.sources.get(int(found[1]), "") if found else ""
 
   def trip_count(self, loop: Instruction) -> int:
     """How often the body of a `while` runs.
@@ -175,7 +182,17 @@ def parse(text: str) -> Module:
       lines.append(line)
   if entry is None:
     raise ValueError("the text has no ENTRY computation: not the HLO of a compiled module")
-  return Module(computations, entry)
+  return Module(computations, entry, _sources(text))
+
+
+def _sources(text: str) -> dict[int, str]:
+  """Stack frame -> `file:line`, from the tables before the first computation."""
+  tables = text[:text.find("\n%")]
+  files = dict(re.findall(r'^(\d+) "([^"]*\.py)"$', tables.partition("FunctionNames")[0], re.M))
+  lines = {number: f"{files.get(file, '?')}:{line}" for number, file, line in re.findall(
+      r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)", tables, re.M)}
+  return {int(frame): lines[location] for frame, location in re.findall(
+      r"^(\d+) \{file_location_id=(\d+)", tables, re.M) if location in lines}
 
 
 def _joined(lines: list[str]) -> list[str]:
@@ -197,14 +214,15 @@ def _instruction(line: str) -> Instruction:
   opcode = _OPCODE.match(rest)
   end = opcode.end() - 1 + _closing(rest[opcode.end() - 1:])
   inside = rest[opcode.end():end]
-  arrays = tuple(Array(dtype, tuple(int(n) for n in dims.split(",") if n))
-                 for dtype, dims in _ARRAY.findall(_without_layouts(type_text)))
+  arrays = tuple(Array(dtype, tuple(int(n) for n in dims.split(",") if n), _space(layout))
+                 for dtype, dims, layout in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", type_text)))
   return Instruction(start[2], opcode[1], arrays, tuple(_NAME.findall(inside)), rest[end + 1:],
                      inside.strip() if "%" not in inside else "", start[1] is not None)
 
 
-def _without_layouts(type_text: str) -> str:
-  return re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", type_text)
+def _space(layout: str) -> int:
+  found = re.search(r"S\((\d+)\)", layout)
+  return int(found[1]) if found else 0
 
 
 def _closing(text: str) -> int:

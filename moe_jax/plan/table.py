@@ -59,6 +59,15 @@ def summary(plans: Sequence[Plan], price: float | None) -> str:
           f"calibrated. Default prices: {PRICES_AS_OF}.")
 
 
+def memory_profile(plan: Plan) -> str:
+  """The largest buffers alive when most memory is needed, a line each."""
+  lines = [f"{plan.cell}: the largest buffers alive when most memory is needed"]
+  for buffer in plan.result.get("largest", ()):
+    where = buffer["source"].rpartition("moe_jax/")[2] or buffer["op_name"]
+    lines.append(f"  {buffer['bytes'] / 2**20:9.1f} MiB  {buffer['shape']:<28} {where}")
+  return "\n".join(lines)
+
+
 def row(plan: Plan, price: float | None) -> dict[str, Any]:
   """Everything that is known of one cell, flat."""
   arch, result = plan.config.arch, plan.result

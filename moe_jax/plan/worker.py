@@ -64,7 +64,7 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology,
     hlo_path: file for the compiled text; None keeps it nowhere.
   """
   from moe_jax.mesh import make_mesh
-  from moe_jax.plan import cost, hlo
+  from moe_jax.plan import cost, hlo, memory
   from moe_jax.plan.collectives import Devices
   from moe_jax.train.step import lower_train_step
 
@@ -75,7 +75,8 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology,
   text = compiled.as_text()
   if hlo_path:
     pathlib.Path(hlo_path).write_text(text)
-  step = cost.estimate(hlo.parse(text), Devices.of(mesh), topology)
+  module = hlo.parse(text)
+  step = cost.estimate(module, Devices.of(mesh), topology)
   return {
       "mesh": dict(mesh.shape), "compile_seconds": seconds,
       "memory": _memory(compiled.memory_analysis()),
@@ -88,6 +89,7 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology,
           for (kind, axes), (n_bytes, exposed, hidden) in sorted(step.by_collective().items())],
       "dearest": [dataclasses.asdict(item) for item in
                   sorted(step.items, key=lambda item: -item.seconds)[:20]],
+      "largest": [dataclasses.asdict(buffer) for buffer in memory.live_at_peak(module)[:20]],
   }
 
 

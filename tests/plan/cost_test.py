@@ -93,6 +93,19 @@ def test_a_kernel_is_priced_by_what_it_declares():
       pytest.approx(1e-3))
 
 
+@pytest.mark.parametrize("phase, products", [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_splash_attention_is_priced_by_the_tiles_under_the_diagonal(phase, products):
+  array = "bf16[2,8,2048,128]{3,2,1,0}"
+  text = f"""  %m = s8[1,4,4]{{2,1,0}} parameter(1)
+  %q = {array} parameter(2)
+  ROOT %splash_mha_{phase}_segmented.1 = {array} custom-call(%m, %q, %q, %q), \
+custom_call_target="tpu_custom_call\""""
+  found = cost.estimate(module(text), EIGHT, V5E)
+  tiles, tile = 4 * 5 // 2, 512
+  assert found.flops == products * 2 * 2 * 8 * tiles * tile**2 * 128
+  assert found.priced_seconds == pytest.approx(found.flops / 197e12 / cost.KERNEL_EFFICIENCY)
+
+
 def test_a_gather_reads_what_it_returns():
   text = "  ROOT %g = f32[1000]{0} gather(%a, %a), offset_dims={1}"
   assert cost.estimate(module(text), EIGHT, V5E).seconds == pytest.approx(2 * 4000 / 820e9)

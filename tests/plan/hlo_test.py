@@ -41,7 +41,7 @@ def test_a_loop_of_a_tpu_module_knows_its_length(scan):
 def test_shapes_and_operands(scan):
   body = scan.computations[loops(scan)[0].called("body")]
   (exchange,) = [i for i in body.instructions if i.opcode == "all-to-all"]
-  assert exchange.type == (hlo.Array("bf16", (4, 128, 512)),)
+  assert exchange.type == (hlo.Array("bf16", (4, 128, 512), space=1),)  # S(1), on the chip
   assert body.operand(exchange, 0).bytes == 4 * 128 * 512 * 2
   assert "shard_map/all_to_all" in exchange.op_name
   assert exchange.estimated_cycles is None
