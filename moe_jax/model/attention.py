@@ -6,6 +6,7 @@ from flax import nnx
 
 from moe_jax.config import RunConfig
 from moe_jax.model import init
+from moe_jax.model.attend import attend
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -56,15 +57,12 @@ class Attention(nnx.Module):
     elif arch.qk_norm == "projection":
       self.query_norm_Hh, self.key_norm_Kh = init.ones(heads, h), init.ones(kv_heads, h)
 
-  def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, gather) -> jax.Array:
+  def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, gather, platform: str) -> jax.Array:
     """Attends within documents; `gather` makes a weight ready to multiply (gather_whole)."""
     query_BSHh, key_BSKh, value_BSKh = self.project(x_BSD, gather)
     with jax.named_scope("attention"):
-      mask_B1SS = None
-      if self.config.data.mask_documents:
-        mask_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
-      out_BSHh = jax.nn.dot_product_attention(query_BSHh, key_BSKh, value_BSKh,
-                                              mask=mask_B1SS, is_causal=True)
+      segments_BS = segments_BS if self.config.data.mask_documents else None
+      out_BSHh = attend(query_BSHh, key_BSKh, value_BSKh, segments_BS, platform)
     return jnp.einsum("bsnh,nhd->bsd", out_BSHh, gather(self.w_out_HhD))
 
   def project(self, x_BSD: jax.Array, gather, position_BS: jax.Array | None = None

@@ -103,7 +103,7 @@ class Block(nnx.Module):
     eps = self.config.model.norm_eps
     gather = functools.partial(gather_whole, mesh=mesh, dtype=x_BSD.dtype)
     x_BSD += self.attention(rms_norm(x_BSD, self.attention_norm_D[...], eps), segments_BS,
-                            gather)
+                            gather, mesh.devices.flat[0].platform)
     normed_BSD = rms_norm(x_BSD, self.ff_norm_D[...], eps)
     if self.dense:
       return x_BSD + self.ff(normed_BSD, gather), None
@@ -147,6 +147,17 @@ class Transformer(nnx.Module):
       logits_BSV in float32, and the router's sums with a leading axis of MoE layers (None
       where there is none).
     """
+    x_BSD, head_DV, sums = self.features(inputs_BS, segments_BS, mesh, remat, counted_BS,
+                                         noise_key_B)
+    with jax.named_scope("head"):
+      logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, head_DV, preferred_element_type=jnp.float32)
+    return logits_BSV, sums
+
+  def features(self, inputs_BS: jax.Array, segments_BS: jax.Array, mesh: Mesh,
+               remat: str = "none", counted_BS: jax.Array | None = None,
+               noise_key_B: jax.Array | None = None
+               ) -> tuple[jax.Array, jax.Array, RouterSums | None]:
+    """x_BSD and head_DV, whose product is the logits, and the router's sums; see __call__."""
     dtype = jnp.dtype(self.config.model.compute_dtype)
     gather = functools.partial(gather_whole, mesh=mesh, dtype=dtype)
     embedding_VD = gather(self.embedding_VD)
@@ -159,8 +170,7 @@ class Transformer(nnx.Module):
     x_BSD = rms_norm(x_BSD, self.final_norm_D[...], self.config.model.norm_eps)
     with jax.named_scope("head"):
       head_DV = embedding_VD.T if self.config.arch.tie_embeddings else gather(self.w_head_DV)
-      logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, head_DV, preferred_element_type=jnp.float32)
-    return logits_BSV, sums
+    return x_BSD, head_DV, sums
 
 
 def _stack(config: RunConfig, dense: bool, n_layers: int, rngs: nnx.Rngs) -> Block:

@@ -38,6 +38,7 @@ from moe_jax.moe.router import (
     router_logits,
     router_sums,
 )
+from moe_jax.moe.swiglu_blocks import swiglu_blocks
 
 
 class Experts(NamedTuple):
@@ -106,7 +107,10 @@ def grouped_swiglu(x_SD: jax.Array, size_E: jax.Array, experts: Experts,
   """`swiglu` on rows sorted by expert, in the layout of grouped_matmul.py."""
   gate_EDF, up_EDF, down_EFD = (w.astype(x_SD.dtype) for w in experts)
   # Side by side, so that the rows are read once for both.
-  gate_up_SF = grouped_matmul(x_SD, jnp.concatenate([gate_EDF, up_EDF], axis=-1), size_E, platform)
+  gate_up_EDH = jnp.concatenate([gate_EDF, up_EDF], axis=-1)
+  if platform == "cpu":
+    return swiglu_blocks(x_SD, gate_up_EDH, down_EFD, size_E)
+  gate_up_SF = grouped_matmul(x_SD, gate_up_EDH, size_E, platform)
   gate_SF, up_SF = jnp.split(gate_up_SF, 2, axis=-1)
   return grouped_matmul(jax.nn.silu(gate_SF) * up_SF, down_EFD, size_E, platform)
 

@@ -58,7 +58,7 @@ def _grouped_matmul_bwd(platform, residuals, dy_SF):
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
   """J blocks, each of one expert's rows.
 
   Attributes:
@@ -76,20 +76,20 @@ class _Blocks(NamedTuple):
   inside_J: jax.Array
 
 
-def _blocks(x_SD, size_E, platform) -> _Blocks:
-  rows = _BLOCK_ROWS[platform]
+def blocks_of(n_rows: int, size_E: jax.Array, rows: int) -> Blocks:
+  """The blocks of `rows` rows that cover the groups of an array of `n_rows`."""
   n_blocks_E = -(-size_E // rows)
   end_E = jnp.cumsum(n_blocks_E)
-  j_J = jnp.arange(x_SD.shape[0] // rows + len(size_E))
+  j_J = jnp.arange(n_rows // rows + len(size_E))
   expert_J = jnp.searchsorted(end_E, j_J, side="right", method="scan_unrolled")
   done_J = (j_J - (end_E - n_blocks_E)[expert_J]) * rows
   start_J = (jnp.cumsum(size_E) - size_E)[expert_J] + done_J
-  return _Blocks(end_E[-1], rows, expert_J, start_J, size_E[expert_J] - done_J)
+  return Blocks(end_E[-1], rows, expert_J, start_J, size_E[expert_J] - done_J)
 
 
 def _each_block(x_SD, w_EDF, size_E, platform):
   """Multiplies each block with its expert's matrix."""
-  blocks = _blocks(x_SD, size_E, platform)
+  blocks = blocks_of(x_SD.shape[0], size_E, _BLOCK_ROWS[platform])
   dtype, (x_SD, w_EDF) = x_SD.dtype, _in_loop_type(platform, x_SD, w_EDF)
 
   def multiply(j, y_SF):
@@ -105,7 +105,7 @@ def _each_block(x_SD, w_EDF, size_E, platform):
 
 def _sum_of_outer_products(x_SD, dy_SF, size_E, platform):
   """dw_EDF, summed over an expert's rows in float32."""
-  blocks = _blocks(x_SD, size_E, platform)
+  blocks = blocks_of(x_SD.shape[0], size_E, _BLOCK_ROWS[platform])
   dtype, (x_SD, dy_SF) = x_SD.dtype, _in_loop_type(platform, x_SD, dy_SF)
 
   def add(j, dw_EDF):

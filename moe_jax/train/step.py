@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from moe_jax.config import RunConfig
 from moe_jax.mesh import batch_sharding, local_rows, replicated
 from moe_jax.model import functional
+from moe_jax.model.cross_entropy import summed_nll
 from moe_jax.moe.router import (
     RouterSums,
     balance_loss,
@@ -109,12 +110,12 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
   numbers = numbers or Numbers.of(config)
 
   def run(batch_BS, noise_key_B):
-    logits_BSV, sums = functional.apply(config, params, batch_BS["inputs"],
-                                        batch_BS["segments"], mesh, config.execution.remat,
-                                        router=router, noise_key_B=noise_key_B)
+    model = functional.merged(config, params, router)
+    x_BSD, head_DV, sums = model.features(batch_BS["inputs"], batch_BS["segments"], mesh,
+                                          config.execution.remat, noise_key_B=noise_key_B)
     with jax.named_scope("loss"):
-      nll_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch_BS["targets"])
-    return nll_BS.sum(), sums
+      nll = summed_nll(x_BSD, head_DV, batch_BS["targets"], mesh)
+    return nll, sums
 
   parts = batch, None if step is None else _noise_keys(config, numbers.seed_init, step)
   if config.execution.microbatches == 1:

@@ -1,0 +1,118 @@
+"""Cross-entropy of the output head, without the logits of the whole batch.
+
+The head is the widest matrix of a small model: the float32 logits of a batch are often larger
+than all its other activations together. Here they exist for one chunk of tokens at a time. The
+gradients of a sum of losses are known up to one factor as soon as its logits are, so training
+makes them in the same pass: each chunk's logits are made once, and nothing of their size is
+kept for the backward pass (the idea is Liger Kernel's, arXiv 2410.10989, section 3.2).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.mesh import BATCH_AXES
+
+# Bytes of float32 logits at a time on a device. A CPU wants them in its cache; a matrix unit
+# wants many rows, and the sum of the head's gradient is read and written once a chunk.
+_CHUNK_BYTES = {"cpu": 2**24}
+_CHUNK_BYTES_ACCELERATOR = 2**29
+
+
+def summed_nll(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
+               mesh: Mesh) -> jax.Array:
+  """Sum over all tokens of -log softmax(x head)[target], in nats, float32.
+
+  Args:
+    x_BSD: outputs of the decoder, B split over all mesh axes.
+    head_DV: output head, whole on every device, of the type of the outputs.
+    targets_BS: int32.
+    mesh: where it runs.
+  """
+
+  def on_device(x_bSD, head_DV, targets_bS):
+    head_DV = jax.lax.pcast(head_DV, BATCH_AXES, to="varying")
+    chunks = _chunks(x_bSD, targets_bS, head_DV.shape[1], mesh)
+    return jax.lax.psum(_summed(chunks, head_DV), BATCH_AXES)
+
+  return jax.shard_map(on_device, mesh=mesh, in_specs=(P(BATCH_AXES), P(), P(BATCH_AXES)),
+                       out_specs=P())(x_BSD, head_DV, targets_BS)
+
+
+def token_nll(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
+              mesh: Mesh) -> jax.Array:
+  """nll_BS in float32: what `summed_nll` sums. Meant for evaluation, not to be differentiated."""
+
+  def on_device(x_bSD, head_DV, targets_bS):
+    chunks = _chunks(x_bSD, targets_bS, head_DV.shape[1], mesh)
+    nll_NR = jax.lax.map(lambda chunk: _nll(*chunk, head_DV)[0], chunks)
+    return nll_NR.ravel()[:targets_bS.size].reshape(targets_bS.shape)
+
+  return jax.shard_map(on_device, mesh=mesh, in_specs=(P(BATCH_AXES), P(), P(BATCH_AXES)),
+                       out_specs=P(BATCH_AXES))(x_BSD, head_DV, targets_BS)
+
+
+class _Chunks(NamedTuple):
+  """N chunks of R tokens; behind the last token a target of -1 says that there is none."""
+
+  x_NRD: jax.Array
+  target_NR: jax.Array
+
+
+def _chunks(x_bSD: jax.Array, targets_bS: jax.Array, vocab_size: int, mesh: Mesh) -> _Chunks:
+  n_tokens = targets_bS.size
+  limit = _CHUNK_BYTES.get(mesh.devices.flat[0].platform, _CHUNK_BYTES_ACCELERATOR)
+  n_chunks = -(-n_tokens * vocab_size * 4 // limit)
+  rows = -(-n_tokens // n_chunks)
+  spare = n_chunks * rows - n_tokens
+  x_TD = jnp.pad(x_bSD.reshape(n_tokens, -1), ((0, spare), (0, 0)))
+  target_T = jnp.pad(targets_bS.ravel(), (0, spare), constant_values=-1)
+  return _Chunks(x_TD.reshape(n_chunks, rows, -1), target_T.reshape(n_chunks, rows))
+
+
+def _nll(x_RD, target_R, head_DV):
+  """nll_R, 0 where there is no token, and what its gradient is made of."""
+  logit_RV = jnp.einsum("rd,dv->rv", x_RD, head_DV, preferred_element_type=jnp.float32)
+  max_R = logit_RV.max(-1)
+  exp_RV = jnp.exp(logit_RV - max_R[:, None])
+  sum_R = exp_RV.sum(-1)
+  own_R = jnp.take_along_axis(logit_RV, jnp.maximum(target_R, 0)[:, None], axis=-1)[:, 0]
+  nll_R = jnp.where(target_R >= 0, jnp.log(sum_R) + max_R - own_R, 0)
+  return nll_R, exp_RV, sum_R
+
+
+@jax.custom_vjp
+def _summed(chunks: _Chunks, head_DV: jax.Array) -> jax.Array:
+  return jax.lax.map(lambda chunk: _nll(*chunk, head_DV)[0].sum(), chunks).sum()
+
+
+def _summed_fwd(chunks, head_DV):
+  head_VD = head_DV.T  # a CPU multiplies faster by a matrix that lies as it is read
+
+  def step(sums, chunk):
+    total, dhead_DV = sums
+    nll_R, exp_RV, sum_R = _nll(*chunk, head_DV)
+    x_RD, target_R = chunk
+    hot_RV = jnp.arange(head_DV.shape[1]) == target_R[:, None]
+    weight_R = jnp.where(target_R >= 0, 1 / sum_R, 0)
+    dlogit_RV = (exp_RV * weight_R[:, None] - hot_RV).astype(x_RD.dtype)
+    dx_RD = jnp.einsum("rv,vd->rd", dlogit_RV, head_VD)
+    dhead_DV += jnp.einsum("rd,rv->dv", x_RD, dlogit_RV, preferred_element_type=jnp.float32)
+    return (total + nll_R.sum(), dhead_DV), dx_RD
+
+  zeros_DV = jnp.zeros_like(head_DV, dtype=jnp.float32)
+  start = jnp.zeros_like(chunks.x_NRD, shape=(), dtype=jnp.float32)
+  (total, dhead_DV), dx_NRD = jax.lax.scan(step, (start, zeros_DV), chunks)
+  return total, (dx_NRD, dhead_DV, jnp.zeros_like(head_DV, shape=()))
+
+
+def _summed_bwd(residuals, dtotal):
+  dx_NRD, dhead_DV, like = residuals
+  scaled = (dtotal * dx_NRD.astype(jnp.float32)).astype(dx_NRD.dtype)
+  return _Chunks(scaled, None), (dtotal * dhead_DV).astype(like.dtype)
+
+
+_summed.defvjp(_summed_fwd, _summed_bwd)
