@@ -17,7 +17,7 @@ from moe_jax.run_dir import RunDir
 from moe_jax.train import checkpoint_files as files
 from moe_jax.train.checkpoint_format import META, PARAMS, require_same_arrays, require_version
 
-_CACHE_BYTES = 200 * 10**6  # chunks that hold several experts are read once
+_CACHE_BYTES = 400 * 10**6  # a chunk of each of three matrices holds several experts
 
 
 class StoredParams:
