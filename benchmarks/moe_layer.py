@@ -1,0 +1,193 @@
+"""Where the time of one MoE layer goes, by each dispatch, on one device.
+
+    python -m benchmarks.moe_layer
+
+Two sweeps: granularity 1 to 16 at equal active FLOPs and equal sparsity, and tokens at the
+granularity of 4, with the exponent of time against tokens. The parts are compiled and timed apart:
+route (logits, top-k), dispatch (who goes where, and moving the rows there), experts, combine; and
+the whole layer. `forward` is a forward pass, `gradients` a forward and a backward pass for every
+input. `capacity` drops what is above 1.25 times the mean, `dropless` nothing. The passes alternate,
+so that all see the same machine, and the fastest of each counts. Prints tables, then the same
+figures as JSON.
+"""
+
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from benchmarks.iso_solver import machine
+from moe_jax import cli
+from moe_jax.design.sheet import Sheet, print_sheet
+from moe_jax.errors import require
+from moe_jax.mesh import MESH_AXES
+from moe_jax.moe.dispatch import assign_slots, combine_rows, expert_capacity, gather_rows
+from moe_jax.moe.dropless import sort_slots
+from moe_jax.moe.expert_parallel import (
+    Experts,
+    Semantics,
+    grouped_swiglu,
+    sharded_moe_layer,
+    swiglu,
+)
+from moe_jax.moe.router import route
+
+_PASSES = flags.DEFINE_integer("layer_passes", 5, "Passes of which the fastest counts.")
+_SEQUENCES = flags.DEFINE_integer("layer_sequences", 16, "Sequences of 256 tokens in the sweep "
+                                  "over granularity, and half of the most in that over tokens.")
+_DTYPE = flags.DEFINE_enum("layer_dtype", "float32", ["float32", "bfloat16"], "Of the tokens.")
+
+SEQ_LEN, D_MODEL, ACTIVE_WIDTH, SPARSITY = 256, 256, 256, 8
+PARTS = ("route", "dispatch", "experts", "combine", "layer")
+
+
+class Layer(NamedTuple):
+  """One layer: `granularity` experts a token, each so much narrower."""
+
+  granularity: int
+  sequences: int
+  dispatch: str
+  dtype: str
+
+  @property
+  def n_exp(self) -> int:
+    return SPARSITY * self.granularity
+
+  @property
+  def d_expert(self) -> int:
+    return ACTIVE_WIDTH // self.granularity
+
+  @property
+  def semantics(self) -> Semantics:
+    dropless = self.dispatch == "dropless"
+    capacity = None if dropless else expert_capacity(1.25, SEQ_LEN, self.granularity, self.n_exp)
+    return Semantics(self.granularity, self.granularity > 1, SEQ_LEN, capacity, dropless=dropless)
+
+
+def parts_of(layer: Layer) -> dict[str, tuple[Callable, tuple]]:
+  """Part -> a function and its inputs, of which the floating ones are differentiated."""
+  keys = jax.random.split(jax.random.key(0), 5)
+  e, f, semantics = layer.n_exp, layer.d_expert, layer.semantics
+  x_BSD = jax.random.normal(keys[0], (layer.sequences, SEQ_LEN, D_MODEL), layer.dtype)
+  w_router_DE = jax.random.normal(keys[1], (D_MODEL, e)) / 40
+  experts = Experts(*(jax.random.normal(key, shape) / 16 for key, shape in zip(
+      keys[2:], ((e, D_MODEL, f), (e, D_MODEL, f), (e, f, D_MODEL)), strict=True)))
+  mesh = jax.make_mesh((1, 1, 1), MESH_AXES, devices=jax.devices()[:1],
+                       axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  x_TD = x_BSD.reshape(-1, D_MODEL)
+  routing = jax.jit(route, static_argnums=(2, 3))(x_TD, w_router_DE, semantics.n_topk,
+                                                  semantics.norm_topk_prob)
+  if semantics.dropless:
+    slots, size_E = jax.jit(sort_slots, static_argnums=1)(routing.expert_TK, e)
+  else:
+    slots = jax.jit(assign_slots, static_argnums=(1, 2, 3))(
+        routing.expert_TK, e, SEQ_LEN, semantics.capacity)
+  rows_SD = gather_rows(x_TD, slots)
+
+  def send(x_TD, expert_TK):
+    if semantics.dropless:
+      made, _ = sort_slots(expert_TK, e)
+    else:
+      made = assign_slots(expert_TK, e, SEQ_LEN, semantics.capacity)
+    return gather_rows(x_TD, made)
+
+  def run(rows_SD, experts):
+    if semantics.dropless:
+      return grouped_swiglu(rows_SD, size_E, experts, jax.devices()[0].platform)
+    return swiglu(rows_SD.reshape(e, -1, D_MODEL),
+                  Experts(*(w.astype(rows_SD.dtype) for w in experts)))
+
+  return {
+      "route": (lambda x, w: route(x, w, semantics.n_topk, semantics.norm_topk_prob)[1:3],
+                (x_TD, w_router_DE)),
+      "dispatch": (send, (x_TD, routing.expert_TK)),
+      "experts": (run, (rows_SD, experts)),
+      "combine": (combine_rows, (rows_SD, routing.weight_TK, slots)),
+      "layer": (lambda x, w, experts: sharded_moe_layer(x, w, experts, semantics, mesh)[0],
+                (x_BSD, w_router_DE, experts))}
+
+
+def measure(layers: list[Layer], passes: int) -> list[dict[str, dict[str, float]]]:
+  """Milliseconds of each part of each layer, forward and with gradients."""
+  compiled = [{part: _compile(*parts) for part, parts in parts_of(layer).items()}
+              for layer in layers]
+  fastest = [{part: dict.fromkeys(both, math.inf) for part, both in parts.items()}
+             for parts in compiled]
+  for _ in range(passes):
+    for parts, found in zip(compiled, fastest, strict=True):
+      for part, both in parts.items():
+        for name, run in both.items():
+          started = time.perf_counter()
+          jax.block_until_ready(run())
+          found[part][name] = min(found[part][name], 1e3 * (time.perf_counter() - started))
+  return fastest
+
+
+def _compile(function: Callable, inputs: tuple) -> dict[str, Callable]:
+  """Forward, and with the gradients of a sum over all outputs, each bound to its inputs."""
+  floating = tuple(i for i, x in enumerate(inputs)
+                   if jnp.issubdtype(jax.tree.leaves(x)[0].dtype, jnp.floating))
+
+  def total(*inputs):  # squared: the gradient of a plain sum would be constant
+    return sum((y.astype(jnp.float32)**2).sum() for y in jax.tree.leaves(function(*inputs)))
+
+  both = {"forward": jax.jit(function), "gradients": jax.jit(jax.grad(total, floating))}
+  for run in both.values():
+    jax.block_until_ready(run(*inputs))
+  return {name: functools.partial(run, *inputs) for name, run in both.items()}
+
+
+def share_moved(found: dict[str, dict[str, float]], name: str) -> float:
+  """Dispatch and combine, as a share of the sum of the parts."""
+  parts = {part: times[name] for part, times in found.items() if part != "layer"}
+  return (parts["dispatch"] + parts["combine"]) / sum(parts.values())
+
+
+def exponent(tokens: list[int], milliseconds: list[float]) -> float:
+  """b of time = a * tokens^b, by least squares of the logarithms."""
+  return float(np.polyfit(np.log(tokens), np.log(milliseconds), 1)[0])
+
+
+def _show(title: str, layers: list[Layer], found: list[dict[str, Any]]) -> None:
+  for name in ("forward", "gradients"):
+    sheet = Sheet(f"{title}, {name} [ms]", ["dispatch", "granularity", "tokens"],
+                  [*PARTS, "dispatch + combine"])
+    for layer, times in zip(layers, found, strict=True):
+      sheet.add(layer.dispatch, str(layer.granularity), str(layer.sequences * SEQ_LEN),
+                *(f"{times[part][name]:.1f}" for part in PARTS), f"{share_moved(times, name):.0%}")
+    print_sheet(sheet)
+
+
+def main(_) -> None:
+  for flag in (_PASSES, _SEQUENCES):
+    require(flag.value >= 1, flag.name, flag.value, "must be at least 1")
+  figures: dict[str, Any] = {}
+  counts = [2**i for i in range(2, 9) if 2**i <= 2 * _SEQUENCES.value] or [_SEQUENCES.value]
+  for dispatch in ("capacity", "dropless"):
+    sweeps = {"granularity": [Layer(g, _SEQUENCES.value, dispatch, _DTYPE.value)
+                              for g in (1, 2, 4, 8, 16)],
+              "tokens": [Layer(4, count, dispatch, _DTYPE.value) for count in counts]}
+    for sweep, layers in sweeps.items():
+      found = measure(layers, _PASSES.value)
+      _show(f"one MoE layer over {sweep}, d_model {D_MODEL}, {_DTYPE.value}", layers, found)
+      figures[f"{dispatch} over {sweep}"] = [
+          {**layer._asdict(), **times} for layer, times in zip(layers, found, strict=True)]
+      if sweep == "tokens" and len(layers) > 1:
+        figures[f"{dispatch} exponent"] = exponent(
+            [layer.sequences * SEQ_LEN for layer in layers],
+            [times["layer"]["gradients"] for times in found])
+        print(f"time grows with tokens^{figures[f'{dispatch} exponent']:.2f}")
+  print(json.dumps({"machine": machine(), "device": jax.devices()[0].device_kind,
+                    "jax": jax.__version__, "load_average": os.getloadavg(), **figures}, indent=2))
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,201 @@
+"""A whole training step beside Hugging Face's Qwen3MoeForCausalLM and beside two limits.
+
+    pip install torch==2.13.0 transformers
+    python -m benchmarks.train_step --step_shape=a --step_dtype=float32
+
+Both sides have the same architecture, weights, tokens and dtype, drop nothing, and do forward pass,
+backward pass, clipping and AdamW; the balance losses, which the two define differently, weigh
+nothing, and the losses of the first step must agree. Each runs in a process of its own, step by
+step in turn, so that both see the same machine; medians count. The peer is its fastest backend of
+those asked for. The limits: all products of the step, each alone at the best speed that either
+side reaches on its shape, and the bytes that the products and AdamW must move at the speed of a
+copy. In bfloat16 ours keeps float32 master weights, the peer does not. On a busy machine
+--step_cores=1 compares without the peer's threads waiting for one another. Prints a table, then the
+same figures as JSON. Without the peer's packages ours is measured alone.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from benchmarks.iso_solver import machine
+from benchmarks.step_limits import matmul_seconds, products, step_bytes
+from moe_jax import cli
+from moe_jax.arch import count
+from moe_jax.config import (
+    Architecture,
+    DataConfig,
+    ExecutionConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    RunConfig,
+    TrainConfig,
+    to_dict,
+)
+from moe_jax.design.sheet import Sheet, print_sheet
+from moe_jax.errors import require
+
+ARCHS = {name: Architecture(n_layers=4, d_model=256, n_heads=4, vocab_size=8192, n_exp=n_exp,
+                            n_topk=n_topk, d_expert=d_expert)
+         for name, (n_exp, n_topk, d_expert) in {"a": (32, 4, 64), "b": (64, 8, 32)}.items()}
+BACKENDS = ("eager", "grouped_mm", "batched_mm")
+
+_SHAPE = flags.DEFINE_enum("step_shape", "a", sorted(ARCHS), "Which architecture.")
+_DTYPE = flags.DEFINE_enum("step_dtype", "float32", ["float32", "bfloat16"], "Of activations.")
+_ROUNDS = flags.DEFINE_integer("step_rounds", 7, "Steps of each that count.")
+_CORES = flags.DEFINE_integer("step_cores", 0, "Processor cores of each side; 0 means all.")
+_BACKENDS = flags.DEFINE_list("step_backends", list(BACKENDS[:2]), "The peer's, of which the "
+                              f"fastest counts: some of {', '.join(BACKENDS)}.")
+
+
+def config_of(arch: Architecture, dtype: str, sequences: int = 16, seq_len: int = 256) -> RunConfig:
+  """Nothing is dropped, no balance loss weighs, one document: what the peer does too."""
+  return RunConfig(
+      arch=arch, moe=MoEConfig(dispatch="dropless", balance_coef=0.0, z_coef=0.0),
+      model=ModelConfig(compute_dtype=dtype), data=DataConfig(seq_len=seq_len,
+                                                              mask_documents=False),
+      train=TrainConfig(batch_size=sequences), execution=ExecutionConfig(mesh=MeshConfig(1, 1, 1)))
+
+
+class Child:
+  """One side, in a process of its own; it answers when asked (step_serve.py)."""
+
+  def __init__(self, module: str, *args: str, cores: int = 0):
+    mine = sorted(os.sched_getaffinity(0))[-cores:] if cores else None
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the child)
+    self._process = subprocess.Popen(
+        [sys.executable, "-m", module, *args], text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=self._errors, env=environment,
+        cwd=pathlib.Path(__file__).parent.parent,
+        preexec_fn=mine and (lambda: os.sched_setaffinity(0, mine)))
+    self.name = self._read()["ready"]
+
+  def ask(self, part: str) -> dict[str, Any]:
+    self._process.stdin.write(part + "\n")
+    self._process.stdin.flush()
+    return self._read()
+
+  def _read(self) -> dict[str, Any]:
+    line = self._process.stdout.readline()
+    while line and not line.startswith("{"):  # libraries say this and that
+      line = self._process.stdout.readline()
+    if not line:
+      self.close()
+      self._errors.seek(0)
+      raise RuntimeError(self._errors.read()[-2000:])
+    return json.loads(line)
+
+  def close(self) -> None:
+    self._process.communicate()
+
+
+def measure(config: RunConfig, backends: list[str], rounds: int, cores: int) -> dict[str, Any]:
+  """Figures of ours and of each backend. Raises RuntimeError if first losses disagree."""
+  with tempfile.TemporaryDirectory() as folder:
+    paths = f"{folder}/tokens.npy", f"{folder}/weights.npz"
+    shape = (config.train.batch_size, config.data.seq_len + 1)
+    np.save(paths[0], np.random.default_rng(0).integers(0, config.arch.vocab_size, shape, np.int32))
+    text, children = json.dumps(to_dict(config)), {}
+    try:
+      children["ours"] = Child("benchmarks.step_ours", text, *paths, cores=cores)
+      for backend in backends:
+        children[backend] = Child("benchmarks.step_peer", text, *paths, backend, cores=cores)
+      answers = {name: [] for name in children}
+      for _ in range(rounds + 1):
+        for name, child in children.items():
+          answers[name].append(child.ask("step"))
+      require_equal({name: rows[0]["value"] for name, rows in answers.items()}, config)
+      for _ in range(rounds + 1):
+        for name, child in children.items():
+          answers[name].append(child.ask("head") | {"head": True})
+      sides = {name: _figures(rows, children[name].name, config) for name, rows in answers.items()}
+      measured = [child.ask("matmuls")["value"] for name, child in children.items()
+                  if name in ("ours", *backends[:1])]
+      return {"sides": sides, "limits": _limits(
+          config, measured, children["ours"].ask("bandwidth")["value"])}
+    finally:
+      for child in children.values():
+        child.close()
+
+
+def require_equal(losses: dict[str, float], config: RunConfig) -> None:
+  """Raises RuntimeError if the losses of one step are not those of one model."""
+  tolerance = 1e-4 if config.model.compute_dtype == "float32" else 1e-2
+  if max(losses.values()) - min(losses.values()) > tolerance:
+    raise RuntimeError(f"the first losses disagree, so the models are not the same: {losses}")
+
+
+def _figures(rows, name, config) -> dict[str, Any]:
+  steps = [row for row in rows if not row.get("head")]
+  heads = [row for row in rows if row.get("head")]
+
+  def median(rows, key):
+    return statistics.median(row[key] for row in rows[1:])  # the first one warms up
+
+  seconds = median(steps, "seconds")
+  return {"what": name, "first_loss": steps[0]["value"], "step_seconds": seconds,
+          "step_cpu_seconds": median(steps, "cpu_seconds"),
+          "head_seconds": median(heads, "seconds"),
+          "head_cpu_seconds": median(heads, "cpu_seconds"),
+          "tokens_per_second": config.batch_tokens / seconds,
+          "peak_mb_of_steps": steps[-1]["peak_mb"]}
+
+
+def _limits(config: RunConfig, measured: list[list[float]], bandwidth: float) -> dict[str, float]:
+  made = products(config.arch, config.train.batch_size, config.data.seq_len)
+  itemsize = {"float32": 4, "bfloat16": 2}[config.model.compute_dtype]
+  n_params = count.n_total_with_embedding(config.arch)
+  moved, flops = step_bytes(made, n_params, itemsize), sum(product.flops for product in made)
+  seconds = matmul_seconds(made, *measured)
+  return {"matmul_seconds": seconds, "matmul_gflops": flops / 1e9, "gflop_per_second":
+          flops / seconds / 1e9, "bytes": moved, "bytes_per_second": bandwidth,
+          "bytes_seconds": moved / bandwidth}
+
+
+def main(_) -> None:
+  require(_ROUNDS.value >= 1, "step_rounds", _ROUNDS.value, "must be at least 1")
+  require(0 <= _CORES.value <= os.cpu_count(), "step_cores", _CORES.value,
+          f"must be 0 (all) or at most {os.cpu_count()}")
+  unknown = [backend for backend in _BACKENDS.value if backend not in BACKENDS]
+  require(not unknown, "step_backends", unknown, f"must be some of {', '.join(BACKENDS)}")
+  backends = list(_BACKENDS.value)
+  if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+    print("no peer here: pip install torch==2.13.0 transformers", file=sys.stderr)
+    backends = []
+  config = config_of(ARCHS[_SHAPE.value], _DTYPE.value)
+  found = measure(config, backends, _ROUNDS.value, _CORES.value)
+  limits, ours = found["limits"], found["sides"]["ours"]
+  sheet = Sheet(
+      f"one training step, shape {_SHAPE.value}, {_DTYPE.value}, {config.train.batch_size} x "
+      f"{config.data.seq_len} tokens", ["side"],
+      ["step [s]", "cpu [s]", "head [s]", "tokens/s", "ours is x", "by cpu x", "peak [MB]",
+       "first loss"],
+      f"Matmuls alone {limits['matmul_seconds']:.2f} s ({limits['gflop_per_second']:.0f} GFLOP/s), "
+      f"bytes alone {limits['bytes_seconds']:.2f} s; ours is at "
+      f"{limits['matmul_seconds'] / ours['step_seconds']:.0%} of the matmul limit.")
+  for name, side in found["sides"].items():
+    sheet.add(name, f"{side['step_seconds']:.2f}", f"{side['step_cpu_seconds']:.2f}",
+              f"{side['head_seconds']:.2f}", f"{side['tokens_per_second']:.0f}",
+              f"{side['step_seconds'] / ours['step_seconds']:.2f}",
+              f"{side['step_cpu_seconds'] / ours['step_cpu_seconds']:.2f}",
+              f"{side['peak_mb_of_steps']:.0f}", f"{side['first_loss']:.5f}")
+  print_sheet(sheet)
+  print(json.dumps({"machine": machine(), "load_average": os.getloadavg(), "cores": _CORES.value,
+                    "arch": dataclasses.asdict(config.arch), "dtype": _DTYPE.value, **found},
+                   indent=2))
+
+
+if __name__ == "__main__":
+  cli.run(main)
