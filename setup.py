@@ -9,6 +9,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["moe_jax", "moe_jax.*"]),
+    package_data={"moe_jax.evaluate": ["tasks/*.yaml"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8,<1",  # TFDS reads and writes it; TFDS names it only in extras

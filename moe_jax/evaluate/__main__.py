@@ -9,6 +9,7 @@ What is evaluated already is not done again. Execution flags say how to run, e.g
     --steps=all                        all checkpoints: loss and routing against step
     --compare=CELL_A,CELL_B            the paired difference over the same documents
     --inference                        measured prefill, decode and memory on these devices
+    --tasks=heldout_cloze,heldout_choice   tasks of lm-evaluation-harness, or of --task_dir
     --report=FILE.html                 one page with all of it and what routers do
     --generate="The state of"          text from one cell
 """
@@ -33,6 +34,9 @@ _COMPARE = flags.DEFINE_string("compare", None, "CELL_A,CELL_B: compares both ov
 _INFERENCE = flags.DEFINE_bool("inference", False, "Measures the cost of inference here.")
 _BATCH_SIZES = flags.DEFINE_string("batch_sizes", "1,8,32", "Sequences that --inference decodes "
                                    "together.")
+_TASKS = flags.DEFINE_string("tasks", None, "Tasks of lm-evaluation-harness that are asked, "
+                             "NAME,NAME: the project's own, of --task_dir, or lm_eval's.")
+_TASK_DIR = flags.DEFINE_string("task_dir", None, "Directory of more task files, .yaml.")
 _REPORT = flags.DEFINE_string("report", None, "Path of an .html page that is written.")
 _GENERATE = flags.DEFINE_multi_string("generate", None, "A prompt; may be given several times. "
                                       "Continues each instead of evaluating.")
@@ -65,6 +69,7 @@ def _evaluate(cells) -> int:
   sizes = cost.parse_batch_sizes(_BATCH_SIZES.value)
   if _REPORT.value is not None:
     check_path(_REPORT.value)
+  tasks = _read_tasks()
   if _COMPARE.value is not None:
     pair = compare.parse_pair(_COMPARE.value, [cell.name for cell in cells])
     cells = [cell for cell in cells if cell.name in pair]
@@ -80,14 +85,30 @@ def _evaluate(cells) -> int:
   if _INFERENCE.value:
     from moe_jax.evaluate.inference import measure_cells
     problems += measure_cells(found.finished, _OUT.value, sizes, _say)
-  problems += _show(found.finished, text, bool(steps is None or steps))
+  if tasks:
+    from moe_jax.evaluate.harness import run
+    problems += run.evaluate_cells(found.finished, _OUT.value, tasks, _TASK_DIR.value, _say)
+  problems += _show(found.finished, text, bool(steps is None or steps), tasks)
   if _COMPARE.value is not None:
     for line in compare.compare(_OUT.value, found.finished, pair, text.name):
       _say(line)
   return 1 if problems else 0
 
 
-def _show(cells, text, with_curves: bool) -> list[str]:
+def _read_tasks() -> tuple[str, ...]:
+  """The tasks that are asked for, which can be asked. Raises FieldError."""
+  if _TASKS.value is None:
+    if _TASK_DIR.value is not None:
+      raise FieldError("task_dir", _TASK_DIR.value, "goes with --tasks=NAME,NAME")
+    return ()
+  from moe_jax.evaluate.harness import catalogue, run
+  names = catalogue.parse_tasks(_TASKS.value)
+  run.quiet()
+  catalogue.check(names, _TASK_DIR.value)
+  return names
+
+
+def _show(cells, text, with_curves: bool, tasks=()) -> list[str]:
   """Tables, results.csv and pictures; returns what went wrong, which was said."""
   from moe_jax.evaluate import cost, curves, report, results, show
   experiment = cells[0].experiment
@@ -96,6 +117,9 @@ def _show(cells, text, with_curves: bool) -> list[str]:
   shown = [by_cell[cell.name] for cell in cells if cell.name in by_cell]
   if shown:
     problems += show.show(rows, shown, results.csv_path(_OUT.value, experiment))
+    if tasks:
+      from moe_jax.evaluate.harness import run
+      run.show(tasks, shown)
     if with_curves:
       problems += curves.show(_OUT.value, experiment, text.name)
     if _INFERENCE.value:

@@ -7,7 +7,7 @@ its number and the seed, and not on what else is in the batch or on the devices.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,8 @@ class Decoder:
     return cached.empty_cache(self.config, batch, slots, self.mesh)
 
   def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int,
-               sampling: Sampling | None = None, end: int | None = None) -> list[list[int]]:
+               sampling: Sampling | None = None, end: int | None = None,
+               ended: Callable[[list[int]], bool] | None = None) -> list[list[int]]:
     """Continues each prompt.
 
     Args:
@@ -61,6 +62,8 @@ class Decoder:
         `data.seq_len` tokens: behind it are positions that the model was never trained on.
       sampling: greedy if None.
       end: a row ends with this token, which is not part of the result.
+      ended: whether a row needs no more tokens than these. It may get more: where all rows are
+        said to have ended, now and then, decoding stops.
 
     Raises:
       FieldError: a prompt is empty, or leaves no room in the context.
@@ -83,8 +86,11 @@ class Decoder:
         logits_BV, cache = self.decode(cache, found[-1], position_B)
         position_B = self._next(position_B)
       found.append(self._choose(logits_BV, row_B, position_B, *choice))
-      if end is not None and number % _LOOK_EVERY == _LOOK_EVERY - 1:
-        ended_B = ended_B | (np.asarray(jnp.stack(found[-_LOOK_EVERY:])) == end).any(0)
+      if (end is not None or ended) and number % _LOOK_EVERY == _LOOK_EVERY - 1:
+        made_BN = np.asarray(jnp.stack(found, axis=1))
+        ended_B = ended_B | (made_BN == end).any(1)
+        for row in np.flatnonzero(~ended_B) if ended else ():
+          ended_B[row] = ended(made_BN[row].tolist())
         if ended_B.all():
           break
     made_BN = np.asarray(jnp.stack(found, axis=1))

@@ -7,7 +7,7 @@ experiment that is on disk.
 import csv
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -76,7 +76,8 @@ def rows_of(run_dir: RunDir) -> list[Row]:
   `tokens` and `training_flops` are those up to the evaluated checkpoint. `tokens_per_second`,
   `mfu`, `device_kind`, `n_devices` and `commit` are of the training. Where the text has several
   domains there are `loss.LABEL` and `bits_per_byte.LABEL` with their errors for each; where the
-  cost of inference was measured, its columns (inference.columns).
+  cost of inference was measured, its columns (inference.columns); where tasks were asked of that
+  checkpoint, `TASK.METRIC` and `TASK.METRIC_se`.
 
   Raises:
     FieldError: a file is damaged.
@@ -84,8 +85,21 @@ def rows_of(run_dir: RunDir) -> list[Row]:
   evals = run_dir.read_evals()
   cost = evals.get(INFERENCE) or {}
   cost = cost.get("columns", {}) if isinstance(cost, dict) else {}
-  return [row | cost for row in _rows(run_dir, {
-      name: found for name, found in evals.items() if name not in (ROUTING, INFERENCE)})]
+  tasks = {name: found for name, found in evals.items() if _is_task(found)}
+  rows = _rows(run_dir, {name: found for name, found in evals.items()
+                         if name not in (ROUTING, INFERENCE, *tasks)})
+  return [row | cost | _of_tasks(tasks.values(), row) for row in rows]
+
+
+def _is_task(found: Any) -> bool:
+  return isinstance(found, dict) and "task" in found
+
+
+def _of_tasks(tasks: Iterable[dict[str, Any]], row: Row) -> Row:
+  """Columns of downstream tasks, where the same checkpoint was asked."""
+  return {name: value for found in tasks
+          if (found.get("step"), found.get("identity")) == (row["step"], row["identity"])
+          for name, value in found.get("columns", {}).items()}
 
 
 def curve_rows_of(run_dir: RunDir, evaluation: str) -> list[Row]:

@@ -8,7 +8,7 @@ from moe_jax.config import DataConfig, RunConfig
 from moe_jax.errors import FieldError, did_you_mean
 
 HELDOUT = "heldout"
-_SPLITS = ("heldout", "train")
+SPLITS = ("heldout", "train")
 _ANYWHERE = ("bytes", "gpt2")  # tokenizers that no corpus has trained
 
 
@@ -26,9 +26,9 @@ class Text:
   corpus: str | None = None
 
   def __post_init__(self):
-    if self.split not in _SPLITS:
+    if self.split not in SPLITS:
       raise FieldError("split", self.split, "must be heldout or train; "
-                       + did_you_mean(self.split, list(_SPLITS)))
+                       + did_you_mean(self.split, list(SPLITS)))
     if self.corpus is not None:
       try:
         DataConfig(corpus=self.corpus)

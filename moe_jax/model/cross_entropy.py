@@ -45,11 +45,28 @@ def summed_nll(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
 def token_nll(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
               mesh: Mesh) -> jax.Array:
   """nll_BS in float32: what `summed_nll` sums. Meant for evaluation, not to be differentiated."""
+  return _by_token(lambda nll_R, exp_RV, target_R: nll_R, x_BSD, head_DV, targets_BS, mesh)
+
+
+def token_scores(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
+                 mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+  """nll_BS as token_nll's, and whether each target is the likeliest token, greedy_BS (bool)."""
+  return _by_token(lambda nll_R, exp_RV, target_R: (nll_R, exp_RV.argmax(-1) == target_R),
+                   x_BSD, head_DV, targets_BS, mesh)
+
+
+def _by_token(measure, x_BSD, head_DV, targets_BS, mesh):
+  """measure(nll_R, exp_RV, target_R) -> arrays [R], of all tokens, as arrays [B, S]."""
 
   def on_device(x_bSD, head_DV, targets_bS):
     chunks = _chunks(x_bSD, targets_bS, head_DV.shape[1], mesh)
-    nll_NR = jax.lax.map(lambda chunk: _nll(*chunk, head_DV)[0], chunks)
-    return nll_NR.ravel()[:targets_bS.size].reshape(targets_bS.shape)
+
+    def of_chunk(chunk):
+      nll_R, exp_RV, _ = _nll(*chunk, head_DV)
+      return measure(nll_R, exp_RV, chunk.target_NR)
+
+    return jax.tree.map(lambda found_NR: found_NR.ravel()[:targets_bS.size].reshape(
+        targets_bS.shape), jax.lax.map(of_chunk, chunks))
 
   return jax.shard_map(on_device, mesh=mesh, in_specs=(P(BATCH_AXES), P(), P(BATCH_AXES)),
                        out_specs=P(BATCH_AXES))(x_BSD, head_DV, targets_BS)

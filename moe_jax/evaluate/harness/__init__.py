@@ -1,0 +1,1 @@
+"""Downstream tasks: lm-evaluation-harness in this process, straight from a checkpoint."""

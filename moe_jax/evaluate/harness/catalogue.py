@@ -1,0 +1,85 @@
+"""Which tasks there are, and whether those that are asked for can be read.
+
+A name is looked for in --task_dir, in the suite that ships with the project, and only then among
+the thousands of lm_eval's own tasks, whose index takes seconds to read.
+"""
+
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+
+from moe_jax.errors import FieldError, did_you_mean, require
+from moe_jax.evaluate.harness import suite
+from moe_jax.evaluate.results import INFERENCE, ROUTING
+from moe_jax.evaluate.text import SPLITS
+
+_TAKEN = (ROUTING, INFERENCE, *SPLITS)
+
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+  """`heldout_cloze,arc_easy`. Raises FieldError, also where lm_eval is not installed."""
+  names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+  for name in names:
+    require(name != "" and "/" not in name, "tasks", text, "must be names of tasks with commas "
+            f"between them, such as {','.join(suite.NAMES)}")
+    require(name not in _TAKEN and not name.endswith(tuple(f"-{split}" for split in SPLITS)),
+            "tasks", name, "is the name of another evaluation in eval/: give the task another one")
+  require(importlib.util.find_spec("lm_eval") is not None, "tasks", text,
+          "needs lm-evaluation-harness: pip install 'moe_jax[eval]'")
+  return names
+
+
+def check(names: Sequence[str], task_dir: str | None) -> None:
+  """Sees to it that the tasks are known and can ask their first question.
+
+  The suite's own are left to `suite.build`: they need a run's text.
+
+  Raises:
+    FieldError: a file of task_dir has an error; a task is unknown, cannot be loaded or cannot
+      make a question of its first document.
+  """
+  if task_dir is not None:
+    _check_files(task_dir)
+  manager = open_manager(names, suite.TASKS, task_dir)
+  for name in names:
+    if name not in manager.all_tasks:
+      raise FieldError("tasks", name, "no such task; " + did_you_mean(name, manager.all_tasks))
+  for name in names:
+    if name in suite.NAMES and manager.task_index[name].yaml_path.parent == suite.TASKS:
+      continue
+    try:
+      for task in manager.load([name])["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+          task.set_config(key="num_fewshot", value=0)
+        task.build_all_requests(limit=1, rank=0, world_size=1)
+    except Exception as error:  # whatever a task file can bring about
+      raise FieldError("tasks", name, f"cannot be asked: {one_line(error)}") from None
+
+
+def open_manager(names: Sequence[str], suite_dir: pathlib.Path, task_dir: str | None):
+  """lm_eval's TaskManager over these directories, and over its own tasks if they are needed."""
+  from lm_eval.tasks import TaskManager
+  paths = [str(suite_dir), *([] if task_dir is None else [task_dir])]
+  local = TaskManager(include_path=paths, include_defaults=False)
+  if all(name in local.all_tasks for name in names):
+    return local
+  return TaskManager(include_path=paths, include_defaults=True)
+
+
+def _check_files(task_dir: str) -> None:
+  from lm_eval.tasks._yaml_loader import load_yaml
+  require(pathlib.Path(task_dir).is_dir(), "task_dir", task_dir, "no such directory")
+  files = sorted(pathlib.Path(task_dir).rglob("*.yaml"))
+  require(bool(files), "task_dir", task_dir, "holds no .yaml file")
+  for file in files:
+    try:
+      found = load_yaml(file, resolve_func=False, recursive=True)
+    except Exception as error:  # a parser's, a file's that it includes
+      raise FieldError("task_dir", str(file), f"cannot be read: {one_line(error)}") from None
+    require(isinstance(found, dict), "task_dir", str(file), "is not a task: no fields")
+
+
+def one_line(error: BaseException) -> str:
+  """The message, or where there is none the kind of the error."""
+  text = " ".join(str(error).split())
+  return text if len(text) > 20 else f"{type(error).__name__} {text}".strip()
