@@ -29,14 +29,20 @@ from moe_jax import cli
 from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.errors import require
 from moe_jax.mesh import MESH_AXES
-from moe_jax.moe.dispatch import assign_slots, combine_rows, expert_capacity, gather_rows
+from moe_jax.moe.dispatch import (
+  assign_slots,
+  expert_capacity,
+  gather_rows,
+  gather_weights,
+  sum_rows,
+)
 from moe_jax.moe.dropless import sort_slots
 from moe_jax.moe.expert_parallel import (
-    Experts,
-    Semantics,
-    grouped_swiglu,
-    sharded_moe_layer,
-    swiglu,
+  Experts,
+  Semantics,
+  grouped_swiglu,
+  sharded_moe_layer,
+  swiglu,
 )
 from moe_jax.moe.router import route
 
@@ -90,27 +96,27 @@ def parts_of(layer: Layer) -> dict[str, tuple[Callable, tuple]]:
   else:
     slots = jax.jit(assign_slots, static_argnums=(1, 2, 3))(
         routing.expert_TK, e, SEQ_LEN, semantics.capacity)
-  rows_SD = gather_rows(x_TD, slots)
+  rows_SD, weight_S = gather_rows(x_TD, slots), gather_weights(routing.weight_TK, slots)
 
-  def send(x_TD, expert_TK):
+  def send(x_TD, weight_TK, expert_TK):
     if semantics.dropless:
       made, _ = sort_slots(expert_TK, e)
     else:
       made = assign_slots(expert_TK, e, SEQ_LEN, semantics.capacity)
-    return gather_rows(x_TD, made)
+    return gather_rows(x_TD, made), gather_weights(weight_TK, made)
 
-  def run(rows_SD, experts):
+  def run(rows_SD, weight_S, experts):
     if semantics.dropless:
-      return grouped_swiglu(rows_SD, size_E, experts, jax.devices()[0].platform)
-    return swiglu(rows_SD.reshape(e, -1, D_MODEL),
-                  Experts(*(w.astype(rows_SD.dtype) for w in experts)))
+      return grouped_swiglu(rows_SD, weight_S, size_E, experts, jax.devices()[0].platform)
+    return swiglu(rows_SD.reshape(e, -1, D_MODEL), weight_S.reshape(e, -1),
+                  experts=Experts(*(w.astype(rows_SD.dtype) for w in experts)))
 
   return {
       "route": (lambda x, w: route(x, w, semantics.n_topk, semantics.norm_topk_prob)[1:3],
                 (x_TD, w_router_DE)),
-      "dispatch": (send, (x_TD, routing.expert_TK)),
-      "experts": (run, (rows_SD, experts)),
-      "combine": (combine_rows, (rows_SD, routing.weight_TK, slots)),
+      "dispatch": (send, (x_TD, routing.weight_TK, routing.expert_TK)),
+      "experts": (run, (rows_SD, weight_S, experts)),
+      "combine": (sum_rows, (rows_SD, slots)),
       "layer": (lambda x, w, experts: sharded_moe_layer(x, w, experts, semantics, mesh)[0],
                 (x_BSD, w_router_DE, experts))}
 

@@ -316,8 +316,9 @@ class ExecutionConfig:
   Attributes:
     mesh: how devices are laid out.
     remat: what the backward pass recomputes: `none`, `dots` (all but the dense projections;
-      attention scores and routed experts are computed again) or `full` (each layer from its
-      input).
+      attention scores and routed experts are computed again), `rows` (all but what was dear to
+      get: the rows that experts received and, where a kernel makes it, the output of attention)
+      or `full` (each layer from its input).
     microbatches: parts the global batch is split into, one after another, to save memory.
       The result does not change; one more forward pass is paid when above 1.
     log_every: steps between two lines of metrics.
@@ -330,7 +331,7 @@ class ExecutionConfig:
   """
 
   mesh: MeshConfig = MeshConfig()
-  remat: Literal["none", "dots", "full"] = "none"
+  remat: Literal["none", "dots", "rows", "full"] = "none"
   microbatches: int = 1
   log_every: int = 10
   checkpoint_every: int = 200

@@ -4,12 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax.model import splash
 
 _CPU_BLOCKS = 4  # parts of the queries: 4 leave out 3/8 of all scores, 8 would leave out 7/16
 
 
 def attend(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
-           segments_BS: jax.Array | None, platform: str) -> jax.Array:
+           segments_BS: jax.Array | None, mesh: Mesh) -> jax.Array:
   """out_BSHh: softmax(query key / sqrt(h)) value over positions up to one's own.
 
   Args:
@@ -17,10 +20,19 @@ def attend(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
     key_BSKh, value_BSKh: of the type of the queries. Softmax is in float32.
     segments_BS: int32, the document of each position: attention stays within it. None for
       no such limit.
-    platform: of the devices (`jax.Device.platform`), which decides how it is done.
+    mesh: of devices whose platform decides how it is done; B is split over it.
   """
+  platform = mesh.devices.flat[0].platform
   if platform == "cpu":
     return _by_query_blocks(query_BSHh, key_BSKh, value_BSKh, segments_BS)
+  if platform == "tpu" and splash.suits(query_BSHh):
+    return splash.splash_attention(query_BSHh, key_BSKh, value_BSKh, segments_BS, mesh)
+  return plain_attention(query_BSHh, key_BSKh, value_BSKh, segments_BS)
+
+
+def plain_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
+                    segments_BS: jax.Array | None) -> jax.Array:
+  """JAX's own: all scores at once, on any platform."""
   mask_B1SS = None
   if segments_BS is not None:
     mask_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
 from moe_jax.model import init
@@ -57,12 +58,12 @@ class Attention(nnx.Module):
     elif arch.qk_norm == "projection":
       self.query_norm_Hh, self.key_norm_Kh = init.ones(heads, h), init.ones(kv_heads, h)
 
-  def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, gather, platform: str) -> jax.Array:
+  def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, gather, mesh: Mesh) -> jax.Array:
     """Attends within documents; `gather` makes a weight ready to multiply (gather_whole)."""
     query_BSHh, key_BSKh, value_BSKh = self.project(x_BSD, gather)
     with jax.named_scope("attention"):
       segments_BS = segments_BS if self.config.data.mask_documents else None
-      out_BSHh = attend(query_BSHh, key_BSKh, value_BSKh, segments_BS, platform)
+      out_BSHh = attend(query_BSHh, key_BSKh, value_BSKh, segments_BS, mesh)
     return jnp.einsum("bsnh,nhd->bsd", out_BSHh, gather(self.w_out_HhD))
 
   def project(self, x_BSD: jax.Array, gather, position_BS: jax.Array | None = None

@@ -13,13 +13,15 @@ from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
 from moe_jax.mesh import batch_sharding, replicated
-from moe_jax.model import init
+from moe_jax.model import init, splash
 from moe_jax.model.attention import Attention, rms_norm
+from moe_jax.moe import expert_parallel
 from moe_jax.moe.expert_parallel import EXPERT_AXES, Experts, Semantics, sharded_moe_layer
 from moe_jax.moe.router import RouterSums
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "rows": jax.checkpoint_policies.save_only_these_names(expert_parallel.SAVED, splash.SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -103,7 +105,7 @@ class Block(nnx.Module):
     eps = self.config.model.norm_eps
     gather = functools.partial(gather_whole, mesh=mesh, dtype=x_BSD.dtype)
     x_BSD += self.attention(rms_norm(x_BSD, self.attention_norm_D[...], eps), segments_BS,
-                            gather, mesh.devices.flat[0].platform)
+                            gather, mesh)
     normed_BSD = rms_norm(x_BSD, self.ff_norm_D[...], eps)
     if self.dense:
       return x_BSD + self.ff(normed_BSD, gather), None
@@ -138,7 +140,7 @@ class Transformer(nnx.Module):
       inputs_BS: int32 token ids, B split over all mesh axes.
       segments_BS: int32, the document of each position.
       mesh: where it runs.
-      remat: what the backward pass recomputes: none, dots or full.
+      remat: what the backward pass recomputes: none, dots, rows or full.
       counted_BS: bool, False for padding, which the router's sums leave out; None counts
         all.
       noise_key_B: a random key for each row, for the router's jitter; None for none.

@@ -4,8 +4,9 @@ One signature, several implementations, one truth:
 
     dispatch(x_TD, routing, run_experts) -> (y_TD, dropped_T)
 
-`run_experts` maps rows x_ERD, R for each expert, to outputs of the same shape; it knows the
-weights and where they live (see expert_parallel.py). `dropped_T` counts each token's
+`run_experts(x_ERD, weight_ER=None)` maps rows, R for each expert, to outputs of the same shape,
+times the weight of each row where there are weights; it knows the experts and where they live
+(see expert_parallel.py). `dropped_T` counts each token's
 assignments that found no slot. Everything is index-based: no [T, E, C] tensor exists, so the
 cost of dispatch follows the rows that move, T*K*D, and not the number of experts.
 """
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from moe_jax.moe.router import Routing
 
-RunExperts = Callable[[jax.Array], jax.Array]
+RunExperts = Callable[..., jax.Array]
 
 
 def expert_capacity(capacity_factor: float, group_tokens: int, n_topk: int,
@@ -53,7 +54,8 @@ def run_every_expert(x_TD: jax.Array, weight_TE: jax.Array,
 
 def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts, *,
                       group_tokens: int, capacity: int,
-                      priority_TK: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+                      priority_TK: jax.Array | None = None,
+                      n_devices: int = 1) -> tuple[jax.Array, jax.Array]:
   """A fixed number of slots for each expert and routing group; what overflows is dropped.
 
   A dropped assignment contributes nothing to its token; the other weights stay as they are.
@@ -61,17 +63,25 @@ def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts
   Args:
     x_TD: tokens; T must be a multiple of `group_tokens`.
     routing: where they go.
-    run_experts: x_ERD -> y_ERD with R = groups * capacity.
+    run_experts: (x_ERD, weight_ER) -> y_ERD with R = groups * capacity. Rows of empty slots
+      weigh nothing.
     group_tokens: N, consecutive tokens that compete for the same slots.
     capacity: C, slots per expert and group.
     priority_TK: who is served first at an expert; None means earlier positions.
+    n_devices: over how many the experts lie, in equal parts. Rows come with the first expert of
+      each device, then the second of each, and so on: so that they travel without being
+      put in another order first.
   """
   n_exp, d_model = routing.prob_TE.shape[-1], x_TD.shape[-1]
-  slots = assign_slots(routing.expert_TK, n_exp, group_tokens, capacity, priority_TK)
+  expert_TK = routing.expert_TK
+  if n_devices > 1:
+    n_here = n_exp // n_devices
+    expert_TK = expert_TK % n_here * n_devices + expert_TK // n_here
+  slots = assign_slots(expert_TK, n_exp, group_tokens, capacity, priority_TK)
   x_ERD = gather_rows(x_TD, slots).reshape(n_exp, -1, d_model)
-  y_SD = run_experts(x_ERD).reshape(-1, d_model)
-  y_TD = combine_rows(y_SD, routing.weight_TK, slots)
-  return y_TD, (slots.slot_TK == y_SD.shape[0]).sum(-1)
+  weight_ER = gather_weights(routing.weight_TK, slots).reshape(x_ERD.shape[:2])
+  y_SD = run_experts(x_ERD, weight_ER).reshape(-1, d_model)
+  return sum_rows(y_SD, slots), (slots.slot_TK == y_SD.shape[0]).sum(-1)
 
 
 class Slots(NamedTuple):
@@ -127,16 +137,17 @@ def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: 
   return Slots(assignment_GEC.swapaxes(0, 1).ravel(), slot_GA.reshape(n_tokens, n_topk))
 
 
-# Moving rows. The two functions below are each other's transposes: because the map between
-# assignments and slots is one-to-one and stored both ways, the gradient of a gather is again
-# a gather, where automatic differentiation would emit a scatter-add.
+# Moving rows. The map between assignments and slots is one-to-one and stored both ways, so the
+# gradient of a gather is again a gather, where automatic differentiation would emit a
+# scatter-add. An empty slot gets the row of some token, which costs less than zeros would: its
+# weight is 0, and so is all that comes of it, forward and backward.
 
 
 @jax.custom_vjp
 def gather_rows(x_TD: jax.Array, slots: Slots) -> jax.Array:
-  """x_SD: the token of each slot, zeros in empty slots."""
-  n_topk = slots.slot_TK.shape[-1]
-  return _take(x_TD, slots.assignment_S // n_topk)
+  """x_SD: the token of each slot; in empty slots some token's."""
+  token_S = slots.assignment_S // slots.slot_TK.shape[-1]
+  return x_TD.at[token_S].get(mode="clip")
 
 
 def _gather_rows_fwd(x_TD, slots):
@@ -144,35 +155,46 @@ def _gather_rows_fwd(x_TD, slots):
 
 
 def _gather_rows_bwd(slots, dx_SD):
-  dx_TKD = _take(dx_SD, slots.slot_TK)
-  return dx_TKD.sum(1, dtype=jnp.float32).astype(dx_SD.dtype), None
+  return sum_rows(dx_SD, slots), None
 
 
 gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
 
 
 @jax.custom_vjp
-def combine_rows(y_SD: jax.Array, weight_TK: jax.Array, slots: Slots) -> jax.Array:
-  """y_TD: the weighted sum of each token's outputs, summed in float32."""
-  # Multiplied and summed, not contracted: a matrix unit would round the float32 weights.
-  y_TKD = _take(y_SD, slots.slot_TK).astype(jnp.float32)
-  return (y_TKD * weight_TK[..., None]).sum(1).astype(y_SD.dtype)
+def sum_rows(y_SD: jax.Array, slots: Slots) -> jax.Array:
+  """y_TD: the sum over each token's slots, in float32."""
+  kept_TK1 = (slots.slot_TK < y_SD.shape[0])[..., None]
+  y_TKD = y_SD.at[slots.slot_TK].get(mode="clip")
+  return jnp.where(kept_TK1, y_TKD, 0).sum(1, dtype=jnp.float32).astype(y_SD.dtype)
 
 
-def _combine_rows_fwd(y_SD, weight_TK, slots):
-  return combine_rows(y_SD, weight_TK, slots), (y_SD, weight_TK, slots)
+def _sum_rows_fwd(y_SD, slots):
+  return sum_rows(y_SD, slots), slots
 
 
-def _combine_rows_bwd(residuals, dy_TD):
-  y_SD, weight_TK, slots = residuals
-  weight_S = _take(weight_TK.ravel(), slots.assignment_S)
-  dy_SD = _take(dy_TD, slots.assignment_S // weight_TK.shape[-1]) * weight_S[:, None]
-  y_TKD = _take(y_SD, slots.slot_TK).astype(jnp.float32)
-  dweight_TK = (y_TKD * dy_TD[:, None].astype(jnp.float32)).sum(-1)
-  return dy_SD.astype(y_SD.dtype), dweight_TK, None
+def _sum_rows_bwd(slots, dy_TD):
+  return gather_rows(dy_TD, slots), None
 
 
-combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
+sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
+
+
+@jax.custom_vjp
+def gather_weights(weight_TK: jax.Array, slots: Slots) -> jax.Array:
+  """weight_S: the weight of the assignment in each slot, 0 in empty slots."""
+  return _take(weight_TK.ravel(), slots.assignment_S)
+
+
+def _gather_weights_fwd(weight_TK, slots):
+  return gather_weights(weight_TK, slots), slots
+
+
+def _gather_weights_bwd(slots, dweight_S):
+  return _take(dweight_S, slots.slot_TK), None
+
+
+gather_weights.defvjp(_gather_weights_fwd, _gather_weights_bwd)
 
 
 def _take(rows, index):

@@ -3,8 +3,7 @@
     dropless_dispatch(x_TD, routing, run_groups) -> (y_TD, dropped_T)
 
 Nothing is dropped and no expert's share is padded to a capacity: a group has as many rows as
-there are. The rows move by the same pair of gathers, each the other's transpose, as in
-`capacity_dispatch`.
+there are. The rows move by the same gathers as in `capacity_dispatch`.
 """
 
 from collections.abc import Callable
@@ -12,11 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch import Slots, combine_rows, gather_rows
+from moe_jax.moe.dispatch import Slots, gather_rows, gather_weights, sum_rows
 from moe_jax.moe.grouped_matmul import SPARE_ROWS
 from moe_jax.moe.router import Routing
 
-RunGroups = Callable[[jax.Array, jax.Array], jax.Array]
+RunGroups = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def dropless_dispatch(x_TD: jax.Array, routing: Routing,
@@ -26,12 +25,13 @@ def dropless_dispatch(x_TD: jax.Array, routing: Routing,
   Args:
     x_TD: tokens.
     routing: where they go.
-    run_groups: (x_SD, size_E) -> y_SD, for rows in the layout of grouped_matmul.py,
-      S = T*K + SPARE_ROWS.
+    run_groups: (x_SD, weight_S, size_E) -> y_SD, outputs times weights, for rows in the layout of
+      grouped_matmul.py, S = T*K + SPARE_ROWS.
   """
   slots, size_E = sort_slots(routing.expert_TK, routing.prob_TE.shape[-1])
-  y_SD = run_groups(gather_rows(x_TD, slots), size_E)
-  return combine_rows(y_SD, routing.weight_TK, slots), jnp.zeros_like(slots.slot_TK[:, 0])
+  weight_S = gather_weights(routing.weight_TK, slots)
+  y_SD = run_groups(gather_rows(x_TD, slots), weight_S, size_E)
+  return sum_rows(y_SD, slots), jnp.zeros_like(slots.slot_TK[:, 0])
 
 
 def sort_slots(expert_TK: jax.Array, n_exp: int) -> tuple[Slots, jax.Array]:

@@ -7,10 +7,12 @@ expert weights is gathered over `fsdp` just before it is used.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -54,6 +56,13 @@ EXPERT_AXES = Experts(("experts", "expert_width", None), ("experts", "expert_wid
                       ("experts", None, "expert_width"))
 
 
+SAVED = "rows"  # name of the rows that experts received, for what remat keeps
+
+# Groups of experts of a device that travel apart. More of them overlap better, and are a longer
+# program.
+_EXCHANGES = 8
+
+
 class Semantics(NamedTuple):
   """What routing and dispatch mean, resolved from a RunConfig; static under jit.
 
@@ -92,58 +101,83 @@ class Semantics(NamedTuple):
                moe.router, moe.jitter, moe.drop_order, moe.dispatch == "dropless")
 
 
-def swiglu(x_ERD: jax.Array, experts: Experts) -> jax.Array:
-  """Runs each expert on its rows, in the type of the rows; float32 is meant as it says."""
+def swiglu(x_ERD: jax.Array, weight_ER: jax.Array | None = None, *,
+           experts: Experts) -> jax.Array:
+  """Runs each expert on its rows, in the type of the rows; float32 is meant as it says.
+
+  With weights, each row of the result is times its weight.
+  """
   precision = jax.lax.Precision.HIGHEST if x_ERD.dtype == jnp.float32 else None
   einsum = functools.partial(jnp.einsum, precision=precision)
   gate_EDF, up_EDF, down_EFD = (w.astype(x_ERD.dtype) for w in experts)
-  hidden_ERF = (jax.nn.silu(einsum("erd,edf->erf", x_ERD, gate_EDF))
-                * einsum("erd,edf->erf", x_ERD, up_EDF))
-  return einsum("erf,efd->erd", hidden_ERF, down_EFD)
+  # Side by side, so that the rows are read once for both.
+  gate_up_ERF = einsum("erd,edf->erf", x_ERD, jnp.concatenate([gate_EDF, up_EDF], axis=-1))
+  return einsum("erf,efd->erd", _hidden(gate_up_ERF, weight_ER), down_EFD)
 
 
-def grouped_swiglu(x_SD: jax.Array, size_E: jax.Array, experts: Experts,
+def grouped_swiglu(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, experts: Experts,
                    platform: str) -> jax.Array:
   """`swiglu` on rows sorted by expert, in the layout of grouped_matmul.py."""
   gate_EDF, up_EDF, down_EFD = (w.astype(x_SD.dtype) for w in experts)
-  # Side by side, so that the rows are read once for both.
   gate_up_EDH = jnp.concatenate([gate_EDF, up_EDF], axis=-1)
   if platform == "cpu":
-    return swiglu_blocks(x_SD, gate_up_EDH, down_EFD, size_E)
+    return swiglu_blocks(x_SD, weight_S, gate_up_EDH, down_EFD, size_E)
   gate_up_SF = grouped_matmul(x_SD, gate_up_EDH, size_E, platform)
-  gate_SF, up_SF = jnp.split(gate_up_SF, 2, axis=-1)
-  return grouped_matmul(jax.nn.silu(gate_SF) * up_SF, down_EFD, size_E, platform)
+  return grouped_matmul(_hidden(gate_up_SF, weight_S), down_EFD, size_E, platform)
+
+
+def _hidden(gate_up: jax.Array, weight: jax.Array | None) -> jax.Array:
+  """silu(gate) * up, times the row's weight, rounded once.
+
+  The weight enters before the last product and not after it: the gradient of the weights then
+  needs no output of that product, which need not be kept nor computed again.
+  """
+  gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+  hidden = jax.nn.silu(gate) * up
+  if weight is not None:
+    hidden *= weight[..., None]
+  return hidden.astype(gate_up.dtype)
 
 
 def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts | RunGroups,
               semantics: Semantics, counted_T: jax.Array | None = None,
-              bias_E: jax.Array | None = None,
-              noise_TD: jax.Array | None = None) -> tuple[jax.Array, RouterSums]:
+              bias_E: jax.Array | None = None, noise_TD: jax.Array | None = None,
+              n_devices: int = 1) -> tuple[jax.Array, RouterSums]:
   """Routes, dispatches, runs and combines the tokens of one device.
 
-  `run_experts` takes rows as the dispatch gives them, dropless with the sizes of the groups.
+  `run_experts` takes rows as the dispatch gives them, dropless with the sizes of the groups;
+  `n_devices` is over how many the experts lie.
   The router sees the tokens times `noise_TD`; for the other arguments see sharded_moe_layer.
   """
   seen_TD = x_TD if noise_TD is None else x_TD * noise_TD
+  in_order = functools.partial(_in_order, run_experts, n_devices)
   if semantics.router == "expert_choice":
     with jax.named_scope("route"):
       choice = choose_tokens(router_logits(seen_TD, w_router_DE), semantics.n_topk,
                              semantics.group_tokens, counted_T)
     dispatch = reference_choice_dispatch if semantics.capacity is None else choice_dispatch
-    return dispatch(x_TD, choice, run_experts), choice_sums(choice, counted_T)
+    return dispatch(x_TD, choice, in_order), choice_sums(choice, counted_T)
 
   with jax.named_scope("route"):
     routing = route(seen_TD, w_router_DE, semantics.n_topk, semantics.norm_topk_prob, bias_E)
   if semantics.dropless:
     y_TD, dropped_T = dropless_dispatch(x_TD, routing, run_experts)
   elif semantics.capacity is None:
-    y_TD, dropped_T = reference_dispatch(x_TD, routing, run_experts)
+    y_TD, dropped_T = reference_dispatch(x_TD, routing, in_order)
   else:
     y_TD, dropped_T = capacity_dispatch(x_TD, routing, run_experts,
                                         group_tokens=semantics.group_tokens,
-                                        capacity=semantics.capacity,
+                                        capacity=semantics.capacity, n_devices=n_devices,
                                         priority_TK=_priority(routing, semantics, counted_T))
   return y_TD, router_sums(routing, dropped_T, counted_T)
+
+
+def _in_order(run_experts: RunExperts, n_devices: int, x_ERD: jax.Array) -> jax.Array:
+  """`run_experts` for rows in the order of the experts, whatever the order it takes."""
+  n_exp, *rest = x_ERD.shape
+  x_PnRD = x_ERD.reshape(n_devices, n_exp // n_devices, *rest).swapaxes(0, 1)
+  y_PnRD = run_experts(x_PnRD.reshape(x_ERD.shape)).reshape(x_PnRD.shape)
+  return y_PnRD.swapaxes(0, 1).reshape(x_ERD.shape)
 
 
 def _priority(routing: Routing, semantics: Semantics,
@@ -189,12 +223,11 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
     local = Experts(*(_all_gather(w.astype(dtype), FSDP, axes.index("expert_width"))
                       for w, axes in zip(experts_eDF, EXPERT_AXES, strict=True)))
 
-    def run_groups(x_SD, size_E):
-      return _run_groups(x_SD, size_E, local, semantics.n_topk, mesh)
+    def run_groups(x_SD, weight_S, size_E):
+      return _run_groups(x_SD, weight_S, size_E, local, semantics.n_topk, mesh)
 
-    def run_experts(x_ERD):
-      x_eRD = _all_to_all(x_ERD, split_axis=0, concat_axis=1)
-      return _all_to_all(swiglu(x_eRD, local), split_axis=1, concat_axis=0)
+    def run_experts(x_ERD, weight_ER=None):
+      return _run_experts(x_ERD, weight_ER, local, mesh)
 
     x_TD = x_bSD.reshape(-1, x_bSD.shape[-1])
     noise_TD = None
@@ -202,32 +235,65 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
       noise_TD = jitter_noise(noise_key_b, *x_bSD.shape[1:], semantics.jitter).reshape(x_TD.shape)
     y_TD, sums = moe_layer(x_TD, w_router_DE,
                            run_groups if semantics.dropless else run_experts, semantics,
-                           counted_bS.ravel(), bias_E, noise_TD)
+                           counted_bS.ravel(), bias_E, noise_TD, mesh.shape[EXPERT])
     return y_TD.reshape(x_bSD.shape), jax.lax.psum(sums, (DATA, FSDP, EXPERT))
 
   return on_device(x_BSD, w_router_DE, experts, counted_BS, bias_E, noise_key_B)
 
 
-def _run_groups(x_SD: jax.Array, size_E: jax.Array, experts: Experts, n_topk: int,
-                mesh: Mesh) -> jax.Array:
+def _run_experts(x_ERD: jax.Array, weight_ER: jax.Array | None, experts: Experts,
+                 mesh: Mesh) -> jax.Array:
+  """Rows of one device through experts of all devices along `expert`.
+
+  Experts that hold the same place on their devices come together (capacity_dispatch's order).
+  Each such group travels by an exchange of its own, which neither needs its rows in another
+  order nor leaves them in one, and the next can travel while one is multiplied.
+  """
+  n_devices = mesh.shape[EXPERT]
+  if n_devices == 1:
+    return swiglu(_saved(x_ERD), weight_ER, experts=experts)
+  n_here = experts.w_gate_EDF.shape[0]
+  split = functools.partial(jnp.split, indices_or_sections=math.gcd(n_here, _EXCHANGES))
+  there = functools.partial(_exchange, n_devices=n_devices)
+  weights = [None] * math.gcd(n_here, _EXCHANGES) if weight_ER is None else split(
+      there(weight_ER[..., None])[..., 0])
+  outputs = []
+  for x_PRD, weight_eR, *part in zip(split(x_ERD), weights, *map(split, experts), strict=True):
+    y_eRD = swiglu(_saved(there(x_PRD)), weight_eR, experts=Experts(*part))
+    outputs.append(_exchange(y_eRD, n_devices, back=True))
+  return jnp.concatenate(outputs)
+
+
+def _exchange(x: jax.Array, n_devices: int, back: bool = False) -> jax.Array:
+  """[places * devices, R, D] on each device -> [places, devices * R, D]; `back` undoes it."""
+  *_, d = x.shape
+  places = x.shape[0] if back else x.shape[0] // n_devices
+  x_PnRD = jax.lax.all_to_all(x.reshape(places, n_devices, -1, d), EXPERT, 1, 1, tiled=True)
+  return x_PnRD.reshape((places * n_devices, -1, d) if back else (places, -1, d))
+
+
+def _saved(x_eRD: jax.Array) -> jax.Array:
+  """Names the rows that experts received, for what remat keeps."""
+  return checkpoint_name(x_eRD, SAVED)
+
+
+def _run_groups(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, experts: Experts,
+                n_topk: int, mesh: Mesh) -> jax.Array:
   """Rows of one device, sorted by expert, through experts of all devices along `expert`."""
   platform, n_devices = mesh.devices.flat[0].platform, mesh.shape[EXPERT]
   # Each device has its own rows: its share of the weights' gradient is its own, too.
   experts = jax.tree.map(lambda w: jax.lax.pcast(w, DATA, to="varying"), experts)
   if n_devices == 1:
-    return grouped_swiglu(x_SD, size_E, experts, platform)
+    return grouped_swiglu(_saved(x_SD), weight_S, size_E, experts, platform)
   plan = plan_exchange(jax.lax.all_gather(size_E, EXPERT), jax.lax.axis_index(EXPERT))
   n_tokens = (x_SD.shape[0] - SPARE_ROWS) // n_topk
   n_arriving = n_devices * n_tokens * min(n_topk, plan.size_e.shape[0])  # at most
-  x_RD = exchange(x_SD, plan.there, plan.back, n_arriving + SPARE_ROWS, EXPERT, platform)
-  y_RD = grouped_swiglu(x_RD, plan.size_e, experts, platform)
+  there = functools.partial(exchange, way=plan.there, way_back=plan.back,
+                            n_rows=n_arriving + SPARE_ROWS, axis_name=EXPERT, platform=platform)
+  x_RD, weight_R = there(x_SD), there(weight_S)
+  y_RD = grouped_swiglu(_saved(x_RD), weight_R, plan.size_e, experts, platform)
   return exchange(y_RD, plan.back, plan.there, x_SD.shape[0], EXPERT, platform)
 
 
 def _all_gather(x, axis_name, axis):
   return jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
-
-
-def _all_to_all(x, split_axis, concat_axis):
-  """Over `expert`: [E, R, D] here -> [e, R * devices, D], or the way back."""
-  return jax.lax.all_to_all(x, EXPERT, split_axis, concat_axis, tiled=True)

@@ -81,7 +81,7 @@ def exchange(x_SD: jax.Array, way: Slices, way_back: Slices, n_rows: int, axis_n
   The gradient travels the way back: a row goes to one place, so no sum is needed.
 
   Args:
-    x_SD: rows, varying over the axis.
+    x_SD: rows, or numbers [S], varying over the axis.
     way, way_back: of a Plan, either first.
     n_rows: R, room for what arrives.
     axis_name: the axis over which devices exchange.
@@ -105,7 +105,7 @@ exchange.defvjp(_exchange_fwd, _exchange_bwd)
 
 
 def _native(x_SD, way, n_rows, axis_name):
-  zeros_RD = jnp.zeros_like(x_SD, shape=(n_rows, x_SD.shape[1]))
+  zeros_RD = jnp.zeros_like(x_SD, shape=(n_rows, *x_SD.shape[1:]))
   return jax.lax.ragged_all_to_all(x_SD, zeros_RD, *way, axis_name=axis_name)
 
 
@@ -123,7 +123,7 @@ def _stand_in(x_SD, way, n_rows, axis_name):
   size = sent_here(way.send_size).ravel()
   row_S = jnp.arange(n_devices)[:, None] * x_SD.shape[0] + sent_here(way.send_start)
   index_R = slice_index(row_S.ravel(), sent_here(way.arrive_start).ravel(), size, n_rows)
-  return x_PSD.reshape(-1, x_SD.shape[1]).at[index_R].get(mode="fill", fill_value=0)
+  return x_PSD.reshape(-1, *x_SD.shape[1:]).at[index_R].get(mode="fill", fill_value=0)
 
 
 def slice_index(source: jax.Array, target: jax.Array, size: jax.Array,

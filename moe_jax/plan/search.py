@@ -8,8 +8,8 @@ Per device, with n devices, p = fsdp * expert, t tokens of a microbatch, c bytes
 
     state         16 bytes a parameter (weights, two moments, gradients) / p
     gathered      one layer's weights: experts / expert, all others whole
-    kept          a layer's input for each layer and token; with `dots` the projections too,
-                  with `none` everything that a layer makes
+    kept          a layer's input for each layer and token; with `dots` the projections too, with
+                  `rows` what experts received, with `none` everything that a layer makes
     one layer     rows sent to experts and their hidden values, scores of plain attention
     head          logits and their gradient in float32
 
@@ -30,7 +30,7 @@ from moe_jax.grid import Cell
 from moe_jax.plan.cells import Plan
 from moe_jax.plan.topology import Topology
 
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "dots", "rows", "full")
 MICROBATCHES = (1, 2, 4, 8, 16)
 
 _EFFICIENCY = 0.5  # of the peak, by which arithmetic is taken to run
@@ -165,7 +165,9 @@ def _bytes(config: RunConfig, topology: Topology) -> float:
   projections = 2 * arch.d_model + 2 * (arch.n_heads + arch.kv_heads) * arch.d_head
   scores = 2 * 4 * arch.n_heads * config.data.seq_len
   layer = tokens * (width * (rows + projections) + scores)
-  kept = {"full": 0, "dots": projections * width, "none": layer / tokens}[execution.remat]
+  received = _slots_per_token(config) * arch.d_model + arch.n_heads * arch.d_head
+  kept = {"full": 0, "rows": received * width, "dots": projections * width,
+          "none": layer / tokens}[execution.remat]
   activations = arch.n_layers * tokens * (width * arch.d_model + kept)
   return state + gathered + activations + layer + 2 * 4 * tokens * arch.vocab_size
 
@@ -175,14 +177,15 @@ def _seconds(config: RunConfig, topology: Topology) -> float:
   mesh, width = execution.mesh, _width(config)
   routed, other = _weights(config)
   tokens = config.batch_tokens / topology.devices
-  again = {"none": 0.0, "dots": 0.15, "full": 1.0}[execution.remat]
+  again = {"none": 0.0, "dots": 0.8, "rows": 0.6, "full": 1.0}[execution.remat]
   if execution.microbatches > 1:
     again = max(again, 1.0)  # a microbatch's forward pass is computed again as a whole
   flops = tokens * count.forward_flops_per_token(arch, config.data.seq_len) * (3 + again)
   arithmetic = flops / (_EFFICIENCY * chip.device_bf16_flops)
   link = chip.link_bytes_per_second / chip.devices_per_chip
   rows = tokens * _slots_per_token(config) * arch.d_model * width * arch.n_moe_layers
-  exchange = (4 + 2 * again) * rows * (mesh.expert - 1) / mesh.expert / link
+  exchanges = 4 + (execution.remat in ("dots", "full"))  # the way there is travelled again
+  exchange = exchanges * rows * (mesh.expert - 1) / mesh.expert / link
   share = (mesh.fsdp - 1) / mesh.fsdp
   gathers = (2 + again) * execution.microbatches * width * share * (
       routed / mesh.expert + other) / link

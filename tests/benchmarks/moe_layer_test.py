@@ -14,9 +14,9 @@ def test_every_part_is_measured_and_the_parts_make_the_layer(dispatch, monkeypat
   assert all(0 < ms < np.inf for times in found.values() for ms in times.values())
   parts = moe_layer.parts_of(layer)
   rows = parts["experts"][0](*parts["experts"][1]).reshape(-1, 8)
-  combine, (_, weight_TK, slots) = parts["combine"]
+  combine, (_, slots) = parts["combine"]
   whole = parts["layer"][0](*parts["layer"][1]).reshape(-1, 8)
-  np.testing.assert_allclose(combine(rows, weight_TK, slots), whole, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(combine(rows, slots), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_share_and_exponent():

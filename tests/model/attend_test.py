@@ -1,9 +1,15 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model.attend import attend
+from moe_jax.mesh import MESH_AXES
+from moe_jax.model.attend import attend, plain_attention
+
+CPU = jax.make_mesh((1, 1, 1), MESH_AXES, devices=jax.devices()[:1],
+                    axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def inputs(seq_len, n_kv, dtype):
@@ -20,14 +26,14 @@ def test_the_cpus_way_is_jaxs_forward_and_gradient(seq_len, n_kv, masked):
   arrays, segments_BS, weight = inputs(seq_len, n_kv, jnp.float32)
   segments_BS = segments_BS if masked else None
 
-  def run(platform):
+  def run(attention):
     def loss(*arrays):
-      out = attend(*arrays, segments_BS, platform)
+      out = attention(*arrays, segments_BS)
       return (out * weight).sum(), out
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
 
-  (_, out), grads = run("cpu")
-  (_, true_out), true_grads = run("other")
+  (_, out), grads = run(functools.partial(attend, mesh=CPU))
+  (_, true_out), true_grads = run(plain_attention)
   np.testing.assert_allclose(out, true_out, rtol=1e-5, atol=1e-6)
   for grad, true_grad in zip(grads, true_grads, strict=True):
     np.testing.assert_allclose(grad, true_grad, rtol=1e-5, atol=2e-6)
@@ -37,7 +43,7 @@ def test_bfloat16_stays_near_the_exact_result():
   arrays, segments_BS, weight = inputs(16, 2, jnp.bfloat16)
 
   def loss(*arrays):
-    return (attend(*arrays, segments_BS, "cpu").astype(jnp.float32) * weight).sum()
+    return (attend(*arrays, segments_BS, CPU).astype(jnp.float32) * weight).sum()
 
   grads = jax.grad(loss, argnums=(0, 1, 2))(*arrays)
   exact = jax.grad(loss, argnums=(0, 1, 2))(*(x.astype(jnp.float32) for x in arrays))

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -157,10 +158,10 @@ def test_routed_outputs_start_at_the_scale_of_a_dense_layer(n_topk, norm, router
   x_TD = jax.random.normal(keys[0], (512, 64))
   moe = jax.tree.map(lambda leaf: leaf[0], params["moe_layers"]["moe"])
   experts = Experts(moe["w_gate_EDF"], moe["w_up_EDF"], moe["w_down_EFD"])
-  y_TD, _ = moe_layer(x_TD, moe["w_router_DE"], lambda x_ERD: swiglu(x_ERD, experts),
+  y_TD, _ = moe_layer(x_TD, moe["w_router_DE"], functools.partial(swiglu, experts=experts),
                       Semantics.of(layer),
                       bias_E=jnp.zeros(16) if router == "sigmoid" else None)
-  dense_TD = swiglu(x_TD[None], Experts(*(w[:1] for w in experts)))[0]
+  dense_TD = swiglu(x_TD[None], experts=Experts(*(w[:1] for w in experts)))[0]
   dense_TD /= init.routed_scale(arch, layer.moe)
   assert 0.8 < y_TD.std() / dense_TD.std() < 1.25
 

@@ -1,4 +1,5 @@
 import fractions
+import functools
 import math
 
 import hypothesis
@@ -109,7 +110,8 @@ def random_layer(n_tokens=48, d_model=8, n_exp=6, d_expert=5, seed=0):
 
 
 def run(x_TD, w_router_DE, experts, semantics, counted_T=None):
-  return moe_layer(x_TD, w_router_DE, lambda x_ERD: swiglu(x_ERD, experts), semantics, counted_T)
+  return moe_layer(x_TD, w_router_DE, functools.partial(swiglu, experts=experts), semantics,
+                   counted_T)
 
 
 def by_hand(x_TD, w_router_DE, experts, n_topk, norm_topk_prob):
@@ -167,7 +169,7 @@ def test_gradient_with_drops_equals_automatic_differentiation(capacity):
     routing = router.route(x_TD, w_router_DE, 2, True)
     slots = dispatch.assign_slots(routing.expert_TK, 6, 12, capacity)
     padded = jnp.concatenate([x_TD, jnp.zeros((1, x_TD.shape[1]))])
-    y_SD = swiglu(padded[slots.assignment_S // 2].reshape(6, -1, 8), experts).reshape(-1, 8)
+    y_SD = swiglu(padded[slots.assignment_S // 2].reshape(6, -1, 8), experts=experts).reshape(-1, 8)
     y_SD = jnp.concatenate([y_SD, jnp.zeros((1, 8))])
     return ((y_SD[slots.slot_TK] * routing.weight_TK[..., None]).sum(1) ** 2).sum()
 
@@ -191,7 +193,7 @@ def test_dropped_tokens_keep_only_their_served_experts():
   assert int(sums.dropped) == (~kept_TK).sum() > 0
   expected_TD, _ = dispatch.reference_dispatch(
       layer[0], routing._replace(weight_TK=routing.weight_TK * kept_TK),
-      lambda x_ERD: swiglu(x_ERD, layer[2]))
+      functools.partial(swiglu, experts=layer[2]))
   np.testing.assert_allclose(y_TD, expected_TD, rtol=1e-5, atol=1e-4)
 
 
@@ -208,7 +210,7 @@ def test_by_score_the_lowest_weights_drop_and_padding_before_all():
     kept_TK = slot_TK < 6 * 2 * 5
     expected_TD, _ = dispatch.reference_dispatch(
         layer[0], routing._replace(weight_TK=routing.weight_TK * kept_TK),
-        lambda x_ERD: swiglu(x_ERD, layer[2]))
+        functools.partial(swiglu, experts=layer[2]))
     y_TD, sums = run(*layer, by_score, counted)
     np.testing.assert_allclose(y_TD, expected_TD, rtol=1e-5, atol=1e-4)
     lost_TK = ~kept_TK if counted is None else ~kept_TK & counted[:, None]

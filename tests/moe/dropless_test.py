@@ -45,10 +45,11 @@ def value_and_grads(x_TD, routing, experts, platform):
   def loss(x_TD, weight_TK, experts):
     given = routing._replace(weight_TK=weight_TK)
     if platform is None:
-      y_TD, dropped_T = dispatch.reference_dispatch(x_TD, given, lambda x: swiglu(x, experts))
+      y_TD, dropped_T = dispatch.reference_dispatch(
+          x_TD, given, functools.partial(swiglu, experts=experts))
     else:
       y_TD, dropped_T = dropless.dropless_dispatch(
-          x_TD, given, lambda x, size_E: grouped_swiglu(x, size_E, experts, platform))
+          x_TD, given, functools.partial(grouped_swiglu, experts=experts, platform=platform))
     scale = jnp.cos(jnp.arange(y_TD.size).reshape(y_TD.shape))
     return (y_TD.astype(jnp.float32) * scale).sum(), (y_TD, dropped_T)
 
@@ -106,9 +107,9 @@ def test_the_layer_routes_sorts_and_counts():
   x_TD, experts = random_tokens(48, 6, 0)
   w_router_DE = jnp.asarray(np.random.default_rng(1).normal(size=(D_MODEL, 6)), jnp.float32)
   y_TD, sums = moe_layer(x_TD, w_router_DE,
-                         lambda x, size_E: grouped_swiglu(x, size_E, experts, "cpu"),
+                         functools.partial(grouped_swiglu, experts=experts, platform="cpu"),
                          Semantics(2, True, 48, None, dropless=True))
-  truth_TD, true_sums = moe_layer(x_TD, w_router_DE, lambda x: swiglu(x, experts),
+  truth_TD, true_sums = moe_layer(x_TD, w_router_DE, functools.partial(swiglu, experts=experts),
                                   Semantics(2, True, 48, None))
   np.testing.assert_allclose(y_TD, truth_TD, rtol=1e-5, atol=1e-5)
   jax.tree.map(np.testing.assert_array_equal, sums, true_sums)

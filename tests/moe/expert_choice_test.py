@@ -1,5 +1,7 @@
 """Expert choice: against loops in NumPy, its invariants, and on meshes."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -51,7 +53,7 @@ def output_by_hand(x_TD, prob_TE, picked, experts):
 @pytest.mark.parametrize("n_topk", [1, 3])
 def test_the_layer_is_the_formula(dispatch, n_topk):
   x_TD, w_router_DE, experts = layer()
-  y_TD, sums = moe_layer(x_TD, w_router_DE, lambda x_ERD: swiglu(x_ERD, experts),
+  y_TD, sums = moe_layer(x_TD, w_router_DE, functools.partial(swiglu, experts=experts),
                          semantics(dispatch, n_topk))
   prob_TE = np.asarray(jax.nn.softmax(x_TD @ w_router_DE))
   picked = picked_by_hand(prob_TE, GROUP * n_topk // N_EXP)
@@ -64,7 +66,7 @@ def test_the_layer_is_the_formula(dispatch, n_topk):
 def test_gradients_equal_those_of_the_reference():
   def loss(parts, dispatch):
     x_TD, w_router_DE, experts = parts
-    y_TD, _ = moe_layer(x_TD, w_router_DE, lambda x_ERD: swiglu(x_ERD, experts),
+    y_TD, _ = moe_layer(x_TD, w_router_DE, functools.partial(swiglu, experts=experts),
                         semantics(dispatch))
     return (y_TD * jnp.cos(jnp.arange(y_TD.size).reshape(y_TD.shape))).sum()
 
@@ -86,7 +88,7 @@ def test_the_gradient_of_the_reference_is_that_of_the_loop():
     return (output_by_hand(x_TD, prob_TE, picked, experts) ** 2).sum()
 
   def loss(w_router_DE):
-    return (moe_layer(x_TD, w_router_DE, lambda x_ERD: swiglu(x_ERD, experts),
+    return (moe_layer(x_TD, w_router_DE, functools.partial(swiglu, experts=experts),
                       semantics())[0] ** 2).sum()
 
   slope = (jax.grad(loss)(w_router_DE) * direction_DE).sum()
@@ -124,7 +126,7 @@ def choose(logit_TE, counted_T):
 
 def test_load_is_even_by_construction_and_the_balance_loss_is_one():
   x_TD, w_router_DE, experts = layer()
-  _, sums = moe_layer(x_TD, w_router_DE, lambda x_ERD: swiglu(x_ERD, experts), semantics())
+  _, sums = moe_layer(x_TD, w_router_DE, functools.partial(swiglu, experts=experts), semantics())
   metrics = router_metrics(sums)
   assert metrics["load_variation"] == metrics["dead_experts"] == metrics["drop_rate"] == 0
   np.testing.assert_allclose(balance_loss(sums), 1, rtol=1e-5)
@@ -134,7 +136,7 @@ def test_it_is_not_causal():
   """The claim for which decoding is refused: a later token changes an earlier output."""
   x_TD, w_router_DE, experts = layer()
   changed_TD = x_TD.at[-1].set(10 * x_TD[0])
-  first, second = (moe_layer(x, w_router_DE, lambda x_ERD: swiglu(x_ERD, experts),
+  first, second = (moe_layer(x, w_router_DE, functools.partial(swiglu, experts=experts),
                              semantics())[0][:-1] for x in (x_TD, changed_TD))
   assert np.abs(first - second).max() > 0.01
 

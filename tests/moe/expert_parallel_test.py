@@ -131,14 +131,16 @@ def test_the_reference_too_runs_expert_parallel(shape, reference):
 
 
 def test_bytes_on_the_wire_are_those_of_the_compute_type():
-  """Weights and rows travel as bfloat16 where the tokens are bfloat16."""
+  """Weights and rows travel as bfloat16 where the tokens are bfloat16: here by three gathers, and
+  there and back for each of four local experts. Only what rows weigh is float32."""
   mesh = mesh_of((1, 4, 2))
   semantics = Semantics(N_TOPK, True, GROUP, 5)
   jaxpr = str(jax.make_jaxpr(lambda *a: sharded_moe_layer(*a, semantics, mesh)[0])(
       *layer(jnp.bfloat16)))
   moves = [line for line in jaxpr.splitlines() if "= all_to_all[" in line
            or "= all_gather[" in line]
-  assert len(moves) == 5 and all(":bf16[" in line for line in moves), moves
+  narrow = [line for line in moves if ":bf16[" in line]
+  assert len(moves) == 12 and len(narrow) == 11, moves
 
 
 def test_bfloat16_on_a_mesh_is_bfloat16_on_one_device():

@@ -10,24 +10,26 @@ SIZES = [0, 300, 1, 256, 0, 43]  # nothing, more than a block, one row, one bloc
 N_ROWS, D, F = sum(SIZES), 6, 4
 
 
-def separate_products(x_SD, w_gate_up_EDH, w_down_EFD, size_E):
+def separate_products(x_SD, weight_S, w_gate_up_EDH, w_down_EFD, size_E):
   gate_SF, up_SF = jnp.split(grouped_matmul(x_SD, w_gate_up_EDH, size_E, "cpu"), 2, axis=-1)
-  return grouped_matmul(jax.nn.silu(gate_SF) * up_SF, w_down_EFD, size_E, "cpu")
+  y_SD = grouped_matmul(jax.nn.silu(gate_SF) * up_SF, w_down_EFD, size_E, "cpu")
+  return weight_S[:, None] * y_SD
 
 
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 2**-6)])
 def test_equals_the_separate_products_forward_and_gradient(dtype, tolerance):
-  keys = jax.random.split(jax.random.key(0), 4)
+  keys = jax.random.split(jax.random.key(0), 5)
   shapes = ((N_ROWS + SPARE_ROWS, D), (len(SIZES), D, 2 * F), (len(SIZES), F, D))
   arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=False)]
-  weight_ND = jax.random.normal(keys[3], (N_ROWS, D))
+  arrays.insert(1, jax.random.uniform(keys[4], (N_ROWS + SPARE_ROWS,)))
+  scale_ND = jax.random.normal(keys[3], (N_ROWS, D))
 
   def run(function, arrays):
     def loss(*arrays):
       y_ND = function(*arrays, jnp.asarray(SIZES, jnp.int32))[:N_ROWS].astype(jnp.float32)
-      return (y_ND * weight_ND).sum(), y_ND
-    (_, y_ND), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
-    return [y_ND, grads[0][:N_ROWS], *grads[1:]]
+      return (y_ND * scale_ND).sum(), y_ND
+    (_, y_ND), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(*arrays)
+    return [y_ND, grads[0][:N_ROWS], grads[1][:N_ROWS], *grads[2:]]
 
   truth = run(separate_products, [x.astype(jnp.float32) for x in arrays])
   for ours, true in zip(run(swiglu_blocks, arrays), truth, strict=True):

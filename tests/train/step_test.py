@@ -91,7 +91,7 @@ def test_microbatches_leave_loss_and_gradient_unchanged(microbatches):
   assert_same(parts, whole)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "rows", "full"])
 def test_remat_changes_nothing(remat, dropping):
   assert_same(loss_and_grads(small_config(SHARED_AND_DENSE, moe={"capacity_factor": 0.75},
                                           execution={"remat": remat})), dropping)

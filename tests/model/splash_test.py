@@ -1,0 +1,46 @@
+"""The kernel's own program, interpreted, against JAX's attention. On a TPU it has never run here;
+that a step with it compiles for one is tests/plan/plan_test.py's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.mesh import MESH_AXES
+from moe_jax.model import splash
+from moe_jax.model.attend import plain_attention
+
+
+@pytest.mark.parametrize("masked, shape", [(True, (1, 1, 1)), (False, (2, 1, 1))])
+def test_it_is_attention_forward_and_gradient(masked, shape):
+  """Grouped queries; two tiles, of which one lies above the diagonal."""
+  n_devices = int(np.prod(shape))
+  mesh = jax.make_mesh(shape, MESH_AXES, devices=jax.devices()[:n_devices],
+                       axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  keys = jax.random.split(jax.random.key(0), 5)
+  seq_len, h = 2 * splash.LANES, splash.LANES
+  query_BSHh, key_BSKh, value_BSKh = (
+      jax.random.normal(key, (2, seq_len, heads, h))
+      for key, heads in zip(keys, (4, 2, 2), strict=False))
+  weight = jax.random.normal(keys[3], query_BSHh.shape)
+  segments_BS = jnp.sort(jax.random.randint(keys[4], (2, seq_len), 0, 3)) if masked else None
+
+  def run(attention):
+    def loss(*arrays):
+      out = attention(*arrays, segments_BS)
+      return (out * weight).sum(), out
+    with_grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    return jax.jit(with_grads)(query_BSHh, key_BSKh, value_BSKh)
+
+  (_, out), grads = run(lambda *arrays: splash.splash_attention(*arrays, mesh, interpret=True))
+  (_, true_out), true_grads = run(plain_attention)
+  np.testing.assert_allclose(out, true_out, rtol=1e-5, atol=1e-5)
+  for grad, true_grad in zip(grads, true_grads, strict=True):
+    np.testing.assert_allclose(grad, true_grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seq_len, h, dtype, whole", [
+    (256, 128, "bfloat16", True), (200, 128, "bfloat16", False), (256, 64, "bfloat16", False),
+    (256, 128, "float32", False)])
+def test_what_it_takes(seq_len, h, dtype, whole):
+  assert splash.suits(jax.ShapeDtypeStruct((2, seq_len, 4, h), dtype)) == whole
