@@ -25,7 +25,7 @@ RECIPE = RunConfig(
     model=ModelConfig(compute_dtype="bfloat16"),
     data=DataConfig(corpus="sotu", tokenizer="bpe-4096", seq_len=2048),
     train=TrainConfig(steps=10_000, batch_size=256, learning_rate=1e-3, warmup_steps=200),
-    execution=ExecutionConfig(mesh=MeshConfig(fsdp=4, expert=8), remat="full"),
+    execution=ExecutionConfig(mesh=MeshConfig(fsdp=4, expert=8), remat="rows"),
 )
 
 
