@@ -65,6 +65,8 @@ def test_train_then_evaluate(tmp_path):
     ("--steps=last", "--steps='last': must be all"),
     ("--compare=a,b", "--compare='a': no such cell"),
     ("--batch_sizes=0", "--batch_sizes='0': must be numbers"),
+    ("--task_dir=here", "--task_dir='here': goes with --tasks"),
+    ("--tasks=heldout_cloze,", "--tasks='heldout_cloze,': must be names of tasks"),
     ("--report=page.txt", "--report='page.txt': must end in .html"),
     ("--generate=Hello", "selects 2 cells and --generate takes one")])
 def test_a_bad_flag_is_one_line_and_writes_nothing(tmp_path, flag, message):

@@ -48,6 +48,10 @@ def test_equals_the_plain_loss_and_its_gradients(mesh_name, chunk_bytes, monkeyp
       jax.jit(lambda *args: cross_entropy.token_nll(*args, mesh))(*args), plain(*args), rtol=1e-5,
       atol=1e-6)
   np.testing.assert_allclose(jax.jit(ours)(*args), true_value, rtol=1e-6)  # without gradients
+  nll_BS, greedy_BS = jax.jit(lambda *args: cross_entropy.token_scores(*args, mesh))(*args)
+  np.testing.assert_allclose(nll_BS, plain(*args), rtol=1e-5, atol=1e-6)
+  likeliest_BS = jnp.einsum("bsd,dv->bsv", *args[:2]).argmax(-1)
+  np.testing.assert_array_equal(greedy_BS, likeliest_BS == args[2])
 
 
 def test_bfloat16_rounds_no_more_than_the_plain_loss():

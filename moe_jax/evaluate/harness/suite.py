@@ -43,33 +43,37 @@ class Passage(NamedTuple):
   next: str
 
 
-def build(prepared: PreparedData, data_dir: pathlib.Path) -> pathlib.Path:
+def build(prepared: PreparedData, data_dir: pathlib.Path,
+          names: Sequence[str] = NAMES) -> pathlib.Path:
   """The directory with the tasks' files, made if they are not there.
 
   Args:
     prepared: the text of a run.
     data_dir: <out>/_data.
+    names: tasks that must be there; one to which the text gives no question has no file.
 
   Raises:
-    FieldError: the held-out documents hold too few passages.
+    FieldError: the held-out documents give no question to one of them.
   """
   directory = pathlib.Path(data_dir).absolute() / "_tasks" / prepared.fingerprint
-  yaml = {file.name: file.read_text() for file in sorted(TASKS.glob("*.yaml"))}
+  yaml = {name: (TASKS / f"{name}.yaml").read_text() for name in NAMES}
   key = {"version": _VERSION, "fingerprint": prepared.fingerprint, "directory": str(directory),
          "yaml": hashlib.sha256(json.dumps(yaml).encode()).hexdigest()}
 
   def write(folder: pathlib.Path) -> None:
     for name, questions in make(list(documents(prepared))).items():
-      if not questions:
-        raise FieldError("tasks", name, "the held-out documents are too few or too short for a "
-                         "question")
-      (folder / f"{name}.jsonl").write_text("".join(
-          json.dumps(question, ensure_ascii=False) + "\n" for question in questions),
-          encoding="utf-8")
-    for name, text in yaml.items():
-      (folder / name).write_text(text.replace(_PLACEHOLDER, str(directory)), encoding="utf-8")
+      if questions:
+        (folder / f"{name}.jsonl").write_text("".join(
+            json.dumps(question, ensure_ascii=False) + "\n" for question in questions),
+            encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(yaml[name].replace(_PLACEHOLDER, str(directory)),
+                                             encoding="utf-8")
 
   cache.obtain(directory, key, write)
+  for name in names:
+    if name in NAMES and not (directory / f"{name}.yaml").exists():
+      raise FieldError("tasks", name, f"the {prepared.splits['heldout'].n_documents} held-out "
+                       "document(s) are too few or too short for a question")
   return directory
 
 

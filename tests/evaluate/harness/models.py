@@ -18,8 +18,9 @@ CONFIG = small_config(data={"seq_len": CONTEXT}, train={"batch_size": 4})
 
 def decoder_of(mesh_config=None, n_devices=1):
   mesh_config = mesh_config or MeshConfig(n_devices, 1, 1)
-  config = dataclasses.replace(CONFIG, execution=dataclasses.replace(
-      CONFIG.execution, mesh=mesh_config))
+  config = dataclasses.replace(
+      CONFIG, train=dataclasses.replace(CONFIG.train, batch_size=max(4, n_devices)),
+      execution=dataclasses.replace(CONFIG.execution, mesh=mesh_config))
   mesh = make_mesh(config, jax.devices()[:n_devices])
   shardings = jax.tree.map(lambda leaf: leaf.sharding, functional.abstract_params(config, mesh))
   return Decoder(config, mesh, jax.device_put(random_params(config), shardings))
