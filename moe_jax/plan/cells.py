@@ -143,7 +143,7 @@ def plan_config(name: str, config: RunConfig, topology: Topology, out: str | os.
     folder = pathlib.Path(hlo_out)
     folder.mkdir(parents=True, exist_ok=True)
     hlo = os.fspath((folder / f"{name}.{topology.label}.hlo.txt").absolute())
-  result = _compile(config, topology, hlo)
+  result = _compile(config, topology, hlo, os.fspath(epath.Path(out) / "_plans" / "programs"))
   if "error" not in result or "hbm_needed" in result:
     write_json(_cached(config, topology, out), result)
   return _plan_of(name, config, topology, result)
@@ -249,13 +249,14 @@ def _valid(config: RunConfig, topology: Topology, tried) -> Iterator[tuple[str, 
     yield " ".join(words), changed
 
 
-def _compile(config: RunConfig, topology: Topology, hlo: str | None) -> dict[str, Any]:
+def _compile(config: RunConfig, topology: Topology, hlo: str | None,
+             programs: str) -> dict[str, Any]:
   """Runs the worker; whatever happens to it is a result."""
   with tempfile.TemporaryDirectory() as folder:
     request, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
     request.write_text(json.dumps({
         "config": config_lib.to_dict(config), "topology": topology.name,
-        "slices": topology.n_slices, "hlo": hlo}))
+        "slices": topology.n_slices, "hlo": hlo, "programs": programs}))
     done = subprocess.run(
         [sys.executable, "-m", "moe_jax.plan.worker", os.fspath(request), os.fspath(answer)],
         env=os.environ | worker.ENVIRONMENT, capture_output=True, text=True, check=False)

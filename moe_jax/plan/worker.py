@@ -8,6 +8,7 @@ result; whatever ends this process is one row of the table.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,9 +18,12 @@ import sys
 import time
 from typing import Any
 
+from etils import epath
+
 from moe_jax import config as config_lib
 from moe_jax.plan import topology as topology_lib
 from moe_jax.plan.topology import Topology
+from moe_jax.run_dir import write_json
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
                "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -35,7 +39,7 @@ def main(request_path: str, result_path: str) -> None:
   config = config_lib.config_from_dict(request["config"])
   topology = topology_lib.parse(request["topology"], request["slices"])
   try:
-    result = compile_cell(config, topology, request["hlo"])
+    result = compile_cell(config, topology, request["hlo"], request["programs"])
   except Exception as error:  # the parent shows one line a cell, whatever went wrong
     result = {"error": one_line(error)} | _memory_asked(str(error))
   pathlib.Path(result_path).write_text(json.dumps(result))
@@ -54,14 +58,16 @@ def tpu_devices(topology: Topology) -> list:
                                            **options).devices)
 
 
-def compile_cell(config: config_lib.RunConfig, topology: Topology,
-                 hlo_path: str | None) -> dict[str, Any]:
+def compile_cell(config: config_lib.RunConfig, topology: Topology, hlo_path: str | None,
+                 programs: str | None = None) -> dict[str, Any]:
   """Compiles the step that `moe_jax.train` runs; returns memory and costs as plain values.
 
   Args:
     config: of the cell, its mesh and remat among them.
     topology: where it would run.
     hlo_path: file for the compiled text; None keeps it nowhere.
+    programs: folder of what was said of programs before; the same program, lowered from code that
+      changed elsewhere, is not compiled again. None keeps nothing.
   """
   from moe_jax.mesh import make_mesh
   from moe_jax.plan import cost, hlo, memory
@@ -69,15 +75,19 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology,
   from moe_jax.train.step import lower_train_step
 
   mesh = make_mesh(config, tpu_devices(topology))
+  lowered = lower_train_step(config, mesh)
+  kept = programs and epath.Path(programs) / f"{_program_key(lowered.as_text(), topology)}.json"
+  if kept and kept.exists() and not hlo_path:
+    return json.loads(kept.read_text())
   began = time.monotonic()
-  compiled = lower_train_step(config, mesh).compile()
+  compiled = lowered.compile()
   seconds = time.monotonic() - began
   text = compiled.as_text()
   if hlo_path:
     pathlib.Path(hlo_path).write_text(text)
   module = hlo.parse(text)
   step = cost.estimate(module, Devices.of(mesh), topology)
-  return {
+  result = {
       "mesh": dict(mesh.shape), "compile_seconds": seconds,
       "memory": _memory(compiled.memory_analysis()),
       "seconds": step.seconds, "estimated_seconds": step.estimated_seconds,
@@ -91,6 +101,17 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology,
                   sorted(step.items, key=lambda item: -item.seconds)[:20]],
       "largest": [dataclasses.asdict(buffer) for buffer in memory.live_at_peak(module)[:20]],
   }
+  if kept:
+    write_json(kept, result)
+  return result
+
+
+def _program_key(lowered: str, topology: Topology) -> str:
+  """Names a program, where it would run, and what judges it: the versions and this package."""
+  digest = hashlib.sha256(json.dumps([lowered, topology.label, versions()]).encode())
+  for file in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+    digest.update(file.read_bytes())
+  return digest.hexdigest()[:20]
 
 
 def _memory(stats) -> dict[str, int]:

@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_refused_with_what_would(jobs, out):
   wanted = f"topology='v6e-8': {BASE}-s1 does not fit: needs 40.5 GiB of 32, 8.5 too many"
   with pytest.raises(FieldError, match=wanted + r" \(and 1 more\); --plan=ignore"):
     gate.notes(jobs, V6E, out, None, _PLANNING)
-  flags, smaller = next(cells.remedies(jobs[1].cell.config, V6E))
+  flags, smaller = next(cells.changes_that_save(jobs[1].cell.config, V6E))
   _know(jobs[1], _FITS, out, smaller)
   with pytest.raises(FieldError, match=f"; fits with {flags} "):
     gate.notes(jobs, V6E, out, None, _PLANNING)

@@ -34,3 +34,16 @@ def test_the_plan_compiles_what_the_trainer_runs(tmp_path, monkeypatch):
 def without_sources(text: str) -> str:
   """The module without who called it."""
   return re.sub(r" stack_frame_id=\d+", "", text[text.index("\n%"):])
+
+
+def test_a_program_that_is_known_is_not_compiled_again(tmp_path, monkeypatch):
+  """Numbers that a step takes as arguments make no other program."""
+  monkeypatch.setattr(worker, "tpu_devices", lambda where: jax.devices()[:where.devices])
+  where, kept = topology.parse("v5litepod-1"), str(tmp_path / "programs")
+  config = small_config()
+  first = worker.compile_cell(config, where, None, kept)
+  (file,) = (tmp_path / "programs").iterdir()
+  monkeypatch.setattr(jax.stages.Lowered, "compile", None)  # calling it would fail
+  other = dataclasses.replace(config, seed_init=5)
+  assert worker.compile_cell(other, where, None, kept) == first
+  assert list((tmp_path / "programs").iterdir()) == [file]
