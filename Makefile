@@ -32,13 +32,14 @@ $(VENV)/.libtpu: $(VENV)/.ready
 		"$$($(BIN)/python -m tests.plan.libtpu)"
 	touch $@
 
-# transformers, twice, and torch, apart from all else: what exported models are compared with. On
-# Linux PyPI's torch is the one for GPUs; TORCH='--index-url=... torch==...' takes another.
+# transformers, twice, torch and lm-eval, apart from all else: what exported models are compared
+# with. On Linux PyPI's torch is the one for GPUs; TORCH='--index-url=... torch==...' takes another.
 TORCH ?= torch==2.13.0
 $(VENV)/.transformers: $(VENV)/.ready
 	$(PYTHON) -m venv $(VENV)/transformers
 	$(VENV)/transformers/bin/python -m pip install --quiet $(TORCH)
 	$(VENV)/transformers/bin/python -m pip install --quiet 'transformers>=5.23,<6' safetensors
+	$(VENV)/transformers/bin/python -m pip install --quiet --editable '.[eval]' 'lm-eval[hf]'
 	$(VENV)/transformers/bin/python -m pip install --quiet --upgrade \
 		--target $(VENV)/transformers/4.57 'transformers==4.57.*'
 	touch $@

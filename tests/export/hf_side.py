@@ -1,4 +1,4 @@
-"""The side of transformers: run by its own interpreter, which has torch and not this project.
+"""The side of transformers: run by its own interpreter, which has torch.
 
     python hf_side.py JOBS.json
 

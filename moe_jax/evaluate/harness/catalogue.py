@@ -5,6 +5,7 @@ the thousands of lm_eval's own tasks, whose index takes seconds to read.
 """
 
 import importlib.util
+import logging
 import pathlib
 from collections.abc import Sequence
 
@@ -47,13 +48,16 @@ def check(names: Sequence[str], task_dir: str | None) -> None:
   for name in names:
     if name in suite.NAMES and manager.task_index[name].yaml_path.parent == suite.TASKS:
       continue
+    heard = _Heard()
     try:
-      for task in manager.load([name])["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-          task.set_config(key="num_fewshot", value=0)
-        task.build_all_requests(limit=1, rank=0, world_size=1)
+      with heard:
+        for task in manager.load([name])["tasks"].values():
+          if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+          task.build_all_requests(limit=1, rank=0, world_size=1)
     except Exception as error:  # whatever a task file can bring about
-      raise FieldError("tasks", name, f"cannot be asked: {one_line(error)}") from None
+      raise FieldError("tasks", name, "cannot be asked: " + "; ".join(
+          [*heard.lines, one_line(error)])) from None
 
 
 def open_manager(names: Sequence[str], suite_dir: pathlib.Path, task_dir: str | None):
@@ -64,6 +68,24 @@ def open_manager(names: Sequence[str], suite_dir: pathlib.Path, task_dir: str | 
   if all(name in local.all_tasks for name in names):
     return local
   return TaskManager(include_path=paths, include_defaults=True)
+
+
+class _Heard(logging.Handler):
+  """What lm_eval logs as an error before it raises one that says less."""
+
+  def __init__(self):
+    super().__init__(logging.ERROR)
+    self.lines: list[str] = []
+
+  def emit(self, record):
+    self.lines.append(" ".join(record.getMessage().split()))
+
+  def __enter__(self):
+    logging.getLogger("lm_eval").addHandler(self)
+    return self
+
+  def __exit__(self, *_):
+    logging.getLogger("lm_eval").removeHandler(self)
 
 
 def _check_files(task_dir: str) -> None:

@@ -26,11 +26,14 @@ _BOOTSTRAPS = 1000  # for the errors of metrics that are no means
 
 
 def quiet() -> None:
-  """Call it before lm_eval is imported: no progress bars, and no processes forked beside JAX."""
+  """Call it before lm_eval is imported: no bars, no warnings, no processes forked beside JAX."""
   os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
                  "DISABLE_MULTIPROC": "1", "TOKENIZERS_PARALLELISM": "false"}
   for name in ("lm_eval", "datasets"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    logger.addHandler(logging.NullHandler())  # without one, Python prints by itself
 
 
 def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike, names: Sequence[str],
