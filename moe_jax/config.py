@@ -2,8 +2,8 @@
 
 Identity (what is trained: it decides the result) and execution (how it is run: mesh, remat,
 logging) are apart. A run may go on with another execution, never with another identity.
-Every section checks itself when it is made, and `RunConfig` checks what spans sections, so
-an invalid configuration cannot exist.
+Every section (sections.py) checks itself when it is made, and `RunConfig` checks what spans
+sections, so an invalid configuration cannot exist.
 """
 
 import copy
@@ -11,13 +11,19 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
-import re
-from typing import Any, Literal
+from typing import Any
 
 from moe_jax.arch import Architecture
 from moe_jax.errors import FieldError, require
 from moe_jax.fields import checked, from_dict, leaf_types, leaves
+from moe_jax.sections import (
+    DataConfig,
+    ExecutionConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    TrainConfig,
+)
 
 SCHEMA_VERSION = 1
 
@@ -27,325 +33,6 @@ SCHEMA_VERSION = 1
 _ADDED = {"moe.router": "softmax", "moe.bias_update_rate": 1e-3, "moe.jitter": 0.0,
           "moe.drop_order": "position", "train.branch_from": None, "arch.qk_norm": "head",
           "train.init_from": None, "execution.keep_steps": (), "execution.population": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-  """Routing and dispatch semantics (identity: they decide which expert sees which token).
-
-  Attributes:
-    dispatch: `capacity` (fixed slots, drops what overflows), `dropless` (as many rows as
-      there are, sorted by expert) or `reference` (every expert on every token: slow, drops
-      nothing).
-    capacity_factor: slots per expert and routing group are
-      ceil(capacity_factor * group tokens * n_topk / n_exp).
-    routing_group_tokens: tokens that compete for the same slots; a whole number of
-      sequences. 0 means one sequence.
-    norm_topk_prob: divide the chosen probabilities by their sum (as Qwen3-MoE does).
-      Must be off for n_topk = 1 among several experts: a weight that is always 1 gives
-      the router no gradient from the language-model loss.
-    balance_coef: weight of the load-balance loss (1 per layer at perfect balance); none
-      means 0.01 for `softmax` and 0 for the routers that balance without a loss.
-    z_coef: weight of the router z-loss, which keeps the logits of a softmax small; none
-      means 0.001, and 0 for `sigmoid`, whose scores it would push towards 1 / n_exp.
-    router: `softmax` (Qwen3-MoE's), `sigmoid` (DeepSeek-V3's: sigmoid scores, balanced by a
-      bias on the selection alone) or `expert_choice` (each expert picks its tokens, as many
-      as n_topk a token on average; not causal, so for research only; it has its own number
-      of slots and drops nothing).
-    bias_update_rate: how far a step moves the selection bias of `sigmoid`.
-    jitter: what the router sees of a token in training is multiplied by noise that is
-      uniform in 1 +- this.
-    drop_order: which assignments `capacity` drops first, within a group and expert: those of
-      later `position`, or those of the lowest weight (`score`: what drops then depends on
-      later tokens too).
-  """
-
-  dispatch: Literal["capacity", "dropless", "reference"] = "capacity"
-  capacity_factor: float = 1.25
-  routing_group_tokens: int = 0
-  norm_topk_prob: bool = True
-  balance_coef: float | None = None
-  z_coef: float | None = None
-  router: Literal["softmax", "sigmoid", "expert_choice"] = "softmax"
-  bias_update_rate: float = 1e-3
-  jitter: float = 0.0
-  drop_order: Literal["position", "score"] = "position"
-
-  def __post_init__(self):
-    require(self.capacity_factor > 0, "capacity_factor", self.capacity_factor,
-            "must be above 0")
-    require(self.routing_group_tokens >= 0, "routing_group_tokens",
-            self.routing_group_tokens, "must be 0 (one sequence) or more")
-    for name in ("balance_coef", "z_coef", "bias_update_rate"):
-      value = getattr(self, name)
-      require(value is None or value >= 0, name, value, "must be 0 or more")
-    require(0 <= self.jitter < 1, "jitter", self.jitter, "must be at least 0 and below 1")
-    if self.router == "expert_choice":
-      require(self.dispatch in ("capacity", "reference"), "dispatch", self.dispatch,
-              "must be 'capacity' or 'reference' for expert_choice, whose experts all take the "
-              "same number of tokens")
-      require(not self.norm_topk_prob, "norm_topk_prob", self.norm_topk_prob, "must be false "
-              "for expert_choice: the weights of a token's experts need not sum to 1")
-
-  @property
-  def causal(self) -> bool:
-    """Whether a token's output depends on no later token, but for what capacity drops."""
-    return self.router != "expert_choice"
-
-  @property
-  def balance_weight(self) -> float:
-    """Weight of the balance loss, resolved."""
-    default = 0.01 if self.router == "softmax" else 0.0
-    return default if self.balance_coef is None else self.balance_coef
-
-  @property
-  def z_weight(self) -> float:
-    """Weight of the z-loss, resolved."""
-    default = 0.0 if self.router == "sigmoid" else 0.001
-    return default if self.z_coef is None else self.z_coef
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Numerics of the decoder that are not part of its shape.
-
-  Attributes:
-    compute_dtype: type of activations and of the weights as they are multiplied, and in
-      which a weight's gradient is summed over devices; the master weights, their moments,
-      the router, norms, softmaxes and the loss are float32 throughout.
-    rope_theta: base of the rotary embedding.
-    norm_eps: epsilon of every RMSNorm.
-  """
-
-  compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-  rope_theta: float = 10_000.0
-  norm_eps: float = 1e-6
-
-  def __post_init__(self):
-    require(self.rope_theta > 1, "rope_theta", self.rope_theta, "must be above 1")
-    require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be above 0")
-
-
-NAME = "[a-z0-9]+(?:[._-][a-z0-9]+)*"  # of a corpus: it is a folder and a part of job names
-MIXTURE_PERIOD = 10_000  # rows in which each corpus has its share exactly
-_VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}  # the separator included
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """What is read.
-
-  Attributes:
-    corpus: name of a corpus that `python -m moe_jax.data` knows, e.g. `sotu`; or several
-      with weights, `sotu:0.7,python:0.3`: the shares of the rows that are trained on.
-    tokenizer: `bytes`; `bpe-N`, a byte-level BPE of N tokens trained on the corpus; `gpt2`;
-      or the name that `python -m moe_jax.data` gave to a tokenizer.json, which ends in a
-      hash of it.
-    seq_len: tokens in a packed sequence.
-    mask_documents: whether attention stops at document boundaries.
-  """
-
-  corpus: str = "sotu"
-  tokenizer: str = "bytes"
-  seq_len: int = 256
-  mask_documents: bool = True
-
-  def __post_init__(self):
-    require(self.seq_len >= 2, "seq_len", self.seq_len, "must be at least 2")
-    _ = self.mixture
-    bpe = re.fullmatch("bpe-([1-9][0-9]{0,8})", self.tokenizer)
-    known = int(bpe[1]) >= 257 if bpe else (
-        self.tokenizer in _VOCAB_SIZES or re.fullmatch(NAME + "-[0-9a-f]{8}", self.tokenizer))
-    require(bool(known), "tokenizer", self.tokenizer,
-            "must be 'bytes' or 'bpe-N' with N at least 257, e.g. 'bpe-4096', or 'gpt2', or the "
-            "name that python -m moe_jax.data --tokenizer=FILE gives to a tokenizer.json")
-
-  @property
-  def mixture(self) -> dict[str, float]:
-    """Corpus -> its share of the rows, in the order of names; the shares sum to 1."""
-    weights: dict[str, float] = {}
-    for part in self.corpus.split(","):
-      name, colon, weight = part.strip().partition(":")
-      require(re.fullmatch(NAME, name) is not None and name not in weights
-              and (bool(colon) or part == self.corpus), "corpus", self.corpus,
-              "must be the name of a corpus (lower-case letters, digits, '.', '_' and '-'), or "
-              "several different ones with their weights: NAME:WEIGHT,NAME:WEIGHT")
-      try:
-        weights[name] = float(weight) if colon else 1.0
-      except ValueError:
-        weights[name] = math.nan
-      require(0 < weights[name] < math.inf, "corpus", self.corpus, f"the weight of {name!r} is "
-              f"{weight!r}: must be a finite number above 0")
-    shares = {name: weights[name] / sum(weights.values()) for name in sorted(weights)}
-    least = min(shares, key=shares.get)
-    require(shares[least] * MIXTURE_PERIOD > 1 - 1e-6, "corpus", self.corpus,
-            f"the share of {least!r} is {shares[least]:.3g}: must be at least one row in "
-            f"{MIXTURE_PERIOD}")
-    return shares
-
-  @property
-  def tokenizer_vocab_size(self) -> int | None:
-    """Token ids the tokenizer can emit, its document separator included.
-
-    None for a tokenizer.json: its size is known when the data are prepared.
-    """
-    bpe = re.fullmatch("bpe-([0-9]+)", self.tokenizer)
-    return int(bpe[1]) if bpe else _VOCAB_SIZES.get(self.tokenizer)
-
-
-_INIT_FROM = re.compile(r"(.*[^/@]/[^/@]+)(?:@([0-9]{1,16}))?")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """Optimizer, schedule and amount of training.
-
-  Attributes:
-    steps: optimizer steps.
-    batch_size: sequences in a global batch.
-    learning_rate: peak learning rate.
-    schedule: `wsd` (warm-up, stable, linear decay) or `cosine` (warm-up, cosine decay).
-    warmup_steps: steps of linear warm-up.
-    decay_fraction: share of the steps in which `wsd` decays.
-    final_learning_rate_fraction: what the decay heads for, as a share of the peak.
-    weight_decay: decoupled weight decay, of matrices only (see train/optimizer.py).
-    beta1, beta2, eps: of AdamW.
-    clip_norm: largest global gradient norm.
-    branch_from: `RUN@STEP` takes the first STEP steps from another `wsd` run, the trunk,
-      instead of doing them again: STEP lies in the stable phase of both. RUN is a cell of
-      the same experiment, EXPERIMENT/CELL, or a path. Only the amount of training, the decay
-      and the execution may differ from the trunk's; so the result is that of the run done
-      alone, and one trunk serves several budgets (grid.trunk_and_branches).
-    init_from: `RUN@STEP` begins with the parameters of another run's checkpoint instead of
-      random ones, with everything else new: step 0, optimizer, data. RUN alone means its last
-      step. RUN is EXPERIMENT/CELL or a path. From a dense run an MoE is upcycled
-      (model/upcycle.py).
-  """
-
-  steps: int = 1000
-  batch_size: int = 32
-  learning_rate: float = 1e-3
-  schedule: Literal["wsd", "cosine"] = "wsd"
-  warmup_steps: int = 100
-  decay_fraction: float = 0.2
-  final_learning_rate_fraction: float = 0.0
-  weight_decay: float = 0.1
-  beta1: float = 0.9
-  beta2: float = 0.95
-  eps: float = 1e-8
-  clip_norm: float = 1.0
-  branch_from: str | None = None
-  init_from: str | None = None
-
-  def __post_init__(self):
-    for name in ("steps", "batch_size"):
-      require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-    for name in ("learning_rate", "eps", "clip_norm"):
-      require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
-    for name in ("weight_decay", "warmup_steps"):
-      require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
-    for name in ("beta1", "beta2"):
-      require(0 <= getattr(self, name) < 1, name, getattr(self, name),
-              "must be at least 0 and below 1")
-    for name in ("decay_fraction", "final_learning_rate_fraction"):
-      require(0 <= getattr(self, name) <= 1, name, getattr(self, name),
-              "must lie between 0 and 1")
-    stable = self.stable_steps if self.schedule == "wsd" else self.steps
-    require(self.warmup_steps <= stable, "warmup_steps",
-            self.warmup_steps, f"with {self.steps - stable} steps of decay must fit into the "
-            f"{self.steps} steps of training")
-    if self.branch_from is not None:
-      require(re.fullmatch(r".+@[1-9][0-9]{0,15}", self.branch_from) is not None, "branch_from",
-              self.branch_from, "must be RUN@STEP: a cell of the same experiment, "
-              "EXPERIMENT/CELL or a path, and a step above 0")
-      require(self.schedule == "wsd", "branch_from", self.branch_from,
-              "needs the schedule 'wsd', which has a stable phase to branch from")
-      require(self.warmup_steps <= self.branch_step <= stable, "branch_from", self.branch_from,
-              f"must name a step of this run's stable phase, from {self.warmup_steps} (the end "
-              f"of the warm-up) to {stable} (where its decay begins)")
-    require(self.init_from is None or _INIT_FROM.fullmatch(self.init_from) is not None,
-            "init_from", self.init_from, "must be RUN or RUN@STEP: RUN is EXPERIMENT/CELL or a "
-            "path, e.g. quickstart/l2-d152-f70-e8-k2@240")
-
-  @property
-  def stable_steps(self) -> int:
-    """Steps before `wsd` begins to decay, warm-up included."""
-    return self.steps - round(self.steps * self.decay_fraction)
-
-  @property
-  def init_run(self) -> str | None:
-    """RUN of `init_from`."""
-    return None if self.init_from is None else _INIT_FROM.fullmatch(self.init_from)[1]
-
-  @property
-  def init_step(self) -> int | None:
-    """STEP of `init_from`; None for the run's last, and where there is no such run."""
-    step = self.init_from and _INIT_FROM.fullmatch(self.init_from)[2]
-    return int(step) if step else None
-
-  @property
-  def branch_run(self) -> str | None:
-    """RUN of `branch_from`."""
-    return None if self.branch_from is None else self.branch_from.rpartition("@")[0]
-
-  @property
-  def branch_step(self) -> int | None:
-    """STEP of `branch_from`."""
-    return None if self.branch_from is None else int(self.branch_from.rpartition("@")[2])
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """Devices along each mesh axis; `data` = -1 takes all that the others leave."""
-
-  data: int = -1
-  fsdp: int = 1
-  expert: int = 1
-
-  def __post_init__(self):
-    require(self.data == -1 or self.data >= 1, "data", self.data,
-            "must be at least 1, or -1 for all devices left over")
-    for name in ("fsdp", "expert"):
-      require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class ExecutionConfig:
-  """How a run is carried out. May change between two attempts at the same run.
-
-  Attributes:
-    mesh: how devices are laid out.
-    remat: what the backward pass recomputes: `none`, `dots` (all but the dense projections;
-      attention scores and routed experts are computed again), `rows` (all but what was dear to
-      get: the rows that experts received and, where a kernel makes it, the output of attention)
-      or `full` (each layer from its input).
-    microbatches: parts the global batch is split into, one after another, to save memory.
-      The result does not change; one more forward pass is paid when above 1.
-    log_every: steps between two lines of metrics.
-    checkpoint_every: steps between two checkpoints.
-    keep_checkpoints: how many of the latest checkpoints are kept.
-    keep_steps: steps at which a checkpoint is written and kept whatever else is. A grid adds
-      those from which its cells branch.
-    population: how many cells of one shape (population.py) train together in one process, on one
-      device, at most. The result does not change, up to rounding; 1 means one after another.
-  """
-
-  mesh: MeshConfig = MeshConfig()
-  remat: Literal["none", "dots", "rows", "full"] = "none"
-  microbatches: int = 1
-  log_every: int = 10
-  checkpoint_every: int = 200
-  keep_checkpoints: int = 2
-  keep_steps: tuple[int, ...] = ()
-  population: int = 1
-
-  def __post_init__(self):
-    for name in ("microbatches", "log_every", "checkpoint_every", "keep_checkpoints",
-                 "population"):
-      require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-    require(isinstance(self.keep_steps, tuple)
-            and all(isinstance(step, int) and step >= 1 for step in self.keep_steps),
-            "keep_steps", self.keep_steps, "must be a tuple of steps of at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

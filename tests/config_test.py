@@ -26,6 +26,7 @@ from moe_jax.config import (
     to_dict,
 )
 from moe_jax.fields import leaves, override
+from moe_jax.sections import NAME
 from tests import golden
 
 ARCH = Architecture(n_layers=4, d_model=128, d_expert=64, n_exp=8, n_topk=2, n_heads=4)
@@ -283,7 +284,7 @@ def test_the_identity_of_equal_configurations_is_equal():
 # What is stored
 
 
-_CORPORA = strategies.from_regex(config_lib.NAME, fullmatch=True)
+_CORPORA = strategies.from_regex(NAME, fullmatch=True)
 
 
 def _configs():

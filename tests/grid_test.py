@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, strategies
 
 from moe_jax import grid as grid_lib
-from moe_jax.config import NAME, Architecture, FieldError, RunConfig
+from moe_jax.config import Architecture, FieldError, RunConfig
 from moe_jax.fields import override
 from moe_jax.grid import Grid, cell_name, get_config, load_grid, select
+from moe_jax.sections import NAME
 from tests.experiment_files import BASE, write, write_tiny
 
 RECIPE = RunConfig(arch=Architecture(

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from moe_jax.config import NAME
 from moe_jax.data import cache, documents, pool, readers, selection, sources
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data.sources import Plan, Source, Unit
 from moe_jax.errors import require
+from moe_jax.sections import NAME
 
 _FORMAT = 1  # raise it when the same text gives another dataset
 

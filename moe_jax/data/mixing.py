@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from moe_jax.config import MIXTURE_PERIOD
 from moe_jax.data.prepare import PreparedData
 from moe_jax.errors import require
+from moe_jax.sections import MIXTURE_PERIOD
 
 
 def n_rows(prepared: PreparedData, seq_len: int) -> list[int]:

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.config import MIXTURE_PERIOD, DataConfig
+from moe_jax.config import DataConfig
 from moe_jax.data import loader, mixing
 from moe_jax.data.prepare import Domain
 from moe_jax.errors import FieldError
+from moe_jax.sections import MIXTURE_PERIOD
 from tests.data.loader_test import make_prepared, make_split
 
 SEQ_LEN, BATCH = 8, 5
