@@ -16,7 +16,7 @@ _LIGHT = ("moe_jax.arch", "moe_jax.config", "moe_jax.grid", "moe_jax.run_dir", "
           "launch.backends.gcloud", "launch.backends.gke", "launch.backends.slurm",
           "launch.host.__main__", "launch.watch", "launch.cancel", "launch.collect", "launch.gc",
           "launch.logs", "launch.together", "moe_jax.cluster", "moe_jax.train.__main__",
-          "moe_jax.export.__main__", "moe_jax.export.layouts")
+          "moe_jax.export.__main__", "moe_jax.export.layouts", "moe_jax.evaluate.harness.suite")
 
 
 def _loaded(statement: str) -> set[str]:
