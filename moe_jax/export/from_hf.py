@@ -168,26 +168,36 @@ def import_weights(source: Source, cell: Cell, out: str | os.PathLike) -> RunDir
 
 
 def read_params(source: Source, config: RunConfig, mesh) -> functional.Params:
-  """The parameters on the mesh; each device's part is read for it alone."""
+  """The parameters on the mesh.
+
+  Every tensor that a device of this process has a part of is read once. Beside the devices, the
+  memory holds one parameter: what this process has of it.
+  """
   tensors = collections.defaultdict(dict)
   for weight in source.tensors:
     tensors[weight.path][weight.index] = weight
   abstract = functional.abstract_params(config, mesh)
 
   def load(path, leaf):
-    parts = tensors[path]
-    stacked = len(next(iter(parts)))  # leading axes: of layers, of experts
+    def bounds_of(index):
+      return tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
 
-    def of_device(index):
-      slices = [range(size)[axis] for size, axis in zip(leaf.shape, index, strict=True)]
-      found = np.empty([len(part) for part in slices], np.float32)
-      for at in np.ndindex(*found.shape[:stacked]):
-        weight = parts[tuple(slices[axis][i] for axis, i in enumerate(at))]
-        whole = weight.from_layout(source.weights.read(weight.name), leaf.shape[stacked:])
-        found[at] = whole[tuple(index[stacked:])]
-      return found
-
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, of_device)
+    parts = {  # replicas share one
+        bounds: np.empty([end - start for start, end in bounds], np.float32)
+        for bounds in map(bounds_of, leaf.sharding.addressable_devices_indices_map(
+            leaf.shape).values())}
+    for at, weight in tensors[path].items():
+      wanted = [bounds for bounds in parts if all(
+          start <= i < end for i, (start, end) in zip(at, bounds, strict=False))]
+      if not wanted:
+        continue
+      inner = leaf.shape[len(at):]  # behind the axes of layers and experts
+      tensor = weight.from_layout(source.weights.read(weight.name), inner)
+      for bounds in wanted:
+        here = tuple(i - start for i, (start, _) in zip(at, bounds, strict=False))
+        parts[bounds][here] = tensor[tuple(slice(*bound) for bound in bounds[len(at):])]
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding,
+                                        lambda index: parts[bounds_of(index)])
 
   loaded = {path: load(path, leaf) for path, leaf in tree_paths(abstract).items()}
   return jax.tree_util.tree_map_with_path(

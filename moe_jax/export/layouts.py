@@ -89,12 +89,12 @@ class Weight:
   index: tuple[int, ...] = ()
   transposed: bool = False
 
-  def to_layout(self, ours: np.ndarray) -> np.ndarray:
-    """The tensor from the part of our array."""
-    return ours.reshape(self.shape[::-1]).T if self.transposed else ours.reshape(self.shape)
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
 
   def from_layout(self, theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The part of our array, of the given shape, from the tensor."""
+    """The tensor seen as the part of our array, of the given shape; no copy."""
     return (theirs.T if self.transposed else theirs).reshape(shape)
 
 

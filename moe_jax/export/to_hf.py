@@ -1,25 +1,26 @@
-"""A checkpoint -> a Hugging Face directory, shard by shard."""
+"""A checkpoint -> a Hugging Face directory, chunk by chunk."""
 
+import collections
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 from etils import epath
-from safetensors.numpy import save_file
 
 from moe_jax import config as config_lib
 from moe_jax.config import ExecutionConfig
 from moe_jax.data.prepare import prepare
 from moe_jax.errors import FieldError, require
 from moe_jax.export import layouts, tokenizer_files
+from moe_jax.export import shards as shards_lib
 from moe_jax.export.layouts import Weight
+from moe_jax.export.shards import DTYPES, Shards
 from moe_jax.grid import Cell
 from moe_jax.mesh import make_mesh
 from moe_jax.model.functional import abstract_params
@@ -27,10 +28,7 @@ from moe_jax.run_dir import RunDir
 from moe_jax.train.checkpoint_files import content_hash
 from moe_jax.train.checkpoint_parts import StoredParams
 
-INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"  # where one file holds all
 ORIGIN = "moe_jax.json"  # which run it was
-_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class Exported(NamedTuple):
@@ -48,7 +46,7 @@ def export(cell: Cell, out: str | os.PathLike, hf: str | os.PathLike, step: int 
            ) -> Exported:
   """Writes the directory `hf`, which appears when all of it is there.
 
-  One shard is in memory at a time, and of the checkpoint a chunk of 64 MB.
+  Of the checkpoint one chunk is in memory at a time, 64 MB at most, however large the files are.
 
   Args:
     cell: its run is exported.
@@ -66,7 +64,7 @@ def export(cell: Cell, out: str | os.PathLike, hf: str | os.PathLike, step: int 
   """
   config, target = cell.config, _free_target(hf)
   found = layouts.layout_of(config, layout)
-  require(dtype in _DTYPES, "dtype", dtype, f"must be {' or '.join(_DTYPES)}")
+  require(dtype in DTYPES, "dtype", dtype, f"must be {' or '.join(DTYPES)}")
   run_dir = RunDir.of(out, cell)
   require(run_dir.check_identity(cell), "out", os.fspath(out), f"holds no run {cell.experiment}/"
           f"{cell.name}")
@@ -76,13 +74,14 @@ def export(cell: Cell, out: str | os.PathLike, hf: str | os.PathLike, step: int 
   require(stored.meta["data_fingerprint"] == prepared.fingerprint, "config.data.corpus",
           config.data.corpus, "the text has changed since the run read it, and perhaps its "
           "tokenizer")
-  shards = plan_shards(tuple(layouts.weights(config.arch, found)), _DTYPES[dtype].itemsize,
-                       shard_bytes)
-  _require_space(target, sum(_size(weight, dtype) for shard in shards for weight in shard))
+  weights = tuple(layouts.weights(config.arch, found))
+  planned = shards_lib.plan(weights, DTYPES[dtype].itemsize, shard_bytes)
+  _require_space(target, sum(weight.size for weight in weights) * DTYPES[dtype].itemsize)
   partial = target.with_name(f".{target.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
   partial.mkdir(parents=True)
-  n_bytes = write_shards(partial, shards, stored, _DTYPES[dtype])
+  shards = Shards(partial, planned, dtype)
+  write_weights(shards, stored, weights)
   tokenizer_files.write(partial, prepared.tokenizer, config.data.seq_len)
   start = prepared.document_start_id
   _write_json(partial / "config.json", layouts.config_json(config, found, dtype, start))
@@ -93,42 +92,24 @@ def export(cell: Cell, out: str | os.PathLike, hf: str | os.PathLike, step: int 
       "identity": config_lib.identity_hash(config),
       "checkpoint": content_hash(run_dir, stored.step), "config": config_lib.to_dict(config)})
   partial.rename(target)
-  return Exported(found.name, stored.step, n_bytes // _DTYPES[dtype].itemsize, n_bytes,
-                  len(shards))
+  return Exported(found.name, stored.step, sum(weight.size for weight in weights), shards.n_bytes,
+                  len(planned))
 
 
-def plan_shards(weights: Sequence[Weight], itemsize: int, shard_bytes: float
-                ) -> list[list[Weight]]:
-  """The weights in their order, cut into files; a tensor is never cut."""
-  shards: list[list[Weight]] = [[]]
-  room = shard_bytes
+def write_weights(shards: Shards, stored: StoredParams, weights: Iterable[Weight]) -> None:
+  """Fills the files, a chunk of the checkpoint at a time; each is read once."""
+  arrays: dict[tuple[str, ...], dict[tuple[int, ...], Weight]] = collections.defaultdict(dict)
   for weight in weights:
-    size = int(np.prod(weight.shape)) * itemsize
-    if size > room and shards[-1]:
-      shards.append([])
-      room = shard_bytes
-    shards[-1].append(weight)
-    room -= size
-  return shards
-
-
-def write_shards(directory: pathlib.Path, shards: Sequence[Sequence[Weight]],
-                 stored: StoredParams, dtype: np.dtype) -> int:
-  """Writes the files of weights, and their index where there are several; bytes written."""
-  weight_map, total = {}, 0
-  for number, shard in enumerate(shards, start=1):
-    name = WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    tensors = {}
-    for weight in shard:
-      part = weight.to_layout(stored.read(weight.path, weight.index))
-      tensors[weight.name] = np.ascontiguousarray(part.astype(dtype, copy=False))
-      total += tensors[weight.name].nbytes
-    save_file(tensors, directory / name, metadata={"format": "pt"})
-    weight_map |= dict.fromkeys(tensors, name)
-  if len(shards) > 1:
-    _write_json(directory / INDEX, {"metadata": {"total_size": total},
-                                    "weight_map": weight_map})
-  return total
+    arrays[weight.path][weight.index] = weight
+  for path, parts in arrays.items():
+    shape, stacked = stored.shapes[path], len(next(iter(parts)))  # axes of layers, of experts
+    for where, values in stored.chunks(path):
+      first = [part.start for part in where[:stacked]]
+      for at in np.ndindex(values.shape[:stacked]):
+        weight = parts[tuple(i + start for i, start in zip(at, first, strict=True))]
+        tensor = weight.from_layout(shards.tensor(weight), shape[stacked:])
+        tensor[where[stacked:]] = values[at]
+      del values  # before the next chunk is read
 
 
 def _free_target(hf: str | os.PathLike) -> pathlib.Path:
@@ -147,10 +128,6 @@ def _require_space(target: pathlib.Path, needed: int) -> None:
   if needed > free:
     raise FieldError("hf", str(target), f"needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB "
                      "are free")
-
-
-def _size(weight: Weight, dtype: str) -> int:
-  return int(np.prod(weight.shape)) * _DTYPES[dtype].itemsize
 
 
 def _write_json(file: pathlib.Path, value: Any) -> None:

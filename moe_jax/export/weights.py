@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from moe_jax.errors import FieldError, require
 from moe_jax.export.layouts import Weight
-from moe_jax.export.to_hf import INDEX, WHOLE
+from moe_jax.export.shards import INDEX, WHOLE
 
 _SHOWN = 3  # names in a message
 

@@ -1,10 +1,14 @@
 """Arrays of a checkpoint read piece by piece: for what never needs a model as a whole.
 
 Orbax restores whole arrays, and one array here is a matrix of every expert of every layer. Its
-files are TensorStore's, which reads any part: a chunk (64 MB at most) is in memory at a time.
+files are TensorStore's, which reads any part but decodes whole chunks (64 MB at most). A chunk
+may hold a strip of each expert of every layer, so whoever asks for one expert after the other has
+all of the array decoded each time: arrays are handed out in the chunks that they are stored in.
 """
 
+import itertools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,7 +21,7 @@ from moe_jax.run_dir import RunDir
 from moe_jax.train import checkpoint_files as files
 from moe_jax.train.checkpoint_format import META, PARAMS, require_same_arrays, require_version
 
-_CACHE_BYTES = 400 * 10**6  # a chunk of each of three matrices holds several experts
+Path = tuple[str, ...]  # of an array in nested dicts
 
 
 class StoredParams:
@@ -26,6 +30,7 @@ class StoredParams:
   Attributes:
     step: of the checkpoint.
     meta: what was saved beside it.
+    shapes: of its arrays.
   """
 
   def __init__(self, run_dir: RunDir, abstract_params: Any, step: int | None = None):
@@ -46,21 +51,24 @@ class StoredParams:
           **{META: ocp.args.JsonRestore()}))[META]
     require_version(directory, self.meta)
     require_same_arrays(directory, PARAMS, abstract_params)
+    self.shapes: dict[Path, tuple[int, ...]] = {
+        path: leaf.shape for path, leaf in tree_paths(abstract_params).items()}
     path = os.fspath(directory / PARAMS)
     self._base = f"file://{path}/" if run_dir_lib.is_local(directory) else f"{path}/"
-    self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
-    self._open: dict[tuple[str, ...], ts.TensorStore] = {}
 
-  def read(self, path: tuple[str, ...], index: tuple[int, ...] = ()) -> np.ndarray:
-    """The part `index` (of leading axes) of the array at `path`."""
-    if path not in self._open:
-      self._open[path] = ts.open({"driver": "zarr", "kvstore": {
-          "driver": "ocdbt", "base": self._base, "path": ".".join(path) + "/"}},
-          open=True, context=self._context).result()
-    return np.asarray(self._open[path][(*index, ...)].read().result())
+  def chunks(self, path: Path) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Every chunk of the array at `path`, with its place there; each is read once."""
+    array = ts.open({"driver": "zarr", "kvstore": {
+        "driver": "ocdbt", "base": self._base, "path": ".".join(path) + "/"}}, open=True).result()
+    starts = (range(0, size, step) for size, step in zip(
+        array.shape, array.chunk_layout.read_chunk.shape, strict=True))
+    for corner in itertools.product(*starts):
+      where = tuple(slice(start, min(start + step, size)) for start, step, size in zip(
+          corner, array.chunk_layout.read_chunk.shape, array.shape, strict=True))
+      yield where, array[where].read().result()
 
 
-def tree_paths(tree: Any) -> dict[tuple[str, ...], Any]:
+def tree_paths(tree: Any) -> dict[Path, Any]:
   """Nested dicts as path -> leaf."""
   return {tuple(key.key for key in path): leaf
           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from moe_jax.config import ExecutionConfig
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.data.tokenizer import SEPARATOR, ByteTokenizer, FileTokenizer
 from moe_jax.errors import FieldError
 from moe_jax.evaluate.cells import survey
-from moe_jax.export import from_hf, to_hf
+from moe_jax.export import from_hf, shards, to_hf
 from moe_jax.export.to_hf import export
 from moe_jax.fields import override
 from moe_jax.grid import Cell
@@ -21,7 +22,7 @@ from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
 from moe_jax.train.checkpoint import restore_params
 from tests.export.conftest import ARCHS, config_of
-from tests.small import MESHES, random_params
+from tests.small import MESHES, ONE_DEVICE, random_params
 
 DOCUMENT = "Naïve\n\tdef f(x): return 漢字 🙂  <|document|> \x00\x7f"
 
@@ -56,13 +57,17 @@ def test_an_export_of_an_import_is_the_same_files(exported, out):
       assert (out / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_weights_go_to_any_mesh(exported, out):
+@pytest.mark.parametrize("name", ["fsdp2_expert4", "data2_fsdp2_expert2"])
+def test_weights_go_to_any_mesh_and_are_read_once(exported, out, monkeypatch, name):
   mesh = {f"execution.mesh.{axis}": size for axis, size in dataclasses.asdict(
-      MESHES["fsdp2_expert4"]).items()}
+      MESHES[name]).items()}
   source = from_hf.look(exported / "olmoe")
+  read, names = source.weights.read, []
+  monkeypatch.setattr(source.weights, "read", lambda name: (names.append(name), read(name))[1])
   config = override(config_of("olmoe"), mesh | {"train.init_from": source.init_from})
   run_dir = from_hf.import_weights(source, Cell("mine", "", "cell", config), out)
-  one = override(config, {"execution.mesh.fsdp": 1, "execution.mesh.expert": 1})
+  assert sorted(names) == sorted(weight.name for weight in source.tensors)
+  one = dataclasses.replace(config, execution=ExecutionConfig(mesh=ONE_DEVICE))
   jax.tree.map(np.testing.assert_array_equal, params_of(run_dir, one),
                random_params(config_of("olmoe")))
 
@@ -79,11 +84,11 @@ def test_a_cell_of_ones_own_must_be_the_model(exported, out):
 
 
 def test_bfloat16_is_read(exported, out):
-  file = exported / "mixtral" / to_hf.WHOLE
+  file = exported / "mixtral" / shards.WHOLE
   folder = shutil.copytree(exported / "mixtral", out / "half")
   import ml_dtypes
   save_file({name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in
-             load_file(file).items()}, folder / to_hf.WHOLE, metadata={"format": "pt"})
+             load_file(file).items()}, folder / shards.WHOLE, metadata={"format": "pt"})
   weights = from_hf.look(folder).weights
   for name, tensor in load_file(file).items():
     np.testing.assert_array_equal(weights.read(name), tensor.astype(ml_dtypes.bfloat16))
@@ -110,8 +115,8 @@ def _change(**changes):
     (_cut_a_shard, "model-00002-of-00005.safetensors'?: is damaged or cut"),
     (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     (lambda folder: (folder / "config.json").write_text("{"), "config.json'?: is damaged"),
-    (lambda folder: (folder / to_hf.INDEX).unlink(), "has neither model.safetensors nor model"),
-    (lambda folder: (folder / to_hf.INDEX).write_text("{}"), "is damaged: no weight_map"),
+    (lambda folder: (folder / shards.INDEX).unlink(), "has neither model.safetensors nor model"),
+    (lambda folder: (folder / shards.INDEX).write_text("{}"), "is damaged: no weight_map"),
     (_change(num_hidden_layers=3), "lacks 33 of 102 tensors of its config.json: model.layers.2."),
     (_change(num_hidden_layers=1), "has tensors that its config.json does not speak of: model.lay"),
     (_change(intermediate_size=13), r"experts.0.gate_proj.weight has the shape \[12, 16\], and by "

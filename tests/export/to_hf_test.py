@@ -1,18 +1,21 @@
 """What is exported computes what the run does, and what cannot be exported leaves nothing."""
 
 import json
+import math
 import pathlib
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from safetensors.numpy import load_file
 
 from moe_jax.errors import FieldError
-from moe_jax.export import to_hf
+from moe_jax.export import shards, to_hf
 from moe_jax.export.layouts import LAYOUTS, weights
-from moe_jax.export.to_hf import export, plan_shards
-from moe_jax.run_dir import RunDir
+from moe_jax.export.to_hf import export
+from moe_jax.train import checkpoint_format
 from moe_jax.train.checkpoint_format import CheckpointError
 from moe_jax.train.checkpoint_parts import StoredParams
 from tests.experiment_files import run_module
@@ -42,7 +45,7 @@ def test_the_exported_model_is_the_run(exported, layout):
 
 def test_shards_have_an_index_and_keep_to_their_size(exported):
   folder = exported / "olmoe"
-  index = json.loads((folder / to_hf.INDEX).read_text())
+  index = json.loads((folder / shards.INDEX).read_text())
   files = sorted(set(index["weight_map"].values()))
   assert files == [f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)]
   sizes = []
@@ -56,9 +59,9 @@ def test_shards_have_an_index_and_keep_to_their_size(exported):
 
 def test_a_tensor_larger_than_a_shard_has_one_to_itself():
   found = tuple(weights(ARCHS["olmoe"], LAYOUTS["olmoe"]))
-  shards = plan_shards(found, 4, 1)
-  assert [len(shard) for shard in shards] == [1] * len(found)
-  assert plan_shards(found, 4, 1e12) == [list(found)]
+  planned = shards.plan(found, 4, 1)
+  assert [len(shard) for shard in planned] == [1] * len(found)
+  assert shards.plan(found, 4, 1e12) == [list(found)]
 
 
 def test_both_generations_of_keys_are_there(exported):
@@ -78,7 +81,7 @@ def test_the_origin_is_told(exported, out_with_data):
 
 def test_bfloat16_halves_it(exported, out_with_data, tmp_path):
   done = export(cell_of("mixtral"), out_with_data, tmp_path / "hf", dtype="bfloat16")
-  half, whole = (load_file(folder / to_hf.WHOLE) for folder in (
+  half, whole = (load_file(folder / shards.WHOLE) for folder in (
       tmp_path / "hf", exported / "mixtral"))
   assert 2 * done.n_bytes == sum(tensor.nbytes for tensor in whole.values())
   for name, tensor in half.items():
@@ -86,32 +89,42 @@ def test_bfloat16_halves_it(exported, out_with_data, tmp_path):
     np.testing.assert_allclose(tensor.astype(np.float32), whole[name], rtol=2**-8)
 
 
-def test_a_part_of_a_checkpoint_is_the_part(exported, out_with_data):
-  config = config_of("olmoe")
-  params = random_params(config)
-  stored = StoredParams(RunDir.of(out_with_data, cell_of("olmoe")),
-                        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params))
-  whole = params["moe_layers"]["moe"]["w_up_EDF"]
-  np.testing.assert_array_equal(stored.read(("moe_layers", "moe", "w_up_EDF"), (1, 3)),
-                                whole[1, 3])
-  np.testing.assert_array_equal(stored.read(("final_norm_D",)), params["final_norm_D"])
+def chunks_read():
+  """Chunks that TensorStore has read and decoded in this process."""
+  found = ts.experimental_collect_matching_metrics("/tensorstore/cache/chunk_cache/reads")
+  return sum(value["value"] for metric in found for value in metric["values"])
+
+
+def test_chunks_that_cut_matrices_and_join_experts_are_read_once(exported, out, monkeypatch):
+  """As those of a large model are: its arrays are cut along their longest axes."""
+  monkeypatch.setattr(checkpoint_format, "_CHUNK_BYTES", 2000)
+  cell = cell_of("olmoe")
+  run_dir = leave_run(out, cell)
+  stored = ocp.PyTreeCheckpointHandler().metadata(
+      pathlib.Path(run_dir.checkpoints, "4", "params")).tree
+  assert stored["moe_layers"]["moe"]["w_up_EDF"].storage.chunk_shape == (2, 4, 8, 6)
+  n_chunks = sum(math.prod(math.ceil(size / part) for size, part in zip(
+      leaf.shape, leaf.storage.chunk_shape, strict=True)) for leaf in jax.tree.leaves(stored))
+  before = chunks_read()
+  export(cell, out, out / "hf", shard_bytes=20e3)
+  assert chunks_read() - before == n_chunks
+  for file in exported.joinpath("olmoe").glob("*.safetensors*"):
+    assert (out / "hf" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_an_interrupted_export_leaves_nothing_that_looks_whole(out_with_data, exported, tmp_path,
                                                               monkeypatch):
-  saved = []
-
-  def interrupt(tensors, file, metadata):
-    saved.append(file)
-    if len(saved) == 2:
+  def chunks(self, path):
+    read.append(path)
+    if len(read) == 5:
       raise KeyboardInterrupt
-    return to_hf_save(tensors, file, metadata)
+    return whole(self, path)
 
-  to_hf_save = to_hf.save_file
-  monkeypatch.setattr(to_hf, "save_file", interrupt)
+  read, whole = [], StoredParams.chunks
+  monkeypatch.setattr(StoredParams, "chunks", chunks)
   with pytest.raises(KeyboardInterrupt):
     export(cell_of("olmoe"), out_with_data, tmp_path / "hf", shard_bytes=20e3)
-  assert saved[0].exists() and not (tmp_path / "hf").exists()
+  assert list(tmp_path.glob(".hf.partial/*-of-*")) and not (tmp_path / "hf").exists()
   monkeypatch.undo()
   export(cell_of("olmoe"), out_with_data, tmp_path / "hf", shard_bytes=4e9)
   assert [path.name for path in tmp_path.iterdir()] == ["hf"]
