@@ -158,12 +158,14 @@ def trained_together(jobs: Sequence[Job]) -> list[tuple[Job, ...]]:
           for group in deal([job.cell for job in by_name.values()])]
 
 
-def joint_command(jobs: Sequence[Job]) -> tuple[str, ...]:
-  """The command that trains all of them, in one process."""
-  first, *others = jobs
-  selection = f"--config={first.cell.selector}"
-  all_of_them = ",".join([selection, *(job.cell.selector.rpartition(":")[2] for job in others)])
-  return tuple(all_of_them if word == selection else word for word in first.command)
+def joint_command(commands: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+  """The command that trains in one process what each of them trains, which differ in their cells
+  alone."""
+  first, *others = commands
+  others = [selection.rpartition(":")[2] for command in others for selection in command
+            if selection.startswith("--config=")]
+  return tuple(",".join([word, *others]) if word.startswith("--config=") else word
+               for word in first)
 
 
 def _trunks_first(jobs: Sequence[Job]) -> tuple[Job, ...]:

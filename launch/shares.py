@@ -1,10 +1,12 @@
 """Cells dealt out to few slices: families together, work even, always the same."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from launch.jobs import Job
 from launch.naming import digest, resource_name
+from moe_jax import population
 from moe_jax.arch.count import n_active
 from moe_jax.errors import require
 
@@ -26,16 +28,26 @@ class Share:
 
 
 def families(jobs: Sequence[Job]) -> list[list[Job]]:
-  """A trunk and all that branches from it, directly or not, is one family."""
-  by_name = {job.name: job for job in jobs}
+  """A trunk and what branches from it are of one family, and so are cells that train together.
 
-  def root(job: Job) -> str:
-    trunk = by_name.get(job.cell.config.train.branch_run)
-    return job.name if trunk is None else root(trunk)
+  What is finished counts too: else submitting again would deal them otherwise.
+  """
+  elder = {job.name: job.name for job in jobs}
 
+  def root(name: str) -> str:
+    while elder[name] != name:
+      elder[name] = name = elder[elder[name]]
+    return name
+
+  ties = [(job.name, trunk) for job in jobs
+          if (trunk := job.cell.config.train.branch_run) in elder]
+  for group in population.deal([job.cell for job in jobs]):
+    ties += [(younger.name, older.name) for older, younger in itertools.pairwise(group)]
+  for younger, older in ties:
+    elder[root(younger)] = root(older)
   found: dict[str, list[Job]] = {}
   for job in jobs:
-    found.setdefault(root(job), []).append(job)
+    found.setdefault(root(job.name), []).append(job)
   return list(found.values())
 
 

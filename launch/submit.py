@@ -65,7 +65,8 @@ def _submit_local(cells, overrides: list[str], backend: types.ModuleType) -> int
             _PROCESSES.value, "must be 1 where cells train together (execution.population)")
   if _DRY_RUN.value == "json":
     print(json.dumps({"backend": backends.LOCAL, "commands": [
-        joint_command(group) for group in trained_together(jobs)]}, indent=1))
+        joint_command([job.command for job in group]) for group in trained_together(jobs)]},
+        indent=1))
     return 0
   if _DRY_RUN.value:  # a script that a shell can run
     print("\n".join([*("# " + line for line in shapes(cells)), *backend.dry_run(jobs)]))
@@ -80,8 +81,9 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
     options.require_path(name, path)
   for job in jobs:
     number = job.cell.config.execution.population
-    require(number == 1, "config.execution.population", number, "must be 1: cells train together "
-            "on one device, with --backend=local on its machine")
+    require(number == 1 or chosen.run_devices == 1, "config.execution.population", number,
+            f"must be 1: cells train together on one device, and each run has "
+            f"{chosen.run_devices}; v6e-1, v5litepod-1 and one GPU of one node are one")
   if not (_DRY_RUN.value and "://" in out):  # a dry run asks no object store
     require_trunks(jobs)
   code = pack(_CONFIG.value.partition(":")[0])

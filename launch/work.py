@@ -4,13 +4,14 @@ reads it."""
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
 from launch.code import Code
-from launch.jobs import REFUSED, read_launch
+from launch.jobs import REFUSED, joint_command, read_launch
 from launch.shares import Share
+from moe_jax import population
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.run_dir import DIVERGED, FINISHED, RunDir
 
@@ -31,6 +32,8 @@ class Work:
     backend: name of the backend.
     commit: of the code.
     trunks: branch -> (the cell of this slice that it branches from, the step where it does).
+    groups: all cells in the groups that one process may train together, in the order in which
+      they are trained; empty: each by itself.
   """
 
   name: str
@@ -43,6 +46,15 @@ class Work:
   backend: str = ""
   commit: str = ""
   trunks: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+  groups: tuple[tuple[str, ...], ...] = ()
+
+  def in_groups(self) -> tuple[tuple[str, ...], ...]:
+    """The cells as they are trained: see `groups`."""
+    return self.groups or tuple((name,) for name in self.cells)
+
+  def command(self, names: Sequence[str]) -> tuple[str, ...]:
+    """The command line that trains cells of one group in one process."""
+    return joint_command([self.cells[name] for name in names])
 
   def run_dir(self, name: str) -> RunDir:
     """The directory of a cell's run."""
@@ -57,8 +69,10 @@ def work_of(share: Share, code: Code, out: str, backend: str, hosts: int = 1,
   here = {job.run_dir: job.name for job in share.jobs}
   trunks = {job.name: (here[trunk], job.cell.config.train.branch_step) for job in share.jobs
             if (trunk := RunDir.trunk_of(out, job.cell)) in here}
+  groups = tuple(tuple(cell.name for cell in group)
+                 for group in population.deal([job.cell for job in share.jobs]))
   return Work(share.name, share.jobs[0].cell.experiment, out, cells, hosts, secrets or {},
-              backend=backend, commit=code.commit, trunks=trunks)
+              backend=backend, commit=code.commit, trunks=trunks, groups=groups)
 
 
 def _in_archive(word: str, code: Code) -> str:
@@ -98,6 +112,8 @@ def from_text(text: str, where: str | os.PathLike) -> Work:
   try:
     stored = json.loads(text)
     cells = {name: tuple(command) for name, command in stored.pop("cells").items()}
-    return Work(cells=cells, **stored)
-  except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    trunks = {branch: (trunk, step) for branch, (trunk, step) in stored.pop("trunks").items()}
+    groups = tuple(tuple(group) for group in stored.pop("groups"))
+    return Work(cells=cells, trunks=trunks, groups=groups, **stored)
+  except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
     raise DamagedFile("work", os.fspath(where), f"is damaged: {error}") from None

@@ -56,6 +56,11 @@ class Options:
   def slice(self) -> tpu.Slice:
     return tpu.parse_slice(self.topology, self.slices_per_run)
 
+  @property
+  def run_devices(self) -> int:
+    """JAX devices of each run."""
+    return self.slice.topology.devices
+
 
 def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
   """What submitting the jobs would write and run."""

@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from launch import ends
 from launch import jobs as jobs_lib
 from launch.jobs import (
     Job,
@@ -54,14 +55,13 @@ _STATE_OF_EXIT = {
     EXIT_BAD_INPUT: jobs_lib.REFUSED, run_dir_lib.EXIT_PREEMPTED: run_dir_lib.PREEMPTED,
     run_dir_lib.EXIT_DIVERGED: run_dir_lib.DIVERGED, run_dir_lib.EXIT_BUSY: jobs_lib.BUSY,
 }
-_EXIT_OF_STATE = {run_dir_lib.FINISHED: 0, run_dir_lib.PREEMPTED: run_dir_lib.EXIT_PREEMPTED,
-                  run_dir_lib.DIVERGED: run_dir_lib.EXIT_DIVERGED}
 
 
 def dry_run(jobs: Sequence[Job]) -> list[str]:
   """The shell lines that `submit` would run; a comment for each cell it would skip."""
   return [*(f"# {job.name} is finished" for job in jobs if job.is_finished()),
-          *(shlex.join(joint_command(group)) for group in trained_together(jobs))]
+          *(shlex.join(joint_command([job.command for job in group]))
+            for group in trained_together(jobs))]
 
 
 def submit(jobs: Sequence[Job], parallel: int) -> int:
@@ -272,7 +272,7 @@ def _start(jobs: tuple[Job, ...]) -> _Child:
   """
   attempts = tuple(_attempts(job) + 1 for job in jobs)
   first_steps = tuple(read_state(job.run_dir, job.cell).step or 0 for job in jobs)
-  command, started = joint_command(jobs), time.time()
+  command, started = joint_command([job.command for job in jobs]), time.time()
   stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
   log_of_all = jobs[0].run_dir.log
   for job, attempt in zip(jobs, attempts, strict=True):
@@ -320,20 +320,14 @@ def _outcome(child: _Child, i: int, stopping: bool) -> Launch:
 def _code_of(child: _Child, job: Job) -> int:
   """The exit code that the trainer would have had if it had trained this cell alone."""
   code = child.process.returncode
-  if len(child.jobs) > 1:
-    with contextlib.suppress(FieldError):
-      status = job.run_dir.read_status()
-      if status.get("pid") == child.process.pid:
-        return _EXIT_OF_STATE.get(status["state"], code)
-  return code
+  own = ends.own_code(job.run_dir, child.process.pid, code) if len(child.jobs) > 1 else None
+  return code if own is None else own
 
 
 def _error_of(child: _Child, job: Job) -> str:
   """The error in the trainer's status, or, where it left none, the last line of its log."""
-  with contextlib.suppress(FieldError):
-    status = job.run_dir.read_status()
-    if status.get("pid") == child.process.pid and status.get("error"):
-      return " ".join(status["error"].split())
+  if told := ends.told_error(job.run_dir, child.process.pid):
+    return told
   with open(child.jobs[0].run_dir.log, "rb") as log:
     log.seek(max(0, os.fstat(log.fileno()).st_size - 8192))
     lines = log.read().decode(errors="replace").split("\n")

@@ -63,6 +63,11 @@ class Options:
     return self.gpus_per_node or self.tasks_per_node or 1
 
   @property
+  def run_devices(self) -> int:
+    """JAX devices of each run; on CPUs the fewest it can have, one a process."""
+    return self.nodes * self.tasks
+
+  @property
   def devices(self) -> int | None:
     """Of each run; None where only the nodes know."""
     return self.nodes * self.gpus_per_node or None

@@ -1,4 +1,5 @@
-"""The agent: on every machine of a slice, it trains the slice's cells one after another.
+"""The agent: on every machine of a slice, it trains the slice's cells one after another; cells
+that may train together (`execution.population`), in one process.
 
 The leader (host 0 of slice 0) decides which cell is next and says so in now.json, numbered;
 the others follow the numbers. So all hosts are always in the same attempt at the same cell:
@@ -6,7 +7,9 @@ when one fails, all are told to begin the next attempt. Numbers of a life that i
 SLURM or JobSet began all hosts anew) are not followed. Each host says in a file of its own that it
 lives.
 
-A cell's program may fail `max_failures` times; being stopped from outside does not count.
+A cell's program may fail `max_failures` times; being stopped from outside does not count. Of cells
+that train together, one that another process holds waits until the others have ended, and the last
+attempt of each is one by itself: none of them fails for good because of another.
 """
 
 import dataclasses
@@ -14,11 +17,12 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
 
+from launch import ends
 from launch import jobs as jobs_lib
 from launch.host import machine
 from launch.host.trainer import Trainer
@@ -85,55 +89,91 @@ class Agent:
   # the leader
 
   def _lead(self) -> None:
-    for name in self._work.cells:
-      while (why := why_ended(self._work, name)) is None:
-        self._attempt(name)
-      print(f"{name}: {why}", flush=True)
-    self._publish(None)
+    for group in self._work.in_groups():
+      while names := [name for name in group if why_ended(self._work, name) is None]:
+        self._attempt(self._together(names))
+      for name in group:
+        print(f"{name}: {why_ended(self._work, name)}", flush=True)
+    self._publish(())
 
-  def _attempt(self, name: str) -> None:
-    """One attempt at a cell, recorded in its launch.json."""
-    run_dir, before = self._run_dir(name), read_launch(self._run_dir(name))
-    self._publish(name)
-    trainer = Trainer(self._work.cells[name], self._environ)
+  def _together(self, names: Sequence[str]) -> Sequence[str]:
+    """Those of a group's unfinished cells that the next process trains."""
+    if len(names) == 1:
+      return names
+    ready = [name for name in names if self._is_free(name)
+             and self._failures(name) < max(1, self._work.max_failures - 1)]
+    return ready or names[:1]
+
+  def _attempt(self, names: Sequence[str]) -> None:
+    """One attempt at cells that train together, recorded in the launch.json of each."""
+    self._publish(names)
+    trainer = Trainer(self._work.command(names), self._environ)
+    launches = {name: self._begun(name, trainer) for name in names}
+    code, error = self._watch(trainer, names)
+    for name, launch in launches.items():
+      launches[name] = launch = self._ended(name, launch, code, error, alone=len(names) == 1)
+      print(f"{name}: attempt {launch.attempt} {launch.state}"
+            + (f": {launch.error}" if launch.error else ""), flush=True)
+    if self._stopping:
+      raise Stopped
+    if any(launch.state != run_dir_lib.FINISHED for launch in launches.values()):
+      self._pause(self._pace.retry)
+
+  def _begun(self, name: str, trainer: Trainer) -> Launch:
+    before = read_launch(self._run_dir(name))
     launch = Launch(self._work.backend, trainer.command, 1 + (before.attempt if before else 0),
                     socket.gethostname(), trainer.pid, trainer.started,
                     failures=before.failures if before else 0)
-    write_launch(run_dir, launch)
-    code, error = self._watch(trainer, name)
-    launch = _ended(launch, code, error or self._error_of(run_dir, trainer, code),
-                    self._finished(run_dir))
+    write_launch(self._run_dir(name), launch)
+    return launch
+
+  def _ended(self, name: str, launch: Launch, code: int, error: str | None,
+             alone: bool) -> Launch:
+    """Its launch with how it ended, written down."""
+    run_dir, told = self._run_dir(name), alone
+    if not alone:
+      own = ends.own_code(run_dir, launch.pid, code)
+      told, code = own is not None, code if own is None else own
+    error = ends.told_error(run_dir, launch.pid) or error or self._error_of(run_dir, code)
+    launch = _outcome(launch, code, error, self._finished(run_dir), told)
     if launch.state == jobs_lib.BUSY and launch.attempt % _MAX_BUSY == 0:
       launch = dataclasses.replace(launch, state=run_dir_lib.FAILED,
                                    failures=self._work.max_failures)
     write_launch(run_dir, launch)
-    print(f"{name}: attempt {launch.attempt} {launch.state}"
-          + (f": {launch.error}" if launch.error else ""), flush=True)
-    if self._stopping:
-      raise Stopped
-    if launch.state != run_dir_lib.FINISHED:
-      self._pause(self._pace.retry)
+    return launch
 
-  def _watch(self, trainer: Trainer, name: str) -> tuple[int, str | None]:
+  def _watch(self, trainer: Trainer, names: Sequence[str]) -> tuple[int, str | None]:
     """Waits for the trainer's end. (exit code, error of ours or None)."""
-    step, since = None, self._clock()
+    steps, since = None, self._clock()
     while (code := trainer.poll()) is None:
       if self._stopping:
         return trainer.stop(), None
-      self._beat(name)
-      now = self._step_of(name)
-      if now != step:
-        step, since = now, self._clock()
+      self._beat(names[0])
+      now = [self._step_of(name) for name in names]
+      if now != steps:
+        steps, since = now, self._clock()
       if self._clock() - since > self._pace.hang:
         trainer.kill()
-        return 1, f"hung at step {step}: no step for {self._pace.hang:.0f} s"
+        return 1, (f"hung at step {', '.join(map(str, dict.fromkeys(steps)))}: no step for "
+                   f"{self._pace.hang:.0f} s")
       time.sleep(self._pace.poll)
     return code, None
 
-  def _publish(self, name: str | None) -> None:
+  def _publish(self, names: Sequence[str]) -> None:
     before = read_json(self._now) or {"sequence": 0}
-    write_json(self._now, {"sequence": before["sequence"] + 1, "life": self._life, "cell": name,
-                           "done": name is None})
+    write_json(self._now, {"sequence": before["sequence"] + 1, "life": self._life,
+                           "cells": names, "done": not names})
+
+  def _is_free(self, name: str) -> bool:
+    try:
+      with self._run_dir(name).lock():
+        return True
+    except (run_dir_lib.RunDirBusy, FieldError, OSError):
+      return False
+
+  def _failures(self, name: str) -> int:
+    launch = read_launch(self._run_dir(name))
+    return launch.failures if launch else 0
 
   # a follower
 
@@ -143,16 +183,15 @@ class Agent:
       while True:
         now = read_json(self._now)
         if now is None or now["life"] != self._life:
-          now = {"sequence": done, "cell": None, "done": False}
+          now = {"sequence": done, "cells": [], "done": False}
         if now["sequence"] != done:
           if trainer is not None and trainer.poll() is None:
             trainer.stop()
           done, trainer = now["sequence"], None
           if now["done"]:
             return
-          if now["cell"] is not None:
-            trainer = Trainer(self._work.cells[now["cell"]], self._environ)
-        self._beat(now["cell"])
+          trainer = Trainer(self._work.command(now["cells"]), self._environ)
+        self._beat(now["cells"][0] if now["cells"] else None)
         self._pause(self._pace.poll)
     finally:
       if trainer is not None and trainer.poll() is None:
@@ -179,15 +218,13 @@ class Agent:
     except FieldError:
       return False
 
-  def _error_of(self, run_dir: RunDir, trainer: Trainer, code: int) -> str | None:
+  def _error_of(self, run_dir: RunDir, code: int) -> str:
     if code < 0:
       return f"killed by {signal.Signals(-code).name}"
     try:
-      status = run_dir.read_status()
+      run_dir.read_status()
     except FieldError as error:
       return str(error)
-    if status.get("pid") == trainer.pid and status.get("error"):
-      return " ".join(status["error"].split())
     return f"ended with exit code {code}"
 
   def _pause(self, seconds: float) -> None:
@@ -208,8 +245,11 @@ class Agent:
         "pid": os.getpid(), "heartbeat": self._said})
 
 
-def _ended(launch: Launch, code: int, error: str | None, finished: bool) -> Launch:
-  """The launch with how it ended; only the program's own failures count as such."""
+def _outcome(launch: Launch, code: int, error: str, finished: bool, told: bool) -> Launch:
+  """The launch with how it ended; only the program's own failures count as such.
+
+  `told` is whether the exit code is this cell's own, not that of all that trained with it.
+  """
   launch = dataclasses.replace(launch, ended=time.time(), exit_code=code, error=error)
   if finished:
     return dataclasses.replace(launch, state=run_dir_lib.FINISHED, error=None)
@@ -217,7 +257,7 @@ def _ended(launch: Launch, code: int, error: str | None, finished: bool) -> Laun
     return dataclasses.replace(launch, state=run_dir_lib.PREEMPTED, error=None)
   if code == run_dir_lib.EXIT_BUSY:
     return dataclasses.replace(launch, state=jobs_lib.BUSY)
-  if code in _FINAL:
+  if code in _FINAL and told:
     return dataclasses.replace(launch, state=_FINAL[code])
   if code == -signal.SIGTERM:
     return dataclasses.replace(launch, state=jobs_lib.STOPPED)

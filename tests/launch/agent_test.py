@@ -194,7 +194,8 @@ def test_the_word_of_an_earlier_life_is_not_followed(tmp_path):
 
   def now(sequence, life, cell):
     (file.parent / "now.json").write_text(json.dumps(
-        {"sequence": sequence, "life": life, "cell": cell, "done": cell is None}))
+        {"sequence": sequence, "life": life, "cells": [cell] if cell else [],
+         "done": cell is None}))
 
   now(4, "", name)  # as the first life left it
   follower = _run(file, SLURM_PROCID="1", SLURM_RESTART_COUNT="1")

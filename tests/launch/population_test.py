@@ -84,8 +84,13 @@ def test_a_dry_run_shows_a_command_a_population(tmp_path):
      "mean 'config.execution.population'"),
     (("--config.execution.population=2", "--processes=2"),
      "--processes=2: must be 1 where cells train together"),
-    (("--config.execution.population=2", "--backend=slurm"),
-     "--config.execution.population=2: must be 1: cells train together on one device")])
+    (("--config.execution.population=2", "--backend=slurm", "--gpus_per_node=4"),
+     "--config.execution.population=2: must be 1: cells train together on one device, and each "
+     "run has 4; v6e-1, v5litepod-1 and one GPU of one node are one"),
+    (("--config.execution.population=2", "--backend=gcloud", "--project=p", "--zones=us-east5-b",
+      "--topology=v6e-1", "--slices_per_run=2"),
+     "--config.execution.population=2: must be 1: cells train together on one device, and each "
+     "run has 2;")])
 def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path, arguments, line):
   spec = write_tiny(tmp_path)
   done = run_module("-m", "launch.submit", f"--config={spec}", f"--out={tmp_path}/runs",

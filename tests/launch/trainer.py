@@ -1,10 +1,10 @@
 """A trainer without a model: what the contract asks of one, in real files and signals.
 
-    python trainer.py BEHAVIOUR --config=FILE:CELL --out=DIR [--config.PATH=VALUE ...]
+    python trainer.py BEHAVIOUR --config=FILE:CELL[,CELL...] --out=DIR [--config.PATH=VALUE ...]
 
 Its checkpoint is a file with the step in it, saved every `execution.checkpoint_every` steps, and
 a folder for each of `execution.keep_steps`.
-BEHAVIOUR is one of
+BEHAVIOUR is one, or one for each value of seed_init with commas between them, of
 
     ok          trains
     slow        trains, 50 ms a step
@@ -19,6 +19,7 @@ BEHAVIOUR is one of
     liar        ends with exit code 0 without having trained
 """
 
+import contextlib
 import math
 import os
 import pathlib
@@ -34,29 +35,37 @@ from moe_jax.run_dir import RunDir
 
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", "runs", "")
-_BEHAVIOUR = sys.argv.pop(1)
+_BEHAVIOURS = sys.argv.pop(1).split(",")
 _BAD_STEP = 7
 
 
 def main(overrides):
-  if _BEHAVIOUR == "broken":
+  cells = cli.selected_cells(_CONFIG.value, overrides)
+  behaviours = [_BEHAVIOURS[cell.config.seed_init % len(_BEHAVIOURS)] for cell in cells]
+  if "broken" in behaviours:
     raise ImportError("no module named 'nonsense'")
-  if _BEHAVIOUR == "liar":
+  if "liar" in behaviours:
     return 0
-  (cell,) = cli.selected_cells(_CONFIG.value, overrides)
-  run_dir = RunDir.of(_OUT.value, cell)
-  run_dir.claim(cell)
+  codes = []
   try:
-    with run_dir.lock():
-      return _train(run_dir, cell.config)
+    with contextlib.ExitStack() as held:
+      run_dirs = [RunDir.of(_OUT.value, cell) for cell in cells]
+      for run_dir, cell in zip(run_dirs, cells, strict=True):
+        run_dir.claim(cell)
+        held.enter_context(run_dir.lock())
+      for run_dir, cell, behaviour in zip(run_dirs, cells, behaviours, strict=True):
+        codes.append(_train(run_dir, cell.config, behaviour))
+        if codes[-1] == run_dir_lib.EXIT_PREEMPTED:
+          break
   except run_dir_lib.RunDirBusy as error:
     print(f"error: {error}", file=sys.stderr)
     return run_dir_lib.EXIT_BUSY
+  return max(codes)
 
 
-def _train(run_dir, config):
+def _train(run_dir, config, behaviour):
   told = []
-  signal.signal(signal.SIGTERM, lambda *_: None if _BEHAVIOUR == "deaf" else told.append(1))
+  signal.signal(signal.SIGTERM, lambda *_: None if behaviour == "deaf" else told.append(1))
   checkpoint = pathlib.Path(run_dir.path, "checkpoint")
   first = step = int(checkpoint.read_text()) if checkpoint.exists() else 0
   attempt = run_dir.next_attempt()
@@ -74,21 +83,21 @@ def _train(run_dir, config):
       checkpoint.write_text(str(step))
       say(run_dir_lib.PREEMPTED)
       return run_dir_lib.EXIT_PREEMPTED
-    time.sleep(0.05 if _BEHAVIOUR in ("slow", "deaf") else 0.001)
+    time.sleep(0.05 if behaviour in ("slow", "deaf") else 0.001)
     step, loss = step + 1, 5.0 / (step + 1)
-    if step == _BAD_STEP and _BEHAVIOUR == "diverge":
+    if step == _BAD_STEP and behaviour == "diverge":
       loss = math.nan
       say(run_dir_lib.DIVERGED, "the loss is nan")
       return run_dir_lib.EXIT_DIVERGED
     say(run_dir_lib.RUNNING)
-    if step == _BAD_STEP and _BEHAVIOUR == "hang_once" and attempt == 1:
+    if step == _BAD_STEP and behaviour == "hang_once" and attempt == 1:
       time.sleep(600)
-    if _BEHAVIOUR == "crawl" and step == _BAD_STEP * attempt:
+    if behaviour == "crawl" and step == _BAD_STEP * attempt:
       raise RuntimeError("a little further")
-    if step == _BAD_STEP and _BEHAVIOUR in ("crash", "crash_once", "killed_once"):
-      if _BEHAVIOUR == "killed_once" and attempt == 1:
+    if step == _BAD_STEP and behaviour in ("crash", "crash_once", "killed_once"):
+      if behaviour == "killed_once" and attempt == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-      if _BEHAVIOUR == "crash" or attempt == 1:
+      if behaviour == "crash" or attempt == 1:
         say(run_dir_lib.FAILED, "RuntimeError: step 7 is cursed")
         raise RuntimeError("step 7 is cursed")
     if step % config.execution.checkpoint_every == 0:
