@@ -27,8 +27,7 @@ _STEP = flags.DEFINE_integer("step", None, "Of the checkpoint that is exported; 
 _LAYOUT = flags.DEFINE_string("layout", None, "qwen3_moe, olmoe or mixtral; by default the one "
                               "that normalises queries and keys as the run does.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Of the exported weights: float32 or bfloat16.")
-_SHARD_GB = flags.DEFINE_float("shard_gb", 4.0, "Largest exported file, and the memory that is "
-                               "needed.", lower_bound=0.0)
+_SHARD_GB = flags.DEFINE_float("shard_gb", 4.0, "Largest exported file.", lower_bound=0.0)
 _WRITE = flags.DEFINE_string("write", None, "Experiment file that is made for what is imported.")
 _CORPUS = flags.DEFINE_string("corpus", DataConfig.corpus, "What --write's cell is evaluated on.")
 
