@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import importlib.util
 import math
 import pathlib
@@ -83,8 +84,8 @@ class Grid:
             "grid.n_total", self.n_total, "must be a whole number above 0, or None")
     require(len(self.cells) > 0, "grid.cells", self.cells, "must hold at least one cell")
     by_name = collections.defaultdict(list)
-    for config in self.cells:
-      by_name[cell_name(config, self.recipe)].append(config)
+    for name, config in zip(self.names, self.cells, strict=True):
+      by_name[name].append(config)
     for name, (first, *others) in by_name.items():
       if others:
         differing = identity_difference(first, others[0])
@@ -108,7 +109,7 @@ class Grid:
           trunk, {"execution.keep_steps": tuple(sorted(steps))})
     return tuple(cells.values())
 
-  @property
+  @functools.cached_property  # what __post_init__ replaces in cells is no part of a name
   def names(self) -> tuple[str, ...]:
     return tuple(cell_name(config, self.recipe) for config in self.cells)
 
@@ -123,7 +124,8 @@ class Grid:
     """The grid with the given fields replaced in every cell; the recipe stays, so that
     names tell what was overridden. A branch then follows its trunk to the new name."""
     cells = [override(config, changes) for config in self.cells]
-    if "train.branch_from" not in changes:
+    branches = any(config.train.branch_from is not None for config in cells)
+    if branches and "train.branch_from" not in changes:
       new = {old: cell_name(config, self.recipe)
              for old, config in zip(self.names, cells, strict=True)}
       cells = [override(config, {"train.branch_from": f"{new[run]}@{config.train.branch_step}"})

@@ -206,6 +206,11 @@ class RunDir:
     """`run`, `identity`, `step` and `checkpoint` of what a run took its first parameters from."""
     return (read_json(self.path / "config.json") or {}).get("began_from")
 
+  def read_identity(self) -> str | None:
+    """The hash of the identity that the run began with, as it was written; None where none is."""
+    stored = read_json(self.path / "config.json")
+    return stored.get("identity") if isinstance(stored, dict) else None
+
   def read_config(self) -> RunConfig | None:
     """The configuration the run began with, or None before it began."""
     stored = read_json(self.path / "config.json")
