@@ -143,60 +143,43 @@ def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: 
 # weight is 0, and so is all that comes of it, forward and backward.
 
 
-@jax.custom_vjp
-def gather_rows(x_TD: jax.Array, slots: Slots) -> jax.Array:
-  """x_SD: the token of each slot; in empty slots some token's."""
+def _gather_rows(x_TD, slots):
   token_S = slots.assignment_S // slots.slot_TK.shape[-1]
   return x_TD.at[token_S].get(mode="clip")
 
 
-def _gather_rows_fwd(x_TD, slots):
-  return gather_rows(x_TD, slots), slots
-
-
-def _gather_rows_bwd(slots, dx_SD):
-  return sum_rows(dx_SD, slots), None
-
-
-gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
-
-
-@jax.custom_vjp
-def sum_rows(y_SD: jax.Array, slots: Slots) -> jax.Array:
-  """y_TD: the sum over each token's slots, in float32."""
+def _sum_rows(y_SD, slots):
   kept_TK1 = (slots.slot_TK < y_SD.shape[0])[..., None]
   y_TKD = y_SD.at[slots.slot_TK].get(mode="clip")
   return jnp.where(kept_TK1, y_TKD, 0).sum(1, dtype=jnp.float32).astype(y_SD.dtype)
 
 
-def _sum_rows_fwd(y_SD, slots):
-  return sum_rows(y_SD, slots), slots
+def _gather_weights(weight_TK, slots):
+  return _or_zero(weight_TK.ravel(), slots.assignment_S)
 
 
-def _sum_rows_bwd(slots, dy_TD):
-  return gather_rows(dy_TD, slots), None
+def _weights_back(weight_S, slots):
+  return _or_zero(weight_S, slots.slot_TK)
 
 
-sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
+def _or_zero(values, index):
+  """values[index], and 0 where the index is one past the end."""
+  return values.at[index].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
-def gather_weights(weight_TK: jax.Array, slots: Slots) -> jax.Array:
-  """weight_S: the weight of the assignment in each slot, 0 in empty slots."""
-  return _take(weight_TK.ravel(), slots.assignment_S)
+def _with_transpose(linear, transpose, doc: str):
+  """linear(x, slots), whose gradient is transpose(dy, slots)."""
+  function = jax.custom_vjp(linear)
+  function.defvjp(lambda x, slots: (linear(x, slots), slots),
+                  lambda slots, dy: (transpose(dy, slots), None))
+  function.__doc__ = doc
+  return function
 
 
-def _gather_weights_fwd(weight_TK, slots):
-  return gather_weights(weight_TK, slots), slots
-
-
-def _gather_weights_bwd(slots, dweight_S):
-  return _take(dweight_S, slots.slot_TK), None
-
-
-gather_weights.defvjp(_gather_weights_fwd, _gather_weights_bwd)
-
-
-def _take(rows, index):
-  """rows[index], and zeros where the index is one past the end."""
-  return rows.at[index].get(mode="fill", fill_value=0)
+gather_rows = _with_transpose(
+    _gather_rows, _sum_rows, "x_TD -> x_SD: the token of each slot; in empty slots some token's.")
+sum_rows = _with_transpose(
+    _sum_rows, _gather_rows, "y_SD -> y_TD: the sum over each token's slots, in float32.")
+gather_weights = _with_transpose(
+    _gather_weights, _weights_back,
+    "weight_TK -> weight_S: of the assignment in each slot, 0 in empty slots.")
