@@ -1,10 +1,11 @@
-"""How a trainer's process ended for each of the cells that it trained."""
+"""How a trainer's process ended for each of the cells that it trained, and what it left."""
 
 import contextlib
+import os
 
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.errors import FieldError
-from moe_jax.run_dir import RunDir
+from moe_jax.run_dir import RunDir, read_json
 
 _EXIT_OF_STATE = {
     run_dir_lib.FINISHED: 0, run_dir_lib.PREEMPTED: run_dir_lib.EXIT_PREEMPTED,
@@ -36,3 +37,43 @@ def told_error(run_dir: RunDir, pid: int) -> str | None:
     if status.get("pid") == pid and status.get("error"):
       return " ".join(status["error"].split())
   return None
+
+
+def is_finished(run_dir: RunDir) -> bool:
+  """Whether the run is done and its end is still there. Raises FieldError on a damaged status."""
+  return (run_dir.read_status().get("state") == run_dir_lib.FINISHED
+          and lost_end(run_dir) is None)
+
+
+def lost_end(run_dir: RunDir) -> str | None:
+  """What is wrong with the last checkpoint of a run that has finished, as a phrase, or None.
+
+  A look at names and sizes, where the trainer reads every byte; it comes to no harsher verdict.
+  On an object store, where a file is there whole or not at all and each look is a request, it is
+  not taken. Raises FieldError on a damaged status.
+  """
+  status = run_dir.read_status()
+  if status.get("state") != run_dir_lib.FINISHED or not run_dir_lib.is_local(run_dir.path):
+    return None
+  steps = [int(folder.name) for folder in run_dir.checkpoints.glob("[0-9]*")
+           if folder.name.isdecimal()]
+  if not steps:  # all were deleted, which is somebody's wish
+    return None
+  last = max(steps)
+  if last != status.get("step", last):
+    return f"its last checkpoint is that of step {last} of {status['step']}"
+  try:
+    listed = read_json(run_dir.checksums(last))
+    changed = next((name for name, entry in listed.items()
+                    if _size(run_dir.checkpoints / str(last) / name) != entry["bytes"]), None)
+  except (FieldError, AttributeError, KeyError, TypeError):
+    return "the checksums of its last checkpoint are missing or damaged"
+  return None if changed is None else (
+      f"its last checkpoint is damaged: {changed} is missing or cut off")
+
+
+def _size(file: os.PathLike) -> int | None:
+  try:
+    return os.stat(file).st_size
+  except OSError:
+    return None

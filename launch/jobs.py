@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from launch import ends
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.grid import Cell
 from moe_jax.population import deal
-from moe_jax.run_dir import FINISHED, RunDir, read_json, write_json
+from moe_jax.run_dir import RunDir, read_json, write_json
 
 # What a launcher says of a cell, where the trainer's own states do not fit.
 STARTING = "starting"  # launched, not ended; the trainer may not have spoken yet
@@ -83,8 +84,7 @@ class Job:
   def is_finished(self) -> bool:
     """Whether its run is done. One whose files cannot be read is not: the trainer decides."""
     try:
-      return (self.run_dir.read_status().get("state") == FINISHED
-              and self.run_dir.check_identity(self.cell))
+      return ends.is_finished(self.run_dir) and self.run_dir.check_identity(self.cell)
     except FieldError:
       return False
 
@@ -133,6 +133,16 @@ def plan(cells: Sequence[Cell], out: str | os.PathLike,
     with contextlib.suppress(DamagedFile):
       job.run_dir.check_identity(job.cell)
   return jobs
+
+
+def lost_ends(jobs: Sequence[Job]) -> list[str]:
+  """A line for each run that had finished and whose end is lost: it is trained again."""
+  lines = []
+  for job in jobs:
+    with contextlib.suppress(FieldError):  # the trainer's to refuse
+      if (lost := ends.lost_end(job.run_dir)) is not None:
+        lines.append(f"{job.name} was finished, but {lost}: it goes on from one that is sound")
+  return lines
 
 
 def require_trunks(jobs: Sequence[Job]) -> None:

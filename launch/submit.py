@@ -18,7 +18,15 @@ from absl import flags
 
 from launch import backends, gate, options, plans, remote, together
 from launch.code import Code, pack
-from launch.jobs import Job, jobs_of, joint_command, plan, require_trunks, trained_together
+from launch.jobs import (
+    Job,
+    jobs_of,
+    joint_command,
+    lost_ends,
+    plan,
+    require_trunks,
+    trained_together,
+)
 from launch.table import shapes
 from moe_jax import cli
 from moe_jax.errors import require
@@ -68,10 +76,11 @@ def _submit_local(cells, overrides: list[str], backend: types.ModuleType) -> int
         joint_command([job.command for job in group]) for group in trained_together(jobs)]},
         indent=1))
     return 0
+  notes = [*shapes(cells), *lost_ends(jobs)]
   if _DRY_RUN.value:  # a script that a shell can run
-    print("\n".join([*("# " + line for line in shapes(cells)), *backend.dry_run(jobs)]))
+    print("\n".join([*("# " + line for line in notes), *backend.dry_run(jobs)]))
     return 0
-  print("\n".join(shapes(cells)), flush=True)
+  print("\n".join(notes), flush=True)
   return backend.submit(jobs, _PARALLEL.value)
 
 
@@ -97,7 +106,7 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
   if _DRY_RUN.value:
     print("\n".join([*("# " + line for line in cells), *plans.to_text(planned)]))
     return 0
-  print("\n".join([*cells, *planned.notes]), flush=True)
+  print("\n".join([*cells, *lost_ends(jobs), *planned.notes]), flush=True)
   return backend.submit(planned, jobs, chosen, code, out)
 
 

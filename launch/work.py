@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from launch import ends
 from launch.code import Code
 from launch.jobs import REFUSED, joint_command, read_launch
 from launch.shares import Share
@@ -85,7 +86,7 @@ def why_ended(work: Work, name: str) -> str | None:
   """`finished`, or why the cell is given up; None while there is something to try."""
   run_dir = work.run_dir(name)
   try:
-    if run_dir.read_status().get("state") == FINISHED:
+    if ends.is_finished(run_dir):
       return FINISHED
     launch = read_launch(run_dir)
   except FieldError as error:

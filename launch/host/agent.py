@@ -214,7 +214,7 @@ class Agent:
 
   def _finished(self, run_dir: RunDir) -> bool:
     try:
-      return run_dir.read_status().get("state") == run_dir_lib.FINISHED
+      return ends.is_finished(run_dir)
     except FieldError:
       return False
 

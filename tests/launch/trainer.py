@@ -104,6 +104,9 @@ def _train(run_dir, config, behaviour):
       checkpoint.write_text(str(step))
     if step in config.execution.keep_steps:
       (run_dir.checkpoints / str(step)).mkdir(parents=True, exist_ok=True)
+  if config.execution.keep_steps:  # the last one is always kept
+    (run_dir.checkpoints / str(step)).mkdir(parents=True, exist_ok=True)
+    run_dir_lib.write_json(run_dir.checksums(step), {})
   say(run_dir_lib.FINISHED)
   return 0
 
