@@ -1,6 +1,7 @@
 """An upcycled mixture computes what its dense model does; one that could not is refused."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,13 @@ def config_of(arch, **moe):
   return small_config(arch, moe={"dispatch": "dropless", **moe}, seed_init=arch.n_exp)
 
 
-def logits(config, params):
+@functools.cache  # compiled once
+def forward(config):
   mesh = make_mesh(config, jax.devices()[:1])
   router = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
                         functional.abstract_model(config, mesh)["router"])
-  return jax.jit(lambda params, router: functional.apply(
-      config, params, TOKENS_BS, 0 * TOKENS_BS, mesh, router=router)[0])(params, router)
+  return jax.jit(lambda params: functional.apply(
+      config, params, TOKENS_BS, 0 * TOKENS_BS, mesh, router=router)[0])
 
 
 @pytest.mark.parametrize("dense, mixture, router", [
@@ -44,7 +46,7 @@ def test_the_mixture_begins_as_the_dense_model(dense, mixture, router):
   dense_params, fresh = random_params(dense), random_params(config, seed=1)
   params = upcycle.upcycled(dense_params, fresh, config)
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
-  np.testing.assert_allclose(logits(config, params), logits(dense, dense_params), atol=1e-5)
+  np.testing.assert_allclose(forward(config)(params), forward(dense)(dense_params), atol=1e-5)
 
 
 def test_tokens_go_to_whole_groups_and_experts_of_one_differ():

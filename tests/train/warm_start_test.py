@@ -97,15 +97,16 @@ def test_a_copy_has_the_very_parameters_of_the_last_step(sources):
 
 def test_the_run_tells_what_it_began_from_and_goes_on_without_it(out, monkeypatch):
   monkeypatch.setattr(loop, "use_compilation_cache", lambda out: None)  # keep that of the tests
-  config = override(COPY, {"execution.mesh.data": 8, "execution.checkpoint_every": 2})
+  config = override(DENSE, {"train.init_from": "old/dense", "train.steps": 2,
+                            "execution.mesh.data": 8, "execution.checkpoint_every": 2})
   cell = Cell("new", "", "cell", config)
   assert loop.train(cell, out) == 0
-  run_dir, source = RunDir.of(out, cell), RunDir(new(out, COPY).path.parent.parent / "old/mixture")
+  run_dir, source = RunDir.of(out, cell), RunDir(new(out, COPY).path.parent.parent / "old/dense")
   assert run_dir.read_began_from() == {
-      "run": "old/mixture", "step": 4, "identity": identity_hash(source.read_config()),
+      "run": "old/dense", "step": 4, "identity": identity_hash(source.read_config()),
       "checkpoint": content_hash(source, 4)}
-  assert run_dir.read_metrics()[-1]["step"] == 4
-  assert facts(config)["init_from"] == "old/mixture" and facts(DENSE)["init_from"] is None
+  assert run_dir.read_metrics()[-1]["step"] == 2
+  assert facts(config)["init_from"] == "old/dense" and facts(DENSE)["init_from"] is None
   shutil.rmtree(out / "old")
   run_dir.write_status(run_dir.read_status() | {"state": "preempted"})
   assert find_source(run_dir, config) is None and loop.train(cell, out) == 0
