@@ -87,8 +87,10 @@ class Shards:
     header += b" " * (-len(header) % _ALIGNMENT)
     with file.open("wb") as opened:
       opened.write(len(header).to_bytes(8, "little") + header)
-      # A full disk is an error here, and a signal that ends the process where a map is written.
-      os.posix_fallocate(opened.fileno(), 0, 8 + len(header) + end)
+      opened.truncate(8 + len(header) + end)
+      if hasattr(os, "posix_fallocate"):  # not on macOS
+        # A full disk is an error here, and where a map is written a signal that ends the process.
+        os.posix_fallocate(opened.fileno(), 0, 8 + len(header) + end)
     for weight, begin in zip(shard, begins, strict=True):
       self._places[weight.name] = _Place(file, 8 + len(header) + begin)
 
