@@ -123,8 +123,12 @@ def _gate(jobs: tuple[Job, ...], chosen, out: str, overrides: list[str]) -> tupl
   if _PLAN.value == gate.MAKE and not _DRY_RUN.value:
     gate.make(planning)
   limit = getattr(chosen, "max_cost_usd", None)
-  return gate.notes(jobs, topology, plans_in, chosen.usd_per_chip_hour, planning) + (
-      () if limit is None else (f"all slices are deleted before they have cost ${limit:g}",))
+  number = max(job.cell.config.execution.population for job in jobs)
+  return (
+      *gate.notes(jobs, topology, plans_in, chosen.usd_per_chip_hour, planning),
+      *([] if number == 1 else [f"a plan is of one cell: the up to {number} that train together "
+                                "here take the memory of as many"]),
+      *([] if limit is None else [f"all slices are deleted before they have cost ${limit:g}"]))
 
 
 def _notes(out: str, code: Code) -> tuple[str, ...]:

@@ -77,6 +77,16 @@ def test_a_dry_run_shows_a_command_a_population(tmp_path):
   assert all(line[-1] == "--config.execution.population=2" for line in lines)
 
 
+def test_a_slice_of_one_device_takes_them_and_plans_are_told_to_be_of_one(tmp_path):
+  spec = write_tiny(tmp_path, seeds=5)
+  done = run_module("-m", "launch.submit", f"--config={spec}", f"--out={tmp_path}/runs",
+                    "--dry_run", "--backend=gcloud", "--project=p", "--zones=us-east5-b",
+                    "--topology=v6e-1", "--slices=9", "--config.execution.population=2")
+  assert done.returncode == 0, done.stderr
+  assert "the up to 2 that train together here take the memory of as many" in done.stdout
+  assert sum(line.startswith("gcloud ") for line in done.stdout.splitlines()) == 3, done.stdout
+
+
 @pytest.mark.parametrize("arguments, line", [
     (("--config.execution.population=0",),
      "--config.execution.population=0: must be at least 1"),

@@ -1,6 +1,7 @@
 """How a cell stands, told from files that real processes left in every state."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -157,3 +158,16 @@ def test_a_process_of_another_user_is_not_gone(run_dir, monkeypatch):
   _status(run_dir, "running")
   monkeypatch.setattr(os, "kill", deny)
   assert read_state(run_dir).state == "running"
+
+
+def test_the_hash_that_is_written_saves_a_look_and_decides_nothing_else(run_dir, cell):
+  """Another version of this project may have made it of other fields."""
+  run_dir.claim(cell)
+  _status(run_dir, "finished")
+  stored = json.loads((run_dir.path / "config.json").read_text())
+  write_json(run_dir.path / "config.json", {**stored, "identity": "0" * 12})
+  assert run_dir.read_identity() == "0" * 12
+  assert read_state(run_dir, cell).state == "finished"
+  stored["config"]["train"]["learning_rate"] = 0.5
+  write_json(run_dir.path / "config.json", {**stored, "identity": "0" * 12})
+  assert read_state(run_dir, cell).state == "stale identity"
