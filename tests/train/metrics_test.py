@@ -95,7 +95,7 @@ def test_a_later_attempt_replaces_the_steps_it_repeats(run_dir):
     first.write(step, {"loss": 10.0 + step})
     if step == 2:
       first.next_chunk()
-  first.flush()  # killed here; the last checkpoint was at 2
+  first.close()  # ended here; the last checkpoint was at 2
   with MetricsWriter(run_dir, run_dir.next_attempt(), step=2) as second:
     for step in (3, 4, 5):
       second.write(step, {"loss": 20.0 + step})
