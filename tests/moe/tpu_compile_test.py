@@ -5,6 +5,7 @@ gradient, and to what.
 """
 
 import json
+import math
 import re
 
 import pytest
@@ -50,8 +51,11 @@ def test_forward_and_gradient_compile_to_exchanges_and_kernels(dtype, tmp_path):
   done = run_module(str(program), dtype, str(result), timeout=500, **libtpu.environment())
   assert done.returncode == 0, done.stderr[-2000:]
   hlo = json.loads(result.read_text())["hlo"]
-  # Rows travel there and back, and so does their gradient.
-  assert len(re.findall(r" ragged-all-to-all\(", hlo)) == 4
+  # Rows travel there and back, and so does their gradient; their weights go there, and the
+  # gradient of those comes back, each number as long as 128.
+  moved = re.findall(r"= \w+\[([\d,]+)\]\S* ragged-all-to-all\(", hlo)
+  widths = sorted(math.prod(map(int, dims.split(",")[1:])) for dims in moved)
+  assert widths == [128, 128, 256, 256, 256, 256], moved
   # Forward, and for the gradient of the rows: gate and up in one, down. Some XLA computes
   # again in the backward pass.
   assert len(re.findall(r"%ragged-dot-none[.\d]* = ", hlo)) >= 4
