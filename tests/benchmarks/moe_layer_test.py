@@ -4,6 +4,7 @@ import pytest
 from benchmarks import moe_layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
 def test_every_part_is_measured_and_the_parts_make_the_layer(dispatch, monkeypatch):
   for name, value in (("SEQ_LEN", 16), ("D_MODEL", 8), ("ACTIVE_WIDTH", 8), ("SPARSITY", 2)):

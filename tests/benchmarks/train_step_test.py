@@ -35,6 +35,7 @@ def test_models_that_differ_are_refused():
     train_step.require_equal({"ours": 9.0, "eager": 9.01}, config)
 
 
+@pytest.mark.slow
 def test_our_side_steps_and_writes_the_weights_it_began_with(tmp_path):
   config = train_step.config_of(ARCH, "float32", sequences=2, seq_len=16)
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, warmup_steps=1))

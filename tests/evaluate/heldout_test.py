@@ -221,6 +221,7 @@ def test_batches_hold_whole_groups_and_are_as_large_as_a_microbatch():
   assert evaluation_config(config, 1).execution.microbatches == 1
 
 
+@pytest.mark.slow
 def test_a_run_saved_in_shards_is_evaluated_on_any_devices(out, caplog):
   """One device and four suit no mesh of eight: all of them take a share of the batch."""
   (cell,) = cells_of(seeds=1, execution={"mesh": MESHES["data2_fsdp2_expert2"]})

@@ -30,6 +30,7 @@ def test_bytes_of_a_step_are_every_weight_once_all_experts_are_touched():
   assert one == pytest.approx(4 * count.n_active(ARCH) + table)
 
 
+@pytest.mark.slow
 def test_each_batch_size_is_measured_beside_its_bounds():
   mesh = make_mesh(CONFIG, jax.devices()[:1])
   decoder = Decoder(CONFIG, mesh, functional.init_params(CONFIG, mesh))

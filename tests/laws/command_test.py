@@ -45,6 +45,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, line):
   assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_form_with_tokens():
   text = "\n".join(report(analyse(
       to_cells(rows_of(tokens=(1e9, 4e9, 1.6e10), n_cells=12)), "paper-tokens", draws=99)))

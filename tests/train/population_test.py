@@ -75,7 +75,8 @@ def curves(configs, together, n_steps):
 
 
 @pytest.mark.parametrize("moe", [
-    {"capacity_factor": 1.0}, {"capacity_factor": 1.0, "router": "sigmoid"},
+    {"capacity_factor": 1.0},
+    pytest.param({"capacity_factor": 1.0, "router": "sigmoid"}, marks=pytest.mark.slow),
     pytest.param({"dispatch": "dropless"}, marks=pytest.mark.slow),
     pytest.param({"capacity_factor": 1.0, "jitter": 0.1}, marks=pytest.mark.slow)],
     ids=["softmax", "sigmoid", "dropless", "jitter"])

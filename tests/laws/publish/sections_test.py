@@ -128,6 +128,7 @@ def test_one_size_alone(tmp_path):
   assert sections["grid"].figure is not None and sections["iso-n-total"].figure is not None
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_same_bytes_as_another_process(study, tmp_path):
   path = write(tmp_path, study_rows())
   here = publish(tmp_path / "here" / "report.html", title_of(study[0]), lead_of(study[0]),
