@@ -77,11 +77,13 @@ def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts
   if n_devices > 1:
     n_here = n_exp // n_devices
     expert_TK = expert_TK % n_here * n_devices + expert_TK // n_here
-  slots = assign_slots(expert_TK, n_exp, group_tokens, capacity, priority_TK)
-  x_ERD = gather_rows(x_TD, slots).reshape(n_exp, -1, d_model)
-  weight_ER = gather_weights(routing.weight_TK, slots).reshape(x_ERD.shape[:2])
+  with jax.named_scope("dispatch"):
+    slots = assign_slots(expert_TK, n_exp, group_tokens, capacity, priority_TK)
+    x_ERD = gather_rows(x_TD, slots).reshape(n_exp, -1, d_model)
+    weight_ER = gather_weights(routing.weight_TK, slots).reshape(x_ERD.shape[:2])
   y_SD = run_experts(x_ERD, weight_ER).reshape(-1, d_model)
-  return sum_rows(y_SD, slots), (slots.slot_TK == y_SD.shape[0]).sum(-1)
+  with jax.named_scope("combine"):
+    return sum_rows(y_SD, slots), (slots.slot_TK == y_SD.shape[0]).sum(-1)
 
 
 class Slots(NamedTuple):

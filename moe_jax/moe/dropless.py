@@ -28,10 +28,12 @@ def dropless_dispatch(x_TD: jax.Array, routing: Routing,
     run_groups: (x_SD, weight_S, size_E) -> y_SD, outputs times weights, for rows in the layout of
       grouped_matmul.py, S = T*K + SPARE_ROWS.
   """
-  slots, size_E = sort_slots(routing.expert_TK, routing.prob_TE.shape[-1])
-  weight_S = gather_weights(routing.weight_TK, slots)
-  y_SD = run_groups(gather_rows(x_TD, slots), weight_S, size_E)
-  return sum_rows(y_SD, slots), jnp.zeros_like(slots.slot_TK[:, 0])
+  with jax.named_scope("dispatch"):
+    slots, size_E = sort_slots(routing.expert_TK, routing.prob_TE.shape[-1])
+    x_SD, weight_S = gather_rows(x_TD, slots), gather_weights(routing.weight_TK, slots)
+  y_SD = run_groups(x_SD, weight_S, size_E)
+  with jax.named_scope("combine"):
+    return sum_rows(y_SD, slots), jnp.zeros_like(slots.slot_TK[:, 0])
 
 
 def sort_slots(expert_TK: jax.Array, n_exp: int) -> tuple[Slots, jax.Array]:
