@@ -84,18 +84,33 @@ def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike,
   from moe_jax.train.loop import use_compilation_cache
 
   use_compilation_cache(out)
+  return each_cell(cells, lambda cell, say: _evaluate_cell(cell, out, text or Text(), steps, say),
+                   say)
+
+
+def each_cell(cells: Sequence[Cell], work: Callable[[Cell, Callable[[str], None]], None],
+              say: Callable[[str], None]) -> list[str]:
+  """Does `work` on one cell after another; what is wrong with one does not keep the others.
+
+  Args:
+    cells: which.
+    work: (cell, say) -> None; its `say` puts the cell before each line.
+    say: gets the lines.
+
+  Returns:
+    The lines of the cells that failed.
+  """
   failed = []
   for number, cell in enumerate(cells, start=1):
     label = f"[{number}/{len(cells)}] {cell.name}: "
-    problem = guarded(lambda cell=cell, label=label: _evaluate_cell(
-        cell, out, text or Text(), steps, lambda line: say(label + line)))
+    problem = _guarded(lambda cell=cell, label=label: work(cell, lambda line: say(label + line)))
     if problem is not None:
       failed.append(f"{label}failed: {problem}")
       say(failed[-1])
   return failed
 
 
-def guarded(work: Callable[[], None]) -> str | None:
+def _guarded(work: Callable[[], None]) -> str | None:
   """Does it, and returns what went wrong, as one line, if that is the trouble of one cell."""
   import jax
 

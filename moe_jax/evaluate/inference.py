@@ -22,7 +22,7 @@ from moe_jax.config import RunConfig, identity_hash, require_causal
 from moe_jax.data.prepare import prepare
 from moe_jax.design import inference as roofline
 from moe_jax.errors import FieldError, require
-from moe_jax.evaluate.cells import guarded
+from moe_jax.evaluate.cells import each_cell
 from moe_jax.evaluate.cost import columns
 from moe_jax.evaluate.decode import Decoder
 from moe_jax.evaluate.generate import open_decoder
@@ -130,22 +130,17 @@ def measure_cells(cells: Sequence[Cell], out: str | os.PathLike, batch_sizes: Se
   from etils import epath
   use_compilation_cache(out)
   machine = look_at(jax.devices())
-  failed = []
 
-  def work(cell: Cell) -> None:
+  def work(cell: Cell, say: Callable[[str], None]) -> None:
     require_causal(cell.config)
     run_dir = RunDir.of(out, cell)
     own = prepare(cell.config.data, epath.Path(out) / "_data")
     step, decoder = open_decoder(cell, run_dir, own)
     found = measure(decoder, own.splits["heldout"].tokens_N, batch_sizes, machine)
     run_dir.write_eval(INFERENCE, {"step": step, "identity": identity_hash(cell.config)} | found)
+    say("inference measured")
 
-  for number, cell in enumerate(cells, start=1):
-    label = f"[{number}/{len(cells)}] {cell.name}: "
-    problem = guarded(lambda cell=cell: work(cell))
-    say(f"{label}inference " + (f"failed: {problem}" if problem else "measured"))
-    failed += [] if problem is None else [f"{label}{problem}"]
-  return failed
+  return each_cell(cells, work, say)
 
 
 def _times(decoder: Decoder, rows_BS: np.ndarray) -> tuple[float, float]:

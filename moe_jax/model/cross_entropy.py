@@ -42,28 +42,17 @@ def summed_nll(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
                        out_specs=P())(x_BSD, head_DV, targets_BS)
 
 
-def token_nll(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
-              mesh: Mesh) -> jax.Array:
-  """nll_BS in float32: what `summed_nll` sums. Meant for evaluation, not to be differentiated."""
-  return _by_token(lambda nll_R, exp_RV, target_R: nll_R, x_BSD, head_DV, targets_BS, mesh)
-
-
 def token_scores(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
                  mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-  """nll_BS as token_nll's, and whether each target is the likeliest token, greedy_BS (bool)."""
-  return _by_token(lambda nll_R, exp_RV, target_R: (nll_R, exp_RV.argmax(-1) == target_R),
-                   x_BSD, head_DV, targets_BS, mesh)
-
-
-def _by_token(measure, x_BSD, head_DV, targets_BS, mesh):
-  """measure(nll_R, exp_RV, target_R) -> arrays [R], of all tokens, as arrays [B, S]."""
+  """nll_BS in float32, which `summed_nll` sums, and greedy_BS: whether each target is the likeliest
+  token. For evaluation, not to be differentiated."""
 
   def on_device(x_bSD, head_DV, targets_bS):
     chunks = _chunks(x_bSD, targets_bS, head_DV.shape[1], mesh)
 
     def of_chunk(chunk):
       nll_R, exp_RV, _ = _nll(*chunk, head_DV)
-      return measure(nll_R, exp_RV, chunk.target_NR)
+      return nll_R, exp_RV.argmax(-1) == chunk.target_NR
 
     return jax.tree.map(lambda found_NR: found_NR.ravel()[:targets_bS.size].reshape(
         targets_bS.shape), jax.lax.map(of_chunk, chunks))

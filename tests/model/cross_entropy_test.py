@@ -44,9 +44,6 @@ def test_equals_the_plain_loss_and_its_gradients(mesh_name, chunk_bytes, monkeyp
   np.testing.assert_allclose(value, true_value, rtol=1e-6)
   for grad, true_grad in zip(grads, true_grads, strict=True):
     np.testing.assert_allclose(grad, true_grad, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(
-      jax.jit(lambda *args: cross_entropy.token_nll(*args, mesh))(*args), plain(*args), rtol=1e-5,
-      atol=1e-6)
   np.testing.assert_allclose(jax.jit(ours)(*args), true_value, rtol=1e-6)  # without gradients
   nll_BS, greedy_BS = jax.jit(lambda *args: cross_entropy.token_scores(*args, mesh))(*args)
   np.testing.assert_allclose(nll_BS, plain(*args), rtol=1e-5, atol=1e-6)

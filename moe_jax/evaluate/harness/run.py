@@ -50,18 +50,16 @@ def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike, names: Sequenc
   Returns:
     The lines of the cells that failed.
   """
-  from moe_jax.evaluate.cells import guarded
+  from moe_jax.evaluate.cells import each_cell
   from moe_jax.train.loop import use_compilation_cache
   use_compilation_cache(out)
-  failed = []
-  for number, cell in enumerate(cells, start=1):
-    label = f"[{number}/{len(cells)}] {cell.name}: "
+
+  def work(cell: Cell, say: Callable[[str], None]) -> None:
     started = time.perf_counter()
-    problem = guarded(lambda cell=cell: _evaluate_cell(cell, out, names, task_dir))
-    say(f"{label}tasks " + (f"failed: {problem}" if problem else
-                            f"answered, {time.perf_counter() - started:.1f} s"))
-    failed += [] if problem is None else [f"{label}{problem}"]
-  return failed
+    _evaluate_cell(cell, out, names, task_dir)
+    say(f"tasks answered, {time.perf_counter() - started:.1f} s")
+
+  return each_cell(cells, work, say)
 
 
 def _evaluate_cell(cell: Cell, out, names: Sequence[str], task_dir: str | None) -> None:
