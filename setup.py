@@ -38,6 +38,6 @@ setuptools.setup(
         "gcs": ["etils[epath-gcs]>=1.13,<2"],
         "eval": ["lm-eval>=0.4.13,<0.5"],
         "dev": ["hypothesis>=6.100,<7", "jsonschema>=4.20,<5", "pytest>=8,<10",
-                "pytest-xdist>=3.6,<4", "ruff>=0.15,<1"],
+                "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "ruff>=0.15,<1"],
     },
 )

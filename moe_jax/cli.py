@@ -50,6 +50,17 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   return [arg for arg in argv if arg not in overrides], overrides
 
 
+def give_fake_devices_threads() -> None:
+  """Where XLA is to play several devices on a CPU, gives it threads for all their collectives.
+
+  Each device's part of a collective holds a thread of XLA's pool while it waits for the others.
+  With no more threads than devices, two collectives that run side by side starve each other, and
+  XLA ends the process after 40 s. NPROC is what it takes for the number of processors.
+  """
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    os.environ.setdefault("NPROC", "64")
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
   """Runs `main(overrides)` under absl, with the raw --config.PATH=VALUE arguments."""
   found: list[str] = []
@@ -78,6 +89,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
       print("interrupted; what was finished is kept", file=sys.stderr, flush=True)
       os._exit(128 + signal.SIGINT)  # not through the exit handlers of threads at work
 
+  give_fake_devices_threads()
   app.run(body, flags_parser=flags_parser)
 
 

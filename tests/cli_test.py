@@ -106,3 +106,13 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(tmp_path, see
   with process.stderr:
     assert process.stderr.read() == b""
   assert process.wait() == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("flags, before, after", [
+    ("--xla_force_host_platform_device_count=8", {}, {"NPROC": "64"}),
+    ("--xla_force_host_platform_device_count=8", {"NPROC": "4"}, {"NPROC": "4"}),
+    ("", {}, {})])
+def test_fake_devices_have_threads_for_their_collectives(monkeypatch, flags, before, after):
+  monkeypatch.setattr(cli.os, "environ", {"XLA_FLAGS": flags, **before})
+  cli.give_fake_devices_threads()
+  assert cli.os.environ == {"XLA_FLAGS": flags, **after}

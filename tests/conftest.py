@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+from moe_jax.cli import give_fake_devices_threads
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of a test's time is compilation, and its arrays are tiny: LLVM need not optimise.
 os.environ["XLA_FLAGS"] = " ".join([
@@ -12,3 +14,4 @@ os.environ["XLA_FLAGS"] = " ".join([
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(
     pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+give_fake_devices_threads()
