@@ -37,7 +37,8 @@ setuptools.setup(
         "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
         "gcs": ["etils[epath-gcs]>=1.13,<2"],
         "eval": ["lm-eval>=0.4.13,<0.5"],
-        "dev": ["hypothesis>=6.100,<7", "jsonschema>=4.20,<5", "pytest>=8,<10",
-                "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "ruff>=0.15,<1"],
+        "dev": ["etils[epath-gcs]>=1.13,<2", "hypothesis>=6.100,<7", "jsonschema>=4.20,<5",
+                "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4",
+                "ruff>=0.15,<1"],
     },
 )

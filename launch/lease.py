@@ -14,9 +14,11 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 from etils import epath
 
+from moe_jax.errors import DamagedFile
 from moe_jax.run_dir import is_gone, is_local, read_json, write_json
 
 SECONDS = 300.0  # for which a lease holds after its maker last wrote
@@ -38,8 +40,8 @@ def create(path: epath.Path, text: str) -> bool:
     import gcsfs  # of the extra [gcs]; it loads slowly
     try:
       gcsfs.GCSFileSystem().pipe_file(os.fspath(path), text.encode(), mode="create")
-    except FileExistsError:
-      return False
+    except FileExistsError:  # if it is ours, the answer to a first request was lost
+      return path.read_text() == text
     return True
   with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".lease-") as partial:
     partial.write(text)
@@ -95,7 +97,7 @@ def acquire(folder: epath.Path, clock: Callable[[], float] = time.time) -> Lease
   """The next lease. Raises Held, which names the holder, while another one holds."""
   newest = _newest(folder)
   if newest:
-    word = read_json(_file(folder, newest))
+    word = _read(_file(folder, newest))
     if clock() < word["written"] + SECONDS + _SKEW and not is_gone(word["host"], word["pid"]):
       raise Held(f"process {word['pid']} on {word['host']} drives this experiment; it last said "
                  f"so {max(0, clock() - word['written']):.0f} s ago")
@@ -111,10 +113,21 @@ def _word(written: float) -> dict[str, object]:
   return {"host": socket.gethostname(), "pid": os.getpid(), "written": written}
 
 
+def _read(file: epath.Path) -> dict[str, Any]:
+  """What `_word` said. Raises DamagedFile."""
+  word = read_json(file)
+  kinds = {"host": str, "pid": int, "written": (int, float)}
+  if not isinstance(word, dict) or not all(
+      isinstance(word.get(name), kind) for name, kind in kinds.items()):
+    raise DamagedFile("out", os.fspath(file), "is damaged: no host, pid or written; if no "
+                      "launcher drives this experiment, remove it")
+  return word
+
+
 def _file(folder: epath.Path, generation: int) -> epath.Path:
   return folder / f"driver-{generation:08d}.json"
 
 
 def _newest(folder: epath.Path) -> int:
-  names = [file.name for file in folder.glob("driver-*.json")]
-  return max((int(name[7:-5]) for name in names), default=0)
+  numbers = [file.stem.removeprefix("driver-") for file in folder.glob("driver-*.json")]
+  return max((int(number) for number in numbers if number.isdecimal()), default=0)

@@ -4,6 +4,7 @@ Every command of the project starts through `run`, so that bad input ends in one
 stderr and exit code 2, before anything is compiled, launched or written.
 """
 
+import logging
 import os
 import select
 import signal
@@ -64,6 +65,7 @@ def give_fake_devices_threads() -> None:
 def run(main: Callable[[list[str]], int | None]) -> None:
   """Runs `main(overrides)` under absl, with the raw --config.PATH=VALUE arguments."""
   found: list[str] = []
+  logging.getLogger("fsspec").setLevel(logging.WARNING)  # it tells of each object that is read
 
   def flags_parser(argv):
     rest, found[:] = split_overrides(argv)

@@ -33,6 +33,9 @@ from moe_jax.config import RunConfig
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.grid import Cell
 
+# gcsfs would keep what it once saw in a folder, and be blind to what other machines write there.
+os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')
+
 HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 120.0
 

@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import pytest
+
 from moe_jax.cli import give_fake_devices_threads
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,3 +17,16 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(
     pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 give_fake_devices_threads()
+
+
+@pytest.fixture
+def gcs(monkeypatch):
+  """An object store for gs://bucket, to this process and to those that it starts."""
+  # Read at the import: gcsfs would ask, by gRPC, what kind of bucket it is.
+  monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+  pytest.importorskip("gcsfs", reason="pip install 'moe_jax[gcs]'")
+  from tests.fake_gcs import FakeGcs
+  store = FakeGcs("bucket")
+  monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.host)
+  yield store
+  store.close()

@@ -2,9 +2,9 @@
 script: python fake_gcloud.py FOLDER ARGUMENTS...
 
 FOLDER/cloud.json holds the queued resources. On the first one's machine the trainer stands still
-once it has saved a checkpoint that FOLDER/preempt_at, a pattern of paths, names; then that machine
-is taken away by force, and its zone has no capacity. A queued resource moves on by one state each
-time it is described.
+after the step that FOLDER/preempt_at.json names, once its last checkpoint is saved; then that
+machine is taken away by force, and its zone has no capacity. A queued resource moves on by one
+state each time it is described.
 """
 
 import contextlib
@@ -20,14 +20,24 @@ import sys
 _STANDSTILL = """
 import glob, os, pathlib, signal, sys, threading, time
 
-def watch():
-  while not glob.glob({pattern!r}):
+def stand_still():
+  while not hasattr(sys.modules.get("moe_jax.train.profile"), "Profile"):
     time.sleep(0.001)
-  pathlib.Path({mark!r}).touch()
-  os.kill(os.getpid(), signal.SIGSTOP)
+  profile = sys.modules["moe_jax.train.profile"].Profile
+  begin = profile.begin
+
+  def begin_unless_preempted(self, step):
+    if step == {step} + 1:
+      while not glob.glob({saved!r}):
+        time.sleep(0.001)
+      pathlib.Path({mark!r}).touch()
+      os.kill(os.getpid(), signal.SIGSTOP)
+    begin(self, step)
+
+  profile.begin = begin_unless_preempted
 
 if "moe_jax.train" in sys.orig_argv:
-  threading.Thread(target=watch, daemon=True).start()
+  threading.Thread(target=stand_still, daemon=True).start()
 """
 _STATES = ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
 
@@ -97,11 +107,11 @@ def _give_machine(folder, found):
   script = folder / f"startup-{found['n']}.sh"
   script.write_text(found["script"])
   path = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
-  if found["n"] == 1 and (folder / "preempt_at").exists():
+  if found["n"] == 1 and (folder / "preempt_at.json").exists():
     path.insert(0, str(folder / "standstill"))
     (folder / "standstill").mkdir()
     (folder / "standstill" / "sitecustomize.py").write_text(_STANDSTILL.format(
-        pattern=(folder / "preempt_at").read_text(), mark=str(folder / "stands-still")))
+        mark=str(folder / "stands-still"), **json.loads((folder / "preempt_at.json").read_text())))
   with open(os.devnull) as null, open(folder / "machines.txt", "a") as log:
     subprocess.Popen(["bash", str(script)], cwd="/", stdin=null, stdout=log, stderr=log,
                      start_new_session=True, env={**os.environ, "MOE_JAX_HOME": found["home"],

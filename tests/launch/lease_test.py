@@ -1,15 +1,17 @@
-"""The lease: one holder, whatever dies or races; with files, and with create-if-absent alone."""
+"""The lease: one holder, whatever dies or races; with files, and on an object store."""
 
+import concurrent.futures
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from etils import epath
 
 from launch import lease
+from moe_jax.errors import DamagedFile
 
 
 class _Clock:
@@ -24,9 +26,12 @@ def clock():
   return _Clock()
 
 
-@pytest.fixture
-def folder(tmp_path):
-  return epath.Path(tmp_path) / "_slices"
+@pytest.fixture(params=["files", "objects"])
+def folder(request, tmp_path):
+  if request.param == "files":
+    return epath.Path(tmp_path) / "_slices"
+  request.getfixturevalue("gcs")
+  return epath.Path(f"gs://bucket/{tmp_path.name}/_slices")
 
 
 def test_one_holds_it_until_it_lets_go(folder, clock):
@@ -80,27 +85,22 @@ def test_old_leases_are_removed_and_numbers_go_on(folder, clock):
   assert len(list(folder.glob("driver-*.json"))) < 12
 
 
-def _race(folder, start, won):
-  start.wait()
-  try:
-    won.put(lease.acquire(epath.Path(folder)).generation)
-    start.wait()  # the winner lives until all have tried
-  except lease.Held:
-    won.put(None)
+def test_of_many_that_begin_at_once_one_drives(folder):
+  """Threads: what lets only one create a file is the file system, or the store."""
+  start = threading.Barrier(6)
+
+  def race(_):
     start.wait()
+    try:
+      return lease.acquire(folder).generation
+    except lease.Held:
+      return None
 
-
-def test_of_many_that_begin_at_once_one_drives(tmp_path):
-  context = multiprocessing.get_context("spawn")
-  start, won = context.Barrier(6), context.Queue()
-  racers = [context.Process(target=_race, args=(str(tmp_path / "_slices"), start, won))
-            for _ in range(6)]
-  for racer in racers:
-    racer.start()
-  found = [won.get(timeout=60) for _ in racers]
-  for racer in racers:
-    racer.join()
-  assert sorted(found, key=str) == [1, None, None, None, None, None]
+  with concurrent.futures.ThreadPoolExecutor(6) as racers:
+    for generation in range(1, 4):
+      found = sorted(racers.map(race, range(6)), key=str)
+      assert found == [generation, None, None, None, None, None]
+      lease.Lease(folder, generation, 0.0, lambda: 0.0).release()
 
 
 def test_create_writes_whole_files_once(folder):
@@ -108,3 +108,23 @@ def test_create_writes_whole_files_once(folder):
   assert not lease.create(folder / "x", "second")
   assert (folder / "x").read_text() == "first"
   assert [file.name for file in folder.iterdir()] == ["x"]
+
+
+def test_an_object_whose_makers_answer_was_lost_is_its_makers(gcs):
+  file = epath.Path("gs://bucket/lost/driver-00000001.json")
+  gcs.answers_to_lose = 1
+  assert lease.create(file, "mine")
+  assert not lease.create(file, "another's")
+  assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", [
+    "", '{"host": "h", "pi', "[]", "7", "{}", '{"host": "h", "pid": "1", "written": 0}',
+    '{"host": "h", "pid": 1, "written": null}'])
+def test_a_damaged_lease_is_named(folder, clock, content):
+  lease.acquire(folder, clock)
+  (folder / "driver-draft.json").write_text("")  # a stray file is none
+  file = folder / "driver-00000001.json"
+  file.write_text(content)
+  with pytest.raises(DamagedFile, match="driver-00000001.json': is damaged"):
+    lease.acquire(folder, clock)

@@ -22,7 +22,6 @@ BEHAVIOUR is one, or one for each value of seed_init with commas between them, o
 import contextlib
 import math
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -66,7 +65,7 @@ def main(overrides):
 def _train(run_dir, config, behaviour):
   told = []
   signal.signal(signal.SIGTERM, lambda *_: None if behaviour == "deaf" else told.append(1))
-  checkpoint = pathlib.Path(run_dir.path, "checkpoint")
+  checkpoint = run_dir.path / "checkpoint"
   first = step = int(checkpoint.read_text()) if checkpoint.exists() else 0
   attempt = run_dir.next_attempt()
   run_dir_lib.write_text(run_dir.metrics_file(attempt, first), '{"step": ' + str(first) + '}\n')

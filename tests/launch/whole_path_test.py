@@ -63,7 +63,8 @@ def test_a_grid_goes_through_a_preemption_and_ends_as_if_undisturbed(tmp_path, f
   options = gcloud.Options("p", ("us-east5-b", "europe-west4-a"), "v6e-8", python=sys.executable)
   code = pack(spec)
   planned = gcloud.plan(jobs, options, code, out)
-  (fake / "preempt_at").write_text(f"{out}/tiny/*/checkpoints/5")
+  (fake / "preempt_at.json").write_text(json.dumps(
+      {"step": 7, "saved": f"{out}/tiny/{jobs[0].name}/checkpoints/5"}))
   monkeypatch.setattr(driver, "POLL_SECONDS", 0.2)
   remote.upload(code, out)
   driver.want(planned, jobs, options, out)

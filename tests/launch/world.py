@@ -23,8 +23,8 @@ class World:
   """Runs a driver over a cloud until it ends; the clock moves only when the driver sleeps."""
 
   def __init__(self, tmp_path, timelines=lambda *_: QUICK, on_command=None, cells=2, slices=1,
-               policy=None, silent=False, seed=0, **options):
-    self.out = str(tmp_path / "runs")
+               policy=None, silent=False, seed=0, out=None, **options):
+    self.out = out or str(tmp_path / "runs")
     self.cloud = FakeCloud(timelines, on_command)
     self.options = gcloud.Options("p", ZONES, "v6e-8", slices=slices, **options)
     self.jobs = jobs_of(select(write_tiny(tmp_path, seeds=cells)), self.out, [])
