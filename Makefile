@@ -7,7 +7,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 # A worker that dies is not replaced: xdist would lose count of its files and wait for ever.
-TWO := -n 2 --dist loadfile --max-worker-restart=0
+XDIST := -n 2 --dist loadfile --max-worker-restart=0
 
 .PHONY: quickstart test test-slow lint setup
 
@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/ruff check .
 
 test: setup lint
-	$(BIN)/python -m pytest $(TWO) -m "not slow" tests
+	$(BIN)/python -m pytest $(XDIST) -m "not slow" tests
 
 # The TPU compiler, apart from JAX: beside it, every start of JAX would look for a TPU.
 $(VENV)/.libtpu: $(VENV)/.ready
@@ -48,4 +48,4 @@ $(VENV)/.transformers: $(VENV)/.ready
 	touch $@
 
 test-slow: setup $(VENV)/.libtpu $(VENV)/.transformers
-	$(BIN)/python -m pytest $(TWO) -m slow tests
+	$(BIN)/python -m pytest $(XDIST) -m slow tests

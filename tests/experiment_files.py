@@ -38,7 +38,7 @@ def write(folder: pathlib.Path, source: str, name: str = "tiny.py") -> str:
   return str(file)
 
 
-def run_module(*arguments: str, timeout: float = 60,
+def run_module(*arguments: str, timeout: float = 300,
                **environment: str) -> subprocess.CompletedProcess:
   """`python ARGUMENTS` in the repository, as a user starts a command; its output as text."""
   return subprocess.run(
