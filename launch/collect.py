@@ -14,6 +14,7 @@ from launch import submitted
 from moe_jax import cli
 from moe_jax.errors import require
 from moe_jax.evaluate import results
+from moe_jax.run_dir import reaching
 
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
 _EXPERIMENT = flags.DEFINE_string("experiment", None, "Name of the experiment: its directory "
@@ -24,12 +25,14 @@ _TO = flags.DEFINE_string("to", "runs", "Folder here, as another --out.")
 def main(overrides: list[str]) -> int:
   del overrides
   source = epath.Path(_OUT.value) / _EXPERIMENT.value
-  require(source.exists(), "experiment", _EXPERIMENT.value,
-          f"is not under --out={_OUT.value}")
+  with reaching(_OUT.value):
+    require(source.exists(), "experiment", _EXPERIMENT.value,
+            f"is not under --out={_OUT.value}")
   target = pathlib.Path(_TO.value) / _EXPERIMENT.value
   require(target.resolve() != pathlib.Path(source).resolve(), "to", _TO.value,
           "must be another folder than --out")
-  copied, same = submitted.copy_home(source, target)
+  with reaching(_OUT.value):
+    copied, same = submitted.copy_home(source, target)
   rows, _ = results.collect(_TO.value, _EXPERIMENT.value)
   if rows:
     results.write_csv(results.csv_path(_TO.value, _EXPERIMENT.value), rows)

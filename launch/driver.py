@@ -5,6 +5,7 @@ script for each zone. Any machine that sees them can drive, one at a time; one t
 nothing, since a record is written before what it says is done.
 """
 
+import contextlib
 import dataclasses
 import json
 import random as random_lib
@@ -23,8 +24,8 @@ from launch.plans import File, Plan, SlicePlan
 from launch.slices import Policy, Progress, Record
 from moe_jax.arch.hardware import PRICES_AS_OF
 from moe_jax.errors import DamagedFile, FieldError
-from moe_jax.fields import from_dict
-from moe_jax.run_dir import read_json, write_json
+from moe_jax.fields import from_json
+from moe_jax.run_dir import read_as, read_json, write_json
 
 POLL_SECONDS = 30.0
 
@@ -43,9 +44,9 @@ class Slice:
     """Raises FieldError where the file is damaged."""
     stored = read_json(folder / "slice.json")
     try:
-      return cls(folder, Record(**stored["record"]), from_dict(Options, stored["options"]),
-                 stored["label"])
-    except (KeyError, TypeError) as error:
+      return cls(folder, from_json(Record, stored["record"]),
+                 from_json(Options, stored["options"]), str(stored["label"]))
+    except (FieldError, KeyError, TypeError) as error:
       raise DamagedFile("out", str(folder / "slice.json"), f"is damaged: {error}") from None
 
   def write(self) -> None:
@@ -67,11 +68,15 @@ class Slice:
 
   def progress(self) -> Progress:
     todo = self.work
-    hosts = [read_json(file) for file in self.folder.glob("host-*.json")]
-    troubles = [host["trouble"] for host in hosts if host["trouble"]]
+    hosts = []
+    for file in self.folder.glob("host-*.json"):
+      with contextlib.suppress(DamagedFile):  # which says nothing
+        hosts.append(read_as(work.HostWord, file))
+    hosts = [host for host in hosts if host is not None]
+    troubles = [host.trouble for host in hosts if host.trouble]
     # Without one of its hosts a slice trains nothing, so the longest silence counts.
-    heard = min(host["heartbeat"] for host in hosts) if len(hosts) >= todo.hosts else None
-    return Progress(all(work.why_ended(todo, name) for name in todo.cells), heard,
+    beat = min(host.heartbeat for host in hosts) if len(hosts) >= todo.hosts else None
+    return Progress(all(work.why_ended(todo, name) for name in todo.cells), beat,
                     troubles[0] if troubles else None)
 
   def forget_machines(self) -> None:
@@ -176,11 +181,17 @@ class Driver:
     held = lease.acquire(self._folder, self._clock)
     try:
       while True:
-        found = read_all(self._folder)
-        for one in found:
-          self._step(one, found, held)
-        if all(one.record.state in slices.FINAL for one in found):
-          return all(one.record.state == slices.DONE for one in found)
+        try:
+          found = read_all(self._folder)
+          for one in found:
+            self._step(one, found, held)
+          if all(one.record.state in slices.FINAL for one in found):
+            return all(one.record.state == slices.DONE for one in found)
+        except (FieldError, lease.Lost, cloud.NoCredentials):
+          raise
+        except Exception as error:  # each file system has its own
+          # A full disk, a bucket out of reach: what is not written down is not done either.
+          self._say(f"once more in {POLL_SECONDS:.0f} s: {' '.join(str(error).split())}")
         self._sleep(POLL_SECONDS)
     finally:
       held.release()

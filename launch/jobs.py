@@ -12,7 +12,7 @@ from launch import ends
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.grid import Cell
 from moe_jax.population import deal
-from moe_jax.run_dir import RunDir, read_json, write_json
+from moe_jax.run_dir import RunDir, reaching, read_as, write_json
 
 # What a launcher says of a cell, where the trainer's own states do not fit.
 STARTING = "starting"  # launched, not ended; the trainer may not have spoken yet
@@ -52,11 +52,7 @@ class Launch:
 
 def read_launch(run_dir: RunDir) -> Launch | None:
   """None where the run has never been launched. Raises FieldError on a damaged file."""
-  stored = read_json(run_dir.launch)
-  try:
-    return None if stored is None else Launch(**stored)
-  except TypeError as error:
-    raise FieldError("out", str(run_dir.launch), f"is damaged: {error}") from None
+  return read_as(Launch, run_dir.launch)
 
 
 def write_launch(run_dir: RunDir, launch: Launch) -> None:
@@ -128,10 +124,11 @@ def plan(cells: Sequence[Cell], out: str | os.PathLike,
       names the fields. One whose files are damaged is its trainer's to refuse.
   """
   jobs = jobs_of(cells, out, overrides)
-  for job in jobs:
-    RunDir.of(out, job.cell)
-    with contextlib.suppress(DamagedFile):
-      job.run_dir.check_identity(job.cell)
+  with reaching(out):
+    for job in jobs:
+      RunDir.of(out, job.cell)
+      with contextlib.suppress(DamagedFile):
+        job.run_dir.check_identity(job.cell)
   return jobs
 
 

@@ -63,6 +63,8 @@ class Record:
     exhausted: zone -> until when it is left alone.
     after: what a deletion leads to.
     cancel: a person wants it ended.
+    beat, heard: what its machines last said of the time, and when that was news here: their
+      clocks may go otherwise.
     looked: when the cloud was last asked.
     may_hold: whether there may have been machines since.
     held_seconds: for which there were machines, at most: an interval between two looks counts
@@ -82,6 +84,8 @@ class Record:
   exhausted: Mapping[str, float] = dataclasses.field(default_factory=dict)
   after: str | None = None
   cancel: bool = False
+  beat: float | None = None
+  heard: float = 0.0
   looked: float | None = None
   may_hold: bool = False
   held_seconds: float = 0.0
@@ -111,12 +115,12 @@ class Progress:
 
   Attributes:
     ended: all cells are finished or given up.
-    heard: when a machine last spoke.
+    beat: what the machine that is silent for longest last said of the time, by its own clock.
     trouble: why a machine is of no use.
   """
 
   ended: bool = False
-  heard: float | None = None
+  beat: float | None = None
   trouble: str | None = None
 
 
@@ -210,11 +214,10 @@ def _work(record, progress, now, policy):
     return _to(record, ACTIVE, now, error=None), None
   if progress.trouble:
     return _preempted(record, f"its machine is of no use: {progress.trouble}", now, policy)
-  heard = max(record.since, progress.heard or 0.0)
-  if now - heard > policy.silence:
+  if progress.beat not in (None, record.beat):
+    return dataclasses.replace(record, beat=progress.beat, heard=now, in_a_row=0), None
+  if now - max(record.since, record.heard) > policy.silence:
     return _fail(record, f"its machines were silent for {policy.silence:.0f} s", now, policy)
-  if (progress.heard or 0.0) > record.since and record.in_a_row:
-    return dataclasses.replace(record, in_a_row=0), None
   return record, None
 
 

@@ -22,7 +22,7 @@ from launch.state import PENDING, CellState, states_of, states_under
 from launch.table import counts, table
 from moe_jax import cli
 from moe_jax.errors import FieldError
-from moe_jax.run_dir import PREEMPTED, RUNNING
+from moe_jax.run_dir import PREEMPTED, RUNNING, reaching
 
 _CONFIG = cli.define_config_flag(required=False)
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
@@ -46,8 +46,9 @@ def main(overrides: list[str]) -> int:
 
 
 def _print(overrides: list[str]) -> list[CellState]:
-  rows = (states_under(_OUT.value) if _CONFIG.value is None else
-          states_of(_OUT.value, cli.selected_cells(_CONFIG.value, overrides)))
+  with reaching(_OUT.value):
+    rows = (states_under(_OUT.value) if _CONFIG.value is None else
+            states_of(_OUT.value, cli.selected_cells(_CONFIG.value, overrides)))
   if _JSON.value:
     print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2), flush=True)
     return rows

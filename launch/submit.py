@@ -30,6 +30,7 @@ from launch.jobs import (
 from launch.table import shapes
 from moe_jax import cli
 from moe_jax.errors import require
+from moe_jax.run_dir import reaching
 
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
@@ -107,7 +108,8 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
     print("\n".join([*("# " + line for line in cells), *plans.to_text(planned)]))
     return 0
   print("\n".join([*cells, *lost_ends(jobs), *planned.notes]), flush=True)
-  return backend.submit(planned, jobs, chosen, code, out)
+  with reaching(out):
+    return backend.submit(planned, jobs, chosen, code, out)
 
 
 def _gate(jobs: tuple[Job, ...], chosen, out: str, overrides: list[str]) -> tuple[str, ...]:

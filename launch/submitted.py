@@ -12,7 +12,7 @@ from launch.backends import gcloud
 from launch.backends.gcloud import Options
 from launch.backends.gke import kubectl_in
 from moe_jax.errors import FieldError, require
-from moe_jax.run_dir import write_bytes
+from moe_jax.run_dir import reaching, write_bytes
 
 _SMALL = ("config.json", "status.json", "launch.json", "metrics/*.jsonl", "eval/*.json",
           "checksums/*.json")
@@ -22,8 +22,9 @@ def folder_of(out: str, experiment: str) -> epath.Path:
   """The folder of the experiment's slices. Raises FieldError where nothing was submitted."""
   root = epath.Path(out if "://" in out else os.path.abspath(out))
   found = root / experiment / "_slices"
-  require("/" not in experiment and found.exists(), "experiment", experiment,
-          f"was not submitted to other machines from --out={out}")
+  with reaching(out):
+    require("/" not in experiment and found.exists(), "experiment", experiment,
+            f"was not submitted to other machines from --out={out}")
   return found
 
 

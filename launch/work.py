@@ -14,9 +14,30 @@ from launch.jobs import REFUSED, joint_command, read_launch
 from launch.shares import Share
 from moe_jax import population
 from moe_jax.errors import DamagedFile, FieldError
+from moe_jax.fields import from_json
 from moe_jax.run_dir import DIVERGED, FINISHED, RunDir
 
 MAX_FAILURES = 3  # times a cell's program may fail before it is given up
+
+
+@dataclasses.dataclass(frozen=True)
+class HostWord:
+  """host-SLICE-HOST.json: what a machine of the slice last said.
+
+  Attributes:
+    state: of its agent.
+    trouble: why it is of no use.
+    cell: that is trained there.
+    host, pid: the agent's process.
+    heartbeat: when it said so, by its own clock.
+  """
+
+  state: str
+  trouble: str | None
+  cell: str | None
+  host: str
+  pid: int
+  heartbeat: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +132,6 @@ def to_text(work: Work) -> str:
 def from_text(text: str, where: str | os.PathLike) -> Work:
   """Raises DamagedFile, which names `where`."""
   try:
-    stored = json.loads(text)
-    cells = {name: tuple(command) for name, command in stored.pop("cells").items()}
-    trunks = {branch: (trunk, step) for branch, (trunk, step) in stored.pop("trunks").items()}
-    groups = tuple(tuple(group) for group in stored.pop("groups"))
-    return Work(cells=cells, trunks=trunks, groups=groups, **stored)
-  except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+    return from_json(Work, json.loads(text))
+  except (json.JSONDecodeError, FieldError) as error:
     raise DamagedFile("work", os.fspath(where), f"is damaged: {error}") from None

@@ -65,7 +65,8 @@ def give_fake_devices_threads() -> None:
 def run(main: Callable[[list[str]], int | None]) -> None:
   """Runs `main(overrides)` under absl, with the raw --config.PATH=VALUE arguments."""
   found: list[str] = []
-  logging.getLogger("fsspec").setLevel(logging.WARNING)  # it tells of each object that is read
+  for library in ("fsspec", "gcsfs"):  # they tell of each read, and of errors that they raise
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 
   def flags_parser(argv):
     rest, found[:] = split_overrides(argv)

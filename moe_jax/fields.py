@@ -103,8 +103,13 @@ def checked(value: Any, hint: Any, path: str) -> Any:
   if isinstance(hint, types.UnionType) and value is None:
     return None
   if typing.get_origin(hint) is tuple and isinstance(value, (tuple, list)):  # JSON has lists
-    inner, _ = typing.get_args(hint)
-    return tuple(checked(part, inner, path) for part in value)
+    inner = typing.get_args(hint)
+    inner = inner[:1] * len(value) if inner[1:] == (...,) else inner
+    if len(inner) == len(value):
+      return tuple(checked(part, kind, path) for part, kind in zip(value, inner, strict=True))
+  if typing.get_origin(hint) is Mapping and isinstance(value, Mapping):
+    _, inner = typing.get_args(hint)  # JSON's names are text
+    return {name: checked(part, inner, path) for name, part in value.items()}
   if isinstance(value, str):
     inner = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
     kind = inner[0] if isinstance(hint, types.UnionType) else hint
@@ -165,3 +170,23 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     else:
       built[name] = checked(values[name], hint, name)
   return cls(**built)
+
+
+def from_json(cls: type[T], values: Any) -> T:
+  """A dataclass without sections, from what a file held; absent fields have their defaults.
+
+  Raises:
+    FieldError: it is no such dataclass; names the field.
+  """
+  types_by_name = field_types(cls)
+  if not isinstance(values, Mapping):
+    raise FieldError(cls.__name__, values, "must be an object with fields")
+  for name in values:
+    if name not in types_by_name:
+      raise FieldError(name, values[name], "no such field")
+  for field in dataclasses.fields(cls):
+    if field.name not in values and (field.default, field.default_factory) == (
+        dataclasses.MISSING, dataclasses.MISSING):
+      raise FieldError(field.name, None, "is missing")
+  return cls(**{name: checked(value, types_by_name[name], name)
+                for name, value in values.items()})

@@ -24,14 +24,17 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
 from moe_jax import config as config_lib
 from moe_jax.config import RunConfig
 from moe_jax.errors import DamagedFile, FieldError
+from moe_jax.fields import from_json
 from moe_jax.grid import Cell
+
+T = TypeVar("T")
 
 # gcsfs would keep what it once saw in a folder, and be blind to what other machines write there.
 os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')
@@ -92,6 +95,34 @@ def read_json(path: epath.Path) -> Any:
     raise DamagedFile("out", str(path), f"is damaged, not JSON: {error}") from None
   except IsADirectoryError:
     raise DamagedFile("out", str(path), "is damaged: a directory where a file belongs") from None
+
+
+def read_as(cls: type[T], path: epath.Path) -> T | None:
+  """The content as a flat dataclass, or None where there is no file. Raises DamagedFile."""
+  stored = read_json(path)
+  try:
+    return None if stored is None else from_json(cls, stored)
+  except FieldError as error:
+    raise DamagedFile("out", str(path), f"is damaged: {error}") from None
+
+
+@contextlib.contextmanager
+def reaching(path: str | os.PathLike) -> Iterator[None]:
+  """Files below `path` are read or written: a FieldError, one line, where that is impossible."""
+  try:
+    yield
+  except FieldError:
+    raise
+  except OSError as error:
+    raise _out_of_reach(path, error) from None
+  except Exception as error:  # the libraries of object stores have errors of their own
+    if is_local(path):
+      raise
+    raise _out_of_reach(path, error) from None
+
+
+def _out_of_reach(path: str | os.PathLike, error: Exception) -> FieldError:
+  return FieldError("out", os.fspath(path), f"is out of reach: {' '.join(str(error).split())}")
 
 
 def is_gone(host: str, pid: int) -> bool:

@@ -14,11 +14,11 @@ import urllib.parse
 
 class FakeGcs:
   """Attributes: objects ((bucket, name) -> (generation, content)), buckets, host (for the
-  environment), answers_to_lose (of uploads that are done all the same), read_only."""
+  environment), answers_to_lose (of uploads that are done all the same), read_only, forbidden."""
 
   def __init__(self, *buckets: str):
     self.buckets, self.objects, self.answers_to_lose = set(buckets), {}, 0
-    self.read_only = False
+    self.read_only = self.forbidden = False
     self.lock, self._uploads, self._generation = threading.Lock(), {}, 0
     self._server = http.server.ThreadingHTTPServer(("localhost", 0), _handler(self))
     self._server.daemon_threads = True
@@ -94,6 +94,8 @@ def _handler(store: FakeGcs) -> type:
 
     def _route(self, words, query, body):
       """(status, content, headers)"""
+      if store.forbidden:
+        return 403, {"error": {"message": "does not have storage.objects.get access"}}, {}
       if words[0] == "resumable":
         total = self.headers.get("Content-Range", "").rpartition("/")[2]
         return *store.go_on(words[1], body, total), {}

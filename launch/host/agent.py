@@ -27,7 +27,7 @@ from launch import jobs as jobs_lib
 from launch.host import machine
 from launch.host.trainer import Trainer
 from launch.jobs import Launch, read_launch, write_launch
-from launch.work import Work, why_ended
+from launch.work import HostWord, Work, why_ended
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.cli import EXIT_BAD_INPUT
 from moe_jax.errors import FieldError
@@ -240,9 +240,8 @@ class Agent:
 
   def _say(self, state: str, trouble: str | None = None, cell: str | None = None) -> None:
     self._said = time.time()
-    write_json(self._folder / f"host-{self._worker}.json", {
-        "state": state, "trouble": trouble, "cell": cell, "host": socket.gethostname(),
-        "pid": os.getpid(), "heartbeat": self._said})
+    write_json(self._folder / f"host-{self._worker}.json", dataclasses.asdict(HostWord(
+        state, trouble, cell, socket.gethostname(), os.getpid(), self._said)))
 
 
 def _outcome(launch: Launch, code: int, error: str, finished: bool, told: bool) -> Launch:

@@ -267,7 +267,11 @@ def test_a_host_without_a_number_is_an_error_unless_it_is_alone():
     machine.worker_number(4, {}, {}.get)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"cells": {}}'])
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "{}", "null", '{"cells": {}}',
+    '{"name": "s", "experiment": "e", "out": "o", "cells": {"a": "python"}}',
+    '{"name": "s", "experiment": "e", "out": "o", "cells": {}, "hosts": "2"}',
+    '{"name": "s", "experiment": "e", "out": "o", "cells": {}, "trunks": {"a": ["b"]}}'])
 def test_damaged_work_is_named(text):
   with pytest.raises(DamagedFile, match="work='x/work.json': is damaged"):
     from_text(text, pathlib.Path("x/work.json"))

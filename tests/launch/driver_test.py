@@ -2,6 +2,7 @@
 nothing used that is not counted."""
 
 import dataclasses
+import errno
 import json
 import re
 
@@ -12,7 +13,7 @@ from launch.backends import gcloud
 from launch.code import Code
 from launch.remote import Answer
 from launch.slices import Policy
-from moe_jax.errors import FieldError
+from moe_jax.errors import DamagedFile, FieldError
 from tests.experiment_files import run_module
 from tests.launch.world import QUICK, World
 
@@ -123,14 +124,69 @@ def test_a_dirty_machine_is_replaced(tmp_path):
   def sleep(seconds):
     world.sleep(seconds)
     if world.cloud.created == 1:
-      for file in world.folder.glob("*/host-0-0.json"):
-        file.write_text(json.dumps({"state": "dirty", "heartbeat": world.cloud.now,
-                                    "trouble": "/dev/vfio/0 is held by process 41"}))
+      for resource in world.cloud.active():
+        world.hear(resource.name, "dirty", "/dev/vfio/0 is held by process 41")
 
   assert world.driver(sleep).drive()
   world.check()
   (record,) = world.records()
   assert (record.preemptions, record.attempts) == (1, 2)
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_clocks_that_differ_make_no_machine_silent(tmp_path, hours):
+  world = World(tmp_path, policy=Policy(silence=60))
+  world.skew = 3600.0 * hours
+  assert world.drive()
+  assert world.records()[0].attempts == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"heartbeat": "now"}', "null"])
+def test_what_a_machine_said_and_nobody_can_read_says_nothing(tmp_path, content):
+  world = World(tmp_path)
+
+  def sleep(seconds):
+    world.sleep(seconds)
+    if world.ticks % 2:
+      for file in world.folder.glob("*/host-0-0.json"):
+        file.write_text(content)
+
+  assert world.driver(sleep).drive()
+  world.check()
+
+
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", "null", '{"record": 3}',
+    '{"record": {"name": "n"}, "options": {}, "label": ""}'])
+def test_a_damaged_record_is_one_line_and_nothing_is_done(tmp_path, content):
+  world = World(tmp_path)
+  (file,) = world.folder.glob("*/slice.json")
+  stored = json.loads(file.read_text())
+  stored["record"]["held_seconds"] = "many"
+  for text in (content, json.dumps(stored)):
+    file.write_text(text)
+    with pytest.raises(DamagedFile, match="slice.json': is damaged") as error:
+      world.drive()
+    assert "\n" not in str(error.value)
+  assert world.cloud.commands == []
+
+
+def test_a_disk_that_is_full_for_a_while_costs_time_alone(tmp_path, monkeypatch):
+  """What could not be written down is not done, and nothing is forgotten."""
+  world, real, full = World(tmp_path, _first(_PREEMPTED)), driver.write_json, [0]
+
+  def write(path, value):
+    full[0] += 1
+    if full[0] % 7 > 3:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    real(path, value)
+
+  monkeypatch.setattr(driver, "write_json", write)
+  world.unwatched = 600.0
+  assert world.drive()
+  world.check()
+  assert world.cloud.created == 2
+  assert any("once more in 30 s: [Errno 28] No space left" in line for line in world.said)
 
 
 _FAULTS = {

@@ -66,6 +66,17 @@ def test_an_agent_works_there_and_its_runs_come_home(tmp_path, gcs, capfd):
   assert len(list((tmp_path / "here" / "tiny").glob("*/metrics/*.jsonl"))) == 2
 
 
+@pytest.mark.parametrize("command", [
+    ("status",), ("cancel", "--experiment=tiny"),
+    ("submit", "--backend=gke", "--topology=v6e-8", "--image=i:1")])
+def test_a_store_out_of_reach_is_one_line(tmp_path, gcs, command):
+  gcs.forbidden, (verb, *arguments) = True, command
+  spec = () if "--experiment=tiny" in arguments else (f"--config={write_tiny(tmp_path)}",)
+  done = run_module("-m", f"launch.{verb}", f"--out={OUT}", *arguments, *spec)
+  assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+  assert f"error: --out='{OUT}': is out of reach: " in done.stderr
+
+
 @pytest.mark.parametrize("out, why", [
     ("gs://no-such-bucket/runs", "bucket does not exist|no-such-bucket"),
     (OUT, "storage.objects.create")])

@@ -121,7 +121,7 @@ def test_a_run_of_another_identity_is_stale_and_names_the_fields(run_dir, cell):
 
 
 @pytest.mark.parametrize("name", ["config.json", "status.json", "launch.json"])
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"x": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"x": 1}', '"text"', '{"pid": "1"}'])
 def test_a_damaged_file_costs_only_its_row(run_dir, cell, name, content):
   run_dir.path.mkdir(parents=True)
   (run_dir.path / name).write_text(content)

@@ -1,5 +1,6 @@
 """A fake cloud, a grid, and machines that do no work but say that they did: for the driver."""
 
+import dataclasses
 import random
 
 from etils import epath
@@ -9,6 +10,7 @@ from launch.backends import gcloud
 from launch.code import Code
 from launch.driver import POLL_SECONDS, Driver
 from launch.jobs import jobs_of
+from launch.work import HostWord
 from moe_jax.grid import select
 from moe_jax.run_dir import FINISHED, write_json
 from tests.experiment_files import write_tiny
@@ -51,10 +53,14 @@ class World:
       if self.silent or name not in [share.name for share in self.plan.slices]:
         continue
       self.worked[name] = self.worked.get(name, 0.0) + seconds
-      write_json(self.folder / name / "host-0-0.json", {
-          "state": "working", "trouble": None, "heartbeat": self.cloud.now})
+      self.hear(name)
       if self.worked[name] >= WORK_SECONDS:
         self.finish(name)
+
+  def hear(self, name, state="working", trouble=None):
+    """A machine of the slice speaks, by its own clock."""
+    write_json(self.folder / name / "host-0-0.json", dataclasses.asdict(HostWord(
+        state, trouble, None, "vm", 1, self.cloud.now + self.skew)))
 
   def finish(self, name):
     for job in self.jobs:
@@ -76,4 +82,5 @@ class World:
     assert used - 1e-6 <= counted <= used + looks + self.unwatched + 1e-6, (used, counted)
     assert all(record.state in slices.FINAL for record in self.records())
 
+  skew = 0.0  # seconds by which the machines' clocks are ahead of the driver's
   unwatched = 0.0  # seconds without a driver, which may count as used
