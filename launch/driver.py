@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from launch import cloud, lease, money, remote, slices, work
+from launch import budget, cloud, lease, money, remote, slices, work
 from launch.backends import gcloud
 from launch.backends.gcloud import Options
 from launch.jobs import Job
@@ -90,9 +90,7 @@ class Slice:
 
   @property
   def usd_per_second(self) -> float:
-    topology = self.options.slice.topology
-    return money.usd_per_second(topology.hardware, topology.chips,
-                                self.options.usd_per_chip_hour) or 0.0
+    return self.options.usd_per_second
 
 
 def read_all(folder: epath.Path) -> list[Slice]:
@@ -111,6 +109,7 @@ def want(planned: Plan, jobs: Sequence[Job], options: Options, out: str,
   folder = epath.Path(planned.out)
   held = lease.acquire(folder, clock)
   try:
+    budget.set_limit(folder, options.max_cost_usd)
     for share in planned.slices:
       _want_one(folder, planned, share, jobs, options, gcloud.owner(out, planned.experiment))
   finally:

@@ -6,24 +6,32 @@ from collections.abc import Iterable
 from launch import slices
 from launch.options import option
 from launch.slices import Record
-from moe_jax.arch.hardware import Hardware
 from moe_jax.errors import require
+from moe_jax.plan.topology import Topology
 
 PRICE_OPTION = option("Price of a chip in US dollars an hour; by default the catalogue's on "
                       "demand, which a spot slice costs less than.", default=None)
+MAX_COST_OPTION = option(
+    "Machine time of the experiment that may be spent, in US dollars: all slices end before it "
+    "would be passed.", default=None)
 _AT_RISK = (slices.CREATING, slices.QUEUED, slices.ACTIVE, slices.DELETING)  # may have machines
 
 
-def require_price(usd: float | None) -> None:
-  """Raises FieldError unless it is a price or None."""
-  require(usd is None or (math.isfinite(usd) and usd >= 0), "usd_per_chip_hour", usd,
+def require_money(price: float | None, limit: float | None, topology: Topology) -> None:
+  """Raises FieldError unless both are amounts or None, and a limit has a price to count by."""
+  require(price is None or (math.isfinite(price) and price >= 0), "usd_per_chip_hour", price,
           "must be 0 or more")
+  require(limit is None or (math.isfinite(limit) and limit > 0), "max_cost_usd", limit,
+          "must be above 0")
+  require(limit is None or usd_per_second(topology, price) is not None, "max_cost_usd", limit,
+          f"needs --usd_per_chip_hour: {topology.hardware.name} has no public price")
 
 
-def usd_per_second(hardware: Hardware, chips: int, price: float | None) -> float | None:
-  """Of a slice; `price` is that of a chip-hour and replaces the catalogue's. None: unknown."""
-  usd = hardware.usd_per_chip_hour if price is None else price
-  return None if usd is None else usd * chips / 3600
+def usd_per_second(topology: Topology, price: float | None) -> float | None:
+  """Of all slices of a run; `price` is that of a chip-hour and replaces the catalogue's. None:
+  unknown."""
+  usd = topology.hardware.usd_per_chip_hour if price is None else price
+  return None if usd is None else usd * topology.chips / 3600
 
 
 def spent(accounts: Iterable[tuple[Record, float]]) -> float:

@@ -130,7 +130,7 @@ def _gate(jobs: tuple[Job, ...], chosen, out: str, overrides: list[str]) -> tupl
       *gate.notes(jobs, topology, plans_in, chosen.usd_per_chip_hour, planning),
       *([] if number == 1 else [f"a plan is of one cell: the up to {number} that train together "
                                 "here take the memory of as many"]),
-      *([] if limit is None else [f"all slices are deleted before they have cost ${limit:g}"]))
+      *([] if limit is None else [f"all slices end before they have cost ${limit:g}"]))
 
 
 def _notes(out: str, code: Code) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+from launch import money
 from moe_jax.errors import FieldError, require
 from moe_jax.plan import topology as topology_lib
 from moe_jax.plan.topology import Topology
@@ -37,6 +38,25 @@ class Slice:
   def gke_topology(self) -> str:
     """`4x4x4`, as the label cloud.google.com/gke-tpu-topology has it."""
     return "x".join(map(str, self.topology.shape))
+
+
+class OnSlices:
+  """What follows from the options `topology`, `slices_per_run` and `usd_per_chip_hour`."""
+
+  @property
+  def slice(self) -> Slice:
+    """Each of a run's slices."""
+    return parse_slice(self.topology, self.slices_per_run)
+
+  @property
+  def run_devices(self) -> int:
+    """JAX devices of each run."""
+    return self.slice.topology.devices
+
+  @property
+  def usd_per_second(self) -> float:
+    """Of each run's machines; 0 where it is not known."""
+    return money.usd_per_second(self.slice.topology, self.usd_per_chip_hour) or 0.0
 
 
 def parse_slice(name: str, slices_per_run: int) -> Slice:

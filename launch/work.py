@@ -53,6 +53,7 @@ class Work:
     max_failures: of one cell's program, before it is given up.
     backend: name of the backend.
     commit: of the code.
+    usd_per_second: what the machines cost, 0 where nobody counts it.
     trunks: branch -> (the cell of this slice that it branches from, the step where it does).
     groups: all cells in the groups that one process may train together, in the order in which
       they are trained; empty: each by itself.
@@ -67,6 +68,7 @@ class Work:
   max_failures: int = MAX_FAILURES
   backend: str = ""
   commit: str = ""
+  usd_per_second: float = 0.0
   trunks: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
   groups: tuple[tuple[str, ...], ...] = ()
 
@@ -84,7 +86,7 @@ class Work:
 
 
 def work_of(share: Share, code: Code, out: str, backend: str, hosts: int = 1,
-            secrets: Mapping[str, str] | None = None) -> Work:
+            secrets: Mapping[str, str] | None = None, usd_per_second: float = 0.0) -> Work:
   """The work of a share, with the experiment file where the unpacked code has it."""
   cells = {job.name: ("python", *(_in_archive(word, code) for word in job.command[1:]))
            for job in share.jobs}
@@ -94,7 +96,8 @@ def work_of(share: Share, code: Code, out: str, backend: str, hosts: int = 1,
   groups = tuple(tuple(cell.name for cell in group)
                  for group in population.deal([job.cell for job in share.jobs]))
   return Work(share.name, share.jobs[0].cell.experiment, out, cells, hosts, secrets or {},
-              backend=backend, commit=code.commit, trunks=trunks, groups=groups)
+              backend=backend, commit=code.commit, usd_per_second=usd_per_second, trunks=trunks,
+              groups=groups)
 
 
 def _in_archive(word: str, code: Code) -> str:

@@ -29,7 +29,7 @@ _DURATION = re.compile(r"([0-9]{1,5}[smhd]){1,4}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(tpu.OnSlices):
   """Flags of this backend; see the field's help."""
 
   project: str = option("Google Cloud project that pays.")
@@ -53,9 +53,7 @@ class Options:
   python: str | None = option(
       "Interpreter on the TPU VMs that has all dependencies; by default they are installed "
       "from the lock.", default=None)
-  max_cost_usd: float | None = option(
-      "Machine time of the experiment that may be spent, in US dollars: all slices are deleted "
-      "before it would be passed, as long as a launcher drives them.", default=None)
+  max_cost_usd: float | None = money.MAX_COST_OPTION
   usd_per_chip_hour: float | None = money.PRICE_OPTION
   secrets: tuple[str, ...] = option(
       "NAME=projects/P/secrets/S/versions/latest or NAME=/file/on/the/machine: variables of "
@@ -71,24 +69,12 @@ class Options:
     if self.topology.startswith("tpu7x"):
       raise FieldError("topology", self.topology, "is not served by queued resources: "
                        "--backend=gke has it")
-    tpu.parse_slice(self.topology, self.slices_per_run)
     require(self.valid_until is None or _DURATION.fullmatch(self.valid_until) is not None,
             "valid_until", self.valid_until, "must be a duration such as 6h or 1h30m")
     require(self.python is None or re.fullmatch(r"/[A-Za-z0-9._/-]+", self.python) is not None,
             "python", self.python, "must be an absolute path")
     parse_secrets(self.secrets)
-    money.require_price(self.usd_per_chip_hour)
-    require(self.max_cost_usd is None or self.max_cost_usd > 0, "max_cost_usd",
-            self.max_cost_usd, "must be above 0")
-
-  @property
-  def slice(self) -> tpu.Slice:
-    return tpu.parse_slice(self.topology, self.slices_per_run)
-
-  @property
-  def run_devices(self) -> int:
-    """JAX devices of each run."""
-    return self.slice.topology.devices
+    money.require_money(self.usd_per_chip_hour, self.max_cost_usd, self.slice.topology)
 
 
 def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
@@ -103,7 +89,7 @@ def _slice_plan(share: Share, options: Options, code: Code, out: str) -> SlicePl
   """A slice's files, a start-up script for each zone, and the command for the first zone."""
   secrets = parse_secrets(options.secrets)
   hosts = options.slice.vms * options.slices_per_run
-  todo = work.work_of(share, code, out, "gcloud", hosts, secrets)
+  todo = work.work_of(share, code, out, "gcloud", hosts, secrets, options.usd_per_second)
   scripts = (File(f"{share.name}/startup-{zone}.sh",
                   startup_script(share.name, options, code, out, todo.experiment, zone))
              for zone in dict.fromkeys(options.zones))

@@ -11,7 +11,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from launch import money, remote, tpu, work
+from etils import epath
+
+from launch import budget, money, remote, tpu, work
 from launch.backends.gcloud import LABEL, owner
 from launch.code import Code
 from launch.jobs import Job
@@ -23,7 +25,7 @@ from moe_jax.run_dir import EXIT_PREEMPTED
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(tpu.OnSlices):
   """Flags of this backend; see the field's help."""
 
   topology: str = option("TPU slice, e.g. v6e-16 or tpu7x-64.")
@@ -38,6 +40,7 @@ class Options:
   kube_context: str | None = option("Context of kubectl; by default the current one.",
                                     default=None)
   max_restarts: int = option("Times that failing programs may restart a run's pods.", default=3)
+  max_cost_usd: float | None = money.MAX_COST_OPTION
   usd_per_chip_hour: float | None = money.PRICE_OPTION
   secrets: tuple[str, ...] = option("NAME=kubernetes/SECRET/KEY: variables of the trainer's "
                                     "environment.", default=())
@@ -48,18 +51,8 @@ class Options:
     require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must be at least 0")
     require((self.reservation is not None) == (self.capacity == "reserved"), "reservation",
             self.reservation, "is given with --capacity=reserved, and only with it")
-    tpu.parse_slice(self.topology, self.slices_per_run)
     parse_secrets(self.secrets, kubernetes=True)
-    money.require_price(self.usd_per_chip_hour)
-
-  @property
-  def slice(self) -> tpu.Slice:
-    return tpu.parse_slice(self.topology, self.slices_per_run)
-
-  @property
-  def run_devices(self) -> int:
-    """JAX devices of each run."""
-    return self.slice.topology.devices
+    money.require_money(self.usd_per_chip_hour, self.max_cost_usd, self.slice.topology)
 
 
 def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
@@ -72,7 +65,7 @@ def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
 
 def _slice_plan(share: Share, options: Options, code: Code, out: str) -> SlicePlan:
   hosts = options.slice.vms * options.slices_per_run
-  todo = work.work_of(share, code, out, "gke", hosts)
+  todo = work.work_of(share, code, out, "gke", hosts, usd_per_second=options.usd_per_second)
   manifest = json.dumps(jobset(share.name, options, code, out, todo.experiment), indent=1)
   return SlicePlan(
       share.name, tuple(todo.cells),
@@ -165,22 +158,39 @@ def _container(name: str, options: Options, code: Code, out: str,
 def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out: str,
            run: remote.Run = remote.run) -> int:
   """Applies the JobSets that are not there yet. The launcher's exit code."""
-  if (error := remote.why_not_writable(out)) is not None:
+  if (error := remote.why_not_writable(out) or _why_not_allowed(options, run)) is not None:
     print(f"nothing was applied: {error}")
     return 1
   remote.upload(code, out)
-  failed = 0
-  for share in planned.slices:
-    there = run(kubectl(options, "get", "jobset", share.name, "--ignore-not-found",
-                        "--output=name"))
-    error = None if there.ok else there.error
-    if there.ok and there.stdout.strip():
-      print(f"{share.name} is there already")
-      continue
-    if there.ok:
-      remote.begin_anew(planned, share, jobs)
-      remote.write_files(planned, share)
-      error = remote.execute(share, run)
-    print(f"{share.name} was not applied: {error}" if error else f"{share.name} is applied")
-    failed += error is not None
-  return 1 if failed else 0
+  budget.set_limit(epath.Path(planned.out), options.max_cost_usd)
+  told = [_apply(planned, share, jobs, options, run) for share in planned.slices]
+  for share, (_, line) in zip(planned.slices, told, strict=True):
+    print(f"{share.name} {line}")
+  return 0 if all(good for good, _ in told) else 1
+
+
+def _why_not_allowed(options: Options, run: remote.Run) -> str | None:
+  answer = run(kubectl(options, "auth", "can-i", "create", "jobsets.jobset.x-k8s.io"))
+  return None if answer.ok else (
+      f"kubectl may not create JobSets in namespace {options.namespace}: {answer.error}")
+
+
+def _apply(planned: Plan, share: SlicePlan, jobs: Sequence[Job], options: Options,
+           run: remote.Run) -> tuple[bool, str]:
+  """(whether it is there, what became of it). One that has ended is made anew if cells are left."""
+  answer = run(kubectl(options, "get", "jobset", share.name, "--ignore-not-found",
+                       "--output=jsonpath={.metadata.name} {.status.terminalState}"))
+  match answer.stdout.split() if answer.ok else None:
+    case [_]:
+      return True, "is there already"
+    case [_, ended]:
+      if all(job.is_finished() for job in jobs if job.name in share.cells):
+        return True, "is done"
+      answer = run(kubectl(options, "delete", "jobset", share.name, "--ignore-not-found"))
+      print(f"{share.name} has ended ({ended}) and cells are left: it is made anew")
+  if not answer.ok:
+    return False, f"was not applied: {answer.error}"
+  remote.begin_anew(planned, share, jobs)
+  remote.write_files(planned, share)
+  error = remote.execute(share, run)
+  return error is None, f"was not applied: {error}" if error else "is applied"

@@ -7,6 +7,8 @@ when one fails, all are told to begin the next attempt. Numbers of a life that i
 SLURM or JobSet began all hosts anew) are not followed. Each host says in a file of its own that it
 lives.
 
+When what all slices have cost is about to pass the limit, the leader ends as if all was done.
+
 A cell's program may fail `max_failures` times; being stopped from outside does not count. Of cells
 that train together, one that another process holds waits until the others have ended, and the last
 attempt of each is one by itself: none of them fails for good because of another.
@@ -24,6 +26,7 @@ from etils import epath
 
 from launch import ends
 from launch import jobs as jobs_lib
+from launch.budget import Meter
 from launch.host import machine
 from launch.host.trainer import Trainer
 from launch.jobs import Launch, read_launch, write_launch
@@ -62,6 +65,7 @@ class Agent:
     self._life, self._trouble, self._clock = life, trouble, clock
     self._stopping = False
     self._said = 0.0
+    self._meter: Meter | None = None  # the leader's
     self._environ: dict[str, str] = {}
 
   def run(self) -> int:
@@ -89,12 +93,17 @@ class Agent:
   # the leader
 
   def _lead(self) -> None:
+    self._meter = Meter(self._folder, self._work.usd_per_second)
     for group in self._work.in_groups():
       while names := [name for name in group if why_ended(self._work, name) is None]:
+        if too_dear := self._meter.why_too_dear():
+          print(too_dear, flush=True)
+          break
         self._attempt(self._together(names))
       for name in group:
-        print(f"{name}: {why_ended(self._work, name)}", flush=True)
+        print(f"{name}: {why_ended(self._work, name) or 'to go on'}", flush=True)
     self._publish(())
+    self._meter.count(ended=True)
 
   def _together(self, names: Sequence[str]) -> Sequence[str]:
     """Those of a group's unfinished cells that the next process trains."""
@@ -146,9 +155,8 @@ class Agent:
     """Waits for the trainer's end. (exit code, error of ours or None)."""
     steps, since = None, self._clock()
     while (code := trainer.poll()) is None:
-      if self._stopping:
+      if self._stopping or (self._beat(names[0]) and self._meter.why_too_dear()):
         return trainer.stop(), None
-      self._beat(names[0])
       now = [self._step_of(name) for name in names]
       if now != steps:
         steps, since = now, self._clock()
@@ -234,9 +242,14 @@ class Agent:
     if self._stopping:
       raise Stopped
 
-  def _beat(self, cell: str | None) -> None:
-    if time.time() - self._said > HEARTBEAT_SECONDS:
-      self._say("working", cell=cell)
+  def _beat(self, cell: str | None) -> bool:
+    """Says that this host lives, if it is time to: whether it was."""
+    if time.time() - self._said <= HEARTBEAT_SECONDS:
+      return False
+    self._say("working", cell=cell)
+    if self._meter is not None:
+      self._meter.count()
+    return True
 
   def _say(self, state: str, trouble: str | None = None, cell: str | None = None) -> None:
     self._said = time.time()

@@ -132,7 +132,7 @@ def test_the_command_it_names_is_the_one_that_plans(tmp_path, out):
   spec = write_tiny(tmp_path, seeds=1)
   done = _submit(spec, out, "--dry_run", "--config.train.batch_size=16", "--slices_per_run=2",
                  "--max_cost_usd=50")
-  assert "# all slices are deleted before they have cost $50\n" in done.stdout
+  assert "# all slices end before they have cost $50\n" in done.stdout
   (command,) = re.findall("^#   (python .*)$", done.stdout, re.MULTILINE)
   assert command == (f"python -m moe_jax.plan --config={spec} --topology=v6e-8 --slices=2 "
                      f"--out={out} --config.train.batch_size=16")

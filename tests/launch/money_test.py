@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from launch import driver, money, slices
 from launch.slices import Policy, Record
-from moe_jax.arch.hardware import HARDWARE
+from moe_jax.plan import topology
 from tests.launch.world import QUICK, World
 
 _MARGIN = Policy().margin
@@ -78,7 +78,7 @@ def test_a_price_that_is_given_counts(tmp_path):
   (one,) = driver.read_all(world.folder)
   assert one.usd_per_second == pytest.approx(0.5 * 8 / 3600)
   assert "at the price given" in driver.table([one])[-1]
-  assert money.usd_per_second(HARDWARE["tpu7x"], 8, None) is None
+  assert money.usd_per_second(topology.parse("tpu7x-8"), None) is None
 
 
 _RECORDS = st.lists(st.builds(

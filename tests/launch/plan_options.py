@@ -21,7 +21,8 @@ GCLOUD = st.builds(
     service_account=_maybe(WORDS.map(lambda word: f"{word}@p.iam.gserviceaccount.com")),
     internal_ips=st.booleans(),
     valid_until=_maybe(st.sampled_from(["6h", "90m", "1h30m", "2d", "30s"])),
-    delete_when_done=st.booleans(), python=_maybe(st.just("/opt/venv/bin/python")),
+    max_cost_usd=_maybe(st.just(5.0)), delete_when_done=st.booleans(),
+    python=_maybe(st.just("/opt/venv/bin/python")),
     secrets=st.sampled_from([(), ("WANDB_API_KEY=projects/p/secrets/s/versions/latest",),
                              ("A=/etc/a", "B=/etc/b")]))
 GKE = st.builds(

@@ -1,0 +1,65 @@
+"""What an experiment may cost, counted by its own machines: it holds without a launcher too.
+
+    <out>/<experiment>/_slices/limit.json         by submissions: US dollars
+    <out>/<experiment>/_slices/NAME/used.json     by the leader of each slice: what that has cost
+
+Counted is from when the machines begin to work, in all their lives; a launcher that drives counts
+from when they may have been there.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from etils import epath
+
+from moe_jax.run_dir import read_as, write_json
+
+MARGIN_SECONDS = 200.0  # in which it is noticed by all machines, and they save and end
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limit:
+  max_cost_usd: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Used:
+  usd: float
+  usd_per_second: float  # 0 when it has ended
+
+
+def set_limit(folder: epath.Path, max_cost_usd: float | None) -> None:
+  """Of the experiment whose `_slices` this is; None: there is none."""
+  write_json(folder / "limit.json", {"max_cost_usd": max_cost_usd})
+
+
+class Meter:
+  """Counts what one slice costs, and looks at what all of the experiment's cost."""
+
+  def __init__(self, folder: epath.Path, usd_per_second: float,
+               clock: Callable[[], float] = time.monotonic):
+    self._folder, self._rate, self._clock = folder, usd_per_second, clock
+    before = read_as(_Used, folder / "used.json")
+    self._usd, self._counted = before.usd if before else 0.0, clock()
+    self.count()
+
+  def count(self, ended: bool = False) -> None:
+    """Adds the time since it was last asked to."""
+    now = self._clock()
+    self._usd, self._counted = self._usd + (now - self._counted) * self._rate, now
+    if self._rate:
+      write_json(self._folder / "used.json", dataclasses.asdict(
+          _Used(self._usd, 0.0 if ended else self._rate)))
+
+  def why_too_dear(self) -> str | None:
+    """Why nothing more may be trained, in one line, or None."""
+    limit = read_as(_Limit, self._folder.parent / "limit.json")
+    if limit is None or limit.max_cost_usd is None:
+      return None
+    used = [read_as(_Used, file) for file in self._folder.parent.glob("*/used.json")]
+    if sum(one.usd + one.usd_per_second * MARGIN_SECONDS
+           for one in used if one) < limit.max_cost_usd:
+      return None
+    return (f"what has been spent would pass --max_cost_usd={limit.max_cost_usd:g}: "
+            "the slice ends")
