@@ -23,11 +23,11 @@ class Trainer:
 
   def poll(self) -> int | None:
     """The exit code, or None while it runs; negative is the signal that killed it."""
-    code = self._process.poll()
-    if code is not None:  # workers that it left behind
+    if self._process.returncode is None and self._process.poll() is not None:
+      # Workers that it left behind; at once, since later the number may be another's.
       with contextlib.suppress(ProcessLookupError):
         os.killpg(self.pid, signal.SIGKILL)
-    return code
+    return self._process.returncode
 
   def stop(self, patience: float = STOP_SECONDS, sleep: Callable[[float], None] = time.sleep
            ) -> int:

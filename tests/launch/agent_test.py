@@ -17,6 +17,7 @@ from etils import epath
 from launch.code import Code
 from launch.host import machine
 from launch.host.agent import Agent, Pace
+from launch.host.trainer import Trainer
 from launch.jobs import jobs_of, read_launch
 from launch.shares import deal
 from launch.work import Work, from_text, to_text, why_ended, work_of
@@ -105,6 +106,15 @@ def test_a_hung_run_is_ended_and_counts_as_a_failure(tmp_path, capfd):
   assert (launch.state, launch.failures, launch.attempt) == ("finished", 1, 2)
 
 
+def test_what_a_trainer_left_behind_is_ended_once(monkeypatch):
+  """Later its process number may be that of somebody else's group."""
+  killed = []
+  monkeypatch.setattr(os, "killpg", lambda *group: killed.append(group))
+  trainer = Trainer(("python", "-c", ""), {})
+  _wait_until(lambda: trainer.poll() is not None)
+  assert (trainer.poll(), trainer.stop(), killed) == (0, 0, [(trainer.pid, signal.SIGKILL)])
+
+
 def _work_of_branches(tmp_path, behaviour):
   """A trunk that behaves so, and its two branches, as a submission would write them."""
   jobs = jobs_of(select(write(tmp_path, SOURCE, "budgets.py")), str(tmp_path / "runs"), [])
@@ -152,6 +162,7 @@ def test_told_to_stop_it_saves_and_the_next_agent_goes_on(tmp_path):
   assert agent.returncode == 75, output
   (launch,) = _launches(file)
   assert (launch.state, launch.failures) == ("preempted", 0)
+  file.write_text(file.read_text().replace('"slow"', '"ok"'))
   agent = _run(file)
   agent.communicate(timeout=PATIENCE)
   (launch,) = _launches(file)

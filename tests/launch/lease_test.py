@@ -87,7 +87,7 @@ def test_old_leases_are_removed_and_numbers_go_on(folder, clock):
 
 def test_of_many_that_begin_at_once_one_drives(folder):
   """Threads: what lets only one create a file is the file system, or the store."""
-  start = threading.Barrier(6)
+  start = threading.Barrier(6, timeout=60)
 
   def race(_):
     start.wait()

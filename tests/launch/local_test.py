@@ -171,26 +171,15 @@ def test_a_dry_run_shows_exactly_what_would_run(tmp_path):
 
 @pytest.fixture
 def launcher(tmp_path):
-  """Starts launchers; ends what they leave running."""
-  started = []
-
+  """Starts launchers."""
   def start(spec, *behaviours, parallel=2, stdout=subprocess.PIPE, **popen):
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, submitter.__file__, spec, str(tmp_path / "runs"), str(parallel),
          *behaviours],
         stdout=stdout, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         **popen)
-    started.append(process)
-    return process
 
-  yield start
-  for process in started:
-    process.kill()
-    process.wait()
-  for status in (tmp_path / "runs").glob("*/*/launch.json"):
-    launch = json.loads(status.read_text())
-    if launch["exit_code"] is None and os.path.exists(f"/proc/{launch['pid']}"):
-      os.kill(launch["pid"], signal.SIGKILL)
+  return start
 
 
 def _wait_until(condition):
@@ -260,7 +249,7 @@ def test_a_killed_launcher_leaves_children_that_the_next_one_sees(tmp_path, laun
   process = launcher(spec, "slow", "slow", parallel=1)
   _wait_until(lambda: _steps(spec, out)[0] > 2)
   process.kill()
-  process.wait()
+  process.wait(PATIENCE)
   child = json.loads((out / "tiny" / BASE / "status.json").read_text())["pid"]
   assert _states(spec, out) == ["running", "pending"]
   second = launcher(spec, "ok", "ok")

@@ -92,7 +92,7 @@ def cluster(monkeypatch):
 
 
 def _said(*command):
-  return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+  return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
 def _wait_until(condition, patience=PATIENCE):

@@ -154,6 +154,6 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path):
   spec = write_tiny(tmp_path, seeds=600)
   done = subprocess.run(
       ["bash", "-c", f"{sys.executable} -m launch.status --config={spec} | head -n 1"],
-      cwd=ROOT, capture_output=True, text=True)
+      cwd=ROOT, capture_output=True, text=True, timeout=60)
   assert done.stdout.startswith("cell")
   assert done.stderr == ""

@@ -12,6 +12,7 @@ import pytest
 from launch import together
 from tests.experiment_files import ROOT
 
+PATIENCE = 60  # seconds a loaded machine may take for what takes one
 # A trainer that says who it is, then does what its number is told to do.
 TRAINER = """
 import os, pathlib, signal, sys, time
@@ -32,12 +33,13 @@ def three(tmp_path):
   process = subprocess.Popen(
       [*together.command(3, [sys.executable, "-c", TRAINER, str(tmp_path)])], cwd=ROOT,
       text=True, stderr=subprocess.PIPE)
+  deadline = time.monotonic() + PATIENCE
   while not all((tmp_path / str(i)).exists() for i in range(3)):
-    assert process.poll() is None
+    assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.01)
   yield process, [(tmp_path / str(i)).read_text().split() for i in range(3)]
   process.kill()
-  process.wait()
+  process.wait(PATIENCE)
   process.stderr.close()
 
 
@@ -63,13 +65,13 @@ def test_all_get_one_address_and_end_well(three, tmp_path):
   assert len({address for _, address in told}) == 1
   for i in range(3):
     end(tmp_path, i, 0)
-  assert process.wait() == 0
+  assert process.wait(PATIENCE) == 0
 
 
 def test_where_one_is_killed_the_others_are_ended(three):
   process, told = three
   os.kill(int(told[1][0]), signal.SIGKILL)
-  _, err = process.communicate()
+  _, err = process.communicate(timeout=PATIENCE)
   assert process.returncode == 137
   assert err == "error: process 1 of 3 was killed by SIGKILL; the others were ended\n"
   assert all(gone(pid) for pid, _ in told)
@@ -82,20 +84,20 @@ def test_where_one_fails_the_others_may_end_by_themselves(three, tmp_path):
   assert not gone(told[0][0])
   end(tmp_path, 0, 1)
   end(tmp_path, 1, 1)
-  assert process.wait() == 2
+  assert process.wait(PATIENCE) == 2
   assert process.stderr.read() == ""
 
 
 def test_a_signal_is_passed_on_to_all(three):
   process, told = three
   process.terminate()
-  assert process.wait() == 75
+  assert process.wait(PATIENCE) == 75
   assert all(gone(pid) for pid, _ in told)
 
 
 @pytest.mark.parametrize("arguments", [[], ["3"], ["x", "true"], ["0", "true"]])
 def test_bad_input_is_one_line(arguments):
   done = subprocess.run([sys.executable, "-m", "launch.together", *arguments], cwd=ROOT,
-                        text=True, capture_output=True)
+                        text=True, capture_output=True, timeout=PATIENCE)
   assert done.returncode == 2
   assert done.stderr == "error: usage: python -m launch.together N COMMAND...\n"

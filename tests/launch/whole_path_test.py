@@ -91,7 +91,7 @@ def test_a_grid_goes_through_a_preemption_and_ends_as_if_undisturbed(tmp_path, f
   machine = fake / "machine-1" / code.sha256  # the same code, whatever this tree has become
   done = subprocess.run(
       [sys.executable, "-m", "moe_jax.train", f"--config={code.experiment}:{disturbed.name}",
-       f"--out={alone}"], cwd=machine, capture_output=True, text=True)
+       f"--out={alone}"], cwd=machine, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr
   ours, theirs = RunDir.of(out, disturbed), RunDir.of(alone, disturbed)
   assert [step for step, _ in _losses(ours)] == [10, 20]
