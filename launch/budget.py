@@ -34,6 +34,13 @@ def set_limit(folder: epath.Path, max_cost_usd: float | None) -> None:
   write_json(folder / "limit.json", {"max_cost_usd": max_cost_usd})
 
 
+def account(folder: epath.Path) -> list[str]:
+  """A line for each slice that counts by itself and that no launcher drives."""
+  return [f"{file.parent.name}: ${used.usd:.2f} since its machines began to work"
+          for file in sorted(folder.glob("*/used.json"))
+          if not (file.parent / "slice.json").exists() and (used := read_as(_Used, file))]
+
+
 class Meter:
   """Counts what one slice costs, and looks at what all of the experiment's cost."""
 

@@ -150,7 +150,10 @@ def preflight(options: Options, out: str, run: remote.Run) -> str | None:
     answer = run(gcloud.bucket(options, out[5:].partition("/")[0]))
     if not answer.ok:
       return answer.error
-    location = json.loads(answer.stdout).get("location", "").lower()
+    try:
+      location = json.loads(answer.stdout)["location"].lower()
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+      location = "a region that gcloud does not tell"
     for zone in options.zones:
       if not zone.startswith(location):
         print(f"warning: the bucket is in {location}, which is not {zone}'s region: traffic "

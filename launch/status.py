@@ -4,7 +4,7 @@
     python -m launch.status                                       every run under --out
 
 `--json` prints the same rows as a list of objects, `--watch` prints anew every half a minute.
-Slices of queued resources are listed below, with what they have used.
+Slices of TPUs are listed below, with what they have used.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from launch import driver
+from launch import budget, driver
 from launch.jobs import STARTING
 from launch.state import PENDING, CellState, states_of, states_under
 from launch.table import counts, table
@@ -60,8 +60,9 @@ def _slices(rows: Sequence[CellState]) -> list[str]:
   """What the experiments have in the cloud; nothing where they have none."""
   lines = []
   for experiment in dict.fromkeys(row.experiment for row in rows):
-    found = driver.read_all(epath.Path(_OUT.value) / experiment / "_slices")
-    lines += driver.table(found) if found else []
+    folder = epath.Path(_OUT.value) / experiment / "_slices"
+    found = driver.read_all(folder)
+    lines += [*(driver.table(found) if found else []), *budget.account(folder)]
   return lines
 
 

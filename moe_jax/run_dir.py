@@ -111,7 +111,7 @@ def reaching(path: str | os.PathLike) -> Iterator[None]:
   """Files below `path` are read or written: a FieldError, one line, where that is impossible."""
   try:
     yield
-  except FieldError:
+  except (FieldError, BrokenPipeError):  # the pipe is that of standard output
     raise
   except OSError as error:
     raise _out_of_reach(path, error) from None

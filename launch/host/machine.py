@@ -85,14 +85,19 @@ def read_secrets(secrets: Mapping[str, str]) -> dict[str, str]:
   return {name: _read_secret(name, where) for name, where in secrets.items()}
 
 
+def secret_command(where: str) -> tuple[str, ...]:
+  """Prints a version of a secret, projects/P/secrets/S/versions/V."""
+  _, project, _, secret, _, version = where.split("/")
+  return ("gcloud", "secrets", "versions", "access", version, f"--secret={secret}",
+          f"--project={project}")
+
+
 def _read_secret(name: str, where: str) -> str:
   try:
     if where.startswith("/"):
       return pathlib.Path(where).read_text().rstrip("\n")
-    _, project, _, secret, _, version = where.split("/")
-    return subprocess.run(
-        ["gcloud", "secrets", "versions", "access", version, f"--secret={secret}",
-         f"--project={project}"], check=True, capture_output=True, text=True).stdout
-  except (OSError, subprocess.CalledProcessError) as error:
+    return subprocess.run(secret_command(where), check=True, capture_output=True, text=True,
+                          timeout=120).stdout
+  except (OSError, ValueError, subprocess.SubprocessError) as error:
     reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
     raise RuntimeError(f"secret {name} cannot be read from {where}: {''.join(reason)}") from None

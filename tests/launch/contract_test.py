@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from launch import slices
 from launch.backends import gcloud, gke, slurm
 from launch.code import Code
+from launch.host import machine
 from launch.jobs import jobs_of
 from launch.plans import with_folder
 from moe_jax.grid import select
@@ -40,7 +41,10 @@ def _lines(options, jobs):
           gcloud.list_all(options, zone), gcloud.accelerator(options, zone),
           gcloud.bucket(options, "some-bucket"),
           gcloud.ssh(name, options, zone, "tail -n 5 'a b'; true", "all"),
-          gcloud.ssh(name, options, zone, "date", "0")]
+          gcloud.ssh(name, options, zone, "date", "0"),
+          # on the machines
+          machine.secret_command("projects/p/secrets/s/versions/latest"),
+          ("gcloud", "storage", "cp", "gs://some-bucket/code.tar.gz", "/tmp/files/code.tar.gz")]
 
 
 def test_gcloud_accepts_every_command_line(jobs, tmp_path):

@@ -3,6 +3,7 @@ nothing used that is not counted."""
 
 import dataclasses
 import errno
+import itertools
 import json
 import re
 
@@ -269,35 +270,44 @@ class _Killed(BaseException):
   pass
 
 
-@pytest.mark.parametrize("after", [False, True])
-def test_a_driver_killed_at_any_command_is_followed_by_another(tmp_path, after):
-  """At the n-th command, for every n until one is never reached."""
+@pytest.mark.parametrize("when", ["before", "after", "new state"])
+def test_a_driver_killed_anywhere_is_followed_by_another(tmp_path, when):
+  """Before or after the n-th command, or when the n-th new state is written down; for every n."""
   for n in range(1, 100):
-    folder = tmp_path / f"{after}-{n}"
+    folder = tmp_path / str(n)
     folder.mkdir()
-    world = World(folder, _first(_PREEMPTED))
-    run, count = world.cloud.run, [0]
+    world, count = World(folder, _first(_PREEMPTED)), itertools.count(1)
+    run, say = world.cloud.run, world.say
 
-    def deadly(command, run=run, count=count, n=n):
-      count[0] += 1
-      if count[0] == n:
-        if after:
-          run(command)
+    def deadly_run(command, run=run, count=count, n=n):
+      dies = next(count) == n
+      if dies and when == "before":
         raise _Killed
-      return run(command)
+      answer = run(command)
+      if dies:
+        raise _Killed
+      return answer
 
-    world.cloud.run = deadly
+    def deadly_say(line, count=count, n=n):
+      if next(count) == n:
+        raise _Killed
+
+    if when == "new state":
+      world.say = deadly_say
+    else:
+      world.cloud.run = deadly_run
     try:
       world.drive()
       break
     except _Killed:
       pass
+    world.cloud.run, world.say = run, say
     world.cloud.now += 100
     world.unwatched = 200.0
     assert world.drive()
     world.check()
     assert world.cloud.created == 2, n
-  assert n > 10
+  assert n > 8
 
 
 def test_two_drivers_never_both_act(tmp_path):
@@ -374,6 +384,9 @@ def test_a_bucket_elsewhere_is_warned_of(tmp_path, capsys, monkeypatch):
   said = capsys.readouterr().out
   assert "which is not europe-west4-a's region: traffic between them is charged" in said
   assert "us-east5-b's" not in said
+  world.cloud._on_command = lambda command: Answer(0, "{}", "")
+  assert driver.preflight(world.options, "gs://bucket/runs", world.cloud.run) is None
+  assert "the bucket is in a region that gcloud does not tell" in capsys.readouterr().out
 
 
 def test_the_account_is_shown_with_the_status(tmp_path):

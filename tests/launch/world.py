@@ -34,6 +34,7 @@ class World:
     self.folder = epath.Path(self.plan.out)
     self.said, self.worked, self.silent = [], {}, silent
     self.ticks, self.policy, self.seed = 0, policy, seed
+    self.say = self.said.append
     self.want()
 
   def want(self):
@@ -41,7 +42,7 @@ class World:
 
   def driver(self, sleep=None):
     return Driver(self.folder, self.cloud.run, self.cloud.clock, sleep or self.sleep,
-                  random.Random(self.seed), self.policy, self.said.append)
+                  random.Random(self.seed), self.policy, self.say)
 
   def sleep(self, seconds):
     """The machines work meanwhile."""
