@@ -11,9 +11,7 @@ from etils import epath
 from launch import driver, lease, remote, slices, submitted
 from moe_jax import cli
 
-_OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
-_EXPERIMENT = flags.DEFINE_string("experiment", None, "Name of the experiment: its directory "
-                                  "under --out.", required=True)
+_OUT, _EXPERIMENT = submitted.define_flags()
 _CONTEXT = flags.DEFINE_string("kube_context", None, "Context of kubectl.")
 
 

@@ -16,9 +16,7 @@ from moe_jax.errors import require
 from moe_jax.evaluate import results
 from moe_jax.run_dir import reaching
 
-_OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
-_EXPERIMENT = flags.DEFINE_string("experiment", None, "Name of the experiment: its directory "
-                                  "under --out.", required=True)
+_OUT, _EXPERIMENT = submitted.define_flags()
 _TO = flags.DEFINE_string("to", "runs", "Folder here, as another --out.")
 
 

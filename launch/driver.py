@@ -259,9 +259,10 @@ def drive(folder: epath.Path, run: remote.Run = remote.run, **driver: Any) -> in
     print(f"not driven from here: {error}")
     done = False
   except KeyboardInterrupt:
+    which = f"--out={folder.parent.parent} --experiment={folder.parent.name}"
     print("\nthe launcher stops; what runs goes on:")
-    print("\n".join([*table(read_all(folder)), "to watch again: python -m launch.watch",
-                     "to end all: python -m launch.cancel"]))
+    print("\n".join([*table(read_all(folder)), f"to watch again: python -m launch.watch {which}",
+                     f"to end all: python -m launch.cancel {which}"]))
     return 128 + signal.SIGINT
   print("\n".join(table(read_all(folder))))
   return 0 if done else 1

@@ -14,9 +14,7 @@ from launch import submitted
 from moe_jax import cli
 from moe_jax.errors import require
 
-_OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
-_EXPERIMENT = flags.DEFINE_string("experiment", None, "Name of the experiment: its directory "
-                                  "under --out.", required=True)
+_OUT, _EXPERIMENT = submitted.define_flags()
 _SLICE = flags.DEFINE_string("slice", None, "Which slice, where there are several.")
 _WORKER = flags.DEFINE_string("worker", "0", "Number of the machine, or all. SLURM: of the task.")
 _LINES = flags.DEFINE_integer("lines", 100, "Lines to begin with.", lower_bound=0)

@@ -5,6 +5,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from absl import flags
 from etils import epath
 
 from launch import cloud, driver, remote, slices
@@ -14,8 +15,17 @@ from launch.backends.gke import kubectl_in
 from moe_jax.errors import FieldError, require
 from moe_jax.run_dir import reaching, write_bytes
 
+flags.disclaim_key_flags()  # they are the verbs', whose --help lists them
+
 _SMALL = ("config.json", "status.json", "launch.json", "metrics/*.jsonl", "eval/*.json",
           "checksums/*.json")
+
+
+def define_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
+  """Declares --out and --experiment, which say what a verb is about."""
+  return (flags.DEFINE_string("out", "runs", "Root of the run directories."),
+          flags.DEFINE_string("experiment", None, "Name of the experiment: its directory under "
+                              "--out.", required=True))
 
 
 def folder_of(out: str, experiment: str) -> epath.Path:

@@ -5,15 +5,11 @@
 It takes up where the last driver ended or died. GKE and SLURM need no driver.
 """
 
-from absl import flags
-
 from launch import driver, submitted
 from moe_jax import cli
 from moe_jax.errors import FieldError
 
-_OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
-_EXPERIMENT = flags.DEFINE_string("experiment", None, "Name of the experiment: its directory "
-                                  "under --out.", required=True)
+_OUT, _EXPERIMENT = submitted.define_flags()
 
 
 def main(overrides: list[str]) -> int:

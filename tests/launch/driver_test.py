@@ -359,6 +359,28 @@ def test_cancelling_deletes_whatever_there_is(tmp_path):
   assert {record.state for record in world.records()} == {slices.CANCELLED}
 
 
+def test_ctrl_c_says_what_still_runs_and_costs(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(driver.signal, "signal", lambda *_: None)
+  world = World(tmp_path)
+
+  def sleep(seconds):
+    world.sleep(seconds)
+    if world.records()[0].held_seconds > 100:
+      raise KeyboardInterrupt
+
+  assert driver.drive(world.folder, world.cloud.run, clock=world.cloud.clock, sleep=sleep,
+                      say=world.said.append) == 130
+  _, stops, one, total, *hints = capsys.readouterr().out.split("\n")
+  assert stops == "the launcher stops; what runs goes on:"
+  assert one.startswith(f"{world.plan.slices[0].name}: active, ") and "at most $" in one
+  assert total.startswith("1 slices, at most $")
+  which = f"--out={world.out} --experiment=tiny"
+  assert hints[:2] == [f"to watch again: python -m launch.watch {which}",
+                       f"to end all: python -m launch.cancel {which}"]
+  assert world.drive()  # the lease was let go
+  world.check()
+
+
 # Before anything is created
 
 

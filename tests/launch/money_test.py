@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from launch import driver, money, slices
 from launch.slices import Policy, Record
 from moe_jax.plan import topology
+from moe_jax.run_dir import read_json
 from tests.launch.world import QUICK, World
 
 _MARGIN = Policy().margin
@@ -69,7 +70,11 @@ def test_it_counts_what_earlier_submissions_spent_and_goes_on_with_more(tmp_path
 def test_a_submission_changes_the_limit_of_slices_at_work(tmp_path):
   world = World(tmp_path)
   _limited(world, 5.0)
-  assert [one.options.max_cost_usd for one in driver.read_all(world.folder)] == [5.0]
+  (one,) = driver.read_all(world.folder)
+  assert one.options.max_cost_usd == 5.0
+  # its machines count too
+  assert read_json(world.folder / "limit.json") == {"max_cost_usd": 5.0}
+  assert one.work.usd_per_second == pytest.approx(_RATE)
 
 
 def test_a_price_that_is_given_counts(tmp_path):
