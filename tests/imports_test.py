@@ -10,6 +10,7 @@ _LIGHT = ("moe_jax.arch", "moe_jax.config", "moe_jax.grid", "moe_jax.run_dir", "
           "moe_jax.text", "moe_jax.evaluate.cells", "moe_jax.evaluate.results", "moe_jax.laws",
           "moe_jax.laws.__main__", "moe_jax.laws.registry", "moe_jax.design.__main__",
           "moe_jax.study.power", "moe_jax.study.next", "moe_jax.study.proposal",
+          "moe_jax.study.learning_rate", "moe_jax.study.predict",
           "moe_jax.design.plot", "launch.submit", "launch.status", "launch.backends.local",
           "launch.backends.gcloud", "launch.backends.gke", "launch.backends.slurm",
           "launch.host.__main__", "launch.watch", "launch.cancel", "launch.collect", "launch.gc",

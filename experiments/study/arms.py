@@ -7,6 +7,7 @@ N_active, depth and width stay.
 
 import dataclasses
 import functools
+import pathlib
 
 from moe_jax import arch
 from moe_jax.config import (
@@ -19,6 +20,7 @@ from moe_jax.config import (
     TrainConfig,
 )
 from moe_jax.grid import Grid, trunk_and_branches
+from moe_jax.study import rates
 
 SIZES = (2_000_000, 6_000_000, 16_000_000)
 EXPERTS = {2: (8, 16, 32, 64), 4: (8, 16, 32, 64), 8: (16, 32, 64), 16: (32, 64)}  # of each s
@@ -29,8 +31,10 @@ CORNERS = ((8, 4, 2.0), (64, 32, 2.0), (32, 2, 2.0), (64, 4, 2.0))
 ASPECT = 24.0
 BATCH_SIZE, SEQ_LEN = 128, 256
 
-# Where the pilots' sweeps have their middle. What they find replaces these before the grid runs.
+# Where the pilots' sweeps have their middle, and all cells until the sweeps have been fitted: from
+# then on RATES has lr*(N_total, s, n_exp). Names of cells follow their rates.
 LEARNING_RATES = {2_000_000: 4e-3, 6_000_000: 3e-3, 16_000_000: 2e-3}
+RATES = pathlib.Path(__file__).with_name("rates.json")
 
 RECIPE = RunConfig(
     arch=Architecture(n_layers=6, d_model=144, d_expert=72, n_exp=8, n_topk=4, n_heads=2),
@@ -57,9 +61,14 @@ def cell(n_total: int, n_exp: int, n_topk: int, granularity: float) -> RunConfig
       template=RECIPE.arch, n_total=n_total, n_exp=n_exp, n_topk=n_topk, aspect=ASPECT,
       granularity=granularity,
       limits=arch.IsoLimits(d_model_multiple=4, d_expert_multiple=2, tolerance_ppm=20_000))
-  return dataclasses.replace(
-      RECIPE, arch=shape.arch,
-      train=dataclasses.replace(RECIPE.train, learning_rate=LEARNING_RATES[n_total]))
+  fitted = rates.read(RATES) if RATES.exists() else None
+  rate = LEARNING_RATES[n_total] if fitted is None else fitted.of(shape.arch)
+  return at_rate(dataclasses.replace(RECIPE, arch=shape.arch), rate)
+
+
+def at_rate(config: RunConfig, rate: float) -> RunConfig:
+  """The same run at another learning rate."""
+  return dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=rate))
 
 
 def at_full_length(sizes=SIZES, shapes=ARM_A + ARM_B) -> tuple[RunConfig, ...]:

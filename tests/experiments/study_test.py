@@ -27,7 +27,7 @@ def cells_of(grid):
 
 @pytest.mark.parametrize("name,runs", [
     ("small", 2 * 16 * 4 + 12), ("large", 16 * 4), ("arm_a", 39), ("both_arms", 48),
-    ("pilots", 4 * 5 + 4 * 3), ("capacity", 4), ("rehearsal", 32)])
+    ("pilots", 4 * 5 + 4 * 3), ("capacity", 4), ("rehearsal", 32), ("rate_check", 18)])
 def test_every_file_loads(name, runs):
   assert len(load(name).cells) == runs
 

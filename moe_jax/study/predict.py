@@ -1,0 +1,68 @@
+"""Predictions that can be committed before their cells are measured, and how they turned out.
+
+    python -m moe_jax.study.predict --results=runs/study/results.csv --law=paper-curved \\
+        --where=tokens=99975168 --config=experiments/study/large.py --write=predictions.csv
+    python -m moe_jax.study.predict --results=runs/study/results.csv --predictions=predictions.csv
+
+A cell that the results already have is refused. The interval is for one further run: the
+uncertainty of the law, by the jackknife over architectures, and the scatter of the runs around
+it. Every line has the identity's hash of its run and a fingerprint of the fit.
+"""
+
+import csv
+import io
+
+from absl import flags
+from etils import epath
+
+from moe_jax import cli
+from moe_jax.errors import FieldError, require
+from moe_jax.laws.forms import FORMS
+from moe_jax.laws.table import read_results
+from moe_jax.run_dir import write_text
+from moe_jax.study import foresight
+
+_RESULTS = flags.DEFINE_string("results", None, "results.csv of an experiment.", required=True)
+_CONFIG = cli.define_config_flag(required=False)
+_LAW = flags.DEFINE_string("law", "paper", f"The form to fit: {', '.join(FORMS)}.")
+_WHERE = flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: keep these rows alone.")
+_WITHOUT = flags.DEFINE_list("without", [], "Cells of --results to leave out, by name.")
+_WRITE = flags.DEFINE_string("write", None, "Write the predictions as this .csv file; none that "
+                             "exists.")
+_PREDICTIONS = flags.DEFINE_string("predictions", None, "A file of --write, to be compared with "
+                                   "--results; nothing is fitted.")
+_TARGET = flags.DEFINE_float("target_percent", 0.3, "Median absolute error that is aimed at.")
+
+
+def main(overrides: list[str]) -> None:
+  require((_CONFIG.value is None) != (_PREDICTIONS.value is None), "config", _CONFIG.value,
+          "give one of --config, whose cells are predicted, and --predictions")
+  if _PREDICTIONS.value is not None:
+    require(not overrides and _WRITE.value is None, "predictions", _PREDICTIONS.value,
+            "are compared: without --write and --config.PATH=VALUE")
+    predictions = foresight.read(_PREDICTIONS.value)
+    rows = read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value)
+    print("\n".join(foresight.compare(predictions, rows).lines(_TARGET.value)))
+    return
+  if _WRITE.value is not None:
+    require(_WRITE.value.endswith(".csv"), "write", _WRITE.value, "must end in .csv")
+    require(not epath.Path(_WRITE.value).exists(), "write", _WRITE.value,
+            "exists, and is not overwritten: what was predicted stands")
+  cells = cli.selected_cells(_CONFIG.value, overrides)
+  rows = read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value)
+  found = foresight.predict(cells, rows, _LAW.value, _RESULTS.value)
+  print("\n".join(found.lines()))
+  if _WRITE.value is not None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, foresight.COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found.rows)
+    try:
+      write_text(epath.Path(_WRITE.value), text.getvalue())
+    except OSError as error:
+      raise FieldError("write", _WRITE.value, str(error)) from None
+    print(f"written: {_WRITE.value}; commit it before these cells run")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,233 @@
+"""Learning rates from sweeps: each sweep's optimum, and a law of the optima. No JAX.
+
+    ln lr* = intercept + n_total ln N_total + sparsity ln s + n_exp ln n_exp
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from moe_jax.arch import count
+from moe_jax.arch.architecture import Architecture
+from moe_jax.errors import FieldError, require
+from moe_jax.laws.table import ARCHITECTURE, UNUSED, Row
+from moe_jax.text import short
+
+VARIABLES = ("n_total", "sparsity", "n_exp")
+_AROUND = 2  # rates on either side of the best that the parabola goes through
+_QUANTILE = 1.96  # the noise is taken as known
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """One architecture and length at several learning rates.
+
+  Attributes:
+    cell: the shortest of the runs' names.
+    variables: VARIABLES, as numbers.
+    rates, log_loss, seeds: of those that have a loss, by ascending rate: ln L is the mean over
+      so many seeds.
+    without_loss: rates that have none (diverged, unfinished).
+    identities: of all its runs.
+  """
+
+  cell: str
+  variables: Mapping[str, float]
+  rates: np.ndarray
+  log_loss: np.ndarray
+  seeds: np.ndarray
+  without_loss: tuple[float, ...]
+  identities: tuple[str, ...]
+
+  def __str__(self) -> str:
+    known = self.variables
+    return (f"{self.cell} (N_total {short(known['n_total'])}, s {known['sparsity']:g}, n_exp "
+            f"{known['n_exp']:g})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimum:
+  """Where a sweep's loss is least.
+
+  Attributes:
+    sweep: which.
+    rate: the vertex of the parabola.
+    low, high: its 95 % interval; 0 and infinity where the noise allows no curvature at all.
+    coefficients: ln L = c[0] + c[1] u + c[2] u² with u = ln(rate) - centre.
+    centre: see there.
+  """
+
+  sweep: Sweep
+  rate: float
+  low: float
+  high: float
+  coefficients: tuple[float, float, float]
+  centre: float
+
+  def loss_above(self, rate: float) -> float:
+    """ln L at a rate minus that at the optimum, by the parabola."""
+    return self.coefficients[2] * math.log(rate / self.rate)**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """A law of the optimal learning rate; see the module's docstring."""
+
+  coefficients: Mapping[str, float]
+
+  def at(self, n_total: float, sparsity: float, n_exp: float) -> float:
+    c = self.coefficients
+    return math.exp(c["intercept"] + c["n_total"] * math.log(n_total)
+                    + c["sparsity"] * math.log(sparsity) + c["n_exp"] * math.log(n_exp))
+
+  def of(self, arch: Architecture) -> float:
+    """For an architecture, to three digits: the rate is part of a run's identity and name."""
+    return float(f"{self.at(count.n_total(arch), arch.sparsity, arch.n_exp):.3g}")
+
+
+def read(path: str | os.PathLike) -> Rates:
+  """Of the file that moe_jax.study.learning_rate wrote. Raises FieldError."""
+  try:
+    found = json.loads(pathlib.Path(path).read_text())["coefficients"]
+    return Rates({name: float(found[name]) for name in ("intercept", *VARIABLES)})
+  except OSError as error:
+    raise FieldError("rates", str(path), f"cannot be read: {error.strerror}") from None
+  except (ValueError, KeyError, TypeError):
+    raise FieldError("rates", str(path), "is damaged: no coefficients intercept, "
+                     + ", ".join(VARIABLES)) from None
+
+
+def sweeps_of(rows: Sequence[Row], source: str) -> list[Sweep]:
+  """The architectures with several rates, in the order of the table. Raises FieldError."""
+  groups: dict[tuple, list[Row]] = collections.defaultdict(list)
+  for row in rows:
+    groups[tuple(row[name] for name in (*ARCHITECTURE, "tokens"))].append(row)
+  found = []
+  for group in groups.values():
+    if len({row["learning_rate"] for row in group}) > 1:
+      found.append(_sweep(group))
+  require(bool(found), "results", source, "has no architecture with several learning rates")
+  return found
+
+
+def _sweep(group: list[Row]) -> Sweep:
+  losses = collections.defaultdict(list)
+  for row in group:
+    if UNUSED not in row:
+      losses[row["learning_rate"]].append(math.log(row["loss"]))
+  rates = sorted(losses)
+  without = {row["learning_rate"] for row in group} - set(rates)
+  row = group[0]
+  return Sweep(min((row["cell"] for row in group), key=lambda name: (len(name), name)),
+               {"n_total": row["n_total"], "sparsity": row["n_exp"] / row["n_topk"],
+                "n_exp": row["n_exp"]},
+               np.array(rates), np.array([np.mean(losses[rate]) for rate in rates]),
+               np.array([len(losses[rate]) for rate in rates]), tuple(sorted(without)),
+               tuple(str(row.get("identity", "")) for row in group))
+
+
+def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
+  """The vertex of the parabola through the best rate and up to two on either side.
+
+  Args:
+    sweep: three rates at least.
+    seed_sd: standard deviation of ln L between seeds.
+
+  Raises:
+    FieldError: the best rate is at an edge, or the curve has no minimum within the sweep; says
+      which rates to add.
+  """
+  rates, n = sweep.rates, len(sweep.rates)
+  if n < 3:
+    raise FieldError("results", str(sweep), f"has a loss at {n} rate{'s' * (n != 1)}: three at "
+                     "least are needed")
+  best, step = int(np.argmin(sweep.log_loss)), math.exp(np.diff(np.log(rates)).mean())
+  if best in (0, n - 1):
+    raise _edge(sweep, best, step)
+  part = slice(max(0, best - _AROUND), best + _AROUND + 1)
+  centre = float(np.log(rates[part]).mean())
+  u_N = np.log(rates[part]) - centre
+  x_NP = np.stack([np.ones_like(u_N), u_N, u_N**2], axis=1)
+  solve_PN = np.linalg.pinv(x_NP)
+  c = solve_PN @ sweep.log_loss[part]
+  covariance_PP = seed_sd**2 * solve_PN @ np.diag(1 / sweep.seeds[part]) @ solve_PN.T
+  vertex = -c[1] / (2 * c[2]) if c[2] > 0 else math.inf
+  if not u_N[0] < vertex < u_N[-1]:
+    at = 0 if vertex < 0 else n - 1
+    raise _edge(sweep, at, step) if c[2] > 0 else FieldError(
+        "results", str(sweep), f"its losses at {n} rates have no minimum: add "
+        f"{_number(rates[0] / step)} and {_number(rates[-1] * step)}")
+  gradient_P = np.array([0, -1 / (2 * c[2]), c[1] / (2 * c[2]**2)])
+  half = _QUANTILE * math.sqrt(gradient_P @ covariance_PP @ gradient_P)
+  if c[2] <= _QUANTILE * math.sqrt(covariance_PP[2, 2]):
+    half = math.inf
+  return Optimum(sweep, math.exp(centre + vertex), math.exp(centre + vertex - half),
+                 math.exp(centre + vertex + half) if half < 700 else math.inf,
+                 tuple(float(x) for x in c), centre)
+
+
+def _edge(sweep: Sweep, at: int, step: float) -> FieldError:
+  """Says how to widen a sweep whose best rate is its lowest or highest."""
+  rate, lowest = float(sweep.rates[at]), at == 0
+  beyond = [other for other in sweep.without_loss if (other < rate) == lowest and other != rate]
+  if beyond:  # one that failed lies further out: look between
+    next_to = max(beyond) if lowest else min(beyond)
+    add, why = [math.sqrt(rate * next_to)], f"next to {_number(next_to)}, which has no loss"
+  else:
+    factors = (1 / step, 1 / step**2) if lowest else (step, step**2)
+    add, why = [rate * factor for factor in factors], "the edge of the sweep"
+  return FieldError("results", str(sweep), f"is best at the {'lowest' if lowest else 'highest'} "
+                    f"of {len(sweep.rates)} rates, {_number(rate)}, {why}: add "
+                    + " and ".join(map(_number, sorted(add))))
+
+
+def _number(rate: float) -> str:
+  return f"{rate:.4g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class RateFit:
+  """Attributes:
+    rates: the law.
+    errors: standard error of each coefficient; NaN where there are as many as optima.
+    optima: what it was fitted to.
+  """
+
+  rates: Rates
+  errors: Mapping[str, float]
+  optima: tuple[Optimum, ...]
+
+  def fitted(self, optimum: Optimum) -> float:
+    return self.rates.at(**optimum.sweep.variables)
+
+  @property
+  def worst_factor(self) -> float:
+    """The largest ratio between an optimum and the law's rate, either way."""
+    return max(math.exp(abs(math.log(one.rate / self.fitted(one)))) for one in self.optima)
+
+
+def fit_rates(optima: Sequence[Optimum], source: str) -> RateFit:
+  """Least squares in logs. Raises FieldError where the sweeps do not tell the slopes apart."""
+  logs = np.array([[math.log(one.sweep.variables[name]) for name in VARIABLES]
+                   for one in optima])
+  x_NP = np.column_stack([np.ones(len(logs)), logs])
+  scaled = np.column_stack([x_NP[:, :1], logs - logs.mean(axis=0)])
+  values = np.linalg.svd(scaled / np.maximum(np.linalg.norm(scaled, axis=0), 1e-12),
+                         compute_uv=False)
+  if len(optima) < 4 or values[-1] < 0.05:
+    raise FieldError("results", source, f"its {len(optima)} sweeps do not tell the effects of "
+                     "N_total, s and n_exp apart: sweep at corners that differ in each")
+  y_N = np.log([one.rate for one in optima])
+  theta = np.linalg.lstsq(x_NP, y_N, rcond=None)[0]
+  df = len(optima) - len(theta)
+  scatter = float(np.sum((y_N - x_NP @ theta)**2)) / df if df else math.nan
+  errors = np.sqrt(scatter * np.diag(np.linalg.inv(x_NP.T @ x_NP)))
+  names = ("intercept", *VARIABLES)
+  return RateFit(Rates(dict(zip(names, theta.tolist(), strict=True))),
+                 dict(zip(names, errors.tolist(), strict=True)), tuple(optima))

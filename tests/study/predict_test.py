@@ -1,0 +1,75 @@
+"""Predictions are of the planted law, cover what they say, and are not made of what is known."""
+
+import numpy as np
+import pytest
+
+from moe_jax.errors import FieldError
+from moe_jax.grid import Cell
+from moe_jax.laws.table import read_results
+from moe_jax.study import foresight
+from tests.experiment_files import run_module
+from tests.study import planted
+
+SMALL = planted.grid(sizes=(700_000, 2_000_000))
+LARGE = planted.grid(sizes=(5_000_000,))
+SELECTED = tuple(Cell(LARGE.name, f"large.py:{name}", name, config)
+                 for name, config in zip(LARGE.names, LARGE.cells, strict=True))
+
+
+def rows_of(folder, grid, seed=0):
+  return read_results(planted.write_runs(folder, grid, configs=False, seed=seed))
+
+
+def test_intervals_cover_further_runs(tmp_path):
+  covered, total, errors = 0, 0, []
+  for seed in range(30):
+    found = foresight.predict(SELECTED, rows_of(tmp_path, SMALL, seed), "paper")
+    assert len(found.rows) == len(SELECTED)
+    predictions = [row | {name: float(row[name]) for name in ("predicted", "low", "high", "level")}
+                   for row in found.rows]
+    compared = foresight.compare(predictions, [
+        row | {"identity": one["identity"]} for row, one in
+        zip(rows_of(tmp_path, LARGE, 1000 + seed), found.rows, strict=True)])
+    covered, total = covered + compared.covered, total + len(compared.measured)
+    errors += list(compared.errors)
+  assert 0.9 < covered / total <= 1
+  assert abs(np.mean(errors)) < 0.003
+
+
+def test_the_fit_has_a_fingerprint_of_its_own(tmp_path):
+  one, again, other = (foresight.predict(SELECTED, rows_of(tmp_path, SMALL, seed), "paper")
+                       for seed in (0, 0, 1))
+  assert one.rows == again.rows
+  assert one.rows[0]["fit"] != other.rows[0]["fit"]
+
+
+def test_what_was_measured_is_not_predicted(tmp_path):
+  rows = rows_of(tmp_path, SMALL)
+  mine = [Cell(SMALL.name, "small.py", name, config)
+          for name, config in zip(SMALL.names, SMALL.cells, strict=True)]
+  first = foresight.predict(mine[:1], rows, "paper").rows[0]["identity"]
+  rows[0]["identity"] = first
+  with pytest.raises(FieldError, match="has the loss of .* already"):
+    foresight.predict(mine, rows, "paper")
+
+
+def test_written_then_compared(tmp_path):
+  results = planted.write_runs(tmp_path, SMALL)
+  config = tmp_path / "large.py"
+  config.write_text("from tests.study import planted\n\n\ndef get_grid():\n"
+                    "  return planted.grid(sizes=(5_000_000,))\n")
+  file = tmp_path / "predictions.csv"
+  command = ("-m", "moe_jax.study.predict", f"--results={results}")
+  made = run_module(*command, f"--config={config}", f"--write={file}")
+  assert made.returncode == 0, made.stderr
+  assert "6 of 6 cells predicted by paper" in made.stdout
+  again = run_module(*command, f"--config={config}", f"--write={file}")
+  assert again.returncode == 2 and "what was predicted stands" in again.stderr
+  compared = run_module(*command, f"--predictions={file}")
+  assert compared.returncode == 0, compared.stderr
+  assert compared.stdout.count("not run") == 6
+  assert compared.stdout.endswith("none of them has been measured\n")
+  for arguments, line in (([], "error: --config=None: give one of --config"),
+                          ([f"--predictions={config}"], "is not a file of --write")):
+    done = run_module(*command, *arguments)
+    assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
