@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.step_limits import Product, products
 from benchmarks.step_serve import serve
 from moe_jax.config import RunConfig, config_from_dict
+from moe_jax.memory import use_huge_pages
 from moe_jax.mesh import make_mesh
 from moe_jax.model.cross_entropy import summed_nll
 from moe_jax.train import step as step_lib
@@ -80,5 +81,6 @@ def _fastest(function, *args) -> float:
 
 
 if __name__ == "__main__":
+  use_huge_pages()  # as in training
   config, tokens, weights = sys.argv[1:]
   serve(Ours(config_from_dict(json.loads(config)), tokens, weights))

@@ -14,6 +14,7 @@ from absl import flags, logging
 
 from moe_jax import cli, cluster, run_dir
 from moe_jax.errors import FieldError, require
+from moe_jax.memory import use_huge_pages
 from moe_jax.population import deal
 
 _CONFIG = cli.define_config_flag()
@@ -93,4 +94,5 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
 
 
 if __name__ == "__main__":
+  use_huge_pages()
   cli.run(main)
