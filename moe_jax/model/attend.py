@@ -1,12 +1,11 @@
 """Attention of one sequence's positions to earlier ones, by what is fast on the platform."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.model import splash
+from moe_jax.products import einsum, turned
 
 _CPU_BLOCKS = 4  # parts of the queries: 4 leave out 3/8 of all scores, 8 would leave out 7/16
 
@@ -61,14 +60,16 @@ def _heads_first(query_BKGSh, key_BKSh, value_BKSh, segments_BS):
 
 
 def _heads_first_fwd(query_BKGSh, key_BKSh, value_BKSh, segments_BS):
-  outs, lses = [], []
+  h, outs, lses = query_BKGSh.shape[-1], [], []
   for part in _parts(query_BKGSh.shape[3]):
-    score_BKGQS = _scores(query_BKGSh, key_BKSh, segments_BS, part)
+    score_BKGQS = einsum("bkgqh,bksh->bkgqs", query_BKGSh[..., part, :],
+                         key_BKSh[:, :, :part.stop])
+    score_BKGQS = jnp.where(_seen(segments_BS, part), score_BKGQS * h**-0.5, -jnp.inf)
     max_BKGQ = score_BKGQS.max(-1)
     exp_BKGQS = jnp.exp(score_BKGQS - max_BKGQ[..., None])
     sum_BKGQ = exp_BKGQS.sum(-1)
-    out_BKGQh = jnp.einsum("bkgqs,bksh->bkgqh", exp_BKGQS.astype(value_BKSh.dtype),
-                           value_BKSh[:, :, :part.stop], preferred_element_type=jnp.float32)
+    out_BKGQh = einsum("bkgqs,bksh->bkgqh", exp_BKGQS.astype(value_BKSh.dtype),
+                       value_BKSh[:, :, :part.stop])
     outs.append((out_BKGQh / sum_BKGQ[..., None]).astype(value_BKSh.dtype))
     lses.append(max_BKGQ + jnp.log(sum_BKGQ))
   out_BKGSh, lse_BKGS = jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
@@ -77,26 +78,31 @@ def _heads_first_fwd(query_BKGSh, key_BKSh, value_BKSh, segments_BS):
 
 def _heads_first_bwd(residuals, dout_BKGSh):
   query_BKGSh, key_BKSh, value_BKSh, segments_BS, out_BKGSh, lse_BKGS = residuals
-  einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  dtype, seq_len = query_BKGSh.dtype, query_BKGSh.shape[3]
+  dtype, (b, n_kv, n_groups, seq_len, h) = query_BKGSh.dtype, query_BKGSh.shape
   # What the normalisation takes from the gradient of each row of scores.
   common_BKGS = (dout_BKGSh.astype(jnp.float32) * out_BKGSh.astype(jnp.float32)).sum(-1)
+  key_BKhS = turned(key_BKSh)
   dqueries, dkey_BKSh, dvalue_BKSh = [], 0.0, 0.0
+  # Scores lie keys first: all five products then multiply first factors as they lie.
   for part in _parts(seq_len):
-    keys = slice(part.stop)
-    prob_BKGQS = jnp.exp(_scores(query_BKGSh, key_BKSh, segments_BS, part)
-                         - lse_BKGS[..., part, None])
-    dout_BKGQh = dout_BKGSh[..., part, :]
-    dprob_BKGQS = einsum("bkgqh,bksh->bkgqs", dout_BKGQh, value_BKSh[:, :, keys])
-    dscore_BKGQS = (prob_BKGQS * (dprob_BKGQS - common_BKGS[..., part, None])
-                    * _scale(query_BKGSh)).astype(dtype)
-    dqueries.append(einsum("bkgqs,bksh->bkgqh", dscore_BKGQS, key_BKSh[:, :, keys]).astype(dtype))
+    keys, rows = slice(part.stop), (b, n_kv, -1, h)
+    query_BKRh = query_BKGSh[..., part, :].reshape(rows)  # R = G * Q
+    dout_BKRh = dout_BKGSh[..., part, :].reshape(rows)
+    lse_BKR, common_BKR = (x[..., part].reshape(b, n_kv, 1, -1) for x in (lse_BKGS, common_BKGS))
+    score_BKSR = einsum("bksh,bkrh->bksr", key_BKSh[:, :, keys], query_BKRh)
+    seen_BKSGQ = jnp.moveaxis(_seen(segments_BS, part), -1, 2)
+    score_BKSGQ = score_BKSR.reshape(*score_BKSR.shape[:3], n_groups, -1)
+    score_BKSR = jnp.where(seen_BKSGQ, score_BKSGQ * h**-0.5, -jnp.inf).reshape(score_BKSR.shape)
+    prob_BKSR = jnp.exp(score_BKSR - lse_BKR)
+    dprob_BKSR = einsum("bksh,bkrh->bksr", value_BKSh[:, :, keys], dout_BKRh)
+    dscore_BKSR = (prob_BKSR * (dprob_BKSR - common_BKR) * h**-0.5).astype(dtype)
+    dquery_BKhR = einsum("bkhs,bksr->bkhr", key_BKhS[..., keys], dscore_BKSR)
+    dqueries.append(dquery_BKhR.reshape(b, n_kv, h, n_groups, -1))
     rest = ((0, 0), (0, 0), (0, seq_len - part.stop), (0, 0))
-    dkey_BKSh += jnp.pad(einsum("bkgqs,bkgqh->bksh", dscore_BKGQS, query_BKGSh[..., part, :]),
-                         rest)
-    dvalue_BKSh += jnp.pad(einsum("bkgqs,bkgqh->bksh", prob_BKGQS.astype(dtype), dout_BKGQh),
-                           rest)
-  return jnp.concatenate(dqueries, axis=3), dkey_BKSh.astype(dtype), dvalue_BKSh.astype(dtype), None
+    dkey_BKSh += jnp.pad(einsum("bksr,bkrh->bksh", dscore_BKSR, query_BKRh), rest)
+    dvalue_BKSh += jnp.pad(einsum("bksr,bkrh->bksh", prob_BKSR.astype(dtype), dout_BKRh), rest)
+  dquery_BKGSh = jnp.concatenate(dqueries, axis=-1).transpose(0, 1, 3, 4, 2)
+  return dquery_BKGSh.astype(dtype), dkey_BKSh.astype(dtype), dvalue_BKSh.astype(dtype), None
 
 
 _heads_first.defvjp(_heads_first_fwd, _heads_first_bwd)
@@ -107,16 +113,9 @@ def _parts(seq_len: int) -> list[slice]:
   return [slice(start, min(start + rows, seq_len)) for start in range(0, seq_len, rows)]
 
 
-def _scale(query_BKGSh) -> float:
-  return query_BKGSh.shape[-1]**-0.5
-
-
-def _scores(query_BKGSh, key_BKSh, segments_BS, part: slice):
-  """Of the queries of a part and the keys up to its end; -inf where a key is not to be seen."""
-  score_BKGQS = jnp.einsum("bkgqh,bksh->bkgqs", query_BKGSh[..., part, :],
-                           key_BKSh[:, :, :part.stop], preferred_element_type=jnp.float32)
-  seen = jnp.arange(part.stop) <= jnp.arange(part.start, part.stop)[:, None]
+def _seen(segments_BS, part: slice):
+  """seen_BKGQS: whether the queries of a part may see each key up to its end."""
+  seen_BQS = (jnp.arange(part.stop) <= jnp.arange(part.start, part.stop)[:, None])[None]
   if segments_BS is not None:
-    same_BQS = segments_BS[:, part, None] == segments_BS[:, None, :part.stop]
-    seen = (seen & same_BQS)[:, None, None]
-  return jnp.where(seen, score_BKGQS * _scale(query_BKGSh), -jnp.inf)
+    seen_BQS &= segments_BS[:, part, None] == segments_BS[:, None, :part.stop]
+  return seen_BQS[:, None, None]

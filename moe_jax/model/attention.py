@@ -1,5 +1,7 @@
 """Causal attention with rotary positions; queries and keys normalised as Qwen3 or OLMoE do."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,8 +10,10 @@ from jax.sharding import Mesh
 from moe_jax.config import RunConfig
 from moe_jax.model import init
 from moe_jax.model.attend import attend
+from moe_jax.products import multiply, multiply_each
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """x / rms(x) * scale over the last axis, inside float32, in the type of x."""
   x32 = x.astype(jnp.float32)
@@ -60,19 +64,19 @@ class Attention(nnx.Module):
 
   def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, gather, mesh: Mesh) -> jax.Array:
     """Attends within documents; `gather` makes a weight ready to multiply (gather_whole)."""
-    query_BSHh, key_BSKh, value_BSKh = self.project(x_BSD, gather)
+    query_BSHh, key_BSKh, value_BSKh = self.project(x_BSD, gather, mesh)
     with jax.named_scope("attention"):
       segments_BS = segments_BS if self.config.data.mask_documents else None
       out_BSHh = attend(query_BSHh, key_BSKh, value_BSKh, segments_BS, mesh)
-    return jnp.einsum("bsnh,nhd->bsd", out_BSHh, gather(self.w_out_HhD))
+    return multiply(out_BSHh, gather(self.w_out_HhD), mesh, axes=2)
 
-  def project(self, x_BSD: jax.Array, gather, position_BS: jax.Array | None = None
+  def project(self, x_BSD: jax.Array, gather, mesh: Mesh,
+              position_BS: jax.Array | None = None
               ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values; those that are compared are normalised and rotated."""
     model = self.config.model
-    query_BSHh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_query_DHh))
-    key_BSKh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_key_DKh))
-    value_BSKh = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.w_value_DKh))
+    weights = map(gather, (self.w_query_DHh, self.w_key_DKh, self.w_value_DKh))
+    query_BSHh, key_BSKh, value_BSKh = multiply_each(x_BSD, list(weights), mesh)
     with jax.named_scope("attention"):
       if self.config.arch.qk_norm == "head":
         query_BSHh = rms_norm(query_BSHh, self.query_norm_h[...], model.norm_eps)

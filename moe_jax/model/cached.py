@@ -126,11 +126,12 @@ def _scan(layers: Block, x_BSD, cache: Cache, first: int, position_B, mesh):
     gather = functools.partial(gather_whole, mesh=mesh, dtype=x_BSD.dtype)
     eps = block.config.model.norm_eps
     normed_BSD = rms_norm(x_BSD, block.attention_norm_D[...], eps)
-    y_BSD, cache = _attend(block.attention, normed_BSD, cache, number, position_B, gather)
+    y_BSD, cache = _attend(block.attention, normed_BSD, cache, number, position_B, gather,
+                            mesh)
     x_BSD += y_BSD
     normed_BSD = rms_norm(x_BSD, block.ff_norm_D[...], eps)
     if block.dense:
-      y_BSD = block.ff(normed_BSD, gather)
+      y_BSD = block.ff(normed_BSD, gather, mesh)
     else:
       y_BSD, _ = block.moe(normed_BSD, gather, mesh, None, None)
     return (x_BSD + y_BSD, cache), None
@@ -141,15 +142,15 @@ def _scan(layers: Block, x_BSD, cache: Cache, first: int, position_B, mesh):
   return x_BSD, cache, first + n_layers
 
 
-def _attend(attention: Attention, x_BSD, cache: Cache, number, position_B, gather):
+def _attend(attention: Attention, x_BSD, cache: Cache, number, position_B, gather, mesh):
   """Attention of the layer of that number."""
   if position_B is None:
-    query_BSHh, key_BSKh, value_BSKh = attention.project(x_BSD, gather)
+    query_BSHh, key_BSKh, value_BSKh = attention.project(x_BSD, gather, mesh)
     cache = Cache(*(jax.lax.dynamic_update_slice(old, new[None], (number, 0, 0, 0, 0))
                     for old, new in zip(cache, (key_BSKh, value_BSKh), strict=True)))
     out_BSHh = jax.nn.dot_product_attention(query_BSHh, key_BSKh, value_BSKh, is_causal=True)
   else:
-    query_B1Hh, *new = attention.project(x_BSD, gather, position_B[:, None])
+    query_B1Hh, *new = attention.project(x_BSD, gather, mesh, position_B[:, None])
     row_B = jnp.arange(len(position_B))
     cache = Cache(*(old.at[number, row_B, position_B].set(new_B1Kh[:, 0], unique_indices=True)
                     for old, new_B1Kh in zip(cache, new, strict=True)))

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.mesh import BATCH_AXES
+from moe_jax.products import einsum
 
 # Bytes of float32 logits at a time on a device. A CPU wants them in its cache; a matrix unit
 # wants many rows, and the sum of the head's gradient is read and written once a chunk.
@@ -81,7 +82,7 @@ def _chunks(x_bSD: jax.Array, targets_bS: jax.Array, vocab_size: int, mesh: Mesh
 
 def _nll(x_RD, target_R, head_DV):
   """nll_R, 0 where there is no token, and what its gradient is made of."""
-  logit_RV = jnp.einsum("rd,dv->rv", x_RD, head_DV, preferred_element_type=jnp.float32)
+  logit_RV = einsum("rd,dv->rv", x_RD, head_DV)
   max_R = logit_RV.max(-1)
   exp_RV = jnp.exp(logit_RV - max_R[:, None])
   sum_R = exp_RV.sum(-1)
@@ -96,22 +97,23 @@ def _summed(chunks: _Chunks, head_DV: jax.Array) -> jax.Array:
 
 
 def _summed_fwd(chunks, head_DV):
-  head_VD = head_DV.T  # a CPU multiplies faster by a matrix that lies as it is read
+  # A CPU multiplies faster what lies as it is read.
+  head_VD, x_NDR = head_DV.T, chunks.x_NRD.swapaxes(1, 2)
 
   def step(sums, chunk):
     total, dhead_DV = sums
-    nll_R, exp_RV, sum_R = _nll(*chunk, head_DV)
-    x_RD, target_R = chunk
+    (x_RD, target_R), x_DR = chunk
+    nll_R, exp_RV, sum_R = _nll(x_RD, target_R, head_DV)
     hot_RV = jnp.arange(head_DV.shape[1]) == target_R[:, None]
     weight_R = jnp.where(target_R >= 0, 1 / sum_R, 0)
     dlogit_RV = (exp_RV * weight_R[:, None] - hot_RV).astype(x_RD.dtype)
-    dx_RD = jnp.einsum("rv,vd->rd", dlogit_RV, head_VD)
-    dhead_DV += jnp.einsum("rd,rv->dv", x_RD, dlogit_RV, preferred_element_type=jnp.float32)
+    dx_RD = einsum("rv,vd->rd", dlogit_RV, head_VD).astype(x_RD.dtype)
+    dhead_DV += einsum("dr,rv->dv", x_DR, dlogit_RV)
     return (total + nll_R.sum(), dhead_DV), dx_RD
 
   zeros_DV = jnp.zeros_like(head_DV, dtype=jnp.float32)
   start = jnp.zeros_like(chunks.x_NRD, shape=(), dtype=jnp.float32)
-  (total, dhead_DV), dx_NRD = jax.lax.scan(step, (start, zeros_DV), chunks)
+  (total, dhead_DV), dx_NRD = jax.lax.scan(step, (start, zeros_DV), (chunks, x_NDR))
   return total, (dx_NRD, dhead_DV, jnp.zeros_like(head_DV, shape=()))
 
 

@@ -18,6 +18,7 @@ from moe_jax.model.attention import Attention, rms_norm
 from moe_jax.moe import expert_parallel
 from moe_jax.moe.expert_parallel import EXPERT_AXES, Experts, Semantics, sharded_moe_layer
 from moe_jax.moe.router import RouterSums
+from moe_jax.products import multiply, multiply_each
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -44,9 +45,9 @@ class SwiGLU(nnx.Module):
     self.w_down_FD = init.matrix(rngs, (hidden, d_model), (None, "width"), fan_in=hidden,
                                  scale=down_scale)
 
-  def __call__(self, x_BSD: jax.Array, gather) -> jax.Array:
-    gate_BSF = jax.nn.silu(x_BSD @ gather(self.w_gate_DF))
-    return (gate_BSF * (x_BSD @ gather(self.w_up_DF))) @ gather(self.w_down_FD)
+  def __call__(self, x_BSD: jax.Array, gather, mesh: Mesh) -> jax.Array:
+    gate_BSF, up_BSF = multiply_each(x_BSD, [gather(self.w_gate_DF), gather(self.w_up_DF)], mesh)
+    return multiply(jax.nn.silu(gate_BSF) * up_BSF, gather(self.w_down_FD), mesh)
 
 
 class RouterState(nnx.Variable):
@@ -81,7 +82,7 @@ class MoE(nnx.Module):
     y_BSD, sums = sharded_moe_layer(x_BSD, gather(self.w_router_DE, dtype=jnp.float32), experts,
                                     self.semantics, mesh, counted_BS, bias_E, noise_key_B)
     if hasattr(self, "shared"):
-      y_BSD += self.shared(x_BSD, gather)
+      y_BSD += self.shared(x_BSD, gather, mesh)
     return y_BSD, sums
 
 
@@ -108,7 +109,7 @@ class Block(nnx.Module):
                             gather, mesh)
     normed_BSD = rms_norm(x_BSD, self.ff_norm_D[...], eps)
     if self.dense:
-      return x_BSD + self.ff(normed_BSD, gather), None
+      return x_BSD + self.ff(normed_BSD, gather, mesh), None
     y_BSD, sums = self.moe(normed_BSD, gather, mesh, counted_BS, noise_key_B)
     return x_BSD + y_BSD, sums
 

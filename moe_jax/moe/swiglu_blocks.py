@@ -4,12 +4,11 @@ What `grouped_swiglu` does with two grouped products, for CPUs: there a block's 
 in the cache between the products, and nothing but its input is kept for the backward pass.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.grouped_matmul import blocks_of
+from moe_jax.products import einsum, turned
 
 _ROWS = 256  # in a block; less wastes time on small products, more on rows of other experts
 
@@ -17,7 +16,7 @@ _ROWS = 256  # in a block; less wastes time on small products, more on rows of o
 @jax.custom_vjp
 def swiglu_blocks(x_SD: jax.Array, weight_S: jax.Array, w_gate_up_EDH: jax.Array,
                   w_down_EFD: jax.Array, size_E: jax.Array) -> jax.Array:
-  """y_SD: w_down(weight * silu(x w_gate) * (x w_up)) of each row's expert, computed in float32.
+  """y_SD: w_down(weight * silu(x w_gate) * (x w_up)) of each row's expert, summed in float32.
 
   Args:
     x_SD: rows in the layout of grouped_matmul.py.
@@ -26,74 +25,60 @@ def swiglu_blocks(x_SD: jax.Array, weight_S: jax.Array, w_gate_up_EDH: jax.Array
     w_down_EFD: of the type of the rows.
     size_E: int32, rows in each group.
   """
-  return _forward(x_SD, weight_S, w_gate_up_EDH, w_down_EFD, size_E)
-
-
-def _forward(x_SD, weight_S, w_gate_up_EDH, w_down_EFD, size_E):
-  blocks, dtype = blocks_of(x_SD.shape[0], size_E, _ROWS), x_SD.dtype
-  # XLA's CPU compiler multiplies in float32 only: in the loop it would convert each time round.
-  x_SD, w_gate_up_EDH, w_down_EFD = _float32(x_SD, w_gate_up_EDH, w_down_EFD)
+  blocks = blocks_of(x_SD.shape[0], size_E, _ROWS)
 
   def run(j, y_SD):
     expert, start = blocks.expert_J[j], blocks.start_J[j]
-    x_RD = jax.lax.dynamic_slice_in_dim(x_SD, start, _ROWS)
-    gate_RF, up_RF = jnp.split(_multiply(x_RD, w_gate_up_EDH[expert]), 2, axis=-1)
-    weight_R1 = jax.lax.dynamic_slice_in_dim(weight_S, start, _ROWS)[:, None]
-    hidden_RF = _rounded(jax.nn.silu(gate_RF) * up_RF * weight_R1, dtype)
-    y_RD = _multiply(hidden_RF, w_down_EFD[expert])
+    x_RD, weight_R = _rows((x_SD, weight_S), start)
+    gate_RF, up_RF = jnp.split(einsum("rd,dh->rh", x_RD, w_gate_up_EDH[expert]), 2, axis=-1)
+    hidden_RF = (jax.nn.silu(gate_RF) * up_RF * weight_R[:, None]).astype(x_SD.dtype)
+    y_RD = einsum("rf,fd->rd", hidden_RF, w_down_EFD[expert]).astype(x_SD.dtype)
     # Rows of the experts after this one are overwritten when their own blocks come, later.
     return jax.lax.dynamic_update_slice_in_dim(y_SD, y_RD, start, axis=0)
 
-  return jax.lax.fori_loop(0, blocks.n_used, run, jnp.zeros_like(x_SD)).astype(dtype)
+  return jax.lax.fori_loop(0, blocks.n_used, run, jnp.zeros_like(x_SD))
 
 
 def _fwd(*inputs):
-  return _forward(*inputs), inputs
+  return swiglu_blocks(*inputs), inputs
 
 
 def _bwd(residuals, dy_SD):
   x_SD, weight_S, w_gate_up_EDH, w_down_EFD, size_E = residuals
   blocks, dtype = blocks_of(x_SD.shape[0], size_E, _ROWS), x_SD.dtype
-  x_SD, dy_SD, w_gate_up_EDH, w_down_EFD = _float32(x_SD, dy_SD, w_gate_up_EDH, w_down_EFD)
-  w_gate_up_EHD, w_down_EDF = w_gate_up_EDH.swapaxes(1, 2), w_down_EFD.swapaxes(1, 2)
+  w_gate_up_EHD = turned(w_gate_up_EDH)
 
   def run(j, sums):
-    dx_SD, dweight_S, dgate_up_EDH, ddown_EFD = sums
+    dx_SD, dweight_S, dgate_up_EHD, ddown_EFD = sums
     expert, start = blocks.expert_J[j], blocks.start_J[j]
-    inside_R1 = (jnp.arange(_ROWS) < blocks.inside_J[j])[:, None]
-    x_RD = jax.lax.dynamic_slice_in_dim(x_SD, start, _ROWS)
-    dy_RD = jnp.where(inside_R1, jax.lax.dynamic_slice_in_dim(dy_SD, start, _ROWS), 0)
-    gate_RF, up_RF = jnp.split(_multiply(x_RD, w_gate_up_EDH[expert]), 2, axis=-1)
-    sigmoid_RF = jax.nn.sigmoid(gate_RF)
-    silu_RF = gate_RF * sigmoid_RF
-    weight_R1 = jax.lax.dynamic_slice_in_dim(weight_S, start, _ROWS)[:, None]
-    dweighted_RF = _multiply(dy_RD, w_down_EDF[expert])
-    dweight_R = (dweighted_RF * silu_RF * up_RF).sum(-1)
-    dhidden_RF = dweighted_RF * weight_R1
-    dgate_RF = dhidden_RF * up_RF * (sigmoid_RF + silu_RF * (1 - sigmoid_RF))
-    dgate_up_RH = _rounded(jnp.concatenate([dgate_RF, dhidden_RF * silu_RF], axis=-1), dtype)
-    dx_RD = _multiply(dgate_up_RH, w_gate_up_EHD[expert])
-    hidden_RF = _rounded(silu_RF * up_RF * weight_R1, dtype)
+    x_RD, dy_RD, weight_R = _rows((x_SD, dy_SD, weight_S), start)
+    inside_R = jnp.arange(_ROWS) < blocks.inside_J[j]
+    weight_R = jnp.where(inside_R, weight_R, 0)  # and with it all that comes of other experts' rows
+    # Rows come last, so that the weights' gradients multiply first factors as they lie.
+    w_gate_up_HD = w_gate_up_EHD[expert]
+    gate_FR, up_FR = jnp.split(einsum("hd,rd->hr", w_gate_up_HD, x_RD), 2)
+    sigmoid_FR = jax.nn.sigmoid(gate_FR)
+    silu_FR = gate_FR * sigmoid_FR
+    dweighted_FR = einsum("fd,rd->fr", w_down_EFD[expert], dy_RD)
+    dweight_R = jnp.where(inside_R, (dweighted_FR * silu_FR * up_FR).sum(0), 0)
+    dhidden_FR = dweighted_FR * weight_R
+    dgate_FR = dhidden_FR * up_FR * (sigmoid_FR + silu_FR * (1 - sigmoid_FR))
+    dgate_up_HR = jnp.concatenate([dgate_FR, dhidden_FR * silu_FR]).astype(dtype)
+    dx_RD = einsum("rh,hd->rd", turned(dgate_up_HR), w_gate_up_HD).astype(dtype)
+    hidden_FR = (silu_FR * up_FR * weight_R).astype(dtype)
     return (jax.lax.dynamic_update_slice_in_dim(dx_SD, dx_RD, start, axis=0),
             jax.lax.dynamic_update_slice_in_dim(dweight_S, dweight_R, start, axis=0),
-            dgate_up_EDH.at[expert].add(_multiply(x_RD.T, dgate_up_RH)),
-            ddown_EFD.at[expert].add(_multiply(hidden_RF.T, dy_RD)))
+            dgate_up_EHD.at[expert].add(einsum("hr,rd->hd", dgate_up_HR, x_RD)),
+            ddown_EFD.at[expert].add(einsum("fr,rd->fd", hidden_FR, dy_RD)))
 
-  sums = jax.tree.map(jnp.zeros_like, (x_SD, weight_S, w_gate_up_EDH, w_down_EFD))
-  dx_SD, dweight_S, *dweights = jax.lax.fori_loop(0, blocks.n_used, run, sums)
-  dgate_up_EDH, ddown_EFD = (dweight.astype(dtype) for dweight in dweights)
-  return dx_SD.astype(dtype), dweight_S, dgate_up_EDH, ddown_EFD, None
+  float32 = [jnp.zeros_like(w, dtype=jnp.float32) for w in (w_gate_up_EHD, w_down_EFD)]
+  sums = (jnp.zeros_like(x_SD), jnp.zeros_like(weight_S), *float32)
+  dx_SD, dweight_S, dgate_up_EHD, ddown_EFD = jax.lax.fori_loop(0, blocks.n_used, run, sums)
+  return dx_SD, dweight_S, dgate_up_EHD.swapaxes(1, 2).astype(dtype), ddown_EFD.astype(dtype), None
 
 
 swiglu_blocks.defvjp(_fwd, _bwd)
 
-_multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
-
-def _float32(*arrays):
-  return [x.astype(jnp.float32) for x in arrays]
-
-
-def _rounded(x, dtype):
-  """As the separate products round what lies between them."""
-  return x.astype(dtype).astype(jnp.float32)
+def _rows(arrays, start):
+  return [jax.lax.dynamic_slice_in_dim(x, start, _ROWS) for x in arrays]

@@ -1,0 +1,52 @@
+"""Products equal JAX's own, with their gradients, in one program for every platform."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.products import multiply, multiply_each, turned
+
+
+def mesh_of(platform):
+  device = types.SimpleNamespace(platform=platform)
+  return types.SimpleNamespace(devices=np.array([device]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cpu_multiplies_as_others_do_forward_and_backward(dtype):
+  keys = jax.random.split(jax.random.key(0), 4)
+  x_BSHh = jax.random.normal(keys[0], (2, 3, 4, 5), dtype)
+  w_HhD = jax.random.normal(keys[1], (4, 5, 6), dtype)
+  w_DKh, w_DF = (jax.random.normal(key, (6, *shape), dtype)
+                 for key, shape in zip(keys[2:], ((2, 3), (7,)), strict=True))
+
+  def loss(x_BSHh, w_HhD, w_DKh, w_DF, platform):
+    mesh = mesh_of(platform)
+    y_BSD = multiply(x_BSHh, w_HhD, mesh, axes=2)
+    made = y_BSD, *multiply_each(y_BSD, [w_DKh, w_DF], mesh)
+    return sum((jnp.sin(y.astype(jnp.float32))).sum() for y in made), made
+
+  grads = {platform: jax.grad(functools.partial(loss, platform=platform), argnums=(0, 1, 2, 3),
+                              has_aux=True)(x_BSHh, w_HhD, w_DKh, w_DF)
+           for platform in ("cpu", "gpu")}
+  for ours, theirs in zip(*map(jax.tree.leaves, grads.values()), strict=True):
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, **(
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.05, "atol": 0.3}))
+
+
+def test_bfloat16_is_multiplied_as_such_and_nothing_is_transposed_in_a_product():
+  """What the module is for; it depends on the compiler's version."""
+  x_TD, w_DF = jnp.ones((512, 64), jnp.bfloat16), jnp.ones((64, 96), jnp.bfloat16)
+
+  def loss(x_TD, w_DF):
+    return multiply(x_TD, w_DF, mesh_of("cpu")).astype(jnp.float32).sum()
+
+  text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x_TD, w_DF).compile().as_text()
+  products = [line for line in text.splitlines() if " dot(" in line]
+  assert products and all("lhs_contracting_dims={1}" in line for line in products), products
+  np.testing.assert_array_equal(turned(w_DF * 2), w_DF.T * 2)
