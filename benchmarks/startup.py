@@ -1,0 +1,76 @@
+"""From `python -m moe_jax.train` to the end of the first step, stage by stage.
+
+    python -m benchmarks.startup
+
+The trainer on one cell, in a process of its own, ended after its first step. `new`: nothing is
+there. `cold`: the text is prepared, no program compiled. `cached`: programs are in the cache. A
+stage lasts from the end of the one before: import, data (the corpus, its tokenizer and tokens),
+state (run directory, first parameters), compile, first step. Medians of some starts, `new` of one.
+Prints a table, then the same figures as JSON.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+
+from absl import flags
+
+from benchmarks.iso_solver import machine
+from benchmarks.startup_child import STAGES
+from moe_jax import cli
+from moe_jax.design.sheet import Sheet, print_sheet
+from moe_jax.errors import require
+
+_CELL = flags.DEFINE_string("startup_cell", "experiments/quickstart.py:l2-d108-f58-e16-k4",
+                            "What is trained.")
+_STARTS = flags.DEFINE_integer("startup_starts", 3, "Starts of which the median counts.")
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def start(cell: str, out: pathlib.Path) -> dict[str, float]:
+  """Seconds of each stage. Raises RuntimeError if the trainer takes no step."""
+  done = subprocess.run(
+      [sys.executable, "-m", "benchmarks.startup_child", str(time.time()), f"--config={cell}",
+       f"--out={out}"], cwd=ROOT, text=True, capture_output=True, check=False)
+  lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+  if not lines:
+    raise RuntimeError(done.stderr[-2000:])
+  return json.loads(lines[-1])
+
+
+def measure(cell: str, starts: int, out: pathlib.Path) -> dict[str, dict[str, float]]:
+  """Seconds of each stage, for each of new, cold and cached."""
+  found = {"new": [start(cell, out)], "cold": [], "cached": []}
+  for name in ("cold", "cached"):
+    for _ in range(starts):
+      for kept in out.iterdir():  # what a run leaves, and for a cold start the cache too
+        if kept.name != "_data" and (name == "cold" or kept.name != "_compilation_cache"):
+          shutil.rmtree(kept)
+      found[name].append(start(cell, out))
+  return {name: {stage: statistics.median(row[stage] for row in rows) for stage in STAGES}
+          for name, rows in found.items()}
+
+
+def main(_) -> None:
+  require(_STARTS.value >= 1, "startup_starts", _STARTS.value, "must be at least 1")
+  with tempfile.TemporaryDirectory() as out:
+    found = measure(_CELL.value, _STARTS.value, pathlib.Path(out))
+  sheet = Sheet(f"to the first step of {_CELL.value} [s]", ["start"], [*STAGES, "whole"])
+  for name, row in found.items():
+    sheet.add(name, *(f"{row[stage]:.2f}" for stage in STAGES), f"{sum(row.values()):.2f}")
+  print_sheet(sheet)
+  print(json.dumps({"machine": machine(), "jax": metadata.version("jax"),
+                    "load_average": os.getloadavg(), "cell": _CELL.value, "seconds": found},
+                   indent=2))
+
+
+if __name__ == "__main__":
+  cli.run(main)
