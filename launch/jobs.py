@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from launch import ends
+from moe_jax.data.corpus import CARD, CORPORA
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.grid import Cell
 from moe_jax.population import deal
@@ -155,6 +156,14 @@ def require_trunks(jobs: Sequence[Job]) -> None:
       raise FieldError("config", job.name, f"branches from {trunk.path.parent.name}/"
                        f"{trunk.path.name}, which has not saved step "
                        f"{job.cell.config.train.branch_step} and is not submitted with it")
+
+
+def require_texts(jobs: Sequence[Job], out: str) -> None:
+  """Raises FieldError where a text is neither built in nor where the machines look for it."""
+  wanted = {name for job in jobs for name in job.cell.config.data.mixture} - CORPORA.keys()
+  for name in sorted(wanted):
+    if not (epath.Path(out) / "_data" / name / "dataset" / CARD).exists():
+      raise FieldError("config.data.corpus", name, f"is neither built in nor in {out}/_data")
 
 
 def trained_together(jobs: Sequence[Job]) -> list[tuple[Job, ...]]:

@@ -24,6 +24,7 @@ from launch.jobs import (
     joint_command,
     lost_ends,
     plan,
+    require_texts,
     require_trunks,
     trained_together,
 )
@@ -95,7 +96,9 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
             f"must be 1: cells train together on one device, and each run has "
             f"{chosen.run_devices}; v6e-1, v5litepod-1 and one GPU of one node are one")
   if not (_DRY_RUN.value and "://" in out):  # a dry run asks no object store
-    require_trunks(jobs)
+    with reaching(out):
+      require_trunks(jobs)
+      require_texts(jobs, out)
   code = pack(_CONFIG.value.partition(":")[0])
   planned = backend.plan(jobs, chosen, code, out)
   planned = dataclasses.replace(planned, notes=(

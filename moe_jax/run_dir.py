@@ -59,6 +59,15 @@ def is_local(path: epath.Path) -> bool:
   return "://" not in os.fspath(path)
 
 
+def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+  """All files below a folder, at any depth."""
+  scheme, remote, _ = os.fspath(folder).partition("://")
+  for root, _, names in folder.walk():
+    # Of an object's path etils gives what is behind the scheme.
+    home = epath.Path(f"{scheme}://{root}") if remote and is_local(root) else root
+    yield from (home / name for name in names)
+
+
 def write_text(path: epath.Path, text: str) -> None:
   """Writes a file whole, in UTF-8; see write_bytes."""
   write_bytes(path, text.encode())
@@ -189,9 +198,11 @@ class RunDir:
 
   def has_checkpoint(self, step: int | None = None) -> bool:
     """Whether the checkpoint of that step, or any, is finished. It may be damaged."""
-    if step is not None:
-      return (self.checkpoints / str(step)).exists()
-    return any(file.name.isdecimal() for file in self.checkpoints.glob("[0-9]*"))
+    steps = "[0-9]*" if step is None else str(step)
+    if is_local(self.path):
+      return any(file.name.isdecimal() for file in self.checkpoints.glob(steps))
+    # There a step's folder exists from its first file on; Orbax writes this one last.
+    return any(True for _ in self.checkpoints.glob(f"{steps}/commit_success.txt"))
 
   # config.json
 

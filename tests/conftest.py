@@ -27,6 +27,8 @@ def gcs(monkeypatch):
   pytest.importorskip("gcsfs", reason="pip install 'moe_jax[gcs]'")
   from tests.fake_gcs import FakeGcs
   store = FakeGcs("bucket")
-  monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.host)
+  for variable in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+    monkeypatch.setenv(variable, store.host)
+  monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # tensorstore's
   yield store
   store.close()

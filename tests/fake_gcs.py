@@ -116,13 +116,18 @@ def _handler(store: FakeGcs) -> type:
         return 204, b"", {}
       if query.get("alt") != "media":
         return 200, store.describe(bucket, name), {}
-      content = store.objects[bucket, name][1]
+      generation, content = store.objects[bucket, name]
+      headers = {"x-goog-generation": str(generation)}
       if wanted := self.headers.get("Range"):
         first, _, last = wanted.removeprefix("bytes=").partition("-")
-        return 206, content[int(first):int(last) + 1 if last else None], {}
-      return 200, content, {}
+        first, last = int(first), min(int(last or len(content)), len(content) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        return 206, content[first:last + 1], headers
+      return 200, content, headers
 
     def _upload(self, bucket, query, body):
+      if query["uploadType"] == "media":  # tensorstore's
+        return *store.put(bucket, query["name"], body, query), {}
       if query["uploadType"] == "resumable":
         return 200, {}, {"Location": store.begin(bucket, query["name"], query)}
       head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()

@@ -17,7 +17,7 @@ from moe_jax import cli
 from moe_jax.config import DataConfig
 from moe_jax.data import adding, documents, tokenizer
 from moe_jax.data.prepare import prepare
-from moe_jax.data.sources import Source
+from moe_jax.data.sources import Source, is_local
 from moe_jax.errors import FieldError, require
 
 _FLAGS = {"data.corpus": "corpus", "corpus": "corpus", "data.tokenizer": "tokenizer",
@@ -60,6 +60,8 @@ def main(overrides: list[str]) -> None:
   if overrides:
     field, _, value = overrides[0].removeprefix("--").partition("=")
     raise FieldError(field, value, "is not a flag of this command; see --help")
+  require(is_local(_DATA_DIR.value), "data_dir", _DATA_DIR.value, "must be a local path; machines "
+          "that train for a bucket prepare by themselves")
   try:
     card = _prepare() if _ADD.value is None else _add()
   except FieldError as error:  # this command's flags are not those of a run

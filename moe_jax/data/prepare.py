@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 
 from moe_jax.config import DataConfig
-from moe_jax.data import cache, corpus, encode, pool, tokenizer
+from moe_jax.data import cache, corpus, encode, mirror, pool, tokenizer
 from moe_jax.data.progress import Progress
 from moe_jax.errors import require
 
@@ -130,17 +130,15 @@ def prepare(data: DataConfig, data_dir: str | os.PathLike,
 
   Args:
     data: `corpus` and `tokenizer` are used.
-    data_dir: a local directory that any number of runs share: <out>/_data.
+    data_dir: a directory that any number of runs share: <out>/_data; see mirror.py.
     processes: how many tokenise at once; as many as there are cores if None.
 
   Raises:
     FieldError: `data.corpus` is unknown or empty; `data.tokenizer` is not there; or `out`, the
-      flag that places `data_dir`, gives a remote path or one that cannot be written.
+      flag that places `data_dir`, gives one that cannot be written.
   """
-  require("://" not in os.fspath(data_dir), "out", os.fspath(data_dir),
-          "must be a local path for now: prepared data lie in <out>/_data and are read by "
-          "memory map")
-  root = pathlib.Path(data_dir)
+  root = mirror.fetch(data_dir, [tokenizer.ADDED, *(
+      f"{name}/dataset" for name in data.mixture if name not in corpus.CORPORA)])
   corpora = [corpus.get_corpus(name, root) for name in data.mixture]
   directory = root / "+".join(found.name for found in corpora) / data.tokenizer
   key = {"format": corpus.FORMAT_VERSION, "tokenizer": data.tokenizer,

@@ -20,7 +20,7 @@ FILE = "tokenizer.json"
 SEPARATOR = "<|document|>"
 # What begins or ends a document in other people's tokenizers, the likeliest first.
 _SEPARATORS = (SEPARATOR, "<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>", "</s>", "<eos>")
-_ADDED = "_tokenizers"  # folder of data_dir with the files that were given a name
+ADDED = "_tokenizers"  # folder of data_dir with the files that were given a name
 _PROBE = "Two words, naïve\n\tdef f(x): return 漢字 🙂  "
 
 
@@ -181,7 +181,7 @@ def add(file: pathlib.Path, data_dir: pathlib.Path) -> str:
   label = re.sub("[^a-z0-9]+", "-", label.lower()).strip("-") or "tokenizer"
   label = "bpe-file" if label == "bpe" else label  # bpe-12345678 means another thing
   name = f"{label}-{hashlib.sha256(content).hexdigest()[:8]}"
-  kept = data_dir / _ADDED / f"{name}.json"
+  kept = data_dir / ADDED / f"{name}.json"
   kept.parent.mkdir(parents=True, exist_ok=True)
   cache.write_whole(kept, lambda opened: opened.write(content))
   return name
@@ -198,7 +198,7 @@ def fetch(name: str, data_dir: pathlib.Path, file: pathlib.Path) -> None:
   if name == "gpt2":
     cache.write_path(file, write_gpt2)
     return
-  kept = data_dir / _ADDED / f"{name}.json"
+  kept = data_dir / ADDED / f"{name}.json"
   if not kept.is_file():
     there = [path.stem for path in kept.parent.glob("*.json")]
     raise FieldError("data.tokenizer", name, "no such tokenizer; " + (

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 
 from moe_jax.config import DataConfig, RunConfig
 from moe_jax.errors import FieldError, did_you_mean
@@ -65,11 +64,11 @@ class Text:
     """
     if self.is_own:
       return own
-    from moe_jax.data import tokenizer
+    from moe_jax.data import mirror, tokenizer
     from moe_jax.data.prepare import prepare
     name = config.data.tokenizer
     if name not in _ANYWHERE:
-      name = tokenizer.add(own.directory / tokenizer.FILE, pathlib.Path(data_dir))
+      name = tokenizer.add(own.directory / tokenizer.FILE, mirror.home(data_dir))
     try:
       found = prepare(DataConfig(corpus=self.corpus, tokenizer=name), data_dir)
     except FieldError as error:

@@ -84,8 +84,7 @@ def check_free_space(run_dir: RunDir, state: Any, keep: int) -> None:
   needed = each * (keep + 1)
   taken = 0
   if directory.exists():
-    taken = sum((root / name).stat().length
-                for root, _, names in directory.walk() for name in names)
+    taken = sum(file.stat().length for file in run_dir_lib.files_below(directory))
   existing = next(path for path in (directory, *directory.parents) if path.exists())
   free = shutil.disk_usage(existing).free + taken
   if needed > free:

@@ -55,8 +55,8 @@ def damage(step_dir: epath.Path, file: epath.Path,
 
 def _names(step_dir: epath.Path) -> list[str]:
   """Files below `step_dir`, relative to it, without the marks of the commit."""
-  names = ((root / name).relative_to(step_dir).as_posix()
-           for root, _, files in step_dir.walk() for name in files)
+  names = (file.relative_to(step_dir).as_posix() for file in
+           run_dir_lib.files_below(step_dir))
   return sorted(name for name in names if name not in _COMMIT_MARKS)
 
 

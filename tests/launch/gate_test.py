@@ -5,6 +5,7 @@ import re
 import subprocess
 
 import pytest
+from etils import epath
 
 from launch import gate
 from launch.backends import slurm
@@ -159,6 +160,15 @@ def test_bad_money_is_one_line(tmp_path, out, arguments, message):
   done = _submit(write_tiny(tmp_path), out, *arguments)
   assert (done.returncode, done.stderr.count("\n")) == (2, 1)
   assert message in done.stderr
+
+
+def test_a_text_that_the_machines_would_not_find_is_not_submitted(tmp_path, out):
+  spec, corpus = write_tiny(tmp_path), "--config.data.corpus=sotu:0.5,stories:0.5"
+  done = _submit(spec, out, "--dry_run", corpus)
+  assert (done.returncode, done.stderr) == (2, "error: --config.data.corpus='stories': is neither "
+                                            f"built in nor in {out}/_data\n")
+  write_json(epath.Path(out) / "_data" / "stories" / "dataset" / "corpus.json", {})
+  assert _submit(spec, out, "--dry_run", corpus).returncode == 0
 
 
 def test_a_branch_without_its_trunk_is_not_submitted(tmp_path, out):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 from etils import epath
@@ -10,10 +11,12 @@ from launch import driver, remote
 from launch.host.agent import Agent, Pace
 from launch.jobs import read_launch
 from launch.work import Work, from_text, to_text
+from moe_jax.data import mirror
 from moe_jax.grid import select
-from moe_jax.run_dir import read_json, write_json, write_text
-from tests.experiment_files import run_module, write_tiny
+from moe_jax.run_dir import RunDir, read_json, write_json, write_text
+from tests.experiment_files import run_module, write, write_tiny
 from tests.launch.agent_test import _here
+from tests.launch.population_test import PATIENCE, SOURCE, curve, trainer
 from tests.launch.submitter import TRAINER
 from tests.launch.world import QUICK, World
 
@@ -64,6 +67,45 @@ def test_an_agent_works_there_and_its_runs_come_home(tmp_path, gcs, capfd):
                     f"--to={tmp_path / 'here'}")
   assert (done.returncode, done.stderr) == (0, "")
   assert len(list((tmp_path / "here" / "tiny").glob("*/metrics/*.jsonl"))) == 2
+
+
+_CELL = SOURCE + """
+GRID = [override(RECIPE, {"execution.population": 1})]
+"""
+
+
+@pytest.mark.slow
+def test_a_real_run_is_killed_there_and_goes_on_as_if_undisturbed(tmp_path, gcs, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  spec, here = write(tmp_path, _CELL, "packed.py"), tmp_path / "moe_jax" / "bucket" / "runs"
+  (cell,) = select(spec)  # `here` is where the prepared data of OUT lie, too
+  first = trainer(f"{spec}:{cell.name}", OUT)
+  saved = RunDir.of(OUT, cell)
+  deadline = time.monotonic() + PATIENCE
+  while not saved.has_checkpoint(6):
+    assert first.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  first.kill()
+  first.communicate(timeout=PATIENCE)
+  for out in (OUT, here):
+    process = trainer(f"{spec}:{cell.name}", out)
+    told, error = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, error
+    assert ("going on from step" in told + error) == (out == OUT)
+  assert curve(saved) == curve(RunDir.of(here, cell))
+
+
+def test_texts_of_the_bucket_are_copied_to_where_they_can_be_mapped(tmp_path, gcs, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  for name, content in (("dataset/corpus.json", b"{}"), ("dataset/a/b.array_record", b"records")):
+    gcs.put("bucket", f"runs/_data/stories/{name}", content, {})
+  for _ in range(2):
+    home = mirror.fetch(f"{OUT}/_data", ["stories/dataset", "nothing/dataset"])
+    assert (home / "stories" / "dataset" / "a" / "b.array_record").read_bytes() == b"records"
+    gcs.put("bucket", "runs/_data/stories/dataset/corpus.json", b'{"longer": 1}', {})
+  assert (home / "stories" / "dataset" / "corpus.json").read_text() == '{"longer": 1}'
+  assert home == tmp_path / "moe_jax" / "bucket" / "runs" / "_data"
+  assert mirror.fetch(tmp_path, ["stories/dataset"]) == tmp_path
 
 
 @pytest.mark.parametrize("command", [

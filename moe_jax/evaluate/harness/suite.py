@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.data import cache
+from moe_jax.data import cache, mirror
 from moe_jax.data.prepare import PreparedData
 from moe_jax.errors import FieldError
 
@@ -55,7 +55,7 @@ def build(prepared: PreparedData, data_dir: pathlib.Path,
   Raises:
     FieldError: the held-out documents give no question to one of them.
   """
-  directory = pathlib.Path(data_dir).absolute() / "_tasks" / prepared.fingerprint
+  directory = mirror.home(data_dir).absolute() / "_tasks" / prepared.fingerprint
   yaml = {name: (TASKS / f"{name}.yaml").read_text() for name in NAMES}
   key = {"version": _VERSION, "fingerprint": prepared.fingerprint, "directory": str(directory),
          "yaml": hashlib.sha256(json.dumps(yaml).encode()).hexdigest()}
