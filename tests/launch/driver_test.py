@@ -310,6 +310,25 @@ def test_a_driver_killed_anywhere_is_followed_by_another(tmp_path, when):
   assert n > 8
 
 
+def test_what_was_asked_for_as_the_driver_died_is_deleted_by_a_cancel(tmp_path):
+  """A record is written before what it says is done."""
+  world = World(tmp_path)
+  run = world.cloud.run
+
+  def deadly(command):
+    run(command)
+    raise _Killed
+
+  world.cloud.run = deadly
+  with pytest.raises(_Killed):
+    world.drive()
+  assert world.cloud.created == 1
+  world.cloud.run = run
+  (world.folder / world.plan.slices[0].name / "cancel").touch()
+  assert not world.drive()
+  world.check()
+
+
 def test_two_drivers_never_both_act(tmp_path):
   world = World(tmp_path)
   refused = []
