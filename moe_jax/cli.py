@@ -109,6 +109,13 @@ def selected_cells(spec: str, overrides: Sequence[str]) -> tuple[grid.Cell, ...]
   return grid.select(spec, dict(parse_override(argument) for argument in overrides))
 
 
+def no_overrides(overrides: Sequence[str]) -> None:
+  """Raises FieldError where a command that takes no --config.PATH=VALUE was given one."""
+  if overrides:
+    field, _, value = overrides[0].removeprefix("--").partition("=")
+    raise FieldError(field, value, "is not a flag of this command")
+
+
 def _fail(message: str) -> None:
   print(f"error: {message}", file=sys.stderr)
   sys.exit(EXIT_BAD_INPUT)

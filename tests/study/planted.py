@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import pathlib
 
 import numpy as np
+from etils import epath
 
 from moe_jax import arch
 from moe_jax.config import (
@@ -18,8 +20,8 @@ from moe_jax.config import (
     to_dict,
 )
 from moe_jax.evaluate.results import facts, write_csv
-from moe_jax.grid import Grid
-from moe_jax.run_dir import write_json
+from moe_jax.grid import Cell, Grid
+from moe_jax.run_dir import RunDir, write_json, write_text
 
 RECIPE = RunConfig(
     arch=Architecture(n_layers=2, d_model=96, d_expert=48, n_exp=16, n_topk=4, n_heads=2),
@@ -41,18 +43,37 @@ def grid(sizes=(700_000, 2_000_000), experts=((8, 4), (8, 2), (16, 8), (16, 4), 
   return Grid("planted", RECIPE, tuple(cells))
 
 
+def log_loss(known: dict) -> float:
+  """By the planted law, of what the configuration says."""
+  return (3 - TRUTH["a"] * math.log(known["n_total"]) + TRUTH["b_minus_c"]
+          * math.log(known["n_exp"]) + TRUTH["c"] * math.log(known["sparsity"]))
+
+
+def write_run(folder: pathlib.Path, experiment: str, cell: str, config: RunConfig,
+              loss: float | None, state: str = "finished", error: str | None = None,
+              records: int = 3) -> None:
+  """One run's directory as trainer and evaluation leave it; without a loss, not evaluated."""
+  run = RunDir(epath.Path(folder) / experiment / cell)
+  run.claim(Cell(experiment, f"planted.py:{cell}", cell, config))
+  run.write_status({"state": state, "step": config.train.steps if state == "finished" else 7,
+                    "steps": config.train.steps, "error": error, "commit": "0" * 12})
+  lines = [json.dumps({"step": step, "loss": 1 / (3 + step)}) for step in range(1, records + 1)]
+  write_text(run.metrics_file(1, 1), "\n".join(lines) + "\n")
+  if loss is not None:
+    run.write_eval("heldout", {"step": config.train.steps, "identity": identity_hash(config),
+                               "loss": loss, "loss_se": 0.01, "data_fingerprint": "planted"})
+
+
 def write_runs(folder: pathlib.Path, of: Grid, noise: float = 0.002, configs: bool = True,
                seed: int = 0) -> str:
   """Writes <folder>/planted with a config.json a run; the path of results.csv."""
   rng, rows = np.random.default_rng(seed), []
   for name, config in zip(of.names, of.cells, strict=True):
     known = facts(config)
-    log_loss = (3 - TRUTH["a"] * math.log(known["n_total"])
-                + TRUTH["b_minus_c"] * math.log(known["n_exp"])
-                + TRUTH["c"] * math.log(known["sparsity"]) + noise * rng.standard_normal())
+    measured = log_loss(known) + noise * rng.standard_normal()
     rows.append({"experiment": of.name, "cell": name, "evaluation": "heldout", **known,
                  "state": "finished", "step": config.train.steps, "steps": config.train.steps,
-                 "tokens": config.train.steps * config.batch_tokens, "loss": math.exp(log_loss)})
+                 "tokens": config.train.steps * config.batch_tokens, "loss": math.exp(measured)})
     if configs:
       run = folder / of.name / name
       run.mkdir(parents=True)

@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax.errors import FieldError
 from moe_jax.laws.table import UNUSED
-from moe_jax.study import learning_rate, rates
+from moe_jax.study import rate_report, rates
 
 TRUTH = {"intercept": -2.0, "n_total": -0.25, "sparsity": -0.1, "n_exp": 0.05}
 CORNERS = ((2e6, 8, 4), (2e6, 64, 32), (2e6, 32, 2), (2e6, 64, 4))
@@ -40,7 +40,7 @@ def test_the_planted_law_is_found():
                            for sweep in rates.sweeps_of(rows, "here")], "here")
   assert dict(found.rates.coefficients) == pytest.approx(TRUTH, rel=1e-6)
   assert found.worst_factor == pytest.approx(1)
-  kept = json.loads(json.dumps(learning_rate.as_dict(found, b"table")))
+  kept = json.loads(json.dumps(rate_report.as_dict(found, b"table")))
   assert len(kept["optima"]) == 8 and kept["optima"][0]["runs"] == ["-2", "-1", "0", "1", "2"]
 
 
@@ -85,7 +85,7 @@ def test_corners_of_one_size_do_not_tell_sizes_apart():
 
 def test_a_law_is_held_against_other_sweeps():
   off_by_one = rates.Rates(TRUTH | {"intercept": TRUTH["intercept"] + math.log(2) / 2})
-  lines = learning_rate.check([sweep_of(), sweep_of(off=9)], off_by_one, 0.0005)
+  lines = rate_report.check([sweep_of(), sweep_of(off=9)], off_by_one, 0.0005)
   assert f"{100 * 0.02 * (math.log(2) / 2)**2:.2g} % at most, of 1 sweeps" in lines[-2]
   assert lines[-1].startswith("1 of 2 have no optimum")
 

@@ -1,0 +1,39 @@
+"""Keeps the study's runs small and makes its tables from what is kept.
+
+    python -m experiments.study.keep --out=runs
+    python -m experiments.study.keep --out=results-1.zip --out=results-2.zip
+
+    experiments/study/results/results.csv           arm A at full length: what the statistic is
+                                                    computed on
+    experiments/study/results/EXPERIMENT/results.csv    every cell, also those without a result
+    experiments/study/results/EXPERIMENT/CELL/      config.json, status.json, eval/, metrics/
+
+Without --out the tables are made anew. Any order and any repetition gives the same.
+"""
+
+from absl import flags
+
+from experiments.study import plan
+from moe_jax import cli
+from moe_jax.study import kept
+
+_OUT = flags.DEFINE_multi_string("out", [], "Folder of runs, or a .zip of a sitting; may be "
+                                 "repeated.")
+_TO = flags.DEFINE_string("to", plan.RESULTS, "Where they are kept.")
+
+
+def main(overrides: list[str]) -> int:
+  cli.no_overrides(overrides)
+  grids, problems = plan.grids(), []
+  for out in _OUT.value:
+    written, same, refused = kept.keep(out, _TO.value, grids)
+    print(f"{out}: {written} runs kept, {same} were there already")
+    problems += refused
+  print("\n".join(plan.write_tables(_TO.value, grids)))
+  for line in problems:
+    print(line)
+  return 1 if problems else 0
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,58 @@
+"""All grids of the study, and the tables of their results."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+
+from etils import epath
+
+from experiments.study import arms
+from moe_jax.config import RunConfig
+from moe_jax.evaluate.results import csv_path, write_csv
+from moe_jax.grid import Grid, load_grid
+from moe_jax.study import kept
+
+FOLDER = pathlib.Path(__file__).parent
+RESULTS = str(FOLDER / "results")
+# In the order in which they run; the trial's file is made when the law has been fitted.
+GRIDS = ("pilots", "rate_check", "small", "large", "capacity", "trial")
+
+
+def grids() -> dict[str, Grid]:
+  """By experiment: small and large are one."""
+  found: dict[str, Grid] = {}
+  for name in GRIDS:
+    file = FOLDER / f"{name}.py"
+    if file.exists():
+      grid = load_grid(str(file))
+      cells = (*(found[grid.name].cells if grid.name in found else ()), *grid.cells)
+      found[grid.name] = Grid(grid.name, grid.recipe, cells)
+  return found
+
+
+def in_statistic(config: RunConfig) -> bool:
+  """Whether a run is of arm A at full length."""
+  return (config.arch in {cell.arch for cell in arms.at_full_length(shapes=arms.ARM_A)}
+          and config.train.steps == arms.RECIPE.train.steps
+          and config.train.decay_fraction == arms.RECIPE.train.decay_fraction)
+
+
+def write_tables(to: str | os.PathLike, of: Mapping[str, Grid]) -> list[str]:
+  """Makes results.csv of every experiment and of the statistic from what is kept under `to`.
+
+  Returns:
+    A line for each experiment: how many of its runs are in which state.
+  """
+  lines = []
+  for experiment, grid in of.items():
+    rows = kept.table(to, grid)
+    states = [row["state"] for _, row in rows]
+    lines.append(f"{experiment}: " + ", ".join(
+        f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
+    if set(states) == {kept.NOT_RUN}:
+      continue
+    write_csv(csv_path(to, experiment), [row for _, row in rows])
+    if experiment == "study":
+      write_csv(epath.Path(to) / "results.csv",
+                [row for config, row in rows if in_statistic(config)])
+  return lines

@@ -1,0 +1,79 @@
+"""Trains what is next of the study on one device for some minutes, and packs what came of it.
+
+    python -m experiments.study.sitting --grids=pilots --minutes=9 --pack=packed
+    python -m experiments.study.keep --out=packed/results-1.zip
+
+For a machine that is had for minutes and gives back a few files. What is kept already
+(experiments/study/results) is not run again. Cells of one shape are a unit: one process trains
+them, several at a time where --population allows, and another evaluates them, while --parallel
+other units are at work. Within a machine the next sitting goes on where this one stopped; from one
+machine to the next only whole runs are carried, as a checkpoint is larger than all that is kept of
+a run, so a unit that would not end in time is not begun.
+
+--config.execution.PATH=VALUE is passed on. A unit that runs out of memory is tried once more, one
+run at a time with --config.execution.remat=full.
+"""
+
+import pathlib
+import time
+
+from absl import flags
+from etils import epath
+
+from experiments.study import plan
+from experiments.study.units import TO_SAVE_SECONDS, Sitting, is_done, summary, units_of
+from moe_jax import cli
+from moe_jax.errors import FieldError, require
+from moe_jax.study import kept
+
+_GRIDS = flags.DEFINE_list("grids", ["pilots"], "Files of this folder, in the order in which they "
+                           f"run: {', '.join(plan.GRIDS)}.")
+_OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
+_KEPT = flags.DEFINE_string("kept", plan.RESULTS, "What earlier sittings have brought.")
+_MINUTES = flags.DEFINE_float("minutes", 9.0, "All of it ends within so many.", lower_bound=0.2)
+_PARALLEL = flags.DEFINE_integer("parallel", 3, "Units at work at a time; each gets its share of "
+                                 "the device's memory.", lower_bound=1)
+_POPULATION = flags.DEFINE_integer("population", 8, "Runs of one shape that train together at "
+                                   "most.", lower_bound=1)
+_PACK = flags.DEFINE_string("pack", None, "Folder for results-N.zip.")
+_PARTS = flags.DEFINE_integer("parts", 8, "Files that may be packed.", lower_bound=1)
+_PART_MB = flags.DEFINE_float("part_mb", 15.0, "Size of each at most.", lower_bound=0.01)
+
+_TO_PACK_SECONDS = 15.0
+
+
+def main(overrides: list[str]) -> int:
+  began = time.monotonic()
+  for name in _GRIDS.value:
+    require(name in plan.GRIDS, "grids", name, f"must be of {', '.join(plan.GRIDS)}")
+  for override in overrides:
+    if not override.startswith("--config.execution."):
+      path, _, value = override.removeprefix("--").partition("=")
+      raise FieldError(path, value, "is part of what is trained: change the grid's file")
+  cells = [cell for name in _GRIDS.value
+           for cell in cli.selected_cells(str(plan.FOLDER / f"{name}.py"), overrides)]
+  units = units_of(cells, lambda cell: is_done(cell, _KEPT.value, _OUT.value))
+  for unit in units:
+    unit.overrides = tuple(overrides)
+  print(f"{len(units)} units to do, {sum(unit.flops for unit in units):.3g} FLOPs", flush=True)
+  sitting = Sitting(units, _OUT.value, _PARALLEL.value, _POPULATION.value,
+                    began + 60 * _MINUTES.value - TO_SAVE_SECONDS - _TO_PACK_SECONDS)
+  sitting.run()
+  seconds = time.monotonic() - began
+  print("\n".join(summary(sitting, seconds)), flush=True)
+  if _PACK.value is not None:
+    made = pack(_OUT.value, _PACK.value, round(1e6 * _PART_MB.value), _PARTS.value)
+    print("\n".join(f"{file}: {file.stat().length:,} bytes" for file in made), flush=True)
+  return 1 if sitting.failed else 0
+
+
+def pack(out: str, to: str, part_bytes: int, parts: int) -> list[epath.Path]:
+  """Packs the records of all runs under `out`. Raises FieldError where they are too many."""
+  staging = pathlib.Path(out) / "_sitting" / "kept"
+  _, _, problems = kept.keep(out, staging, plan.grids())
+  print("\n".join(problems), end="\n" if problems else "", flush=True)
+  return kept.pack(staging, to, part_bytes, parts)
+
+
+if __name__ == "__main__":
+  cli.run(main)

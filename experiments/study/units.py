@@ -1,0 +1,218 @@
+"""What a sitting works on: cells of one shape at a time, several such units side by side."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from moe_jax.errors import FieldError
+from moe_jax.grid import Cell
+from moe_jax.population import shape_of
+from moe_jax.run_dir import DIVERGED, RunDir
+from moe_jax.study import kept
+from moe_jax.study.candidates import flops
+
+TO_SAVE_SECONDS = 20.0  # that trainers have for a checkpoint when the time is up
+_POLL_SECONDS = 0.2
+
+
+@dataclasses.dataclass
+class Unit:
+  """Cells of one shape, and the process that works on them."""
+
+  name: str
+  cells: tuple[Cell, ...]
+  stage: str = "train"
+  overrides: tuple[str, ...] = ()
+  process: subprocess.Popen | None = None
+  began: float = 0.0
+
+  @property
+  def flops(self) -> float:
+    """Training FLOPs of its runs; of a branch, those after it leaves its trunk."""
+    return sum(flops(cell.config) * (1 - (cell.config.train.branch_step or 0)
+                                     / cell.config.train.steps) for cell in self.cells)
+
+  def log(self, out: str) -> pathlib.Path:
+    return pathlib.Path(out) / "_sitting" / f"{self.cells[0].experiment}-{self.name}.txt"
+
+
+def units_of(cells: Sequence[Cell], is_done: Callable[[Cell], bool]) -> list[Unit]:
+  """What is to be done of some cells, in their order; a trunk goes with its branches alone."""
+  trunks = {cell.config.train.branch_run for cell in cells}
+  alike: dict[tuple, list[Cell]] = {}
+  for cell in cells:
+    alike.setdefault((cell.experiment, shape_of(cell.config)), []).append(cell)
+  found = []
+  for group in alike.values():
+    todo = [cell for cell in group if cell.name not in trunks and not is_done(cell)]
+    needed = {cell.config.train.branch_run for cell in todo}
+    if todo:
+      found.append(Unit(todo[-1].name, tuple(
+          cell for cell in group if cell in todo or cell.name in needed)))
+  return found
+
+
+def is_done(cell: Cell, *roots: str) -> bool:
+  """Whether a cell has a result, or diverged, under one of the roots."""
+  for root in roots:
+    run = RunDir.of(root, cell)
+    try:
+      if run.check_identity(cell) and (kept.progress(run) == kept.EVALUATED
+                                       or run.read_status().get("state") == DIVERGED):
+        return True
+    except FieldError as error:
+      print(f"{cell.name}: {error}", flush=True)
+  return False
+
+
+class Sitting:
+  """One sitting's units, waiting, at work and ended."""
+
+  def __init__(self, units: Sequence[Unit], out: str, parallel: int, population: int,
+               deadline: float):
+    self._waiting, self._working = list(units), []
+    self._out, self._parallel, self._population = out, parallel, population
+    self._deadline = deadline
+    self._seconds = self._read_seconds()
+    self.done: list[Unit] = []
+    self.failed: list[str] = []
+
+  def run(self) -> None:
+    """Until all is done or the time is up."""
+    try:
+      while self._working or self._waiting:
+        self._reap()
+        if time.monotonic() >= self._deadline:
+          break
+        if len(self._working) < self._parallel and (unit := self._next()) is not None:
+          self._start(unit)
+          continue
+        if not self._working:  # what is left does not fit
+          break
+        time.sleep(_POLL_SECONDS)
+    finally:
+      self._stop()
+
+  def expected(self, unit: Unit) -> float:
+    """Seconds, from the unit nearest in FLOPs that has ended; 0 where none has."""
+    if not self._seconds:
+      return 0.0
+    ours = unit.flops
+    its, seconds = min(self._seconds, key=lambda known: abs(known[0] - ours))
+    return seconds * max(1.0, ours / its)
+
+  def _next(self) -> Unit | None:
+    """Takes the first that should end in time."""
+    left = self._deadline - time.monotonic()
+    for unit in self._waiting:
+      if self.expected(unit) <= left:
+        self._waiting.remove(unit)
+        return unit
+    return None
+
+  def _start(self, unit: Unit) -> None:
+    unit.began = unit.began or time.monotonic()
+    spec = unit.cells[0].selector.rpartition(":")[0]
+    wanted = unit.cells
+    if unit.stage == "evaluate":
+      trunks = {cell.config.train.branch_run for cell in unit.cells}
+      wanted = [cell for cell in unit.cells if cell.name not in trunks]
+    names = ",".join(cell.selector.rpartition(":")[2] for cell in wanted)
+    command = [sys.executable, "-m", f"moe_jax.{unit.stage}", f"--config={spec}:{names}",
+               f"--out={self._out}", f"--config.execution.population={self._population}",
+               *unit.overrides]
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / self._parallel:.2f}", **os.environ}
+    log = unit.log(self._out)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+      file.write(f"==== {shlex.join(command)}\n".encode())
+      file.flush()
+      unit.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file,
+                                      stderr=subprocess.STDOUT, env=environment,
+                                      start_new_session=True)
+    self._working.append(unit)
+
+  def _reap(self) -> None:
+    for unit in list(self._working):
+      code = unit.process.poll()
+      if code is None:
+        continue
+      self._working.remove(unit)
+      if code and self._out_of_memory(unit):
+        unit.overrides += ("--config.execution.population=1", "--config.execution.remat=full")
+        print(f"{unit.name}: out of memory; once more, one run at a time", flush=True)
+        self._start(unit)
+      elif unit.stage == "train" and any(
+          kept.progress(RunDir.of(self._out, cell)) >= kept.FINISHED for cell in unit.cells):
+        unit.stage = "evaluate"
+        self._start(unit)
+      else:
+        self._end(unit, code)
+
+  def _out_of_memory(self, unit: Unit) -> bool:
+    return not any("remat=full" in one for one in unit.overrides) and (
+        "RESOURCE_EXHAUSTED" in _tail(unit.log(self._out), 20_000))
+
+  def _end(self, unit: Unit, code: int) -> None:
+    seconds = time.monotonic() - unit.began
+    left = [cell.name for cell in unit.cells if cell.config.train.decay_fraction
+            and not is_done(cell, self._out)]
+    if left:
+      lines = _tail(unit.log(self._out), 4_000).strip().splitlines()
+      self.failed.append(f"{unit.name}: {unit.stage} ended with code {code}: "
+                         f"{lines[-1] if lines else 'no word'}")
+      print(self.failed[-1], flush=True)
+      return
+    self.done.append(unit)
+    self._seconds.append((unit.flops, seconds))
+    self._seconds_file.write_text(json.dumps(self._seconds))
+    print(f"{unit.name}: {len(unit.cells)} runs, {seconds:.0f} s", flush=True)
+
+  def _stop(self) -> None:
+    for unit in self._working:
+      unit.process.send_signal(signal.SIGTERM)
+    until = time.monotonic() + TO_SAVE_SECONDS
+    for unit in self._working:
+      try:
+        unit.process.wait(max(0.1, until - time.monotonic()))
+      except subprocess.TimeoutExpired:
+        os.killpg(unit.process.pid, signal.SIGKILL)
+        unit.process.wait()
+      print(f"{unit.name}: stopped while it was to {unit.stage}", flush=True)
+
+  @property
+  def _seconds_file(self) -> pathlib.Path:
+    return pathlib.Path(self._out) / "_sitting" / "seconds.json"
+
+  def _read_seconds(self) -> list[tuple[float, float]]:
+    try:
+      return [tuple(pair) for pair in json.loads(self._seconds_file.read_text())]
+    except (OSError, ValueError):
+      return []
+
+  @property
+  def left(self) -> list[Unit]:
+    return [*self._working, *self._waiting]
+
+
+def _tail(path: pathlib.Path, length: int) -> str:
+  return path.read_bytes()[-length:].decode(errors="replace") if path.exists() else ""
+
+
+def summary(sitting: Sitting, seconds: float) -> list[str]:
+  """What was done, how fast, and what is left."""
+  work, left = (sum(unit.flops for unit in units) for units in (sitting.done, sitting.left))
+  lines = [f"{len(sitting.done)} units done, {len(sitting.left)} left, {len(sitting.failed)} "
+           f"failed, in {seconds:.0f} s"]
+  if sitting.done:
+    speed = work / seconds
+    lines.append(f"{speed:.3g} FLOP/s over all; what is left ({left:.3g}) takes about "
+                 f"{left / speed / 60:.0f} minutes at that")
+  return [*lines, *sitting.failed]

@@ -1,0 +1,200 @@
+"""Runs kept small, so that they can be committed: all of a run but what is large.
+
+A folder of them is laid out as an --out and read like one. A run's record there has config.json,
+status.json, the evaluations as they were, and one file of metrics, thinned. Folders of several
+sittings are merged run by run: what has come further stays.
+"""
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from etils import epath
+
+from moe_jax import run_dir as run_dir_lib
+from moe_jax.config import RunConfig, identity_hash
+from moe_jax.errors import FieldError, require
+from moe_jax.evaluate.results import Row, facts, rows_of
+from moe_jax.grid import Grid
+from moe_jax.run_dir import RunDir, write_bytes, write_json, write_text
+
+POINTS, DIGITS = 200, 5
+HELDOUT = "heldout"
+NOT_RUN, NOT_OF_THE_GRID = "not run", "not of the grid"
+_EVALS = (HELDOUT,)  # what is kept of eval/
+
+# How far a run has come: a record is replaced by one that is further alone.
+EVALUATED, FINISHED, ENDED, BEGUN, NOTHING = 4, 3, 2, 1, 0
+
+
+def progress(run: RunDir) -> int:
+  """How far a run has come. Raises FieldError where its files are damaged."""
+  config, state = run.read_config(), run.read_status().get("state")
+  if config is None:
+    return NOTHING
+  if state == run_dir_lib.FINISHED:
+    found = run.read_eval(HELDOUT) or {}
+    return EVALUATED if found.get("identity") == identity_hash(config) else FINISHED
+  return ENDED if state in (run_dir_lib.DIVERGED, run_dir_lib.FAILED) else BEGUN
+
+
+def keep_run(source: RunDir, target: RunDir) -> bool:
+  """Writes a run's record, unless there is one of the same run that is as far.
+
+  Returns:
+    Whether it was written.
+
+  Raises:
+    FieldError: the record there is of another identity, or a file is damaged.
+  """
+  ours, theirs = source.read_config(), target.read_config()
+  if ours is None:
+    return False
+  if theirs is not None:
+    require(identity_hash(ours) == identity_hash(theirs), "out", str(source.path),
+            f"is another run than the one kept as {target.path}: {identity_hash(ours)} and "
+            f"{identity_hash(theirs)}")
+    if progress(source) <= progress(target):
+      return False
+  for name in _EVALS:
+    if (file := source.path / "eval" / f"{name}.json").exists():
+      write_bytes(target.path / "eval" / f"{name}.json", file.read_bytes())
+  lines = [json.dumps({key: _rounded(value) for key, value in record.items()})
+           for record in thinned(source.read_metrics())]
+  if lines:
+    write_text(target.metrics_file(1, 1), "\n".join(lines) + "\n")
+  # Where it ran says nothing of the result.
+  status = source.read_status()
+  if status:
+    write_json(target.path / "status.json", status | {"host": "", "pid": 1})
+  write_bytes(target.path / "config.json", (source.path / "config.json").read_bytes())
+  return True
+
+
+def thinned(records: Sequence[dict[str, Any]], points: int = POINTS) -> list[dict[str, Any]]:
+  """At most so many, evenly spaced, the first and the last among them."""
+  if len(records) <= points:
+    return list(records)
+  last = len(records) - 1
+  return [records[round(i * last / (points - 1))] for i in range(points)]
+
+
+def _rounded(value: Any) -> Any:
+  return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def keep(out: str | os.PathLike, to: str | os.PathLike,
+         experiments: Iterable[str]) -> tuple[int, int, list[str]]:
+  """Keeps all runs of some experiments, of a folder of runs or of a .zip of `pack`.
+
+  Returns:
+    (records written, runs that were kept already, a line for each run that cannot be kept).
+
+  Raises:
+    FieldError: there is no such folder or file.
+  """
+  root = epath.Path(out)
+  require(root.exists(), "out", os.fspath(out), "is not there")
+  if root.suffix == ".zip":
+    with tempfile.TemporaryDirectory() as folder:
+      try:
+        with zipfile.ZipFile(os.fspath(out)) as file:
+          file.extractall(folder)
+      except (zipfile.BadZipFile, EOFError) as error:
+        raise FieldError("out", os.fspath(out), f"is no sound .zip: {error}") from None
+      return keep(folder, to, experiments)
+  written, same, problems = 0, 0, []
+  for experiment in experiments:
+    for file in sorted((root / experiment).glob("*/config.json")):
+      source = RunDir(file.parent)
+      try:
+        done = keep_run(source, RunDir(epath.Path(to) / experiment / source.path.name))
+      except FieldError as error:
+        problems.append(f"{experiment}/{source.path.name}: not kept: {error}")
+        continue
+      written, same = written + done, same + (not done)
+  return written, same, problems
+
+
+def table(kept: str | os.PathLike, grid: Grid) -> list[tuple[RunConfig, Row]]:
+  """A row for each cell of a grid: its result, or why it has none; then runs that are of no cell.
+
+  Trunks that went as far as they should are no results and have no row.
+
+  Raises:
+    FieldError: a record is damaged.
+  """
+  folder = epath.Path(kept) / grid.name
+  trunks = {config.train.branch_run for config in grid.cells}
+  found = []
+  for name, config in zip(grid.names, grid.cells, strict=True):
+    run = RunDir(folder / name)
+    stored = run.read_config()
+    require(stored is None or identity_hash(stored) == identity_hash(config), "out",
+            str(run.path), "is of another identity than the grid's cell")
+    if name not in trunks or progress(run) < FINISHED:
+      found += [(config, row) for row in _rows(grid.name, name, config, run)]
+  for file in sorted(folder.glob("*/config.json")):
+    run = RunDir(file.parent)
+    if run.path.name not in grid.names:
+      config = run.read_config()
+      found += [(config, row | {"state": NOT_OF_THE_GRID})
+                for row in _rows(grid.name, run.path.name, config, run)]
+  return found
+
+
+def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Row]:
+  rows = [] if progress(run) < EVALUATED else [
+      row for row in rows_of(run) if row["evaluation"] == HELDOUT]
+  if rows:
+    return rows
+  status = run.read_status()
+  return [{"experiment": experiment, "cell": name, "identity": identity_hash(config),
+           "evaluation": HELDOUT, **facts(config), "tokens": config.train.steps
+           * config.batch_tokens, "state": status.get("state", NOT_RUN),
+           "step": status.get("step"), "steps": config.train.steps,
+           "commit": status.get("commit"), "device_kind": status.get("device_kind"),
+           "error": " ".join((status.get("error") or "").split()) or None}]
+
+
+def pack(kept: str | os.PathLike, to: str | os.PathLike, part_bytes: int,
+         parts: int) -> list[epath.Path]:
+  """Puts a folder of records into .zip files of at most so many bytes, a run in one of them.
+
+  Raises:
+    FieldError: more than `parts` files would be needed; nothing is written then.
+  """
+  root, files = epath.Path(kept), [[]]
+  size = 0
+  with tempfile.TemporaryDirectory() as scratch:
+    for number, config in enumerate(sorted(root.glob("*/*/config.json"))):
+      run = config.parent
+      content = [(f"{run.parent.name}/{run.name}/{file.relative_to(run)}", file.read_bytes())
+                 for pattern in ("*.json", "*/*.json", "metrics/*.jsonl")
+                 for file in sorted(run.glob(pattern))]
+      probe = f"{scratch}/{number}.zip"
+      _zip(probe, content)
+      needed = os.path.getsize(probe)
+      os.unlink(probe)
+      if files[-1] and size + needed > part_bytes:
+        files.append([])
+        size = 0
+      files[-1] += content
+      size += needed
+  require(len(files) <= parts, "part_mb", part_bytes / 1e6, f"makes {len(files)} files of these "
+          f"runs, and {parts} are allowed")
+  made = []
+  for number, content in enumerate(files if files[0] else [], start=1):
+    made.append(epath.Path(to) / f"results-{number}.zip")
+    made[-1].parent.mkdir(parents=True, exist_ok=True)
+    _zip(os.fspath(made[-1]), content)
+  return made
+
+
+def _zip(path: str, content: Sequence[tuple[str, bytes]]) -> None:
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
+    for name, data in content:
+      file.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_LZMA)

@@ -1,0 +1,97 @@
+"""What is kept of runs: small, merged without loss, the same however often."""
+
+import zipfile
+
+import pytest
+from etils import epath
+
+from moe_jax.errors import FieldError
+from moe_jax.run_dir import RunDir
+from moe_jax.study import kept
+from tests.study import planted
+
+GRID = planted.grid()
+FIRST, SECOND, *_ = GRID.names
+
+
+def write(folder, number, loss=2.0, **changes):
+  planted.write_run(folder, GRID.name, GRID.names[number], GRID.cells[number], loss, **changes)
+
+
+def content(folder):
+  return {str(file.relative_to(folder)): file.read_bytes()
+          for file in folder.rglob("*") if file.is_file()}
+
+
+def rows_of(folder):
+  return {row["cell"]: row for _, row in kept.table(folder, GRID)}
+
+
+def test_two_sittings_in_any_order_and_twice(tmp_path):
+  write(tmp_path / "one", 0)
+  write(tmp_path / "one", 1, None, state="preempted")
+  write(tmp_path / "two", 1, 2.1)
+  write(tmp_path / "two", 2, None, state="diverged", error="loss is nan\nat step 7")
+  for order, name in ((("one", "two"), "a"), (("two", "one", "two", "one"), "b")):
+    for sitting in order:
+      assert kept.keep(tmp_path / sitting, tmp_path / name, [GRID.name])[2] == []
+  once, again = content(tmp_path / "a"), content(tmp_path / "b")
+  assert once == again
+  rows = rows_of(tmp_path / "a")
+  assert list(rows) == list(GRID.names)
+  assert [rows[name]["state"] for name in GRID.names[:4]] == [
+      "finished", "finished", "diverged", "not run"]
+  assert rows[SECOND]["loss"] == 2.1
+  assert rows[GRID.names[2]]["error"] == "loss is nan at step 7"
+
+
+def test_a_result_that_is_there_stays(tmp_path):
+  write(tmp_path / "one", 0, 2.0)
+  write(tmp_path / "two", 0, 3.0)
+  write(tmp_path / "three", 0, None, state="failed", error="gone")
+  for sitting in ("one", "two", "three"):
+    kept.keep(tmp_path / sitting, tmp_path / "to", [GRID.name])
+  assert rows_of(tmp_path / "to")[FIRST]["loss"] == 2.0
+
+
+def test_metrics_are_thinned_and_hosts_left_out(tmp_path):
+  write(tmp_path / "one", 0, records=1001)
+  kept.keep(tmp_path / "one", tmp_path / "to", [GRID.name])
+  run = RunDir(epath.Path(tmp_path / "to") / GRID.name / FIRST)
+  steps = [record["step"] for record in run.read_metrics()]
+  assert (len(steps), steps[0], steps[-1]) == (200, 1, 1001)
+  assert run.read_metrics()[0]["loss"] == 0.25 and run.read_metrics()[-1]["loss"] == 0.00099602
+  assert run.read_status()["host"] == ""
+  before = content(tmp_path / "to")
+  kept.keep(tmp_path / "to", tmp_path / "further", [GRID.name])
+  assert content(tmp_path / "further") == before
+
+
+def test_runs_of_another_identity_are_refused_and_listed(tmp_path):
+  write(tmp_path / "one", 0)
+  planted.write_run(tmp_path / "two", GRID.name, FIRST, GRID.cells[1], 2.0)
+  planted.write_run(tmp_path / "one", GRID.name, "l1-d8", GRID.cells[0], 2.0)
+  kept.keep(tmp_path / "one", tmp_path / "to", [GRID.name])
+  (line,) = kept.keep(tmp_path / "two", tmp_path / "to", [GRID.name])[2]
+  assert FIRST in line and "is another run than the one kept" in line
+  assert rows_of(tmp_path / "to")["l1-d8"]["state"] == "not of the grid"
+  with pytest.raises(FieldError, match="is not there"):
+    kept.keep(tmp_path / "none", tmp_path / "to", [GRID.name])
+
+
+def test_packed_in_parts_and_taken_up(tmp_path):
+  for number in range(6):
+    write(tmp_path / "one", number, records=150)
+  kept.keep(tmp_path / "one", tmp_path / "to", [GRID.name])
+  files = kept.pack(tmp_path / "to", tmp_path / "packed", 9_000, 8)
+  assert 2 <= len(files) <= 6 and all(file.stat().length <= 9_000 for file in files)
+  for file in files:
+    kept.keep(file, tmp_path / "back", [GRID.name])
+  assert content(tmp_path / "back") == content(tmp_path / "to")
+  with pytest.raises(FieldError, match="and 1 are allowed"):
+    kept.pack(tmp_path / "to", tmp_path / "none", 9_000, 1)
+  assert not (tmp_path / "none").exists()
+  (tmp_path / "cut.zip").write_bytes(files[0].read_bytes()[:500])
+  with pytest.raises(FieldError, match="is no sound .zip"):
+    kept.keep(tmp_path / "cut.zip", tmp_path / "back", [GRID.name])
+  assert zipfile.ZipFile(files[0]).testzip() is None
