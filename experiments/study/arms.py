@@ -30,6 +30,7 @@ ARM_B = tuple((n_exp, n_exp // 4, n_exp / 16) for n_exp in (8, 16, 64))
 CORNERS = ((8, 4, 2.0), (64, 32, 2.0), (32, 2, 2.0), (64, 4, 2.0))
 ASPECT = 24.0
 BATCH_SIZE, SEQ_LEN = 128, 256
+TOKENS = 100_000_000  # of a run at full length
 
 # Where the pilots' sweeps have their middle, and all cells until the sweeps have been fitted: from
 # then on RATES has lr*(N_total, s, n_exp). Names of cells follow their rates.
@@ -43,7 +44,7 @@ RECIPE = RunConfig(
     # Weighted by their sizes in megabytes: 110M bytes, of which a run reads 100M once.
     data=DataConfig(corpus="anarchism:12,gcide:27,linux-doc:27,python:31,python-doc:11,sotu:12",
                     tokenizer="bytes", seq_len=SEQ_LEN),
-    train=TrainConfig(steps=100_000_000 // (BATCH_SIZE * SEQ_LEN), batch_size=BATCH_SIZE,
+    train=TrainConfig(steps=TOKENS // (BATCH_SIZE * SEQ_LEN), batch_size=BATCH_SIZE,
                       learning_rate=LEARNING_RATES[SIZES[0]], warmup_steps=100, schedule="wsd",
                       decay_fraction=0.2),
     execution=ExecutionConfig(log_every=15, checkpoint_every=1000),

@@ -72,6 +72,17 @@ def is_done(cell: Cell, *roots: str) -> bool:
   return False
 
 
+def command_of(unit: Unit, out: str, population: int) -> list[str]:
+  """What works on a unit at its stage; a trunk is not evaluated."""
+  spec, wanted = unit.cells[0].selector.rpartition(":")[0], unit.cells
+  if unit.stage == "evaluate":
+    trunks = {cell.config.train.branch_run for cell in unit.cells}
+    wanted = [cell for cell in unit.cells if cell.name not in trunks]
+  names = ",".join(cell.selector.rpartition(":")[2] for cell in wanted)
+  return [sys.executable, "-m", f"moe_jax.{unit.stage}", f"--config={spec}:{names}",
+          f"--out={out}", f"--config.execution.population={population}", *unit.overrides]
+
+
 class Sitting:
   """One sitting's units, waiting, at work and ended."""
 
@@ -119,15 +130,7 @@ class Sitting:
 
   def _start(self, unit: Unit) -> None:
     unit.began = unit.began or time.monotonic()
-    spec = unit.cells[0].selector.rpartition(":")[0]
-    wanted = unit.cells
-    if unit.stage == "evaluate":
-      trunks = {cell.config.train.branch_run for cell in unit.cells}
-      wanted = [cell for cell in unit.cells if cell.name not in trunks]
-    names = ",".join(cell.selector.rpartition(":")[2] for cell in wanted)
-    command = [sys.executable, "-m", f"moe_jax.{unit.stage}", f"--config={spec}:{names}",
-               f"--out={self._out}", f"--config.execution.population={self._population}",
-               *unit.overrides]
+    command = command_of(unit, self._out, self._population)
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / self._parallel:.2f}", **os.environ}
     log = unit.log(self._out)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,88 @@
+"""How fast this device trains the study's models, and how long its grids would take.
+
+    python -m benchmarks.study_speed
+    python -m benchmarks.study_speed --study_minutes=60
+
+Whole steps (see benchmarks.population) of the densest and the sparsest shape, alone and three
+together, of the smallest and the largest size; the size between is taken to lie between. Estimates
+leave out compilation and evaluation, which other units' training can hide, and take one program at
+a time: several side by side are no slower. --study_minutes says what experiments/study/arms.TOKENS
+would let all grids fit.
+"""
+
+import math
+
+from absl import flags
+
+from benchmarks.population import measure
+from experiments.study import arms, plan
+from experiments.study.units import units_of
+from moe_jax import cli
+from moe_jax.arch import count
+from moe_jax.errors import require
+from moe_jax.grid import select
+from moe_jax.population import deal
+from moe_jax.text import aligned
+
+_MINUTES = flags.DEFINE_float("study_minutes", None, "What there is for all grids together.")
+_STEPS = flags.DEFINE_integer("study_steps", 10, "Steps in a pass.", lower_bound=1)
+
+SHAPES = ((64, 32, 2.0), (64, 4, 2.0))
+TOGETHER = 3
+
+
+def speeds(steps: int) -> tuple[dict[tuple[int, int], float], list[tuple[str, ...]]]:
+  """((size, 1 or TOGETHER) -> tokens/s, the mean over SHAPES; rows of a table)."""
+  found, rows = {}, [("size", "cell", "together", "step [ms]", "tokens/s", "compilation [s]")]
+  for size in (arms.SIZES[0], arms.SIZES[-1]):
+    seconds: dict[int, list[float]] = {1: [], TOGETHER: []}  # for a token
+    for shape in SHAPES:
+      config = arms.cell(size, *shape)
+      arch = config.arch
+      name = f"l{arch.n_layers}-d{arch.d_model}-f{arch.d_expert}-e{arch.n_exp}-k{arch.n_topk}"
+      for row in measure(config, [1, TOGETHER], steps, passes=2):
+        if "error" in row:
+          rows.append((str(size), name, str(row["population"]), row["error"], "", ""))
+          continue
+        seconds[row["population"]].append(1 / row["tokens_per_second"])
+        rows.append((str(size), name, str(row["population"]), f"{row['step_ms']:.1f}",
+                     f"{row['tokens_per_second']:,.0f}", f"{row['compile_seconds']:.0f}"))
+    for together, each in seconds.items():
+      each = each or seconds[1]  # where no population fits, its runs are trained alone
+      found[size, together] = len(each) / sum(each)
+  return found, rows
+
+
+def minutes(grid: str, known: dict[tuple[int, int], float]) -> float:
+  """Of one grid's training, by the speeds of its sizes."""
+  ends = [math.log(arms.SIZES[0]), math.log(arms.SIZES[-1])]
+  changes = {"execution.population": 8}
+  total = 0.0
+  for unit in units_of(select(str(plan.FOLDER / f"{grid}.py"), changes), lambda cell: False):
+    for group in deal(unit.cells):
+      config, together = group[0].config, 1 if len(group) == 1 else TOGETHER
+      low, high = (math.log(known[size, together]) for size in (arms.SIZES[0], arms.SIZES[-1]))
+      share = (math.log(count.n_total(config.arch)) - ends[0]) / (ends[1] - ends[0])
+      steps = config.train.steps - (config.train.branch_step or 0)
+      total += len(group) * steps * config.batch_tokens / math.exp(low + share * (high - low))
+  return total / 60
+
+
+def main(overrides: list[str]) -> None:
+  cli.no_overrides(overrides)
+  require(_MINUTES.value is None or _MINUTES.value > 0, "study_minutes", _MINUTES.value,
+          "must be above 0")
+  known, rows = speeds(_STEPS.value)
+  print("\n".join(aligned(rows, left=2)))
+  there = [grid for grid in plan.GRIDS if (plan.FOLDER / f"{grid}.py").exists()]
+  of_grid = {grid: minutes(grid, known) for grid in there}
+  print("\n".join(aligned([(grid, f"{value:.1f} min") for grid, value in of_grid.items()])))
+  total = sum(of_grid.values())
+  print(f"all: {total:.0f} minutes of training (an estimate)")
+  if _MINUTES.value is not None:
+    fits = min(1.0, _MINUTES.value / total)
+    print(f"in {_MINUTES.value:g} minutes: arms.TOKENS = {round(arms.TOKENS * fits, -6):_}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,69 @@
+"""A sitting does what fits into its time, tries again where memory ran out, and says the rest."""
+
+import time
+
+import pytest
+
+from experiments.study import units
+from moe_jax.grid import Cell
+from tests.study import planted
+
+GRID = planted.grid()
+CELLS = [Cell(GRID.name, f"planted.py:{name}", name, config)
+         for name, config in zip(GRID.names, GRID.cells, strict=True)]
+
+
+def sitting(tmp_path, monkeypatch, script, n=3, minutes=1.0, parallel=2):
+  """One of n units, whose commands are what `script` says of a unit: a line for the shell."""
+  found = units.units_of(CELLS[:n], lambda cell: units.is_done(cell, str(tmp_path)))
+
+  def command_of(unit, out, population):
+    del out, population
+    line = script(unit)
+    if line == "true":
+      for cell in unit.cells:
+        planted.write_run(tmp_path, cell.experiment, cell.name, cell.config,
+                          None if unit.stage == "train" else 2.0)
+    return ["sh", "-c", line]
+
+  monkeypatch.setattr(units, "command_of", command_of)
+  made = units.Sitting(found, str(tmp_path), parallel, 8, time.monotonic() + 60 * minutes)
+  made.run()
+  return made
+
+
+def test_all_that_fits_is_done_and_not_again(tmp_path, monkeypatch):
+  made = sitting(tmp_path, monkeypatch, lambda unit: "true")
+  assert (len(made.done), made.left, made.failed) == (3, [], [])
+  assert units.summary(made, 10.0)[0] == "3 units done, 0 left, 0 failed, in 10 s"
+  assert not units.units_of(CELLS[:3], lambda cell: units.is_done(cell, str(tmp_path)))
+
+
+def test_out_of_memory_is_tried_once_more_with_less(tmp_path, monkeypatch):
+  def script(unit):
+    if unit.overrides or unit.cells[0] != CELLS[0]:
+      return "true"
+    return "echo RESOURCE_EXHAUSTED: Out of memory; exit 1"
+
+  made = sitting(tmp_path, monkeypatch, script)
+  assert len(made.done) == 3 and not made.failed
+  (again,) = [unit for unit in made.done if unit.overrides]
+  assert again.overrides == ("--config.execution.population=1", "--config.execution.remat=full")
+
+
+def test_a_failure_is_told_by_its_last_line_and_stops_no_other(tmp_path, monkeypatch):
+  made = sitting(tmp_path, monkeypatch, lambda unit: "true" if unit.cells[0] != CELLS[1]
+                 else "echo error: no such text; exit 2")
+  assert len(made.done) == 2
+  assert made.failed == [f"{CELLS[1].name}: train ended with code 2: error: no such text"]
+
+
+def test_time_is_kept(tmp_path, monkeypatch):
+  """Who is at work when it is up gets SIGTERM; what would not end in time is not begun."""
+  began = time.monotonic()
+  made = sitting(tmp_path, monkeypatch, lambda unit: "exec sleep 60", minutes=0.02)
+  assert time.monotonic() - began < 10
+  assert not made.done and len(made.left) == 3
+  (tmp_path / "_sitting" / "seconds.json").write_text("[[1e6, 3.0]]")
+  made = sitting(tmp_path, monkeypatch, lambda unit: pytest.fail("was begun"), minutes=0.03)
+  assert len(made.left) == 3
