@@ -218,6 +218,25 @@ def test_answers_that_say_nothing_change_nothing(tmp_path, fault):
   assert all(record.failures == 0 for record in world.records())
 
 
+@pytest.mark.parametrize("fault", [name for name, answer in _FAULTS.items() if not answer.ok])
+def test_a_request_that_a_busy_cloud_refuses_is_made_again_in_the_same_zone(tmp_path, fault):
+  """It says nothing of the zone's room, nor of the program."""
+  refused = []
+
+  def on_command(command):
+    if command[4] != "create" or refused:
+      return None
+    refused.append(command)
+    return _FAULTS[fault]
+
+  world = World(tmp_path, on_command=on_command)
+  assert world.drive()
+  world.check()
+  (record,) = world.records()
+  assert (record.zone, dict(record.exhausted), record.failures) == ("us-east5-b", {}, 0)
+  assert world.cloud.created == 1
+
+
 def test_a_request_that_was_heard_though_it_seemed_lost_is_not_made_twice(tmp_path):
   world = World(tmp_path)
   run = world.cloud.run
