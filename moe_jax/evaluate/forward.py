@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from moe_jax.config import MeshConfig, RunConfig, TrainConfig, resolve_mesh
@@ -14,6 +13,7 @@ from moe_jax.data.loader import Batch
 from moe_jax.errors import FieldError
 from moe_jax.mesh import batch_sharding, replicated
 from moe_jax.model import functional, observed
+from moe_jax.model.cross_entropy import token_scores
 from moe_jax.moe.router import RouterSums
 
 
@@ -89,11 +89,13 @@ class Forward:
 @functools.lru_cache(maxsize=4)
 def _program(config: RunConfig, mesh: Mesh, observe: bool):
   """(params, router, batch) -> Output; with the choices if `observe`."""
-  apply = observed.apply if observe else functional.apply
 
   def step(params, router, batch):
-    logits_BSV, *rest = apply(config, params, batch["inputs_BS"], batch["segments_BS"], mesh,
-                              counted_BS=batch["mask_BS"], router=router)
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BSV, batch["targets_BS"]), *rest
+    model = functional.merged(config, params, router)
+    features = functools.partial(observed.features, model) if observe else model.features
+    x_BSD, head_DV, *rest = features(batch["inputs_BS"], batch["segments_BS"], mesh,
+                                     counted_BS=batch["mask_BS"])
+    nll_BS, _ = token_scores(x_BSD, head_DV, batch["targets_BS"], mesh)
+    return nll_BS, *rest
 
   return jax.jit(step, out_shardings=replicated(mesh))

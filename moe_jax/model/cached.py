@@ -164,11 +164,15 @@ def _attend(attention: Attention, x_BSD, cache: Cache, number, position_B, gathe
 
 def head(model: Transformer, x: jax.Array, mesh: Mesh) -> jax.Array:
   """Logits in float32 of outputs [..., D] of the last layer."""
+  x, head_DV = before_head(model, x, mesh)
+  return jnp.einsum("...d,dv->...v", x, head_DV, preferred_element_type=jnp.float32)
+
+
+def before_head(model: Transformer, x: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+  """(x, head_DV), whose product is the logits, of outputs [..., D] of the last layer."""
   config = model.config
   dtype = jnp.dtype(config.model.compute_dtype)
   x = rms_norm(x, model.final_norm_D[...], config.model.norm_eps)
   if config.arch.tie_embeddings:
-    head_DV = gather_whole(model.embedding_VD, mesh, dtype).T
-  else:
-    head_DV = gather_whole(model.w_head_DV, mesh, dtype)
-  return jnp.einsum("...d,dv->...v", x, head_DV, preferred_element_type=jnp.float32)
+    return x, gather_whole(model.embedding_VD, mesh, dtype).T
+  return x, gather_whole(model.w_head_DV, mesh, dtype)

@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moe_jax.mesh import batch_sharding
-from moe_jax.model import cached, functional
-from moe_jax.model.transformer import Block, MoE, gather_whole
+from moe_jax.model import cached
+from moe_jax.model.transformer import Block, MoE, Transformer, gather_whole
 from moe_jax.moe.dispatch import assign_slots
 from moe_jax.moe.expert_parallel import Semantics
 from moe_jax.moe.router import RouterSums, route
@@ -33,16 +33,15 @@ class Choices(NamedTuple):
   entropy_LBS: jax.Array
 
 
-def apply(config, params: functional.Params, inputs_BS: jax.Array, segments_BS: jax.Array,
-          mesh: Mesh, counted_BS: jax.Array, router: functional.Router | None = None
-          ) -> tuple[jax.Array, RouterSums, Choices]:
-  """As functional.apply, and the choices; for token-choice routers and at least one MoE layer."""
-  model = functional.merged(config, params, router)
-  x_BSD = gather_whole(model.embedding_VD, mesh, jnp.dtype(config.model.compute_dtype))[inputs_BS]
+def features(model: Transformer, inputs_BS: jax.Array, segments_BS: jax.Array, mesh: Mesh,
+             counted_BS: jax.Array) -> tuple[jax.Array, jax.Array, RouterSums, Choices]:
+  """As Transformer.features, and the choices; for token-choice routers and an MoE layer or more."""
+  dtype = jnp.dtype(model.config.model.compute_dtype)
+  x_BSD = gather_whole(model.embedding_VD, mesh, dtype)[inputs_BS]
   for name in ("dense_layers", "moe_layers"):
     if hasattr(model, name):
       x_BSD, found = _scan(getattr(model, name), x_BSD, segments_BS, mesh, counted_BS)
-  return cached.head(model, x_BSD, mesh), *found
+  return *cached.before_head(model, x_BSD, mesh), *found
 
 
 def _scan(layers: Block, x_BSD, segments_BS, mesh, counted_BS):
