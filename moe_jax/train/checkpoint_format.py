@@ -32,6 +32,10 @@ PARAMS, ROUTER, OPTIMIZER, DATA, META = "params", "router", "optimizer", "data",
 # that another mesh wrote reads little more than its part.
 _CHUNK_BYTES = 64 * 10**6
 
+# What is to be written to one file stands in memory until the file is full. Orbax would fill 2 GB,
+# beside the arrays themselves.
+_FILE_BYTES = 256 * 10**6
+
 
 class CheckpointError(RuntimeError):
   """A checkpoint cannot be written or read; the message is one line and says what to do."""
@@ -41,7 +45,8 @@ def save_args(state: Mapping[str, Any], data: Any, meta: Mapping[str, Any]
               ) -> ocp.args.Composite:
   """What to hand to Orbax: `state` is a dict with `params`, data and meta are JSON."""
   chunked = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-  items = {name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: chunked, tree))
+  items = {name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: chunked, tree),
+                                     ocdbt_target_data_file_size=_FILE_BYTES)
            for name, tree in _items(state).items()}
   return ocp.args.Composite(
       **items, data=ocp.args.JsonSave(data),
