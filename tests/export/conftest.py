@@ -16,9 +16,11 @@ from tests.small import ARCH, random_params, small_config
 
 ARCHS = {
     "qwen3_moe": dataclasses.replace(ARCH, n_heads=4, n_kv_heads=2, head_dim=8, n_layers=3,
-                                     n_dense_layers=1, d_dense=20, tie_embeddings=True),
+                                     n_dense_layers=1, d_dense=20, d_expert=16,
+                                     tie_embeddings=True),
     "olmoe": dataclasses.replace(ARCH, n_heads=4, n_kv_heads=2, qk_norm="projection"),
-    "mixtral": dataclasses.replace(ARCH, n_heads=4, n_kv_heads=2, head_dim=6, qk_norm="none")}
+    "mixtral": dataclasses.replace(ARCH, n_heads=4, n_kv_heads=2, head_dim=6, d_expert=10,
+                                   qk_norm="none")}
 MOE = {"qwen3_moe": {}, "olmoe": {"norm_topk_prob": False}, "mixtral": {}}
 MODEL = {"qwen3_moe": {"rope_theta": 50_000.0}, "olmoe": {"norm_eps": 1e-5},
          "mixtral": {"rope_theta": 500.0}}

@@ -47,6 +47,13 @@ def test_config_json_says_the_architecture(layout):
   assert read.max_positions == 16
 
 
+@pytest.mark.parametrize("layout, eager", [("qwen3_moe", False), ("mixtral", True)])
+def test_widths_that_torchs_grouped_product_refuses_ask_for_the_loop(layout, eager):
+  """Experts of 16 and of 10: transformers_test.py runs both."""
+  said = config_json(config_of(layout), LAYOUTS[layout], "float32", 256)
+  assert said.get("experts_implementation") == ("eager" if eager else None)
+
+
 _OLD = {"num_local_experts", "rope_parameters", "dtype"}  # what transformers 5 alone says
 _NEW = {"num_experts", "rope_theta", "torch_dtype"}  # what 4.57 alone says
 
