@@ -134,8 +134,8 @@ def get_corpus(name: str, data_dir: pathlib.Path | None = None) -> Corpus | Adde
       file.parent.parent.name: file for file in data_dir.glob(f"*/dataset/{CARD}")}
   if name not in added:
     raise FieldError("data.corpus", name, "no such corpus; " + did_you_mean(
-        name, [*CORPORA, *added]) + " Text of your own: python -m moe_jax.data "
-        f"--add={name} --from=FILES")
+        name, [*CORPORA, *added]) + " (text of your own: python -m moe_jax.data "
+        f"--add={name} --from=FILES)")
   return read_added(added[name].parent)
 
 

@@ -63,6 +63,7 @@ def _export(overrides: list[str]) -> int:
   require(len(cells) == 1, "config", _CONFIG.value, f"selects {len(cells)} cells and exports "
           "one: add :CELL. Cells: " + ", ".join(cell.name for cell in cells))
   (cell,) = cells
+  require(_SHARD_GB.value >= 0, "shard_gb", _SHARD_GB.value, "must be a number")  # and not nan
   from moe_jax.export.to_hf import export
   done = export(cell, _OUT.value, _HF.value, _STEP.value, _LAYOUT.value, _DTYPE.value,
                 _SHARD_GB.value * 1e9)
@@ -94,9 +95,12 @@ def _import(overrides: list[str]) -> int:
                       f"--config.train.init_from={source.init_from}", *overrides])
   try:
     run_dir = from_hf.import_weights(source, cell, _OUT.value)
-  except BaseException:
-    if _WRITE.value is not None:  # so that the same command can be given again
-      pathlib.Path(_WRITE.value).unlink()
+  except BaseException as error:
+    if _WRITE.value is None:
+      raise
+    pathlib.Path(_WRITE.value).unlink()  # so that the same command can be given again
+    if isinstance(error, FieldError) and error.field == "config.data.corpus":
+      raise FieldError("corpus", error.value, error.accepted) from None
     raise
   print(f"{_HF.value} ({source.said.layout.name}) is step 0 of {run_dir.path}")
   print(f"evaluate it: python -m moe_jax.evaluate {again} --out={_OUT.value}")

@@ -63,8 +63,11 @@ def look(hf: str | os.PathLike) -> Source:
   """
   directory = pathlib.Path(hf).expanduser()
   said = layouts.from_config_json(read_json(directory, "config.json"))
-  weights = Weights(directory)
-  tensors = tuple(layouts.weights(said.arch, said.layout))
+  weights, arch = Weights(directory), said.arch
+  require(arch.n_dense_layers + arch.n_moe_layers * arch.n_exp <= weights.count, "hf",
+          str(directory), f"has {weights.count} tensors, too few for the {arch.n_layers} layers "
+          f"and {arch.n_exp} experts of its config.json")
+  tensors = tuple(layouts.weights(arch, said.layout))
   weights.check(tensors)
   label = re.sub("[^a-z0-9]+", "-", directory.resolve().name.lower()).strip("-") or "model"
   return Source(directory, said, weights, tensors, f"hf/{label}-{weights.content_hash()}")

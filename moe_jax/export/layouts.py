@@ -224,6 +224,45 @@ def config_json(config: RunConfig, layout: Layout, dtype: str, document_start_id
 # From Hugging Face
 
 
+def _is_count(value: Any) -> bool:
+  return type(value) is int and 0 < value < 2**16
+
+
+def _is_size(value: Any) -> bool:
+  return type(value) is int and 0 < value < 2**31
+
+
+def _is_positive(value: Any) -> bool:
+  return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_bool(value: Any) -> bool:
+  return type(value) is bool
+
+
+def _is_rope(value: Any) -> bool:
+  return isinstance(value, dict) and _is_positive(value.get("rope_theta", 1))
+
+
+def _are_layers(value: Any) -> bool:
+  return isinstance(value, list) and all(type(layer) is int for layer in value)
+
+
+# What the keys that are read must hold where they are there and not null.
+_KINDS = {key: (is_one, what) for is_one, what, keys in (
+    (_is_count, "a whole number from 1 to 65535", (
+        "num_hidden_layers", "num_experts", "num_local_experts", "num_experts_per_tok",
+        "decoder_sparse_step")),
+    (_is_size, "a whole number above 0", (
+        "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "intermediate_size", "moe_intermediate_size", "max_position_embeddings",
+        "sliding_window")),
+    (_is_positive, "a number above 0", ("rms_norm_eps", "rope_theta")),
+    (_is_bool, "true or false", ("norm_topk_prob", "tie_word_embeddings", "use_sliding_window")),
+    (_is_rope, "an object whose rope_theta is a number", ("rope_scaling", "rope_parameters")),
+    (_are_layers, "a list of numbers of layers", ("mlp_only_layers",))) for key in keys}
+
+
 @dataclasses.dataclass(frozen=True)
 class Imported:
   """What a config.json says of the decoder, in our words."""
@@ -246,9 +285,12 @@ def from_config_json(said: Any) -> Imported:
   def refuse(key: str, why: str):
     raise FieldError("hf", f"config.json: {key}={said.get(key)!r}", why)
 
-  layout = LAYOUTS.get(said.get("model_type"))
+  layout = LAYOUTS.get(str(said.get("model_type")))
   if layout is None:
     refuse("model_type", f"must be {' or '.join(LAYOUTS)}")
+  for key, (is_one, what) in _KINDS.items():
+    if said.get(key) is not None and not is_one(said[key]):
+      refuse(key, f"must be {what}")
 
   def get(*keys: str) -> Any:
     for key in keys:
@@ -285,8 +327,6 @@ def from_config_json(said: Any) -> Imported:
         norm_eps=float(get("rms_norm_eps")))
   except FieldError as error:
     raise FieldError("hf", "config.json", f"is no architecture: {error}") from None
-  except (TypeError, ValueError) as error:
-    raise FieldError("hf", "config.json", f"is damaged: {error}") from None
   return Imported(layout, arch, moe, model, said.get("max_position_embeddings"))
 
 
@@ -294,16 +334,15 @@ def _refuse_window(said: Mapping[str, Any], layout: Layout, refuse) -> None:
   """Attention here sees the whole document."""
   window = said.get("sliding_window")
   used = said.get("use_sliding_window", False) if layout.may_be_dense else window is not None
-  if used and window is not None and window < said.get("max_position_embeddings", math.inf):
+  if used and window is not None and window < (
+      said.get("max_position_embeddings") or math.inf):
     refuse("sliding_window", "must be null: attention here sees the whole document")
 
 
 def _rope_theta(said: Mapping[str, Any], layout: Layout, refuse) -> float:
   theta = said.get("rope_theta")
   for key in ("rope_scaling", "rope_parameters"):
-    rope = said.get(key)
-    if not isinstance(rope, dict):
-      continue
+    rope = said.get(key) or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
       refuse(key, "must be of type 'default': the rotary embedding here is not scaled")
     theta = rope.get("rope_theta", theta)
@@ -314,7 +353,7 @@ def _dense_layers(get, n_layers: int, refuse) -> int:
   """How many first layers are dense, by Qwen3-MoE's two keys."""
   every, listed = get("decoder_sparse_step"), set(get("mlp_only_layers"))
   dense = [layer for layer in range(n_layers)
-           if layer in listed or every < 1 or (layer + 1) % every]
+           if layer in listed or (layer + 1) % every]
   if dense != list(range(len(dense))):
     refuse("mlp_only_layers", f"with decoder_sparse_step={every!r} makes the layers {dense} "
            "dense: only the first ones can be here")

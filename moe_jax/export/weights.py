@@ -14,6 +14,7 @@ from moe_jax.export.layouts import Weight
 from moe_jax.export.shards import INDEX, WHOLE
 
 _SHOWN = 3  # names in a message
+_FLOATS = ("F32", "BF16", "F16", "F64")  # in safetensors' words
 
 
 def read_json(directory: pathlib.Path, name: str) -> Any:
@@ -38,6 +39,8 @@ class Weights:
       located = index.get("weight_map") if isinstance(index, dict) else None
       require(isinstance(located, dict) and bool(located), "hf", str(directory / INDEX),
               "is damaged: no weight_map")
+      require(all(isinstance(name, str) and "/" not in name for name in located.values()), "hf",
+              str(directory / INDEX), "is damaged: weight_map must hold names of files")
     else:
       require((directory / WHOLE).is_file(), "hf", str(directory),
               f"has neither {WHOLE} nor {INDEX}")
@@ -49,6 +52,11 @@ class Weights:
     require(not lost, "hf", str(directory), f"lacks tensors that its index names: "
             f"{_some(lost)}")
     self._located = held
+
+  @property
+  def count(self) -> int:
+    """How many there are."""
+    return len(self._located)
 
   def _open(self, name: str):
     file = self._directory / name
@@ -71,6 +79,9 @@ class Weights:
       shape = tuple(self._slice(name).get_shape())
       require(shape == weight.shape, "hf", str(self._directory), f"{name} has the shape "
               f"{list(shape)}, and by config.json {list(weight.shape)}")
+      dtype = self._slice(name).get_dtype()
+      require(dtype in _FLOATS, "hf", str(self._directory), f"{name} is of type {dtype}, and must "
+              f"be of {', '.join(_FLOATS)}")
 
   def read(self, name: str) -> np.ndarray:
     """A tensor, in float32."""

@@ -121,8 +121,11 @@ def _change(**changes):
     (_change(num_hidden_layers=1), "has tensors that its config.json does not speak of: model.lay"),
     (_change(intermediate_size=13), r"experts.0.gate_proj.weight has the shape \[12, 16\], and by "
      r"config.json \[13, 16\]"),
+    (_change(num_hidden_layers=60_000), "has 69 tensors, too few for the 60000 layers and 8 exp"),
+    (lambda folder: (folder / shards.INDEX).write_text('{"weight_map": {"a": "../a"}}'),
+     "weight_map must hold names of files"),
 ], ids=["lost", "cut", "no_config", "broken_config", "no_index", "empty_index", "more_layers",
-        "fewer_layers", "wider"])
+        "fewer_layers", "wider", "far_more_layers", "elsewhere"])
 def test_a_directory_that_is_not_whole_is_refused(exported, tmp_path, breakage, message):
   folder = shutil.copytree(exported / "olmoe", tmp_path / "hf")
   breakage(folder)

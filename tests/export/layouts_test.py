@@ -54,6 +54,18 @@ def test_widths_that_torchs_grouped_product_refuses_ask_for_the_loop(layout, eag
   assert said.get("experts_implementation") == ("eager" if eager else None)
 
 
+@pytest.mark.parametrize("key, value", [
+    ("model_type", ["qwen3_moe"]), ("num_hidden_layers", "2"), ("num_hidden_layers", 10**9),
+    ("hidden_size", 16.0), ("num_experts", True), ("rms_norm_eps", "1e-6"), ("rope_theta", 0),
+    ("rope_parameters", "default"), ("rope_parameters", {"rope_theta": "1e4"}),
+    ("mlp_only_layers", 0), ("decoder_sparse_step", 0), ("tie_word_embeddings", "no")])
+def test_a_key_of_another_kind_is_refused_by_its_name(key, value):
+  said = config_json(config_of("qwen3_moe"), LAYOUTS["qwen3_moe"], "float32", 256)
+  with pytest.raises(FieldError, match=f"config.json: {key}=.*must be ") as caught:
+    from_config_json(said | {key: value})
+  assert "\n" not in str(caught.value)
+
+
 _OLD = {"num_local_experts", "rope_parameters", "dtype"}  # what transformers 5 alone says
 _NEW = {"num_experts", "rope_theta", "torch_dtype"}  # what 4.57 alone says
 

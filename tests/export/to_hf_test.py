@@ -165,6 +165,8 @@ def test_the_command_refuses_in_one_line(tmp_path):
   for arguments, message in (
       ([f"--hf={tmp_path}/x"], "--to=None: give either --to=hf or --from=hf"),
       (["--to=hf", f"--hf={tmp_path}/x"], "--config=None: is needed: FILE:CELL"),
+      (["--to=hf", f"--hf={tmp_path}/x", "--config=experiments/quickstart.py:l2-d80-f42-e32-k4",
+        "--shard_gb=nan"], "--shard_gb=nan: must be a number"),
       (["--to=hf", f"--hf={tmp_path}/x", "--write=x.py"], "--write='x.py': does not go with --to"),
       (["--from=hf", f"--hf={tmp_path}/x", "--write=x.py"], "is no directory")):
     done = run_module("-m", "moe_jax.export", *arguments)
