@@ -102,6 +102,9 @@ def _check_files(task_dir: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-  """The message, or where there is none the kind of the error."""
+  """The message, or where there is none the kind of the error, and that of what caused it."""
+  if isinstance(error, StopIteration):
+    return "it has no documents"
   text = " ".join(str(error).split())
-  return text if len(text) > 20 else f"{type(error).__name__} {text}".strip()
+  text = text if len(text) > 20 else f"{type(error).__name__} {text}".strip()
+  return text if error.__cause__ is None else f"{text}: {one_line(error.__cause__)}"

@@ -28,6 +28,7 @@ _BOOTSTRAPS = 1000  # for the errors of metrics that are no means
 def quiet() -> None:
   """Call it before lm_eval is imported: no bars, no warnings, no processes forked beside JAX."""
   os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+                 "DATASETS_VERBOSITY": "critical",
                  "DISABLE_MULTIPROC": "1", "TOKENIZERS_PARALLELISM": "false"}
   for name in ("lm_eval", "datasets"):
     logger = logging.getLogger(name)

@@ -70,3 +70,12 @@ def test_names_that_cannot_be_are_refused(text, message):
 def test_names_are_taken_once(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
   assert catalogue.parse_tasks("b, a,b") == ("b", "a")
+
+
+def test_an_error_is_told_with_its_cause():
+  """What lm_eval raises says little; what it was raised from says where to look."""
+  error = ValueError("An error occurred while generating\nthe dataset")
+  error.__cause__ = KeyError("x")
+  assert catalogue.one_line(error) == (
+      "An error occurred while generating the dataset: KeyError 'x'")
+  assert catalogue.one_line(StopIteration()) == "it has no documents"
