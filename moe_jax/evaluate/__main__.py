@@ -111,6 +111,7 @@ def _read_tasks() -> tuple[str, ...]:
 def _show(cells, text, with_curves: bool, tasks=()) -> list[str]:
   """Tables, results.csv and pictures; returns what went wrong, which was said."""
   from moe_jax.evaluate import cost, curves, report, results, show
+  from moe_jax.evaluate.text import HELDOUT
   experiment = cells[0].experiment
   rows, problems = results.collect(_OUT.value, experiment)
   by_cell = {row["cell"]: row for row in rows if row["evaluation"] == text.name}
@@ -125,9 +126,13 @@ def _show(cells, text, with_curves: bool, tasks=()) -> list[str]:
     if _INFERENCE.value:
       problems += cost.show(_OUT.value, cells, shown)
     if _REPORT.value is not None:
-      heldout = [row for row in rows if row["evaluation"] == "heldout"
-                 and row["cell"] in by_cell]
-      print(*report.write(_REPORT.value, cells, _OUT.value, heldout)[:1], sep="\n")
+      names = {cell.name for cell in cells}
+      heldout = [row for row in rows if row["evaluation"] == HELDOUT and row["cell"] in names]
+      if heldout:
+        print(*report.write(_REPORT.value, cells, _OUT.value, heldout)[:1], sep="\n")
+      else:
+        problems.append(f"{_REPORT.value}: not written: it tells of the held-out split, which "
+                        "has not been evaluated: do so without --split and --corpus first")
   _complain(problems)
   return problems
 
