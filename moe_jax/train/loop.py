@@ -71,12 +71,14 @@ def train_together(cells: Sequence[Cell], out: str | os.PathLike,
     Any of them may be raised on one of many processes alone: processes.run ends the others.
   """
   require_one_shape(cells)
+  first = processes.is_first()
   for cell in cells:
     RunDir.of(out, cell).check_identity(cell)
+    if first:
+      find_source(RunDir.of(out, cell), cell.config)
   mesh, prepared = _fitting(cells[0].config, len(cells), out)
   _require_same_everywhere(cells, prepared)
   use_compilation_cache(out)
-  first = processes.is_first()
   with contextlib.ExitStack() as locks:
     for cell in cells if first else ():
       locks.enter_context(RunDir.of(out, cell).lock())

@@ -131,6 +131,13 @@ def test_another_model_is_refused_by_its_fields(sources, base, changes, problem)
   assert caught.value.field == "config.train.init_from"
 
 
+def test_a_run_that_is_refused_leaves_nothing(out):
+  config = override(DENSE, {"train.init_from": "old/none", "execution.mesh.data": 8})
+  with pytest.raises(FieldError, match="there is no run at"):
+    loop.train(Cell("new", "", "cell", config), out)
+  assert not (out / "new").exists()
+
+
 def test_what_upcycling_needs_is_told_with_its_own_field(sources):
   config = override(MIXTURE, {"arch.n_topk": 3})
   with pytest.raises(FieldError, match="n_topk=3: must be a multiple of 2") as caught:
