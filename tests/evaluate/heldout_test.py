@@ -98,7 +98,7 @@ def grouped():
   return result
 
 
-@pytest.mark.parametrize("rows", [2, 6, 26])
+@pytest.mark.parametrize("rows", [2, 26])
 def test_the_batch_does_not_matter(grouped, rows):
   config = dataclasses.replace(
       GROUPED, train=dataclasses.replace(GROUPED.train, batch_size=rows))
@@ -106,10 +106,10 @@ def test_the_batch_does_not_matter(grouped, rows):
   assert_same(run(config), grouped, 1e-6)
 
 
-@pytest.mark.parametrize("mesh", ["data8", "data2_fsdp2_expert2", "fsdp2_expert4"])
-def test_the_number_of_devices_does_not_matter(grouped, mesh):
-  config = dataclasses.replace(
-      GROUPED, execution=dataclasses.replace(GROUPED.execution, mesh=MESHES[mesh]))
+def test_the_number_of_devices_does_not_matter(grouped):
+  """Of any mesh: test_any_text_any_batch_any_mesh."""
+  config = dataclasses.replace(GROUPED, execution=dataclasses.replace(
+      GROUPED.execution, mesh=MESHES["data2_fsdp2_expert2"]))
   assert_same(run(config, 8), grouped, 1e-6)
 
 
@@ -303,7 +303,7 @@ def test_any_text_any_batch_any_mesh(seed, n_documents, rows, mesh):
 
 def test_the_selection_bias_is_that_of_the_checkpoint(out):
   """With a bias of 1 every token goes to expert 0: seen in the loads, on other devices too."""
-  unbiased, biased = cells_of(moe={"router": "sigmoid"})
+  unbiased, biased = cells_of(moe={"router": "sigmoid", "dispatch": "dropless"})
   prepared = prepare(biased.config.data, out / "_data")
   found = evaluate(unbiased, finish(out, unbiased), prepared, jax.devices()[:1]).result
   assert found["causal"] and np.array(found["load"]).max() < 3.9
@@ -312,7 +312,7 @@ def test_the_selection_bias_is_that_of_the_checkpoint(out):
     found = evaluate(biased, run_dir, prepared, jax.devices()[:n_devices]).result
     load_LE = np.array(found["load"])
     np.testing.assert_allclose(load_LE[:, 0], ARCH.n_exp / ARCH.n_topk)
-    assert found["load_variation"] > 1 and found["drop_rate"] > 0
+    assert found["load_variation"] > 1
 
 
 def test_expert_choice_is_measured_in_its_groups_and_marked():
