@@ -126,8 +126,8 @@ def _show(cells, text, with_curves: bool, tasks=()) -> list[str]:
     if _INFERENCE.value:
       problems += cost.show(_OUT.value, cells, shown)
     if _REPORT.value is not None:
-      names = {cell.name for cell in cells}
-      heldout = [row for row in rows if row["evaluation"] == HELDOUT and row["cell"] in names]
+      own = {row["cell"]: row for row in rows if row["evaluation"] == HELDOUT}
+      heldout = [own[cell.name] for cell in cells if cell.name in own]
       if heldout:
         print(*report.write(_REPORT.value, cells, _OUT.value, heldout)[:1], sep="\n")
       else:
