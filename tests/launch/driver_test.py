@@ -120,13 +120,15 @@ def test_silent_machines_are_replaced(tmp_path):
 
 
 def test_a_dirty_machine_is_replaced(tmp_path):
-  world = World(tmp_path)
+  world, looks = World(tmp_path), itertools.count()
 
   def sleep(seconds):
+    active = world.cloud.active()
+    # The next machine says nothing at first: what the dirty one said is not its word.
+    world.silent = world.cloud.created == 1 or next(looks) < 6
     world.sleep(seconds)
-    if world.cloud.created == 1:
-      for resource in world.cloud.active():
-        world.hear(resource.name, "dirty", "/dev/vfio/0 is held by process 41")
+    for resource in active if world.cloud.created == 1 else ():
+      world.hear(resource.name, "dirty", "/dev/vfio/0 is held by process 41")
 
   assert world.driver(sleep).drive()
   world.check()
