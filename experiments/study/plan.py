@@ -8,12 +8,13 @@ from etils import epath
 
 from experiments.study import arms
 from moe_jax.config import RunConfig
-from moe_jax.evaluate.results import csv_path, write_csv
+from moe_jax.evaluate.results import Row, csv_path, write_csv
 from moe_jax.grid import Grid, load_grid
 from moe_jax.study import kept
 
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = str(FOLDER / "results")
+MOST_DROPPED = 0.001  # of a run's assignments, after warm-up, if its loss is to count
 # In the order in which they run; the trial's file is made when the law has been fitted.
 GRIDS = ("pilots", "rate_check", "small", "large", "capacity", "trial")
 
@@ -54,5 +55,13 @@ def write_tables(to: str | os.PathLike, of: Mapping[str, Grid]) -> list[str]:
     write_csv(csv_path(to, experiment), [row for _, row in rows])
     if experiment == "study":
       write_csv(epath.Path(to) / "results.csv",
-                [row for config, row in rows if in_statistic(config)])
+                [_counted(row) for config, row in rows if in_statistic(config)])
   return lines
+
+
+def _counted(row: Row) -> Row:
+  """A row whose run dropped too much says so, and a fit does not use it."""
+  dropped = row.get(kept.TRAINING_DROP_RATE) or 0.0
+  if dropped < MOST_DROPPED:
+    return row
+  return row | {"state": f"does not count: {100 * dropped:.2g} % of assignments dropped"}

@@ -24,6 +24,7 @@ from experiments.study import plan
 from experiments.study.units import TO_SAVE_SECONDS, Sitting, is_done, summary, units_of
 from moe_jax import cli
 from moe_jax.errors import FieldError, require
+from moe_jax.run_dir import write_text
 from moe_jax.study import kept
 
 _GRIDS = flags.DEFINE_list("grids", ["pilots"], "Files of this folder, in the order in which they "
@@ -36,7 +37,8 @@ _PARALLEL = flags.DEFINE_integer("parallel", 3, "Units at work at a time; each g
 _POPULATION = flags.DEFINE_integer("population", 8, "Runs of one shape that train together at "
                                    "most.", lower_bound=1)
 _PACK = flags.DEFINE_string("pack", None, "Folder for results-N.zip.")
-_PARTS = flags.DEFINE_integer("parts", 8, "Files that may be packed.", lower_bound=1)
+_PARTS = flags.DEFINE_integer("parts", 7, "Files that may be packed, beside sitting.txt, which "
+                              "says how it went.", lower_bound=1)
 _PART_MB = flags.DEFINE_float("part_mb", 15.0, "Size of each at most.", lower_bound=0.01)
 
 _TO_PACK_SECONDS = 15.0
@@ -60,8 +62,10 @@ def main(overrides: list[str]) -> int:
                     began + 60 * _MINUTES.value - TO_SAVE_SECONDS - _TO_PACK_SECONDS)
   sitting.run()
   seconds = time.monotonic() - began
-  print("\n".join(summary(sitting, seconds)), flush=True)
+  lines = summary(sitting, seconds)
+  print("\n".join(lines), flush=True)
   if _PACK.value is not None:
+    write_text(epath.Path(_PACK.value) / "sitting.txt", "\n".join(lines) + "\n")
     made = pack(_OUT.value, _PACK.value, round(1e6 * _PART_MB.value), _PARTS.value)
     print("\n".join(f"{file}: {file.stat().length:,} bytes" for file in made), flush=True)
   return 1 if sitting.failed else 0

@@ -23,6 +23,7 @@ from moe_jax.run_dir import RunDir, write_bytes, write_json, write_text
 
 POINTS, DIGITS = 200, 5
 HELDOUT = "heldout"
+TRAINING_DROP_RATE = "training_drop_rate"
 NOT_RUN, NOT_OF_THE_GRID = "not run", "not of the grid"
 _EVALS = (HELDOUT,)  # what is kept of eval/
 
@@ -148,7 +149,8 @@ def table(kept: str | os.PathLike, grid: Grid) -> list[tuple[RunConfig, Row]]:
 
 def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Row]:
   rows = [] if progress(run) < EVALUATED else [
-      row for row in rows_of(run) if row["evaluation"] == HELDOUT]
+      row | {TRAINING_DROP_RATE: training_drop_rate(run, config)}
+      for row in rows_of(run) if row["evaluation"] == HELDOUT]
   if rows:
     return rows
   status = run.read_status()
@@ -158,6 +160,18 @@ def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Ro
            "step": status.get("step"), "steps": config.train.steps,
            "commit": status.get("commit"), "device_kind": status.get("device_kind"),
            "error": " ".join((status.get("error") or "").split()) or None}]
+
+
+def training_drop_rate(run: RunDir, config: RunConfig) -> float | None:
+  """Mean share of assignments that were dropped after warm-up, a branch's trunk included."""
+  branch = config.train.branch_step or 0
+  records = [record for record in run.read_metrics() if record["step"] > branch]
+  if branch:
+    trunk = RunDir(run.path.parent / config.train.branch_run)
+    records += [record for record in trunk.read_metrics() if record["step"] <= branch]
+  found = [record["drop_rate"] for record in records
+           if record["step"] > config.train.warmup_steps and record.get("drop_rate") is not None]
+  return sum(found) / len(found) if found else None
 
 
 def pack(kept: str | os.PathLike, to: str | os.PathLike, part_bytes: int,

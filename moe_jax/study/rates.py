@@ -97,9 +97,9 @@ def read(path: str | os.PathLike) -> Rates:
     found = json.loads(pathlib.Path(path).read_text())["coefficients"]
     return Rates({name: float(found[name]) for name in ("intercept", *VARIABLES)})
   except OSError as error:
-    raise FieldError("rates", str(path), f"cannot be read: {error.strerror}") from None
+    raise FieldError("check", str(path), f"cannot be read: {error.strerror}") from None
   except (ValueError, KeyError, TypeError):
-    raise FieldError("rates", str(path), "is damaged: no coefficients intercept, "
+    raise FieldError("check", str(path), "is damaged: no coefficients intercept, "
                      + ", ".join(VARIABLES)) from None
 
 

@@ -21,7 +21,7 @@ BEST = rates.Rates({"intercept": -0.69, "n_total": -1 / 3, "sparsity": -0.05, "n
 FULL = f"tokens={arms.RECIPE.train.steps * arms.RECIPE.batch_tokens:.0f}"
 
 
-def plant(folder, grid, rng, without=()):
+def plant(folder, grid, rng, without=(), dropping=()):
   """Runs of a grid at the planted law, the worse the further from the best learning rate."""
   trunks = {config.train.branch_run for config in grid.cells}
   for name, config in zip(grid.names, grid.cells, strict=True):
@@ -31,7 +31,8 @@ def plant(folder, grid, rng, without=()):
     if name in without:
       planted.write_run(folder, grid.name, name, config, None, "diverged", "loss is nan")
     else:
-      planted.write_run(folder, grid.name, name, config, None if name in trunks else loss)
+      planted.write_run(folder, grid.name, name, config, None if name in trunks else loss,
+                        records=200, drop_rate=0.01 if name in dropping else 0.0)
 
 
 def tables(folder, grids=None):
@@ -71,13 +72,16 @@ def test_from_sweeps_to_the_trial(fitted_rates, tmp_path):
   small, large = (load_grid(str(plan.FOLDER / f"{name}.py")) for name in ("small", "large"))
   assert {config.train.learning_rate for config in small.cells} == {
       fitted_rates.of(config.arch) for config in small.cells}
-  lost = [name for name, config in zip(small.names, small.cells, strict=True)
-          if plan.in_statistic(config)][5]
-  plant(tmp_path / "runs", small, rng, without=[lost])
+  lost, dropping = [name for name, config in zip(small.names, small.cells, strict=True)
+                    if plan.in_statistic(config)][5:7]
+  trunk = small.get_config(dropping).train.branch_run
+  plant(tmp_path / "runs", small, rng, without=[lost], dropping=[trunk])
   before = tables(tmp_path)
   rows = read_results(tmp_path / "kept" / "results.csv")
   assert len(rows) == 39 + 12 and "diverged" in next(
       row[UNUSED] for row in rows if row["cell"] == lost)
+  assert "1 % of assignments dropped" in next(
+      row[UNUSED] for row in rows if row["cell"] == dropping)
   assert sum("not run" in row.get(UNUSED, "") for row in rows) == 13
 
   # predicted before it is measured, then held against what was measured
@@ -96,7 +100,7 @@ def test_from_sweeps_to_the_trial(fitted_rates, tmp_path):
   # the statistic from what is kept, the same however often the tables are made
   assert before.keys() == after.keys() and tables(tmp_path) == after
   cells = to_cells(read_results(tmp_path / "kept" / "results.csv"))
-  assert len(cells) == 38
+  assert len(cells) == 37
   found = fit(cells, "paper-curved")
   for name, value in planted.TRUTH.items():
     assert found.value(name) == pytest.approx(value, abs=0.003)

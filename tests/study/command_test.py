@@ -56,6 +56,12 @@ def test_the_next_runs_are_written_and_can_be_launched(results, tmp_path):
     ("next", ["--results={results}", "--n_exp=8,many"], "error: --n_exp='many': must be"),
     ("next", ["--results={results}", "--choice_n_total=1M"],
      "error: --choice_n_total='1M': is for --target=choice"),
+    ("learning_rate", ["--results={results}"],
+     "error: --results='{results}': has no architecture with several learning rates"),
+    ("learning_rate", ["--results={results}", "--write=rates.csv"],
+     "error: --write='rates.csv': must end in .json"),
+    ("learning_rate", ["--results={results}", "--check={results}"],
+     "error: --rates='{results}': is damaged"),
     ("next", ["--results={results}", "--config.train.steps=3"],
      "error: --config.train.steps='3': is not a flag of this command"),
 ])
@@ -63,4 +69,4 @@ def test_bad_input_is_one_line_and_exit_code_2(results, module, arguments, line)
   done = run_module("-m", f"moe_jax.study.{module}",
                     *[argument.format(results=results) for argument in arguments])
   assert done.returncode == 2 and done.stdout == ""
-  assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+  assert done.stderr.startswith(line.format(results=results)) and done.stderr.count("\n") == 1

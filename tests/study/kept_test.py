@@ -6,6 +6,7 @@ import pytest
 from etils import epath
 
 from moe_jax.errors import FieldError
+from moe_jax.fields import override
 from moe_jax.run_dir import RunDir
 from moe_jax.study import kept
 from tests.study import planted
@@ -65,6 +66,18 @@ def test_metrics_are_thinned_and_hosts_left_out(tmp_path):
   before = content(tmp_path / "to")
   kept.keep(tmp_path / "to", tmp_path / "further", [GRID.name])
   assert content(tmp_path / "further") == before
+
+
+def test_what_training_dropped_after_warm_up(tmp_path):
+  """A branch's trunk is part of its training."""
+  write(tmp_path, 0, records=100, drop_rate=0.01)
+  assert rows_of(tmp_path)[FIRST]["training_drop_rate"] == pytest.approx(0.01)
+  config = GRID.cells[0]
+  branch = override(config, {"train.branch_from": f"{FIRST}@60"})
+  planted.write_run(tmp_path, GRID.name, "branch", branch, 2.0, records=200, drop_rate=0.002)
+  run = RunDir(epath.Path(tmp_path) / GRID.name / "branch")
+  assert kept.training_drop_rate(run, branch) == pytest.approx(
+      (40 * 0.01 + 140 * 0.002) / 180)  # warm-up is 20 steps
 
 
 def test_runs_of_another_identity_are_refused_and_listed(tmp_path):

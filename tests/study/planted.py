@@ -51,13 +51,14 @@ def log_loss(known: dict) -> float:
 
 def write_run(folder: pathlib.Path, experiment: str, cell: str, config: RunConfig,
               loss: float | None, state: str = "finished", error: str | None = None,
-              records: int = 3) -> None:
+              records: int = 3, drop_rate: float = 0.0) -> None:
   """One run's directory as trainer and evaluation leave it; without a loss, not evaluated."""
   run = RunDir(epath.Path(folder) / experiment / cell)
   run.claim(Cell(experiment, f"planted.py:{cell}", cell, config))
   run.write_status({"state": state, "step": config.train.steps if state == "finished" else 7,
                     "steps": config.train.steps, "error": error, "commit": "0" * 12})
-  lines = [json.dumps({"step": step, "loss": 1 / (3 + step)}) for step in range(1, records + 1)]
+  lines = [json.dumps({"step": step, "loss": 1 / (3 + step), "drop_rate": drop_rate})
+           for step in range(1, records + 1)]
   write_text(run.metrics_file(1, 1), "\n".join(lines) + "\n")
   if loss is not None:
     run.write_eval("heldout", {"step": config.train.steps, "identity": identity_hash(config),
