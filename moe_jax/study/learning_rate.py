@@ -35,7 +35,7 @@ def main(overrides: list[str]) -> None:
           "must end in .json")
   require(_WRITE.value is None or _CHECK.value is None, "write", _WRITE.value,
           "writes nothing with --check")
-  law = None if _CHECK.value is None else rates.read(_CHECK.value)
+  law = None if _CHECK.value is None else rates.read(_CHECK.value, "check")
   sweeps = rates.sweeps_of(read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value),
                            _RESULTS.value)
   if law is not None:

@@ -91,15 +91,15 @@ class Rates:
     return float(f"{self.at(count.n_total(arch), arch.sparsity, arch.n_exp):.3g}")
 
 
-def read(path: str | os.PathLike) -> Rates:
-  """Of the file that moe_jax.study.learning_rate wrote. Raises FieldError."""
+def read(path: str | os.PathLike, field: str = "rates") -> Rates:
+  """Of the file that moe_jax.study.learning_rate wrote. Raises FieldError, of that field."""
   try:
     found = json.loads(pathlib.Path(path).read_text())["coefficients"]
     return Rates({name: float(found[name]) for name in ("intercept", *VARIABLES)})
   except OSError as error:
-    raise FieldError("check", str(path), f"cannot be read: {error.strerror}") from None
+    raise FieldError(field, str(path), f"cannot be read: {error.strerror}") from None
   except (ValueError, KeyError, TypeError):
-    raise FieldError("check", str(path), "is damaged: no coefficients intercept, "
+    raise FieldError(field, str(path), "is damaged: no coefficients intercept, "
                      + ", ".join(VARIABLES)) from None
 
 

@@ -61,7 +61,7 @@ def test_the_next_runs_are_written_and_can_be_launched(results, tmp_path):
     ("learning_rate", ["--results={results}", "--write=rates.csv"],
      "error: --write='rates.csv': must end in .json"),
     ("learning_rate", ["--results={results}", "--check={results}"],
-     "error: --rates='{results}': is damaged"),
+     "error: --check='{results}': is damaged"),
     ("next", ["--results={results}", "--config.train.steps=3"],
      "error: --config.train.steps='3': is not a flag of this command"),
 ])
