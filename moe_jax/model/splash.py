@@ -21,8 +21,7 @@ _TILE = 512  # queries and keys in a tile, where the sequence has as many
 
 def suits(query_BSHh: jax.Array) -> bool:
   """Whether the kernel takes them: whole tiles, and a type that it multiplies as it says."""
-  whole = query_BSHh.shape[1] % LANES == 0 and query_BSHh.shape[-1] % LANES == 0
-  return whole and query_BSHh.dtype == jnp.bfloat16
+  return query_BSHh.shape[1] % LANES == 0 and query_BSHh.dtype == jnp.bfloat16
 
 
 def splash_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
@@ -47,9 +46,11 @@ def splash_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax
   @functools.partial(jax.shard_map, mesh=mesh, check_vma=False, out_specs=sharded,
                      in_specs=(sharded, sharded, sharded, sharded))
   def on_device(query_bSHh, key_bSKh, value_bSKh, segments_bS):
-    heads_first = (jnp.swapaxes(x, 1, 2) for x in (query_bSHh, key_bSKh, value_bSKh))
+    # Heads fill whole lanes with zeros, which add nothing to a score and come out as zeros.
+    heads_first = (jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0),) * 3 + ((0, -h % LANES),))
+                   for x in (query_bSHh, key_bSKh, value_bSKh))
     segments = None if segments_bS is None else splash.SegmentIds(segments_bS, segments_bS)
-    return jnp.swapaxes(jax.vmap(kernel)(*heads_first, segments), 1, 2)
+    return jnp.swapaxes(jax.vmap(kernel)(*heads_first, segments)[..., :h], 1, 2)
 
   return on_device(query_BSHh, key_BSKh, value_BSKh, segments_BS)
 

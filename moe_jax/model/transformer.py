@@ -15,15 +15,17 @@ from moe_jax.config import RunConfig
 from moe_jax.mesh import batch_sharding, replicated
 from moe_jax.model import init, splash
 from moe_jax.model.attention import Attention, rms_norm
-from moe_jax.moe import expert_parallel
+from moe_jax.moe import expert_parallel, router
 from moe_jax.moe.expert_parallel import EXPERT_AXES, Experts, Semantics, sharded_moe_layer
 from moe_jax.moe.router import RouterSums
 from moe_jax.products import multiply, multiply_each
 
+_save_named = jax.checkpoint_policies.save_only_these_names
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "rows": jax.checkpoint_policies.save_only_these_names(expert_parallel.SAVED, splash.SAVED),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _save_named(router.SAVED)),
+    "rows": _save_named(router.SAVED, expert_parallel.SAVED, splash.SAVED),
+    "full": _save_named(router.SAVED),
 }
 
 

@@ -10,10 +10,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.moe.dispatch import Slots, gather_rows, gather_weights, sum_rows
+from moe_jax.moe.dispatch import (
+    Slots,
+    gather_rows,
+    gather_weights,
+    sort_by_expert,
+    sum_rows,
+    unsorted,
+)
 from moe_jax.moe.grouped_matmul import SPARE_ROWS
-from moe_jax.moe.router import Routing
+from moe_jax.moe.router import SAVED, Routing
 
 RunGroups = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -42,10 +50,10 @@ def sort_slots(expert_TK: jax.Array, n_exp: int) -> tuple[Slots, jax.Array]:
   Returns:
     The slots, and size_E: assignments of each expert.
   """
-  expert_A, n_assigned = expert_TK.ravel(), expert_TK.size
-  order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
-  bound_E = jnp.searchsorted(expert_A[order_A], jnp.arange(n_exp + 1)).astype(jnp.int32)
-  assignment_S = jnp.pad(order_A, (0, SPARE_ROWS), constant_values=n_assigned)
-  slot_A = jnp.zeros_like(order_A).at[order_A].set(
-      jnp.arange(n_assigned, dtype=jnp.int32), unique_indices=True)
-  return Slots(assignment_S, slot_A.reshape(expert_TK.shape)), jnp.diff(bound_E)
+  order_1A, sorted_1A = sort_by_expert(expert_TK[None], n_exp)
+  bound_E = jnp.searchsorted(sorted_1A[0], jnp.arange(n_exp + 1)).astype(jnp.int32)
+  assignment_S = jnp.pad(order_1A[0].astype(jnp.int32), (0, SPARE_ROWS),
+                         constant_values=expert_TK.size)
+  slot_1A = jnp.arange(expert_TK.size, dtype=jnp.int32)[None]
+  slot_TK = unsorted(slot_1A, order_1A, expert_TK.shape[1])[0]
+  return checkpoint_name((Slots(assignment_S, slot_TK), jnp.diff(bound_E)), SAVED)

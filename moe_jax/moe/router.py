@@ -8,6 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# Name of who goes where: experts of tokens, slots. Whatever else remat computes again, these it
+# keeps: a few integers a token, and sorts to find them again.
+SAVED = "route"
 
 
 class Routing(NamedTuple):
@@ -92,7 +97,8 @@ def router_logits(x_TD: jax.Array, w_router_DE: jax.Array) -> jax.Array:
 def softmax_top_k(logit_TE: jax.Array, n_topk: int, norm_topk_prob: bool) -> Routing:
   """The most probable experts, weighted by their probabilities (Qwen3-MoE)."""
   prob_TE = jax.nn.softmax(logit_TE)
-  weight_TK, expert_TK = jax.lax.top_k(prob_TE, n_topk)
+  expert_TK = _highest(prob_TE, n_topk)
+  weight_TK = of_chosen(prob_TE, expert_TK)
   if norm_topk_prob:
     weight_TK /= weight_TK.sum(-1, keepdims=True)
   return Routing(expert_TK, weight_TK, prob_TE, logit_TE)
@@ -107,11 +113,42 @@ def sigmoid_top_k(logit_TE: jax.Array, bias_E: jax.Array, n_topk: int,
   moves by `balanced_bias`.
   """
   score_TE = jax.nn.sigmoid(logit_TE)
-  _, expert_TK = jax.lax.top_k(jax.lax.stop_gradient(score_TE) + bias_E, n_topk)
-  weight_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
+  expert_TK = _highest(score_TE + bias_E, n_topk)
+  weight_TK = of_chosen(score_TE, expert_TK)
   if norm_topk_prob:
     weight_TK /= weight_TK.sum(-1, keepdims=True)
   return Routing(expert_TK, weight_TK, score_TE / score_TE.sum(-1, keepdims=True), logit_TE)
+
+
+def _highest(score_TE: jax.Array, n_topk: int) -> jax.Array:
+  """expert_TK, best first."""
+  _, expert_TK = jax.lax.top_k(jax.lax.stop_gradient(score_TE), n_topk)
+  return checkpoint_name(expert_TK, SAVED)
+
+
+@jax.custom_vjp
+def of_chosen(score_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
+  """score_TK of the chosen experts, each chosen once.
+
+  By comparing, there and back: a TPU gathers numbers one by one, and sorts what it scatters.
+  """
+  return jnp.where(_is_chosen(score_TE, expert_TK), score_TE[:, None], 0).sum(-1)
+
+
+def _of_chosen_fwd(score_TE, expert_TK):
+  return of_chosen(score_TE, expert_TK), (score_TE, expert_TK)
+
+
+def _of_chosen_bwd(residuals, dscore_TK):
+  chosen_TKE = _is_chosen(*residuals)
+  return jnp.where(chosen_TKE, dscore_TK[..., None], 0).sum(1), None
+
+
+of_chosen.defvjp(_of_chosen_fwd, _of_chosen_bwd)
+
+
+def _is_chosen(score_TE, expert_TK):
+  return expert_TK[..., None] == jnp.arange(score_TE.shape[-1])
 
 
 def balanced_bias(bias_E: jax.Array, assigned_E: jax.Array, rate: float) -> jax.Array:

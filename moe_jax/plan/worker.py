@@ -8,6 +8,7 @@ result; whatever ends this process is one row of the table.
 """
 
 import dataclasses
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +24,7 @@ from etils import epath
 from moe_jax import config as config_lib
 from moe_jax.plan import topology as topology_lib
 from moe_jax.plan.topology import Topology
-from moe_jax.run_dir import write_json
+from moe_jax.run_dir import write_bytes
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
                "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -66,8 +67,8 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology, hlo_path: str
     config: of the cell, its mesh and remat among them.
     topology: where it would run.
     hlo_path: file for the compiled text; None keeps it nowhere.
-    programs: folder of what was said of programs before; the same program, lowered from code that
-      changed elsewhere, is not compiled again. None keeps nothing.
+    programs: folder of what was compiled before; the same program, lowered from code that
+      changed elsewhere, is not compiled again, only judged anew. None keeps nothing.
   """
   from moe_jax.mesh import make_mesh
   from moe_jax.plan import cost, hlo, memory
@@ -75,21 +76,16 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology, hlo_path: str
   from moe_jax.train.step import lower_train_step
 
   mesh = make_mesh(config, tpu_devices(topology))
-  lowered = lower_train_step(config, mesh)
-  kept = programs and epath.Path(programs) / f"{_program_key(lowered.as_text(), topology)}.json"
-  if kept and kept.exists() and not hlo_path:
-    return json.loads(kept.read_text())
-  began = time.monotonic()
-  compiled = lowered.compile()
-  seconds = time.monotonic() - began
-  text = compiled.as_text()
+  program = _compiled(lower_train_step(config, mesh), topology, programs)
+  if "error" in program:
+    return program
   if hlo_path:
-    pathlib.Path(hlo_path).write_text(text)
-  module = hlo.parse(text)
+    pathlib.Path(hlo_path).write_text(program["text"])
+  module = hlo.parse(program["text"])
   step = cost.estimate(module, Devices.of(mesh), topology)
-  result = {
-      "mesh": dict(mesh.shape), "compile_seconds": seconds,
-      "memory": _memory(compiled.memory_analysis()),
+  return {
+      "mesh": dict(mesh.shape), "compile_seconds": program["compile_seconds"],
+      "memory": program["memory"],
       "seconds": step.seconds, "estimated_seconds": step.estimated_seconds,
       "priced_seconds": step.priced_seconds, "estimated_cycles": step.estimated_cycles,
       "flops": step.flops, "parts": step.by_part(),
@@ -101,17 +97,29 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology, hlo_path: str
                   sorted(step.items, key=lambda item: -item.seconds)[:20]],
       "largest": [dataclasses.asdict(buffer) for buffer in memory.live_at_peak(module)[:20]],
   }
-  if kept:
-    write_json(kept, result)
-  return result
+
+
+def _compiled(lowered, topology: Topology, programs: str | None) -> dict[str, Any]:
+  """The compiled text, its memory and how long it took; or why there is none."""
+  kept = programs and epath.Path(programs) / f"{_program_key(lowered.as_text(), topology)}.json.gz"
+  if kept and kept.exists():
+    return json.loads(gzip.decompress(kept.read_bytes()))
+  began = time.monotonic()
+  try:
+    compiled = lowered.compile()
+    program = {"memory": _memory(compiled.memory_analysis()), "text": compiled.as_text(),
+               "compile_seconds": time.monotonic() - began}
+  except Exception as error:  # too large, most often: that is an answer, too, and kept
+    program = {"error": one_line(error)} | _memory_asked(str(error))
+  if kept and ("text" in program or "hbm_needed" in program):
+    write_bytes(kept, gzip.compress(json.dumps(program).encode()))
+  return program
 
 
 def _program_key(lowered: str, topology: Topology) -> str:
-  """Names a program, where it would run, and what judges it: the versions and this package."""
-  digest = hashlib.sha256(json.dumps([lowered, topology.label, versions()]).encode())
-  for file in sorted(pathlib.Path(__file__).parent.glob("*.py")):
-    digest.update(file.read_bytes())
-  return digest.hexdigest()[:20]
+  """Names a program, where it would run, and the versions of what compiles it."""
+  told = json.dumps([lowered, topology.label, versions()])
+  return hashlib.sha256(told.encode()).hexdigest()[:20]
 
 
 def _memory(stats) -> dict[str, int]:

@@ -11,14 +11,15 @@ from moe_jax.model import splash
 from moe_jax.model.attend import plain_attention
 
 
-@pytest.mark.parametrize("masked, shape", [(True, (1, 1, 1)), (False, (2, 1, 1))])
-def test_it_is_attention_forward_and_gradient(masked, shape):
-  """Grouped queries; two tiles, of which one lies above the diagonal."""
+@pytest.mark.parametrize("masked, shape, h", [(True, (1, 1, 1), splash.LANES),
+                                              (False, (2, 1, 1), 42)])
+def test_it_is_attention_forward_and_gradient(masked, shape, h):
+  """Grouped queries; two tiles, of which one lies above the diagonal; heads of any width."""
   n_devices = int(np.prod(shape))
   mesh = jax.make_mesh(shape, MESH_AXES, devices=jax.devices()[:n_devices],
                        axis_types=(jax.sharding.AxisType.Auto,) * 3)
   keys = jax.random.split(jax.random.key(0), 5)
-  seq_len, h = 2 * splash.LANES, splash.LANES
+  seq_len = 2 * splash.LANES
   query_BSHh, key_BSKh, value_BSKh = (
       jax.random.normal(key, (2, seq_len, heads, h))
       for key, heads in zip(keys, (4, 2, 2), strict=False))
@@ -40,7 +41,7 @@ def test_it_is_attention_forward_and_gradient(masked, shape):
 
 
 @pytest.mark.parametrize("seq_len, h, dtype, whole", [
-    (256, 128, "bfloat16", True), (200, 128, "bfloat16", False), (256, 64, "bfloat16", False),
+    (256, 128, "bfloat16", True), (200, 128, "bfloat16", False), (256, 42, "bfloat16", True),
     (256, 128, "float32", False)])
 def test_what_it_takes(seq_len, h, dtype, whole):
   assert splash.suits(jax.ShapeDtypeStruct((2, seq_len, 4, h), dtype)) == whole
