@@ -87,10 +87,10 @@ def of_run(path: str, topology: str, n_slices: int) -> Measured:
 
 def compare(measured: Sequence[Measured], out: str) -> list[dict[str, Any]]:
   """Plans each and sets it beside what was measured."""
-  cells.check_libtpu()
   rows = []
   for point in measured:
     where = topology_lib.parse(point.topology, point.n_slices)
+    cells.check_libtpu(where)
     plan = cells.plan_config(point.name, point.config, where, out)
     print(f"{point.name} on {where.label}: {cells.verdict(plan)}", flush=True)
     tokens = point.config.batch_tokens / where.chips

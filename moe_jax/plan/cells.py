@@ -22,11 +22,12 @@ from moe_jax.arch import count
 from moe_jax.config import RunConfig, resolve_mesh
 from moe_jax.errors import FieldError
 from moe_jax.grid import Cell
-from moe_jax.plan import worker
+from moe_jax.plan import coarse, worker
 from moe_jax.plan.topology import Topology
 from moe_jax.run_dir import read_json, write_json
 
 _REMEDIES = 3  # changes tried for a cell that does not fit
+_SLACK = 1.25  # times the memory there is: what is guessed to need more is not tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
   Raises:
     FieldError: libtpu is missing or is not the one that this JAX asks for.
   """
-  check_libtpu()
+  check_libtpu(topology)
   lock, done = threading.Lock(), 0
 
   def one(cell: Cell) -> Plan:
@@ -193,7 +194,7 @@ def verdict(plan: Plan) -> str:
           f"{plan.seconds * 1e3:.1f} ms a step, compiled in {plan.result['compile_seconds']:.0f} s")
 
 
-def check_libtpu() -> None:
+def check_libtpu(topology: Topology) -> None:
   """Raises FieldError if libtpu is missing or is not the version that this JAX asks for."""
   import importlib.metadata
 
@@ -201,21 +202,32 @@ def check_libtpu() -> None:
   found = worker.versions()
   command = f"pip install 'jax[tpu]=={found['jax']}'"
   if found["libtpu"] is None:
-    raise FieldError("topology", "libtpu", f"is not installed; it holds the TPU compiler: "
-                     f"{command}")
+    raise FieldError("topology", topology.name, "libtpu, which holds the TPU compiler, is not "
+                     f"installed: {command}")
   for text in importlib.metadata.requires("jax") or ():
     wanted = Requirement(text)
     if wanted.name == "libtpu" and not wanted.specifier.contains(found["libtpu"]):
-      raise FieldError("topology", f"libtpu {found['libtpu']}", f"jax {found['jax']} wants "
-                       f"libtpu{wanted.specifier}: {command}")
+      raise FieldError("topology", topology.name, f"libtpu {found['libtpu']} is installed, jax "
+                       f"{found['jax']} wants libtpu{wanted.specifier}: {command}")
 
 
 def _find_remedy(plan: Plan, out: str | os.PathLike) -> str:
   """Overrides under which the cell fits; empty if none of a few does."""
-  for overrides, config in changes_that_save(plan.config, plan.topology):
+  for overrides, config in _promising(plan):
     if plan_config(plan.cell, config, plan.topology, out).fits:
       return overrides
   return ""
+
+
+def _promising(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
+  """Of the changes that save memory, a few that may save what is missing."""
+  now = coarse.device_bytes(plan.config, plan.topology)
+  left = _REMEDIES
+  for overrides, config in changes_that_save(plan.config, plan.topology):
+    share = coarse.device_bytes(config, plan.topology) / now
+    if share * plan.hbm_needed <= _SLACK * plan.hbm_there and left:
+      left -= 1
+      yield overrides, config
 
 
 def changes_that_save(config: RunConfig, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
@@ -224,16 +236,13 @@ def changes_that_save(config: RunConfig, topology: Topology) -> Iterator[tuple[s
   whole = {"remat": "full"} if config.execution.remat != "full" else {}
   if whole:
     tried.append(whole)
-  for times in (2, 4, 8):
+  for times in (2, 4, 8, 16, 32):
     tried.append(whole | {"microbatches": config.execution.microbatches * times})
   fsdp = config.execution.mesh.fsdp * 2
   while fsdp <= topology.devices:
     tried.append(whole | {"mesh": dataclasses.replace(config.execution.mesh, fsdp=fsdp, data=-1)})
-    fsdp *= 4
-  for number, changes in enumerate(_valid(config, topology, tried)):
-    if number == _REMEDIES:
-      return
-    yield changes
+    fsdp *= 2
+  yield from _valid(config, topology, tried)
 
 
 def _valid(config: RunConfig, topology: Topology, tried) -> Iterator[tuple[str, RunConfig]]:

@@ -3,37 +3,22 @@
 A coarse model of memory and time ranks every layout that the cell allows; only the most
 promising are compiled, and what is recommended is the fastest of those that fit. The model knows
 sums of bytes and FLOPs and nothing of schedules, so it prunes and never decides. No JAX here.
-
-Per device, with n devices, p = fsdp * expert, t tokens of a microbatch, c bytes an activation:
-
-    state         16 bytes a parameter (weights, two moments, gradients) / p
-    gathered      one layer's weights: experts / expert, all others whole
-    kept          a layer's input for each layer and token; with `dots` the projections too, with
-                  `rows` what experts received, with `none` everything that a layer makes
-    one layer     rows sent to experts and their hidden values, scores of plain attention
-    head          logits and their gradient in float32
-
-    arithmetic    training FLOPs, a third more where all is computed again, at half the peak
-    all-to-all    each token's slots there and back, forward and backward, over the links
-    gathers       weights over fsdp, forward and backward, and their gradients, a microbatch each
-    all-reduce    gradients over data; over the network where data crosses slices
 """
 
 import collections
 import dataclasses
 from collections.abc import Iterator
 
-from moe_jax.arch import count
 from moe_jax.config import MeshConfig, RunConfig, resolve_mesh
 from moe_jax.errors import FieldError
 from moe_jax.grid import Cell
+from moe_jax.plan import coarse
 from moe_jax.plan.cells import Plan
 from moe_jax.plan.topology import Topology
 
 REMATS = ("none", "dots", "rows", "full")
 MICROBATCHES = (1, 2, 4, 8, 16)
 
-_EFFICIENCY = 0.5  # of the peak, by which arithmetic is taken to run
 _SLACK = 1.25  # times the memory there is: what the model says needs more is not compiled
 
 
@@ -71,7 +56,8 @@ def layouts(config: RunConfig, topology: Topology) -> list[Layout]:
 
   Those that the coarse model is sure do not fit come last, least memory first.
   """
-  found = [Layout(changed, _bytes(changed, topology), _seconds(changed, topology))
+  found = [Layout(changed, coarse.device_bytes(changed, topology),
+                  coarse.step_seconds(changed, topology))
            for changed in _allowed(config, topology)]
   there = _SLACK * topology.hardware.device_hbm_bytes
   return sorted(found, key=lambda layout: (layout.bytes > there,
@@ -136,63 +122,3 @@ def _allowed(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
           except FieldError:
             continue
           yield changed
-
-
-def _width(config: RunConfig) -> int:
-  return count.dtype_bytes(config.model.compute_dtype)
-
-
-def _slots_per_token(config: RunConfig) -> float:
-  return config.arch.n_topk * (config.moe.capacity_factor if config.moe.dispatch == "capacity"
-                               else 1.0)
-
-
-def _weights(config: RunConfig) -> tuple[int, int]:
-  """(parameters of all routed experts, of all else with embedding and head)."""
-  arch = config.arch
-  routed = count.n_total(arch) - count.n_parameters(arch, 0)
-  return routed, count.n_total_with_embedding(arch) - routed
-
-
-def _bytes(config: RunConfig, topology: Topology) -> float:
-  arch, execution = config.arch, config.execution
-  mesh, width = execution.mesh, _width(config)
-  routed, other = _weights(config)
-  tokens = config.batch_tokens / topology.devices / execution.microbatches
-  state = 16 * (routed + other) / (mesh.fsdp * mesh.expert)
-  gathered = width * (routed / mesh.expert + other) / arch.n_layers
-  rows = _slots_per_token(config) * (4 * arch.d_model + 4 * arch.d_expert)
-  projections = 2 * arch.d_model + 2 * (arch.n_heads + arch.kv_heads) * arch.d_head
-  scores = 2 * 4 * arch.n_heads * config.data.seq_len
-  layer = tokens * (width * (rows + projections) + scores)
-  received = _slots_per_token(config) * arch.d_model + arch.n_heads * arch.d_head
-  kept = {"full": 0, "rows": received * width, "dots": projections * width,
-          "none": layer / tokens}[execution.remat]
-  activations = arch.n_layers * tokens * (width * arch.d_model + kept)
-  return state + gathered + activations + layer + 2 * 4 * tokens * arch.vocab_size
-
-
-def _seconds(config: RunConfig, topology: Topology) -> float:
-  arch, execution, chip = config.arch, config.execution, topology.hardware
-  mesh, width = execution.mesh, _width(config)
-  routed, other = _weights(config)
-  tokens = config.batch_tokens / topology.devices
-  again = {"none": 0.0, "dots": 0.8, "rows": 0.6, "full": 1.0}[execution.remat]
-  if execution.microbatches > 1:
-    again = max(again, 1.0)  # a microbatch's forward pass is computed again as a whole
-  flops = tokens * count.forward_flops_per_token(arch, config.data.seq_len) * (3 + again)
-  arithmetic = flops / (_EFFICIENCY * chip.device_bf16_flops)
-  link = chip.link_bytes_per_second / chip.devices_per_chip
-  rows = tokens * _slots_per_token(config) * arch.d_model * width * arch.n_moe_layers
-  exchanges = 4 + (execution.remat in ("dots", "full"))  # the way there is travelled again
-  exchange = exchanges * rows * (mesh.expert - 1) / mesh.expert / link
-  share = (mesh.fsdp - 1) / mesh.fsdp
-  gathers = (2 + again) * execution.microbatches * width * share * (
-      routed / mesh.expert + other) / link
-  per_device = width * (routed + other) / (mesh.fsdp * mesh.expert)
-  slow = topology.n_slices > 1
-  reduce = 2 * per_device * (mesh.data > 1) / (
-      chip.dcn_bytes_per_second / chip.devices_per_chip if slow else link)
-  # Of what could overlap, half does.
-  moved = exchange + gathers
-  return max(arithmetic, moved) + 0.5 * min(arithmetic, moved) + reduce

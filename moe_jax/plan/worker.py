@@ -131,8 +131,9 @@ def _memory(stats) -> dict[str, int]:
 
 
 def _memory_asked(message: str) -> dict[str, float]:
-  """What a program that does not fit would need, out of XLA's words."""
-  found = re.search(r"Used ([0-9.]+)([KMGT]) of ([0-9.]+)([KMGT]) hbm", message)
+  """What a program that does not fit would need, out of XLA's words; it has two ways to say it."""
+  found = re.search(r"(?:Used |HLO temporaries \()([0-9.]+)([KMGT])\)? "
+                    r"(?:of|exceeds available HBM) \(?([0-9.]+)([KMGT])", message)
   if not found:
     return {}
   unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -55,7 +55,7 @@ def test_estimate_over_measurement(tmp_path, monkeypatch):
   """What an earlier plan said of the cell is read, so that no compiler is needed."""
   path, config = run(tmp_path)
   point = calibration.of_run(path, "v5p-64", 1)
-  monkeypatch.setattr(cells, "check_libtpu", lambda: None)
+  monkeypatch.setattr(cells, "check_libtpu", lambda where: None)
   where = topology.parse("v5p-64")
   kept = tmp_path / "_plans" / f"{cells._key(config, where)}.json"
   kept.parent.mkdir()

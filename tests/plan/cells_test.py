@@ -57,7 +57,11 @@ def test_a_program_that_is_too_large_says_by_how_much():
 def test_what_xla_says_of_memory():
   said = ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. "
           "Exceeded hbm capacity by 4.75G.")
-  assert worker._memory_asked(said) == {"hbm_needed": 20.5 * 2**30, "hbm_there": 15.75 * 2**30}
+  known = {"hbm_needed": 20.5 * 2**30, "hbm_there": 15.75 * 2**30}
+  assert worker._memory_asked(said) == known
+  said = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+          "temporaries (20.50G) exceeds available HBM (15.75G).")
+  assert worker._memory_asked(said) == known
   assert worker._memory_asked("another error") == {}
 
 
@@ -76,6 +80,25 @@ def test_remedies_are_valid_and_save(remat, microbatches, fsdp, batch_size):
     assert all(word.startswith("--config.execution.") for word in words.split())
 
 
+def test_what_cannot_save_enough_is_not_compiled(tmp_path, monkeypatch):
+  """A program of twice the memory is not tried with half of what it lacks."""
+  tried = []
+
+  def compiled(name, changed, where, out):
+    tried.append(changed.execution)
+    return cells.Plan(name, changed, where, {}, "too large", 2.0 * where.hardware.hbm_bytes)
+
+  monkeypatch.setattr(cells, "plan_config", compiled)
+  base = dataclasses.replace(config(2048), execution=dataclasses.replace(
+      config(2048).execution, remat="full"))
+  base = dataclasses.replace(base, data=dataclasses.replace(base.data, seq_len=2**14))
+  for times, fewest in ((1.1, 2), (8.0, 8)):
+    tried.clear()
+    found = plan(config=base, result={}, error="too large", needs=times * V5P.hardware.hbm_bytes)
+    assert cells._find_remedy(found, tmp_path) == ""
+    assert 1 <= len(tried) <= 3 and tried[0].microbatches == fewest
+
+
 def test_a_batch_that_does_not_divide_is_that_cells_row(tmp_path):
   found = cells.plan_config("cell", config(batch_size=4), V5P, tmp_path)
   assert found.fits is None and "config.train.batch_size=4" in found.error
@@ -86,15 +109,15 @@ def test_a_batch_that_does_not_divide_is_that_cells_row(tmp_path):
 def test_without_libtpu_the_command_that_installs_it_is_named(monkeypatch):
   versions = worker.versions() | {"libtpu": None}
   monkeypatch.setattr(worker, "versions", lambda: versions)
-  with pytest.raises(FieldError, match=r"libtpu.*not installed.*pip install 'jax\[tpu\]=="):
-    cells.check_libtpu()
+  with pytest.raises(FieldError, match=r"='v5p-16'.*libtpu.*not installed: pip install 'jax\[tpu"):
+    cells.check_libtpu(V5P)
 
 
 def test_another_libtpu_than_jax_wants_is_refused(monkeypatch):
   versions = worker.versions() | {"libtpu": "0.0.1"}
   monkeypatch.setattr(worker, "versions", lambda: versions)
   with pytest.raises(FieldError, match=r"libtpu 0.0.1.*wants libtpu==.*pip install"):
-    cells.check_libtpu()
+    cells.check_libtpu(V5P)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is there")

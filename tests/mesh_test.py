@@ -1,0 +1,38 @@
+"""Where a mesh puts its devices on a torus."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from moe_jax.mesh import torus_order
+
+
+def places(*extents: int) -> list[tuple[int, ...]]:
+  return list(itertools.product(*map(range, extents)))
+
+
+@pytest.mark.parametrize("extents, sizes, block", [
+    ((1, 2, 4, 4, 1), (1, 4, 8), (2, 2, 2, 1)),
+    ((1, 4, 4, 4, 1), (2, 2, 16), (4, 2, 2, 1)),
+    ((1, 4, 4, 1, 1), (1, 2, 8), (4, 2, 1, 1)),
+    ((1, 2, 2, 1, 2), (1, 2, 4), (2, 2, 1, 1)),  # two devices a chip
+    ((2, 2, 4, 1, 1), (4, 1, 4), (2, 2, 1, 1)),  # two slices
+])
+def test_experts_lie_in_a_block_as_near_a_cube_as_there_is(extents, sizes, block):
+  where = np.array(places(*extents))
+  shuffled = np.random.default_rng(0).permutation(len(where))
+  order = torus_order([tuple(place) for place in where[shuffled]], *sizes)
+  assert order.shape == sizes and sorted(order.ravel()) == list(range(len(where)))
+  of_group = where[shuffled][order]
+  spans = np.ptp(of_group, axis=2) + 1
+  assert {tuple(sorted(span)) for span in spans.reshape(-1, 5)} == {tuple(sorted((1, *block)))}
+  slices = of_group[..., 0]
+  assert (slices == slices[:, :1, :1]).all()  # only `data` crosses
+  assert (np.diff(slices[:, 0, 0]) >= 0).all()
+
+
+def test_what_does_not_divide_the_torus_is_left_to_jax():
+  assert torus_order(places(1, 2, 4, 1), 1, 1, 3) is None
+  assert torus_order(places(1, 2, 4, 1)[:-1], 1, 1, 7) is None
+  assert torus_order(places(2, 2, 2, 1), 1, 1, 8) is None  # experts would cross slices
