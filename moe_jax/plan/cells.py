@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -271,12 +272,16 @@ def _compile(config: RunConfig, topology: Topology, hlo: str | None,
         env=os.environ | worker.ENVIRONMENT, capture_output=True, text=True, check=False)
     if answer.exists():
       return json.loads(answer.read_text())
-  if done.returncode == -9:
-    return {"error": "the compiler was killed: this machine has too little memory for it; try "
-                     "--parallel=1"}
-  said = [line for line in done.stderr.splitlines() if line.strip()]
-  return {"error": f"the compiler ended with {done.returncode}: "
-                   + (" ".join(said[-1].split())[:300] if said else "it said nothing")}
+  return {"error": _why_it_ended(done.returncode, done.stderr)}
+
+
+def _why_it_ended(returncode: int, stderr: str) -> str:
+  """One line for a worker that left no answer."""
+  if returncode == -9 or re.search("bad_alloc|annot allocate memory|MemoryError", stderr):
+    return "the compiler ran out of this machine's memory; try --parallel=1"
+  said = [line for line in stderr.splitlines() if line.strip()]
+  return f"the compiler ended with {returncode}: " + (
+      " ".join(said[-1].split())[:300] if said else "it said nothing")
 
 
 @functools.cache

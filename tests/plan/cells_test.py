@@ -89,9 +89,10 @@ def test_what_cannot_save_enough_is_not_compiled(tmp_path, monkeypatch):
     return cells.Plan(name, changed, where, {}, "too large", 2.0 * where.hardware.hbm_bytes)
 
   monkeypatch.setattr(cells, "plan_config", compiled)
-  base = dataclasses.replace(config(2048), execution=dataclasses.replace(
-      config(2048).execution, remat="full"))
-  base = dataclasses.replace(base, data=dataclasses.replace(base.data, seq_len=2**14))
+  monkeypatch.setattr(cells.coarse, "device_bytes",
+                      lambda changed, where: 1 / changed.execution.microbatches)
+  base = config(2048)
+  base = dataclasses.replace(base, execution=dataclasses.replace(base.execution, remat="full"))
   for times, fewest in ((1.1, 2), (8.0, 8)):
     tried.clear()
     found = plan(config=base, result={}, error="too large", needs=times * V5P.hardware.hbm_bytes)
@@ -125,6 +126,16 @@ def test_what_a_worker_dies_of_is_one_line_and_not_kept(tmp_path):
   found = cells.plan_config("cell", config(), V5P, tmp_path)
   assert found.fits is None and found.error and "\n" not in found.error
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code, said, answer", [
+    (-9, "", "ran out of this machine's memory"),
+    (-6, "F1126 elf_reader.cc:309] mmap: Cannot allocate memory [12]", "this machine's memory"),
+    (1, "Traceback\n  a line\nTypeError:  two\twords\n\n", "ended with 1: TypeError: two words"),
+    (-11, "", "ended with -11: it said nothing")])
+def test_a_worker_without_an_answer_is_one_line(code, said, answer):
+  line = cells._why_it_ended(code, said)
+  assert answer in line and "\n" not in line
 
 
 def test_a_plan_is_named_by_all_that_decides_it():
