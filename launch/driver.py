@@ -5,7 +5,6 @@ script for each zone. Any machine that sees them can drive, one at a time; one t
 nothing, since a record is written before what it says is done.
 """
 
-import contextlib
 import dataclasses
 import json
 import random as random_lib
@@ -25,7 +24,7 @@ from launch.slices import Policy, Progress, Record
 from moe_jax.arch.hardware import PRICES_AS_OF
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.fields import from_json
-from moe_jax.run_dir import read_as, read_json, write_json
+from moe_jax.run_dir import read_json, write_json
 
 POLL_SECONDS = 30.0
 
@@ -68,11 +67,7 @@ class Slice:
 
   def progress(self) -> Progress:
     todo = self.work
-    hosts = []
-    for file in self.folder.glob("host-*.json"):
-      with contextlib.suppress(DamagedFile):  # which says nothing
-        hosts.append(read_as(work.HostWord, file))
-    hosts = [host for host in hosts if host is not None]
+    hosts = [host for file in self.folder.glob("host-*.json") if (host := work.read_host(file))]
     troubles = [host.trouble for host in hosts if host.trouble]
     # Without one of its hosts a slice trains nothing, so the longest silence counts.
     beat = min(host.heartbeat for host in hosts) if len(hosts) >= todo.hosts else None

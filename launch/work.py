@@ -1,6 +1,7 @@
 """work.json: what the machines of one slice are to do. The launcher writes it, `launch.host`
 reads it."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ from launch.shares import Share
 from moe_jax import population
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.fields import from_json
-from moe_jax.run_dir import DIVERGED, FINISHED, RunDir
+from moe_jax.run_dir import DIVERGED, FINISHED, RunDir, read_as
 
 MAX_FAILURES = 3  # times a cell's program may fail before it is given up
 
@@ -38,6 +39,13 @@ class HostWord:
   host: str
   pid: int
   heartbeat: float
+
+
+def read_host(file: epath.Path) -> HostWord | None:
+  """None where there is no such file any more, or it is damaged: that says nothing."""
+  with contextlib.suppress(DamagedFile):
+    return read_as(HostWord, file)
+  return None
 
 
 @dataclasses.dataclass(frozen=True)
