@@ -17,10 +17,10 @@ from moe_jax.run_dir import read_json
 from tests.launch.agent_test import _here, _work
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_slices_that_look_now_and_then_never_pass_the_limit_together(tmp_path, seed):
   """Each takes up to the margin to save and end; some die and are made anew meanwhile."""
-  chance, folder, now, limit = random.Random(seed), epath.Path(tmp_path), [0.0], 500.0
+  chance, folder, now, limit = random.Random(seed), epath.Path(tmp_path), [0.0], 200.0
   rates, used, dies = {"a": 0.01, "b": 0.05, "c": 0.002}, 0.0, {}
   set_limit(folder, limit)
   meters = {name: Meter(folder / name, rate, lambda: now[0]) for name, rate in rates.items()}
