@@ -109,7 +109,8 @@ def parts_of(layer: Layer) -> dict[str, tuple[Callable, tuple]]:
     if semantics.dropless:
       return grouped_swiglu(rows_SD, weight_S, size_E, experts, jax.devices()[0].platform)
     return swiglu(rows_SD.reshape(e, -1, D_MODEL), weight_S.reshape(e, -1),
-                  experts=Experts(*(w.astype(rows_SD.dtype) for w in experts)))
+                  experts=Experts(*(w.astype(rows_SD.dtype) for w in experts)),
+                  platform=jax.devices()[0].platform)
 
   return {
       "route": (lambda x, w: route(x, w, semantics.n_topk, semantics.norm_topk_prob)[1:3],

@@ -40,7 +40,7 @@ def multiply(x: jax.Array, w: jax.Array, mesh: Mesh, axes: int = 1) -> jax.Array
   if mesh.devices.flat[0].platform != "cpu":
     return jnp.tensordot(x, w, axes)
   inner = math.prod(w.shape[:axes])
-  y_TF = _multiply(x.reshape(-1, inner), w.reshape(inner, -1))
+  y_TF = cpu_matmul(x.reshape(-1, inner), w.reshape(inner, -1))
   return y_TF.reshape(*x.shape[:-axes], *w.shape[axes:])
 
 
@@ -55,18 +55,19 @@ def multiply_each(x: jax.Array, weights: Sequence[jax.Array], mesh: Mesh) -> lis
 
 
 @jax.custom_vjp
-def _multiply(x_TD, w_DF):
-  return einsum("td,df->tf", x_TD, w_DF).astype(x_TD.dtype)
+def cpu_matmul(x_TD: jax.Array, w_DF: jax.Array) -> jax.Array:
+  """x @ w in the type of both; axes in front of these are those of both."""
+  return einsum("...td,...df->...tf", x_TD, w_DF).astype(x_TD.dtype)
 
 
-def _multiply_fwd(x_TD, w_DF):
-  return _multiply(x_TD, w_DF), (x_TD, w_DF)
+def _fwd(x_TD, w_DF):
+  return cpu_matmul(x_TD, w_DF), (x_TD, w_DF)
 
 
-def _multiply_bwd(residuals, dy_TF):
+def _bwd(residuals, dy_TF):
   x_TD, w_DF = residuals
-  dx_TD = einsum("tf,df->td", dy_TF, w_DF).astype(x_TD.dtype)
-  return dx_TD, einsum("dt,tf->df", turned(x_TD), dy_TF).astype(w_DF.dtype)
+  dx_TD = einsum("...tf,...df->...td", dy_TF, w_DF).astype(x_TD.dtype)
+  return dx_TD, einsum("...dt,...tf->...df", turned(x_TD), dy_TF).astype(w_DF.dtype)
 
 
-_multiply.defvjp(_multiply_fwd, _multiply_bwd)
+cpu_matmul.defvjp(_fwd, _bwd)

@@ -41,6 +41,7 @@ from moe_jax.moe.router import (
     router_sums,
 )
 from moe_jax.moe.swiglu_blocks import swiglu_blocks
+from moe_jax.products import cpu_matmul
 
 
 class Experts(NamedTuple):
@@ -101,18 +102,19 @@ class Semantics(NamedTuple):
                moe.router, moe.jitter, moe.drop_order, moe.dispatch == "dropless")
 
 
-def swiglu(x_ERD: jax.Array, weight_ER: jax.Array | None = None, *,
-           experts: Experts) -> jax.Array:
+def swiglu(x_ERD: jax.Array, weight_ER: jax.Array | None = None, *, experts: Experts,
+           platform: str = "") -> jax.Array:
   """Runs each expert on its rows, in the type of the rows; float32 is meant as it says.
 
-  With weights, each row of the result is times its weight.
+  With weights, each row of the result is times its weight. The platform of the devices decides how
+  it is done, where one is given.
   """
   precision = jax.lax.Precision.HIGHEST if x_ERD.dtype == jnp.float32 else None
-  einsum = functools.partial(jnp.einsum, precision=precision)
+  matmul = cpu_matmul if platform == "cpu" else functools.partial(jnp.matmul, precision=precision)
   gate_EDF, up_EDF, down_EFD = (w.astype(x_ERD.dtype) for w in experts)
   # Side by side, so that the rows are read once for both.
-  gate_up_ERF = einsum("erd,edf->erf", x_ERD, jnp.concatenate([gate_EDF, up_EDF], axis=-1))
-  return einsum("erf,efd->erd", _hidden(gate_up_ERF, weight_ER), down_EFD)
+  gate_up_ERF = matmul(x_ERD, jnp.concatenate([gate_EDF, up_EDF], axis=-1))
+  return matmul(_hidden(gate_up_ERF, weight_ER), down_EFD)
 
 
 def grouped_swiglu(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, experts: Experts,
@@ -222,6 +224,8 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
     dtype = jnp.float32 if semantics.reference else x_bSD.dtype
     local = Experts(*(_all_gather(w.astype(dtype), FSDP, axes.index("expert_width"))
                       for w, axes in zip(experts_eDF, EXPERT_AXES, strict=True)))
+    # Each device has its own rows: its share of the weights' gradient is its own, too.
+    local = jax.tree.map(lambda w: jax.lax.pcast(w, DATA, to="varying"), local)
 
     def run_groups(x_SD, weight_S, size_E):
       return _run_groups(x_SD, weight_S, size_E, local, semantics.n_topk, mesh)
@@ -249,9 +253,9 @@ def _run_experts(x_ERD: jax.Array, weight_ER: jax.Array | None, experts: Experts
   Each such group travels by an exchange of its own, which neither needs its rows in another
   order nor leaves them in one, and the next can travel while one is multiplied.
   """
-  n_devices = mesh.shape[EXPERT]
+  platform, n_devices = mesh.devices.flat[0].platform, mesh.shape[EXPERT]
   if n_devices == 1:
-    return swiglu(_saved(x_ERD), weight_ER, experts=experts)
+    return swiglu(_saved(x_ERD), weight_ER, experts=experts, platform=platform)
   n_here = experts.w_gate_EDF.shape[0]
   split = functools.partial(jnp.split, indices_or_sections=math.gcd(n_here, _EXCHANGES))
   there = functools.partial(_exchange, n_devices=n_devices)
@@ -259,7 +263,7 @@ def _run_experts(x_ERD: jax.Array, weight_ER: jax.Array | None, experts: Experts
       there(weight_ER[..., None])[..., 0])
   outputs = []
   for x_PRD, weight_eR, *part in zip(split(x_ERD), weights, *map(split, experts), strict=True):
-    y_eRD = swiglu(_saved(there(x_PRD)), weight_eR, experts=Experts(*part))
+    y_eRD = swiglu(_saved(there(x_PRD)), weight_eR, experts=Experts(*part), platform=platform)
     outputs.append(_exchange(y_eRD, n_devices, back=True))
   return jnp.concatenate(outputs)
 
@@ -281,8 +285,6 @@ def _run_groups(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, experts
                 n_topk: int, mesh: Mesh) -> jax.Array:
   """Rows of one device, sorted by expert, through experts of all devices along `expert`."""
   platform, n_devices = mesh.devices.flat[0].platform, mesh.shape[EXPERT]
-  # Each device has its own rows: its share of the weights' gradient is its own, too.
-  experts = jax.tree.map(lambda w: jax.lax.pcast(w, DATA, to="varying"), experts)
   if n_devices == 1:
     return grouped_swiglu(_saved(x_SD), weight_S, size_E, experts, platform)
   plan = plan_exchange(jax.lax.all_gather(size_E, EXPERT), jax.lax.axis_index(EXPERT))

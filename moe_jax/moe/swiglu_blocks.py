@@ -7,10 +7,8 @@ in the cache between the products, and nothing but its input is kept for the bac
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.grouped_matmul import blocks_of
+from moe_jax.moe.grouped_matmul import SPARE_ROWS, blocks_of
 from moe_jax.products import einsum, turned
-
-_ROWS = 256  # in a block; less wastes time on small products, more on rows of other experts
 
 
 @jax.custom_vjp
@@ -25,11 +23,11 @@ def swiglu_blocks(x_SD: jax.Array, weight_S: jax.Array, w_gate_up_EDH: jax.Array
     w_down_EFD: of the type of the rows.
     size_E: int32, rows in each group.
   """
-  blocks = blocks_of(x_SD.shape[0], size_E, _ROWS)
+  blocks = _blocks(x_SD.shape[0], size_E)
 
   def run(j, y_SD):
     expert, start = blocks.expert_J[j], blocks.start_J[j]
-    x_RD, weight_R = _rows((x_SD, weight_S), start)
+    x_RD, weight_R = _rows((x_SD, weight_S), start, blocks.rows)
     gate_RF, up_RF = jnp.split(einsum("rd,dh->rh", x_RD, w_gate_up_EDH[expert]), 2, axis=-1)
     hidden_RF = (jax.nn.silu(gate_RF) * up_RF * weight_R[:, None]).astype(x_SD.dtype)
     y_RD = einsum("rf,fd->rd", hidden_RF, w_down_EFD[expert]).astype(x_SD.dtype)
@@ -45,14 +43,14 @@ def _fwd(*inputs):
 
 def _bwd(residuals, dy_SD):
   x_SD, weight_S, w_gate_up_EDH, w_down_EFD, size_E = residuals
-  blocks, dtype = blocks_of(x_SD.shape[0], size_E, _ROWS), x_SD.dtype
+  blocks, dtype = _blocks(x_SD.shape[0], size_E), x_SD.dtype
   w_gate_up_EHD = turned(w_gate_up_EDH)
 
   def run(j, sums):
     dx_SD, dweight_S, dgate_up_EHD, ddown_EFD = sums
     expert, start = blocks.expert_J[j], blocks.start_J[j]
-    x_RD, dy_RD, weight_R = _rows((x_SD, dy_SD, weight_S), start)
-    inside_R = jnp.arange(_ROWS) < blocks.inside_J[j]
+    x_RD, dy_RD, weight_R = _rows((x_SD, dy_SD, weight_S), start, blocks.rows)
+    inside_R = jnp.arange(blocks.rows) < blocks.inside_J[j]
     weight_R = jnp.where(inside_R, weight_R, 0)  # and with it all that comes of other experts' rows
     # Rows come last, so that the weights' gradients multiply first factors as they lie.
     w_gate_up_HD = w_gate_up_EHD[expert]
@@ -80,5 +78,12 @@ def _bwd(residuals, dy_SD):
 swiglu_blocks.defvjp(_fwd, _bwd)
 
 
-def _rows(arrays, start):
-  return [jax.lax.dynamic_slice_in_dim(x, start, _ROWS) for x in arrays]
+def _blocks(n_rows, size_E):
+  """Of half as many rows as a group has on average, 32 to 256: fewer waste time on small products,
+  more on rows of other experts."""
+  half = (n_rows - SPARE_ROWS) // (2 * len(size_E))
+  return blocks_of(n_rows, size_E, min(256, 1 << max(5, half.bit_length() - 1)))
+
+
+def _rows(arrays, start, rows):
+  return [jax.lax.dynamic_slice_in_dim(x, start, rows) for x in arrays]
