@@ -13,7 +13,7 @@ from moe_jax.model.attend import attend
 from moe_jax.products import multiply, multiply_each
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """x / rms(x) * scale over the last axis, inside float32, in the type of x."""
   x32 = x.astype(jnp.float32)

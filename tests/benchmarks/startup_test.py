@@ -1,0 +1,29 @@
+import pytest
+
+from benchmarks import startup
+from benchmarks.startup_child import STAGES
+
+
+def test_a_cold_start_finds_the_text_and_no_programs_and_a_cached_one_finds_both(
+    tmp_path, monkeypatch):
+  seen = []
+
+  def start(_, out):
+    seen.append({path.name for path in out.iterdir()})
+    for name in ("_data", "_compilation_cache", "quickstart"):
+      (out / name).mkdir(exist_ok=True)
+    return dict.fromkeys(STAGES, float(len(seen)))
+
+  monkeypatch.setattr(startup, "start", start)
+  found = startup.measure("FILE:CELL", 3, tmp_path)
+  programs = {"_data", "_compilation_cache"}
+  assert seen == [set(), *[{"_data"}] * 3, *[programs] * 3]
+  assert {name: row["compile"] for name, row in found.items()} == {"new": 1, "cold": 3, "cached": 6}
+
+
+@pytest.mark.slow
+def test_the_trainer_tells_its_stages_and_ends_after_a_step(tmp_path):
+  row = startup.start("experiments/quickstart.py:l2-d80-f42-e32-k4", tmp_path)
+  assert tuple(row) == STAGES and all(seconds > 0 for seconds in row.values())
+  with pytest.raises(RuntimeError, match="no such cell"):
+    startup.start("experiments/quickstart.py:l2-d80", tmp_path)
