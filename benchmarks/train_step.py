@@ -5,13 +5,14 @@
 
 Both sides have the same architecture, weights, tokens and dtype, drop nothing, and do forward pass,
 backward pass, clipping and AdamW; the balance losses, which the two define differently, weigh
-nothing, and the losses of the first step must agree. Each runs in a process of its own, step by
-step in turn, so that both see the same machine; medians count. The peer is its fastest backend of
-those asked for. The limits: all products of the step, each alone at the best speed that either
-side reaches on its shape, and the bytes that the products and AdamW must move at the speed of a
-copy. In bfloat16 ours keeps float32 master weights, the peer does not. On a busy machine
---step_cores=1 compares without the peer's threads waiting for one another. Prints a table, then the
-same figures as JSON. Without the peer's packages ours is measured alone.
+nothing, and the losses of the first step must agree. Each runs in a process of its own, a few
+steps in turn, so that both see the same machine; of a turn the first step does not count, which
+takes back the memory that went to the system while the others worked. Medians count. The peer is
+its fastest backend of those asked for. The limits: all products of the step, each alone at the best
+speed that either side reaches on its shape, and the bytes that the products and AdamW must move at
+the speed of a copy. In bfloat16 ours keeps float32 master weights, the peer does not. On a busy
+machine --step_cores=1 compares without the peer's threads waiting for one another. Prints a table,
+then the same figures as JSON. Without the peer's packages ours is measured alone.
 """
 
 import dataclasses
@@ -50,10 +51,11 @@ ARCHS = {name: Architecture(n_layers=4, d_model=256, n_heads=4, vocab_size=8192,
                             n_topk=n_topk, d_expert=d_expert)
          for name, (n_exp, n_topk, d_expert) in {"a": (32, 4, 64), "b": (64, 8, 32)}.items()}
 BACKENDS = ("eager", "grouped_mm", "batched_mm")
+_TURN = 3  # steps in a row
 
 _SHAPE = flags.DEFINE_enum("step_shape", "a", sorted(ARCHS), "Which architecture.")
 _DTYPE = flags.DEFINE_enum("step_dtype", "float32", ["float32", "bfloat16"], "Of activations.")
-_ROUNDS = flags.DEFINE_integer("step_rounds", 7, "Steps of each that count.")
+_ROUNDS = flags.DEFINE_integer("step_rounds", 3, "Turns of each.")
 _CORES = flags.DEFINE_integer("step_cores", 0, "Processor cores of each side; 0 means all.")
 _BACKENDS = flags.DEFINE_list("step_backends", list(BACKENDS[:2]), "The peer's, of which the "
                               f"fastest counts: some of {', '.join(BACKENDS)}.")
@@ -112,15 +114,15 @@ def measure(config: RunConfig, backends: list[str], rounds: int, cores: int) -> 
       children["ours"] = Child("benchmarks.step_ours", text, *paths, cores=cores)
       for backend in backends:
         children[backend] = Child("benchmarks.step_peer", text, *paths, backend, cores=cores)
-      answers = {name: [] for name in children}
-      for _ in range(rounds + 1):
-        for name, child in children.items():
-          answers[name].append(child.ask("step"))
-      require_equal({name: rows[0]["value"] for name, rows in answers.items()}, config)
-      for _ in range(rounds + 1):
-        for name, child in children.items():
-          answers[name].append(child.ask("head") | {"head": True})
-      sides = {name: _figures(rows, children[name].name, config) for name, rows in answers.items()}
+      firsts = {name: child.ask("step")["value"] for name, child in children.items()}
+      require_equal(firsts, config)
+      answers = {name: {"step": [], "head": []} for name in children}
+      for part in ("step", "head"):
+        for _ in range(rounds):
+          for name, child in children.items():
+            answers[name][part] += [child.ask(part) for _ in range(_TURN)][1:]
+      sides = {name: {"what": children[name].name, "first_loss": firsts[name]}
+               | _figures(parts["step"], parts["head"], config) for name, parts in answers.items()}
       measured = [child.ask("matmuls")["value"] for name, child in children.items()
                   if name in ("ours", *backends[:1])]
       return {"sides": sides, "limits": _limits(
@@ -137,15 +139,12 @@ def require_equal(losses: dict[str, float], config: RunConfig) -> None:
     raise RuntimeError(f"the first losses disagree, so the models are not the same: {losses}")
 
 
-def _figures(rows, name, config) -> dict[str, Any]:
-  steps = [row for row in rows if not row.get("head")]
-  heads = [row for row in rows if row.get("head")]
-
+def _figures(steps, heads, config) -> dict[str, Any]:
   def median(rows, key):
-    return statistics.median(row[key] for row in rows[1:])  # the first one warms up
+    return statistics.median(row[key] for row in rows)
 
   seconds = median(steps, "seconds")
-  return {"what": name, "first_loss": steps[0]["value"], "step_seconds": seconds,
+  return {"step_seconds": seconds,
           "step_cpu_seconds": median(steps, "cpu_seconds"),
           "head_seconds": median(heads, "seconds"),
           "head_cpu_seconds": median(heads, "cpu_seconds"),
