@@ -157,7 +157,7 @@ def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Ro
   return [{"experiment": experiment, "cell": name, "identity": identity_hash(config),
            "evaluation": HELDOUT, **facts(config), "tokens": config.train.steps
            * config.batch_tokens, "state": status.get("state", NOT_RUN),
-           "step": status.get("step"), "steps": config.train.steps,
+           "step": status.get("step"), "steps": config.train.steps, "loss": None,
            "commit": status.get("commit"), "device_kind": status.get("device_kind"),
            "error": " ".join((status.get("error") or "").split()) or None}]
 

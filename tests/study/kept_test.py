@@ -6,7 +6,9 @@ import pytest
 from etils import epath
 
 from moe_jax.errors import FieldError
+from moe_jax.evaluate.results import write_csv
 from moe_jax.fields import override
+from moe_jax.laws.table import read_results
 from moe_jax.run_dir import RunDir
 from moe_jax.study import kept
 from tests.study import planted
@@ -44,6 +46,13 @@ def test_two_sittings_in_any_order_and_twice(tmp_path):
       "finished", "finished", "diverged", "not run"]
   assert rows[SECOND]["loss"] == 2.1
   assert rows[GRID.names[2]]["error"] == "loss is nan at step 7"
+
+
+def test_a_table_without_a_result_is_read(tmp_path):
+  write(tmp_path, 0, None, state="failed", error="gone")
+  write_csv(epath.Path(tmp_path) / "results.csv", [row for _, row in kept.table(tmp_path, GRID)])
+  with pytest.raises(FieldError, match=r"no run that a fit can use: .*'failed' \(gone\)"):
+    read_results(tmp_path / "results.csv")
 
 
 def test_a_result_that_is_there_stays(tmp_path):
