@@ -7,6 +7,7 @@ process, for most of the time goes into imports.
 """
 
 import json
+import pathlib
 import sys
 
 import numpy as np
@@ -26,6 +27,11 @@ def make(job):
       else:
         weight.normal_(0, 1.0 if "gate.weight" in name else 0.2)
   model.save_pretrained(job["dir"], max_shard_size=job["shard"])
+  wanted = job["config"].get("experts_implementation")
+  if wanted:  # it is not saved, and needed to run
+    file = pathlib.Path(job["dir"], "config.json")
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"experts_implementation": wanted}))
 
 
 def run(job):
