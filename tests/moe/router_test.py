@@ -34,6 +34,19 @@ def test_top_k_takes_the_most_probable_and_weights_follow(n_exp, n_topk, norm, s
     np.testing.assert_array_equal(weight_TK, best_TK)
 
 
+@pytest.mark.parametrize("n_topk", [1, 3, 7])
+def test_both_ways_to_the_chosen_scores_agree_forward_and_backward(n_topk):
+  score_TE = jax.random.normal(jax.random.key(0), (5, 7))
+  _, expert_TK = jax.lax.top_k(jax.random.normal(jax.random.key(1), (5, 7)), n_topk)
+  cotangent_TK = jax.random.normal(jax.random.key(2), (5, n_topk))
+  (gathered, (there,)), (compared, (back,)) = (
+      (found, pull(cotangent_TK)) for found, pull in (
+          jax.vjp(lambda score_TE, way=way: way(score_TE, expert_TK), score_TE)
+          for way in (router.gathered, router.compared)))
+  np.testing.assert_array_equal(gathered, compared)
+  np.testing.assert_array_equal(there, back)
+
+
 def sigmoid_by_hand(logit_TE, bias_E, n_topk, norm):
   """Token by token in float64: experts, weights, and each weight's gradient by its logits."""
   logit_TE, bias_E = np.float64(logit_TE), np.float64(bias_E)
