@@ -118,14 +118,15 @@ def swiglu(x_ERD: jax.Array, weight_ER: jax.Array | None = None, *, experts: Exp
 
 
 def grouped_swiglu(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, experts: Experts,
-                   platform: str) -> jax.Array:
+                   platform: str, usual_rows: int | None = None) -> jax.Array:
   """`swiglu` on rows sorted by expert, in the layout of grouped_matmul.py."""
   gate_EDF, up_EDF, down_EFD = (w.astype(x_SD.dtype) for w in experts)
   gate_up_EDH = jnp.concatenate([gate_EDF, up_EDF], axis=-1)
   if platform == "cpu":
     return swiglu_blocks(x_SD, weight_S, gate_up_EDH, down_EFD, size_E)
-  gate_up_SF = grouped_matmul(x_SD, gate_up_EDH, size_E, platform)
-  return grouped_matmul(_hidden(gate_up_SF, weight_S), down_EFD, size_E, platform)
+  multiply = functools.partial(grouped_matmul, size_E=size_E, platform=platform,
+                               usual_rows=usual_rows)
+  return multiply(_hidden(multiply(x_SD, gate_up_EDH), weight_S), down_EFD)
 
 
 def _hidden(gate_up: jax.Array, weight: jax.Array | None) -> jax.Array:
@@ -288,12 +289,13 @@ def _run_groups(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, experts
   if n_devices == 1:
     return grouped_swiglu(_saved(x_SD), weight_S, size_E, experts, platform)
   plan = plan_exchange(jax.lax.all_gather(size_E, EXPERT), jax.lax.axis_index(EXPERT))
-  n_tokens = (x_SD.shape[0] - SPARE_ROWS) // n_topk
+  n_sent = x_SD.shape[0] - SPARE_ROWS  # as many arrive, on average
+  n_tokens = n_sent // n_topk
   n_arriving = n_devices * n_tokens * min(n_topk, plan.size_e.shape[0])  # at most
   there = functools.partial(exchange, way=plan.there, way_back=plan.back,
                             n_rows=n_arriving + SPARE_ROWS, axis_name=EXPERT, platform=platform)
   x_RD, weight_R = there(x_SD), there(weight_S)
-  y_RD = grouped_swiglu(_saved(x_RD), weight_R, plan.size_e, experts, platform)
+  y_RD = grouped_swiglu(_saved(x_RD), weight_R, plan.size_e, experts, platform, n_sent)
   return exchange(y_RD, plan.back, plan.there, x_SD.shape[0], EXPERT, platform)
 
 

@@ -24,9 +24,9 @@ _BLOCK_ROWS = {"cpu": 64, "gpu": 256, "tpu": 512}
 SPARE_ROWS = max(_BLOCK_ROWS.values())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, size_E: jax.Array,
-                   platform: str) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, size_E: jax.Array, platform: str,
+                   usual_rows: int | None = None) -> jax.Array:
   """y_SF: the rows of group e times w_EDF[e]. Float32 is meant as it says.
 
   Args:
@@ -35,6 +35,8 @@ def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, size_E: jax.Array,
       vary over.
     size_E: int32, rows in each group.
     platform: of the devices (`jax.Device.platform`), which decides how it is done.
+    usual_rows: how many rows there are in all groups on average, where x_SD has room for more;
+      only plans read it.
 
   Returns:
     The products, in the type of the rows, each rounded once; what stands after the last group
@@ -42,17 +44,17 @@ def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, size_E: jax.Array,
   """
   if platform == "tpu":
     return jax.lax.ragged_dot(x_SD, w_EDF, size_E, precision=_precision(x_SD.dtype))
-  return _each_block(x_SD, w_EDF, size_E, platform)
+  return _each_block(x_SD, w_EDF, size_E, platform, usual_rows)
 
 
-def _grouped_matmul_fwd(x_SD, w_EDF, size_E, platform):
-  return grouped_matmul(x_SD, w_EDF, size_E, platform), (x_SD, w_EDF, size_E)
+def _grouped_matmul_fwd(x_SD, w_EDF, size_E, platform, usual_rows):
+  return grouped_matmul(x_SD, w_EDF, size_E, platform, usual_rows), (x_SD, w_EDF, size_E)
 
 
-def _grouped_matmul_bwd(platform, residuals, dy_SF):
+def _grouped_matmul_bwd(platform, usual_rows, residuals, dy_SF):
   x_SD, w_EDF, size_E = residuals
-  dx_SD = grouped_matmul(dy_SF, w_EDF.swapaxes(1, 2), size_E, platform)
-  return dx_SD, _sum_of_outer_products(x_SD, dy_SF, size_E, platform), None
+  dx_SD = grouped_matmul(dy_SF, w_EDF.swapaxes(1, 2), size_E, platform, usual_rows)
+  return dx_SD, _sum_of_outer_products(x_SD, dy_SF, size_E, platform, usual_rows), None
 
 
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
@@ -67,6 +69,7 @@ class Blocks(NamedTuple):
     expert_J: whose they are.
     start_J: the first row.
     inside_J: rows that are the expert's; the others belong to those after it.
+    n_experts: of how many experts.
   """
 
   n_used: jax.Array
@@ -74,6 +77,7 @@ class Blocks(NamedTuple):
   expert_J: jax.Array
   start_J: jax.Array
   inside_J: jax.Array
+  n_experts: int
 
 
 def blocks_of(n_rows: int, size_E: jax.Array, rows: int) -> Blocks:
@@ -84,10 +88,18 @@ def blocks_of(n_rows: int, size_E: jax.Array, rows: int) -> Blocks:
   expert_J = jnp.searchsorted(end_E, j_J, side="right", method="scan_unrolled")
   done_J = (j_J - (end_E - n_blocks_E)[expert_J]) * rows
   start_J = (jnp.cumsum(size_E) - size_E)[expert_J] + done_J
-  return Blocks(end_E[-1], rows, expert_J, start_J, size_E[expert_J] - done_J)
+  return Blocks(end_E[-1], rows, expert_J, start_J, size_E[expert_J] - done_J, len(size_E))
 
 
-def _each_block(x_SD, w_EDF, size_E, platform):
+def _over_blocks(blocks: Blocks, usual_rows: int, body, start):
+  """fori_loop over the blocks that are used; its scope tells plans how many there are on average:
+  half a block of each expert is empty."""
+  usual = -(-usual_rows // blocks.rows) + blocks.n_experts // 2
+  with jax.named_scope(f"trips_{usual}"):
+    return jax.lax.fori_loop(0, blocks.n_used, body, start)
+
+
+def _each_block(x_SD, w_EDF, size_E, platform, usual_rows):
   """Multiplies each block with its expert's matrix."""
   blocks = blocks_of(x_SD.shape[0], size_E, _BLOCK_ROWS[platform])
   dtype, (x_SD, w_EDF) = x_SD.dtype, _in_loop_type(platform, x_SD, w_EDF)
@@ -100,10 +112,10 @@ def _each_block(x_SD, w_EDF, size_E, platform):
     return jax.lax.dynamic_update_slice_in_dim(y_SF, y_RF, start, axis=0)
 
   zeros_SF = jnp.zeros_like(x_SD, shape=(x_SD.shape[0], w_EDF.shape[2]))
-  return jax.lax.fori_loop(0, blocks.n_used, multiply, zeros_SF).astype(dtype)
+  return _over_blocks(blocks, usual_rows or x_SD.shape[0], multiply, zeros_SF).astype(dtype)
 
 
-def _sum_of_outer_products(x_SD, dy_SF, size_E, platform):
+def _sum_of_outer_products(x_SD, dy_SF, size_E, platform, usual_rows):
   """dw_EDF, summed over an expert's rows in float32."""
   blocks = blocks_of(x_SD.shape[0], size_E, _BLOCK_ROWS[platform])
   dtype, (x_SD, dy_SF) = x_SD.dtype, _in_loop_type(platform, x_SD, dy_SF)
@@ -119,7 +131,7 @@ def _sum_of_outer_products(x_SD, dy_SF, size_E, platform):
 
   shape = (size_E.shape[0], x_SD.shape[1], dy_SF.shape[1])
   zeros_EDF = jnp.zeros_like(x_SD, shape=shape, dtype=jnp.float32)
-  return jax.lax.fori_loop(0, blocks.n_used, add, zeros_EDF).astype(dtype)
+  return _over_blocks(blocks, usual_rows or x_SD.shape[0], add, zeros_EDF).astype(dtype)
 
 
 def _in_loop_type(platform, *arrays):

@@ -159,12 +159,19 @@ class _Walk:
         now += self.run(self.module.computations[instruction.called("to_apply")], times)
       elif instruction.opcode == "conditional":
         now += self._dearest_branch(instruction, times)
+      elif instruction.opcode == "send" and _rendezvous(instruction):
+        item = self._between_slices(computation, instruction, times)
+        queue["network"] = max(now, queue["network"]) + item.seconds / times
+        begun[_rendezvous(instruction)] = queue["network"], item
       elif instruction.opcode.endswith("-start"):
         item, cost, resource = self._asynchronous(computation, instruction, times)
         queue[resource] = max(now, queue[resource]) + cost
         begun[instruction.name] = queue[resource], item
       elif instruction.opcode.endswith("-done"):
-        finish, item = begun.pop(instruction.operands[0], (now, None))
+        awaited = instruction.operands[0]
+        if instruction.opcode == "recv-done":
+          awaited = _rendezvous(computation.by_name[awaited])
+        finish, item = begun.pop(awaited, (now, None))
         exposed = max(0.0, finish - now)
         if item is not None:
           hidden = max(0.0, item.seconds - exposed * times)
@@ -264,6 +271,17 @@ class _Walk:
     return dataclasses.replace(item, part="collective", collective=kind, axes=axes,
                                bytes=n_bytes * times)
 
+  def _between_slices(self, computation, send: Instruction, times) -> Item:
+    """What goes over the data-centre network is sent by the host, and received at a `recv-done`."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+    kind = kind[1].lower().replace("_", "-") if kind else "send"
+    n_bytes = computation.operand(send, 0).bytes
+    moved = (2 if kind == "all-reduce" else 1) * n_bytes * (1 - 1 / self.topology.n_slices)
+    item = self._item(send, times, moved / self.topology.hardware.dcn_bytes_per_second,
+                      priced=True)
+    return dataclasses.replace(item, part="collective", collective=kind, axes="data",
+                               bytes=n_bytes * times)
+
   def _item(self, instruction: Instruction, times: int, seconds: float, priced: bool,
             flops: int = 0) -> Item:
     op_name = instruction.op_name
@@ -273,6 +291,12 @@ class _Walk:
           op_name = inner.op_name or op_name
     return Item(instruction.name, op_name, part_of(op_name, bool(flops)), times,
                 seconds * times, priced, flops * times)
+
+
+def _rendezvous(transfer: Instruction) -> str:
+  """What names both sides of a host transfer; empty for another instruction."""
+  found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', transfer.attributes)
+  return found[1] if found else ""
 
 
 # Matrix products of [S, h] and [h, S] or of that size, in each pass of splash attention.

@@ -120,16 +120,20 @@ class Module:
     """How often the body of a `while` runs.
 
     Either XLA says it (`known_trip_count`), or the condition compares a counter that starts
-    at 0 with a constant: the shape that `lax.scan` and `fori_loop` compile to.
+    at 0 with a constant: the shape that `lax.scan` and `fori_loop` compile to. A loop whose
+    length depends on data has a scope `trips_N` where the model says how long it is on average.
 
     Raises:
-      ValueError: neither holds, so the loop's length depends on data.
+      ValueError: none of these holds.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if known:
       return int(known[1])
     condition = self.computations[loop.called("condition")]
     bound = self._compared_constant(condition, condition.root)
+    expected = re.findall(r"trips_(\d+)", loop.op_name)
+    if bound is None and expected:
+      return int(expected[-1])
     if bound is None:
       raise ValueError(f"the length of the loop %{loop.name} is not in the HLO: its condition "
                        f"%{condition.name} compares with no constant")

@@ -101,7 +101,7 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology, hlo_path: str
 
 def _compiled(lowered, topology: Topology, programs: str | None) -> dict[str, Any]:
   """The compiled text, its memory and how long it took; or why there is none."""
-  kept = programs and epath.Path(programs) / f"{_program_key(lowered.as_text(), topology)}.json.gz"
+  kept = programs and epath.Path(programs) / f"{_program_key(lowered, topology)}.json.gz"
   if kept and kept.exists():
     return json.loads(gzip.decompress(kept.read_bytes()))
   began = time.monotonic()
@@ -116,9 +116,12 @@ def _compiled(lowered, topology: Topology, programs: str | None) -> dict[str, An
   return program
 
 
-def _program_key(lowered: str, topology: Topology) -> str:
-  """Names a program, where it would run, and the versions of what compiles it."""
-  told = json.dumps([lowered, topology.label, versions()])
+def _program_key(lowered, topology: Topology) -> str:
+  """Names a program, where it would run, and what compiles it and how. Scopes belong to it,
+  because the cost model reads them; lines of source do not."""
+  from moe_jax.train.step import TPU_OPTIONS
+  scopes = re.findall(r'loc\("([^"]+)"\(', lowered.as_text(debug_info=True))
+  told = json.dumps([lowered.as_text(), scopes, topology.label, TPU_OPTIONS, versions()])
   return hashlib.sha256(told.encode()).hexdigest()[:20]
 
 

@@ -30,6 +30,10 @@ State = dict[str, Any]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
+# What XLA's TPU compiler does only when told: rows travel to some experts while others compute.
+TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": True,
+               "xla_tpu_enable_async_ragged_all_to_all": True}
+
 _NOISE = 0x6A697474  # keeps the keys of the noise apart from those of the initial weights
 
 
@@ -188,8 +192,9 @@ def lower_train_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
   def step(state, batch, numbers):
     return train_step(state, batch, numbers, shape, mesh)
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))).lower(
-      state, abstract_batch(config, mesh), numbers)
+  options = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
+                 compiler_options=options).lower(state, abstract_batch(config, mesh), numbers)
 
 
 def compile_train_step(config: RunConfig, mesh: Mesh) -> Callable[[State, Batch],

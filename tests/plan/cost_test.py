@@ -144,3 +144,23 @@ ENTRY %main (a: f32[10], p: pred[]) -> f32[10] {{
 ])
 def test_parts(op_name, is_matmul, part):
   assert cost.part_of(op_name, is_matmul) == part
+
+
+def test_what_crosses_slices_is_sent_by_the_host_and_waited_for_where_it_is_received():
+  """Megascale's all-reduce: 1 MB each way of 4 MB between two slices, behind half of its time."""
+  two = topology.parse("v5litepod-8", 2)
+  whole = 4e6 / two.hardware.dcn_bytes_per_second
+  names = ('frontend_attributes={_xla_host_transfer_rendezvous="sum_0",'
+           '_xla_megascale_transfer_type="ALL_REDUCE"}')
+  body = "\n".join([
+      "  %t = token[] after-all()",
+      f"  %s = (f32[1000000]{{0}}, u32[], token[]) send(%a, %t), channel_id=2, {names}",
+      f"  %r = (f32[1000000]{{0}}, u32[], token[]) recv(%t), channel_id=1, {names}",
+      busy("w", round(whole / 2 * CLOCK)),
+      "  %sd = token[] send-done(%s), channel_id=2",
+      "  ROOT %rd = (f32[1000000]{0}, token[]) recv-done(%r), channel_id=1"])
+  found = cost.estimate(module(body), EIGHT, two)
+  n_bytes, exposed, hidden = found.by_collective()["all-reduce", "data"]
+  assert n_bytes == 4_000_000
+  assert exposed == pytest.approx(whole / 2) and hidden == pytest.approx(whole / 2)
+  assert found.seconds == pytest.approx(whole)
