@@ -5,8 +5,12 @@ every cell: the range of arXiv 2601.08215. Its own tables of configurations and 
 are not public, so those here are ours: granularity 2, d_model / n_layers near 64, four heads,
 no shared expert.
 
-    python -m moe_jax.plan --config=experiments/scaling_law.py --topology=v5p-64 --parallel=2
+    python -m moe_jax.plan --config=experiments/scaling_law.py --topology=v5p-16 \
+        --config.execution.mesh.fsdp=8 --parallel=2
     python -m launch.submit --config=experiments/scaling_law.py ...
+
+A plan takes one to two minutes of a core for each cell; interrupted, the same command goes on where
+it was. Widths are multiples of 8, so weights are split over 8 chips and `data` takes the others.
 
 9B tokens a cell are 17,166 steps; --config.train.steps sets another number. Before the grid is
 run, sweep the learning rate at its corners (the best one falls with size and moves with

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.moe.grouped_matmul import grouped_matmul
 from moe_jax.plan import hlo
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -79,6 +80,15 @@ def test_a_loop_that_depends_on_data_is_refused():
   module = compiled(f, jnp.ones((4,)))
   with pytest.raises(ValueError, match="compares with no constant"):
     module.trip_count(loops(module)[0])
+
+
+def test_a_loop_over_blocks_says_how_long_it_usually_is():
+  """128 of 300 rows are in use, two blocks of 64, and one block more is begun by two experts."""
+  def f(x_SD, w_EDF, size_E):
+    return grouped_matmul(x_SD, w_EDF, size_E, "cpu", usual_rows=128)
+
+  module = compiled(f, jnp.ones((300, 8)), jnp.ones((2, 8, 4)), jnp.array([100, 28]))
+  assert [module.trip_count(loop) for loop in loops(module)] == [3]
 
 
 @settings(max_examples=10, deadline=None)
