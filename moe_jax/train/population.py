@@ -1,9 +1,9 @@
 """Many runs of one shape as one: their states side by side, one compiled step for all.
 
 Every array of the state, the batch and the metrics has a leading axis of members; the step is
-`train_step` under `jax.vmap`. So each member computes what it would compute alone, up to the
-rounding of sums in another order, and a number that is not finite stays with the member that made
-it. A population of one is the plain step, bit for bit.
+`train_step` under `jax.vmap`, on a CPU in a loop over the members. So each member computes what it
+would compute alone, up to the rounding of sums in another order, and a number that is not finite
+stays with the member that made it. A population of one is the plain step, bit for bit.
 """
 
 import functools
@@ -46,8 +46,15 @@ def compiled_step(shape: RunConfig, mesh: Mesh, n_members: int) -> jax.stages.Co
           Numbers.of(shape))
   together = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
       (n_members, *leaf.shape), leaf.dtype, sharding=replicated(mesh)), each)
-  return jax.jit(jax.vmap(step), donate_argnums=0,
+  all_steps = jax.vmap(step)
+  if mesh.devices.flat[0].platform == "cpu":  # one after another: a member's arrays stay in cache
+    all_steps = functools.partial(_one_after_another, step)
+  return jax.jit(all_steps, donate_argnums=0,
                  out_shardings=replicated(mesh)).lower(*together).compile()
+
+
+def _one_after_another(step, *together):
+  return jax.lax.map(lambda each: step(*each), together)
 
 
 class Population:
