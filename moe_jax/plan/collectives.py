@@ -57,7 +57,10 @@ def kind_of(instruction: Instruction) -> str | None:
 
 
 def moved_bytes(kind: str, computation: Computation, instruction: Instruction) -> int:
-  """B of the formulas: bytes of the larger side, on one device."""
+  """B of the formulas: bytes of the larger side, on one device. Of a ragged exchange the smaller:
+  rows are sent once, and the room for what may arrive is for the worst case."""
+  if kind == "ragged-all-to-all":
+    return min(computation.operand(instruction, index).bytes for index in (0, 1))
   operands = computation.operand_bytes(instruction)
   if instruction.opcode.endswith("-start"):  # its result holds operands and results
     return max(operands, sum(array.bytes for array in instruction.type) - operands)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moe_jax.plan import collectives, topology
+from moe_jax.plan import collectives, hlo, topology
 from moe_jax.plan.collectives import Devices
 
 AXES = {"data": 2, "fsdp": 4, "expert": 4}
@@ -78,3 +78,17 @@ def test_between_slices_the_network_counts():
   group = np.array([[0, 4], [1, 5], [2, 6], [3, 7]])
   assert collectives.seconds("all-reduce", 10**9, group, devices, where) == pytest.approx(
       2 * 1e9 / 2 / 12.5e9)
+
+
+def test_a_ragged_exchange_moves_rows_and_not_the_room_for_them():
+  module = hlo.parse("""HloModule m
+
+ENTRY %main (a: bf16[100,8], b: bf16[800,8], n: s32[4]) -> bf16[800,8] {
+  %a = bf16[100,8]{1,0} parameter(0)
+  %b = bf16[800,8]{1,0} parameter(1)
+  %n = s32[4]{0} parameter(2)
+  ROOT %x = bf16[800,8]{1,0} ragged-all-to-all(%a, %b, %n, %n, %n, %n), replica_groups={{0,1}}
+}
+""")
+  entry = module.computations[module.entry]
+  assert collectives.moved_bytes("ragged-all-to-all", entry, entry.root) == 100 * 8 * 2
