@@ -123,7 +123,7 @@ def keep(out: str | os.PathLike, to: str | os.PathLike,
 def table(kept: str | os.PathLike, grid: Grid) -> list[tuple[RunConfig, Row]]:
   """A row for each cell of a grid: its result, or why it has none; then runs that are of no cell.
 
-  Trunks that went as far as they should are no results and have no row.
+  A trunk is no result: it has a row where it went wrong alone.
 
   Raises:
     FieldError: a record is damaged.
@@ -136,7 +136,7 @@ def table(kept: str | os.PathLike, grid: Grid) -> list[tuple[RunConfig, Row]]:
     stored = run.read_config()
     require(stored is None or identity_hash(stored) == identity_hash(config), "out",
             str(run.path), "is of another identity than the grid's cell")
-    if name not in trunks or progress(run) < FINISHED:
+    if name not in trunks or progress(run) in (BEGUN, ENDED):
       found += [(config, row) for row in _rows(grid.name, name, config, run)]
   for file in sorted(folder.glob("*/config.json")):
     run = RunDir(file.parent)
