@@ -58,6 +58,18 @@ def evaluation_config(config: RunConfig, n_devices: int) -> RunConfig:
   return config
 
 
+def dropping_nothing(config: RunConfig, platform: str) -> RunConfig:
+  """`config` with a dispatch that drops nothing on such devices.
+
+  On a GPU the products of the dropless dispatch are a loop over blocks of rows, one after another:
+  thousands of small kernels where experts are small. There each expert has a slot for every token
+  of its group, most of them empty: n_exp / n_topk times the work, in one product.
+  """
+  changes = ({"dispatch": "capacity", "capacity_factor": float(config.arch.n_exp)}
+             if platform == "gpu" else {"dispatch": "dropless"})
+  return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes))
+
+
 class Forward:
   """The forward passes of one model."""
 
@@ -74,8 +86,8 @@ class Forward:
 
   def dropless(self, batch: Batch) -> Output:
     """With every token at all of its experts, whatever the dispatch of training."""
-    return self._run(dataclasses.replace(self._config, moe=dataclasses.replace(
-        self._config.moe, dispatch="dropless")), batch, False)
+    platform = self._mesh.devices.flat[0].platform
+    return self._run(dropping_nothing(self._config, platform), batch, False)
 
   def _run(self, config: RunConfig, batch: Batch, observe: bool) -> Output:
     # Checkpoints of one run, and runs that differ in seed or optimizer, share a program.
