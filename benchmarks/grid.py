@@ -40,13 +40,13 @@ def measure(experiment: str, overrides: Sequence[str], parallel: int, out: str) 
   """Seconds of training and evaluation, and of each cell. Raises RuntimeError if one fails."""
   arguments = [f"--config={experiment}", f"--out={out}",
                *(f"--config.{override}" for override in overrides)]
-  seconds = {"train": _seconds("launch.submit", *arguments, "--backend=local",
-                               f"--parallel={parallel}"),
-             "evaluate": _seconds("moe_jax.evaluate", *arguments)}
+  train = _seconds("launch.submit", *arguments, "--backend=local", f"--parallel={parallel}")
+  steps = list(pathlib.Path(out, "_compilation_cache").glob("jit_step-*-cache"))
+  evaluate = _seconds("moe_jax.evaluate", *arguments)
   cells = cli.selected_cells(experiment, [f"--config.{override}" for override in overrides])
   rows = {cell.name: of_cell(cell, out) for cell in cells}
-  steps = list(pathlib.Path(out, "_compilation_cache").glob("jit_step-*-cache"))
-  return {"seconds": seconds, "compiled_steps": len(steps), "cells": rows}
+  return {"seconds": {"train": train, "evaluate": evaluate}, "compiled_steps": len(steps),
+          "cells": rows}
 
 
 def _seconds(module: str, *arguments: str) -> float:

@@ -47,7 +47,7 @@ def compiled_step(shape: RunConfig, mesh: Mesh, n_members: int) -> jax.stages.Co
   together = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
       (n_members, *leaf.shape), leaf.dtype, sharding=replicated(mesh)), each)
   all_steps = jax.vmap(step)
-  if mesh.devices.flat[0].platform == "cpu":  # one after another: a member's arrays stay in cache
+  if mesh.devices.flat[0].platform == "cpu":  # one after another: batched, it takes longer
     all_steps = functools.partial(_one_after_another, step)
   return jax.jit(all_steps, donate_argnums=0,
                  out_shardings=replicated(mesh)).lower(*together).compile()
