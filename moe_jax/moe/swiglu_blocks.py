@@ -30,11 +30,11 @@ def swiglu_blocks(x_SD: jax.Array, weight_S: jax.Array, w_gate_up_EDH: jax.Array
     x_RD, weight_R = _rows((x_SD, weight_S), start, blocks.rows)
     gate_RF, up_RF = jnp.split(einsum("rd,dh->rh", x_RD, w_gate_up_EDH[expert]), 2, axis=-1)
     hidden_RF = (jax.nn.silu(gate_RF) * up_RF * weight_R[:, None]).astype(x_SD.dtype)
-    y_RD = einsum("rf,fd->rd", hidden_RF, w_down_EFD[expert]).astype(x_SD.dtype)
+    y_RD = einsum("rf,fd->rd", hidden_RF, w_down_EFD[expert])
     # Rows of the experts after this one are overwritten when their own blocks come, later.
     return jax.lax.dynamic_update_slice_in_dim(y_SD, y_RD, start, axis=0)
 
-  return jax.lax.fori_loop(0, blocks.n_used, run, jnp.zeros_like(x_SD))
+  return jax.lax.fori_loop(0, blocks.n_used, run, _zeros(x_SD)).astype(x_SD.dtype)
 
 
 def _fwd(*inputs):
@@ -62,17 +62,17 @@ def _bwd(residuals, dy_SD):
     dhidden_FR = dweighted_FR * weight_R
     dgate_FR = dhidden_FR * up_FR * (sigmoid_FR + silu_FR * (1 - sigmoid_FR))
     dgate_up_HR = jnp.concatenate([dgate_FR, dhidden_FR * silu_FR]).astype(dtype)
-    dx_RD = einsum("rh,hd->rd", turned(dgate_up_HR), w_gate_up_HD).astype(dtype)
+    dx_RD = einsum("rh,hd->rd", turned(dgate_up_HR), w_gate_up_HD)
     hidden_FR = (silu_FR * up_FR * weight_R).astype(dtype)
     return (jax.lax.dynamic_update_slice_in_dim(dx_SD, dx_RD, start, axis=0),
             jax.lax.dynamic_update_slice_in_dim(dweight_S, dweight_R, start, axis=0),
             dgate_up_EHD.at[expert].add(einsum("hr,rd->hd", dgate_up_HR, x_RD)),
             ddown_EFD.at[expert].add(einsum("fr,rd->fd", hidden_FR, dy_RD)))
 
-  float32 = [jnp.zeros_like(w, dtype=jnp.float32) for w in (w_gate_up_EHD, w_down_EFD)]
-  sums = (jnp.zeros_like(x_SD), jnp.zeros_like(weight_S), *float32)
+  sums = tuple(map(_zeros, (x_SD, weight_S, w_gate_up_EHD, w_down_EFD)))
   dx_SD, dweight_S, dgate_up_EHD, ddown_EFD = jax.lax.fori_loop(0, blocks.n_used, run, sums)
-  return dx_SD, dweight_S, dgate_up_EHD.swapaxes(1, 2).astype(dtype), ddown_EFD.astype(dtype), None
+  return (dx_SD.astype(dtype), dweight_S, dgate_up_EHD.swapaxes(1, 2).astype(dtype),
+          ddown_EFD.astype(dtype), None)
 
 
 swiglu_blocks.defvjp(_fwd, _bwd)
@@ -83,6 +83,12 @@ def _blocks(n_rows, size_E):
   more on rows of other experts."""
   half = (n_rows - SPARE_ROWS) // (2 * len(size_E))
   return blocks_of(n_rows, size_E, min(256, 1 << max(5, half.bit_length() - 1)))
+
+
+def _zeros(x):
+  """In float32 to be written to by block: XLA's CPU compiler converts an array of bfloat16 whole,
+  there and back, to write a part of it."""
+  return jnp.zeros_like(x, dtype=jnp.float32)
 
 
 def _rows(arrays, start, rows):
