@@ -80,8 +80,8 @@ def main(overrides: list[str]) -> None:
   total = sum(of_grid.values())
   print(f"all: {total:.0f} minutes of training (an estimate)")
   if _MINUTES.value is not None:
-    fits = min(1.0, _MINUTES.value / total)
-    print(f"in {_MINUTES.value:g} minutes: arms.TOKENS = {round(arms.TOKENS * fits, -6):_}")
+    fits = int(arms.TOKENS * min(1.0, _MINUTES.value / total)) // 10**6 * 10**6
+    print(f"in {_MINUTES.value:g} minutes: arms.TOKENS = {fits:_}")
 
 
 if __name__ == "__main__":
