@@ -32,6 +32,8 @@ class Unit:
   overrides: tuple[str, ...] = ()
   process: subprocess.Popen | None = None
   began: float = 0.0
+  log_from: int = 0  # where its log is that of the attempt at work, not of an earlier one
+  retried: bool = False
 
   @property
   def flops(self) -> float:
@@ -137,6 +139,7 @@ class Sitting:
     with open(log, "ab") as file:
       file.write(f"==== {shlex.join(command)}\n".encode())
       file.flush()
+      unit.log_from = file.tell()
       unit.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file,
                                       stderr=subprocess.STDOUT, env=environment,
                                       start_new_session=True)
@@ -149,6 +152,7 @@ class Sitting:
         continue
       self._working.remove(unit)
       if code and self._out_of_memory(unit):
+        unit.retried = True
         unit.overrides += ("--config.execution.population=1", "--config.execution.remat=full")
         print(f"{unit.name}: out of memory; once more, one run at a time", flush=True)
         self._start(unit)
@@ -160,15 +164,19 @@ class Sitting:
         self._end(unit, code)
 
   def _out_of_memory(self, unit: Unit) -> bool:
-    return not any("remat=full" in one for one in unit.overrides) and (
-        "RESOURCE_EXHAUSTED" in _tail(unit.log(self._out), 20_000))
+    return unit.stage == "train" and not unit.retried and (
+        "RESOURCE_EXHAUSTED" in self._said(unit, 20_000))
+
+  def _said(self, unit: Unit, length: int) -> str:
+    """The last of what its latest attempt has written."""
+    return unit.log(self._out).read_bytes()[unit.log_from:][-length:].decode(errors="replace")
 
   def _end(self, unit: Unit, code: int) -> None:
     seconds = time.monotonic() - unit.began
     left = [cell.name for cell in unit.cells if cell.config.train.decay_fraction
             and not is_done(cell, self._out)]
     if left:
-      lines = _tail(unit.log(self._out), 4_000).strip().splitlines()
+      lines = self._said(unit, 4_000).strip().splitlines()
       self.failed.append(f"{unit.name}: {unit.stage} ended with code {code}: "
                          f"{lines[-1] if lines else 'no word'}")
       print(self.failed[-1], flush=True)
@@ -203,10 +211,6 @@ class Sitting:
   @property
   def left(self) -> list[Unit]:
     return [*self._working, *self._waiting]
-
-
-def _tail(path: pathlib.Path, length: int) -> str:
-  return path.read_bytes()[-length:].decode(errors="replace") if path.exists() else ""
 
 
 def summary(sitting: Sitting, seconds: float) -> list[str]:

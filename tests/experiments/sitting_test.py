@@ -51,6 +51,38 @@ def test_out_of_memory_is_tried_once_more_with_less(tmp_path, monkeypatch):
   assert again.overrides == ("--config.execution.population=1", "--config.execution.remat=full")
 
 
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_only_training_that_ran_out_of_memory_itself_is_tried_again(tmp_path, monkeypatch, stage):
+  """Not where an earlier attempt's memory is in the log, nor for lack of it in evaluation."""
+  begun = []
+
+  def script(unit):
+    begun.append(unit.stage)
+    if unit.stage != stage:
+      return "true"
+    return "exit 3" if stage == "train" else "echo RESOURCE_EXHAUSTED; exit 3"
+
+  (unit,) = units.units_of(CELLS[:1], lambda cell: False)
+  unit.log(tmp_path).parent.mkdir()
+  unit.log(tmp_path).write_text("RESOURCE_EXHAUSTED: Out of memory\n")
+  made = sitting(tmp_path, monkeypatch, script, n=1)
+  assert begun.count(stage) == 1
+  assert made.failed == [f"{unit.name}: {stage} ended with code 3: "
+                         + ("no word" if stage == "train" else "RESOURCE_EXHAUSTED")]
+
+
+def test_it_is_tried_again_once_whatever_was_passed_on(tmp_path, monkeypatch):
+  begun = []
+
+  def script(unit):
+    unit.overrides = unit.overrides or ("--config.execution.remat=full",)
+    begun.append(unit.overrides)
+    return "echo RESOURCE_EXHAUSTED; exit 1"
+
+  made = sitting(tmp_path, monkeypatch, script, n=1)
+  assert [len(overrides) for overrides in begun] == [1, 3] and len(made.failed) == 1
+
+
 def test_a_failure_is_told_by_its_last_line_and_stops_no_other(tmp_path, monkeypatch):
   made = sitting(tmp_path, monkeypatch, lambda unit: "true" if unit.cells[0] != CELLS[1]
                  else "echo error: no such text; exit 2")
