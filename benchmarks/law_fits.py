@@ -150,8 +150,7 @@ def li2026_lines(path: str) -> list[str]:
 
 
 def main(overrides: list[str]) -> None:
-  if overrides:
-    raise FieldError(overrides[0], "", "is not a flag of this command")
+  cli.no_overrides(overrides)
   given = ((_CHINCHILLA, lambda path: chinchilla_lines(path, _STARTS.value, _PEERS.value)),
            (_GADRE, lambda path: gadre_lines(path, _STARTS.value, _PEERS.value)),
            (_TLM26, tlm26_lines), (_LI2026, li2026_lines))

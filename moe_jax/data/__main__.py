@@ -57,9 +57,7 @@ _TFDS_SPLIT = flags.DEFINE_string("tfds_split", Source.tfds_split, "The split of
 
 
 def main(overrides: list[str]) -> None:
-  if overrides:
-    field, _, value = overrides[0].removeprefix("--").partition("=")
-    raise FieldError(field, value, "is not a flag of this command; see --help")
+  cli.no_overrides(overrides)
   require(is_local(_DATA_DIR.value), "data_dir", _DATA_DIR.value, "must be a local path; machines "
           "that train for a bucket prepare by themselves")
   try:

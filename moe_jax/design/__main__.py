@@ -142,9 +142,7 @@ def _question() -> ask_lib.Question:
 
 
 def main(overrides: list[str]) -> None:
-  if overrides:
-    field, _, value = overrides[0].removeprefix("--").partition("=")
-    raise FieldError(field, value, "is not a flag of this command")
+  cli.no_overrides(overrides)
   for flag in (_CSV, _PLOT):
     files.check_writable(flag.name, flag.value)
   if _REPORT.value is not None:

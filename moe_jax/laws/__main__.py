@@ -9,7 +9,6 @@ PNG and every table as CSV and Markdown. The same results give the same bytes.
 from absl import flags
 
 from moe_jax import cli
-from moe_jax.errors import FieldError
 from moe_jax.laws.analysis import analyse
 from moe_jax.laws.claims import MARGIN
 from moe_jax.laws.forms import FORMS
@@ -33,9 +32,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of starts and bootstrap.")
 
 
 def main(overrides: list[str]) -> None:
-  if overrides:
-    field, _, value = overrides[0].removeprefix("--").partition("=")
-    raise FieldError(field, value, "is not a flag of this command; it reads --results")
+  cli.no_overrides(overrides)
   if _REPORT.value is not None:
     check_path(_REPORT.value)
   rows = read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value)

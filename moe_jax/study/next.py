@@ -11,7 +11,7 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax.design.units import parse_count
-from moe_jax.errors import FieldError, require
+from moe_jax.errors import require
 from moe_jax.laws.forms import FORMS
 from moe_jax.study.noise import ARCHITECTURE_SD, SEED_SD
 from moe_jax.study.targets import ALL, CHOICE, MEAN
@@ -51,9 +51,7 @@ _CHOICE_ACTIVE = flags.DEFINE_string("choice_n_active", None, "Most N_active the
 
 
 def main(overrides: list[str]) -> None:
-  if overrides:
-    field, _, value = overrides[0].removeprefix("--").partition("=")
-    raise FieldError(field, value, "is not a flag of this command: override when launching")
+  cli.no_overrides(overrides)
   if _TARGET.value != CHOICE:
     for flag in (_CHOICE_TOTAL, _CHOICE_ACTIVE):
       require(flag.value is None, flag.name, flag.value, f"is for --target={CHOICE}")
