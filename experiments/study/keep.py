@@ -1,7 +1,7 @@
 """Keeps the study's runs small and makes its tables from what is kept.
 
     python -m experiments.study.keep --out=runs
-    python -m experiments.study.keep --out=results-1.zip --out=results-2.zip
+    python -m experiments.study.keep --out=packed/results-1.zip
 
     experiments/study/results/results.csv           arm A at full length: what the statistic is
                                                     computed on

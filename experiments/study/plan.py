@@ -60,8 +60,12 @@ def write_tables(to: str | os.PathLike, of: Mapping[str, Grid]) -> list[str]:
 
 
 def _counted(row: Row) -> Row:
-  """A row whose run dropped too much says so, and a fit does not use it."""
-  dropped = row.get(kept.TRAINING_DROP_RATE) or 0.0
+  """A result whose run dropped too much, or who knows how much, says so; no fit uses it."""
+  if row["loss"] is None:
+    return row
+  dropped = row[kept.TRAINING_DROP_RATE]
+  if dropped is None:
+    return row | {"state": "does not count: its drop rate is not known"}
   if dropped < MOST_DROPPED:
     return row
   return row | {"state": f"does not count: {100 * dropped:.2g} % of assignments dropped"}

@@ -1,17 +1,17 @@
 """Trains what is next of the study on one device for some minutes, and packs what came of it.
 
-    python -m experiments.study.sitting --grids=pilots --minutes=9 --pack=packed
+    python -m experiments.study.sitting --grids=pilots --minutes=60 --pack=packed
     python -m experiments.study.keep --out=packed/results-1.zip
 
-For a machine that is had for minutes and gives back a few files. What is kept already
-(experiments/study/results) is not run again. Cells of one shape are a unit: one process trains
-them, several at a time where --population allows, and another evaluates them, while --parallel
-other units are at work. Within a machine the next sitting goes on where this one stopped; from one
-machine to the next only whole runs are carried, as a checkpoint is larger than all that is kept of
-a run, so a unit that would not end in time is not begun.
+For time-limited or preemptible machines. What is kept already (experiments/study/results) is not
+run again. Cells of one shape are a unit: one process trains them, several at a time where
+--population allows, and another evaluates them, while --parallel other units are at work. On the
+same machine the next sitting goes on where this one stopped; from one machine to the next only
+whole runs are carried, as a checkpoint is larger than all that is kept of a run, so a unit that
+would not end in time is not begun.
 
---config.execution.PATH=VALUE is passed on. A unit that runs out of memory is tried once more, one
-run at a time with --config.execution.remat=full.
+--config.execution.PATH=VALUE is passed on. A unit whose training runs out of memory is tried once
+more, one run at a time with --config.execution.remat=full.
 """
 
 import pathlib
@@ -31,15 +31,15 @@ _GRIDS = flags.DEFINE_list("grids", ["pilots"], "Files of this folder, in the or
                            f"run: {', '.join(plan.GRIDS)}.")
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
 _KEPT = flags.DEFINE_string("kept", plan.RESULTS, "What earlier sittings have brought.")
-_MINUTES = flags.DEFINE_float("minutes", 9.0, "All of it ends within so many.", lower_bound=0.2)
+_MINUTES = flags.DEFINE_float("minutes", 60.0, "All of it ends within so many.", lower_bound=0.2)
 _PARALLEL = flags.DEFINE_integer("parallel", 3, "Units at work at a time; each gets its share of "
                                  "the device's memory.", lower_bound=1)
 _POPULATION = flags.DEFINE_integer("population", 8, "Runs of one shape that train together at "
                                    "most.", lower_bound=1)
-_PACK = flags.DEFINE_string("pack", None, "Folder for results-N.zip.")
-_PARTS = flags.DEFINE_integer("parts", 7, "Files that may be packed, beside sitting.txt, which "
-                              "says how it went.", lower_bound=1)
-_PART_MB = flags.DEFINE_float("part_mb", 15.0, "Size of each at most.", lower_bound=0.01)
+_PACK = flags.DEFINE_string("pack", None, "Folder for results-1.zip and for sitting.txt, which "
+                             "says how it went.")
+_PART_MB = flags.DEFINE_float("part_mb", None, "Largest size of a .zip in megabytes: more runs go "
+                              "into further ones. By default there is one.", lower_bound=0.01)
 
 _TO_PACK_SECONDS = 15.0
 
@@ -66,17 +66,18 @@ def main(overrides: list[str]) -> int:
   print("\n".join(lines), flush=True)
   if _PACK.value is not None:
     write_text(epath.Path(_PACK.value) / "sitting.txt", "\n".join(lines) + "\n")
-    made = pack(_OUT.value, _PACK.value, round(1e6 * _PART_MB.value), _PARTS.value)
+    made = pack(_OUT.value, _PACK.value,
+                None if _PART_MB.value is None else round(1e6 * _PART_MB.value))
     print("\n".join(f"{file}: {file.stat().length:,} bytes" for file in made), flush=True)
   return 1 if sitting.failed else 0
 
 
-def pack(out: str, to: str, part_bytes: int, parts: int) -> list[epath.Path]:
-  """Packs the records of all runs under `out`. Raises FieldError where they are too many."""
+def pack(out: str, to: str, part_bytes: int | None) -> list[epath.Path]:
+  """Packs the records of all runs under `out`. Raises FieldError where one is too large."""
   staging = pathlib.Path(out) / "_sitting" / "kept"
   _, _, problems = kept.keep(out, staging, plan.grids())
   print("\n".join(problems), end="\n" if problems else "", flush=True)
-  return kept.pack(staging, to, part_bytes, parts)
+  return kept.pack(staging, to, part_bytes)
 
 
 if __name__ == "__main__":

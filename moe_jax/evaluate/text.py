@@ -7,7 +7,7 @@ from moe_jax.config import DataConfig, RunConfig
 from moe_jax.errors import FieldError, did_you_mean
 
 HELDOUT = "heldout"
-SPLITS = ("heldout", "train")
+SPLITS = (HELDOUT, "train")
 _ANYWHERE = ("bytes", "gpt2")  # tokenizers that no corpus has trained
 
 

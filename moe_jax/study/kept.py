@@ -18,11 +18,11 @@ from moe_jax import run_dir as run_dir_lib
 from moe_jax.config import RunConfig, identity_hash
 from moe_jax.errors import FieldError, require
 from moe_jax.evaluate.results import Row, facts, rows_of
+from moe_jax.evaluate.text import HELDOUT
 from moe_jax.grid import Grid
 from moe_jax.run_dir import RunDir, write_bytes, write_json, write_text
 
 POINTS, DIGITS = 200, 5
-HELDOUT = "heldout"
 TRAINING_DROP_RATE = "training_drop_rate"
 NOT_RUN, NOT_OF_THE_GRID = "not run", "not of the grid"
 _EVALS = (HELDOUT,)  # what is kept of eval/
@@ -163,23 +163,28 @@ def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Ro
 
 
 def training_drop_rate(run: RunDir, config: RunConfig) -> float | None:
-  """Mean share of assignments that were dropped after warm-up, a branch's trunk included."""
+  """Mean share of assignments that were dropped after warm-up, a branch's trunk included.
+
+  None: it is not known, of a part of the training at least.
+  """
   branch = config.train.branch_step or 0
-  records = [record for record in run.read_metrics() if record["step"] > branch]
+  parts = [[record for record in run.read_metrics() if record["step"] > branch]]
   if branch:
     trunk = RunDir(run.path.parent / config.train.branch_run)
-    records += [record for record in trunk.read_metrics() if record["step"] <= branch]
-  found = [record["drop_rate"] for record in records
-           if record["step"] > config.train.warmup_steps and record.get("drop_rate") is not None]
-  return sum(found) / len(found) if found else None
+    parts.append([record for record in trunk.read_metrics() if record["step"] <= branch])
+  if not all(parts):
+    return None
+  found = [record.get("drop_rate") for part in parts for record in part
+           if record["step"] > config.train.warmup_steps]
+  return sum(found) / len(found) if found and None not in found else None
 
 
-def pack(kept: str | os.PathLike, to: str | os.PathLike, part_bytes: int,
-         parts: int) -> list[epath.Path]:
-  """Puts a folder of records into .zip files of at most so many bytes, a run in one of them.
+def pack(kept: str | os.PathLike, to: str | os.PathLike,
+         part_bytes: int | None = None) -> list[epath.Path]:
+  """Puts a folder of records into one .zip, or some of at most so many bytes, a run in one of them.
 
   Raises:
-    FieldError: more than `parts` files would be needed; nothing is written then.
+    FieldError: a run alone takes more than `part_bytes`; nothing is written then.
   """
   root, files = epath.Path(kept), [[]]
   size = 0
@@ -189,17 +194,18 @@ def pack(kept: str | os.PathLike, to: str | os.PathLike, part_bytes: int,
       content = [(f"{run.parent.name}/{run.name}/{file.relative_to(run)}", file.read_bytes())
                  for pattern in ("*.json", "*/*.json", "metrics/*.jsonl")
                  for file in sorted(run.glob(pattern))]
-      probe = f"{scratch}/{number}.zip"
-      _zip(probe, content)
-      needed = os.path.getsize(probe)
-      os.unlink(probe)
-      if files[-1] and size + needed > part_bytes:
-        files.append([])
-        size = 0
+      if part_bytes is not None:
+        probe = f"{scratch}/{number}.zip"
+        _zip(probe, content)
+        needed = os.path.getsize(probe)
+        os.unlink(probe)
+        require(needed <= part_bytes, "part_mb", part_bytes / 1e6,
+                f"{run.parent.name}/{run.name} alone takes {needed / 1e6:.2g} MB")
+        if files[-1] and size + needed > part_bytes:
+          files.append([])
+          size = 0
+        size += needed
       files[-1] += content
-      size += needed
-  require(len(files) <= parts, "part_mb", part_bytes / 1e6, f"makes {len(files)} files of these "
-          f"runs, and {parts} are allowed")
   made = []
   for number, content in enumerate(files if files[0] else [], start=1):
     made.append(epath.Path(to) / f"results-{number}.zip")

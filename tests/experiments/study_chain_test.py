@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 
 from experiments.study import arms, plan, units
+from moe_jax.errors import FieldError
 from moe_jax.evaluate.results import facts
 from moe_jax.grid import Grid, load_grid, select
 from moe_jax.laws.fit import fit
@@ -80,7 +81,7 @@ def test_from_sweeps_to_the_trial(fitted_rates, tmp_path):
   rows = read_results(tmp_path / "kept" / "results.csv")
   assert len(rows) == 39 + 12 and "diverged" in next(
       row[UNUSED] for row in rows if row["cell"] == lost)
-  assert "1 % of assignments dropped" in next(
+  assert "% of assignments dropped" in next(
       row[UNUSED] for row in rows if row["cell"] == dropping)
   assert sum("not run" in row.get(UNUSED, "") for row in rows) == 13
 
@@ -117,6 +118,15 @@ def test_from_sweeps_to_the_trial(fitted_rates, tmp_path):
   lines = contest.rank(grid, read_results(tmp_path / "kept" / "study-trial" / "results.csv"),
                        0.0005)
   assert int(lines[-2].split()[4]) <= 4 and lines[-2].endswith("of 11")
+
+
+def test_a_result_whose_drop_rate_is_not_known_does_not_count(tmp_path):
+  small = load_grid(str(plan.FOLDER / "small.py"))
+  name = next(name for name in small.names if plan.in_statistic(small.get_config(name)))
+  planted.write_run(tmp_path / "runs", small.name, name, small.get_config(name), 2.0)
+  tables(tmp_path, {small.name: small})  # its trunk has left no metrics
+  with pytest.raises(FieldError, match="no run that a fit can use: .*drop rate is not known"):
+    read_results(tmp_path / "kept" / "results.csv")
 
 
 def test_units_of_a_sitting(tmp_path):

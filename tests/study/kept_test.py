@@ -86,7 +86,11 @@ def test_what_training_dropped_after_warm_up(tmp_path):
   planted.write_run(tmp_path, GRID.name, "branch", branch, 2.0, records=200, drop_rate=0.002)
   run = RunDir(epath.Path(tmp_path) / GRID.name / "branch")
   assert kept.training_drop_rate(run, branch) == pytest.approx(
-      (40 * 0.01 + 140 * 0.002) / 180)  # warm-up is 20 steps
+      (40 * 0.01 + 200 * 0.002) / 240)  # warm-up is 20 steps
+  trunk = RunDir(epath.Path(tmp_path) / GRID.name / FIRST)
+  trunk.metrics_file(1, 1).unlink()
+  assert kept.training_drop_rate(run, branch) is None
+  assert rows_of(tmp_path)[FIRST]["training_drop_rate"] is None
 
 
 def test_runs_of_another_identity_are_refused_and_listed(tmp_path):
@@ -105,13 +109,16 @@ def test_packed_in_parts_and_taken_up(tmp_path):
   for number in range(6):
     write(tmp_path / "one", number, records=150)
   kept.keep(tmp_path / "one", tmp_path / "to", [GRID.name])
-  files = kept.pack(tmp_path / "to", tmp_path / "packed", 9_000, 8)
+  files = kept.pack(tmp_path / "to", tmp_path / "packed", 9_000)
   assert 2 <= len(files) <= 6 and all(file.stat().length <= 9_000 for file in files)
   for file in files:
     kept.keep(file, tmp_path / "back", [GRID.name])
   assert content(tmp_path / "back") == content(tmp_path / "to")
-  with pytest.raises(FieldError, match="and 1 are allowed"):
-    kept.pack(tmp_path / "to", tmp_path / "none", 9_000, 1)
+  (whole,) = kept.pack(tmp_path / "to", tmp_path / "whole")
+  kept.keep(whole, tmp_path / "from_one", [GRID.name])
+  assert content(tmp_path / "from_one") == content(tmp_path / "to")
+  with pytest.raises(FieldError, match="part_mb=0.001: planted/.* alone takes .* MB"):
+    kept.pack(tmp_path / "to", tmp_path / "none", 1_000)
   assert not (tmp_path / "none").exists()
   (tmp_path / "cut.zip").write_bytes(files[0].read_bytes()[:500])
   with pytest.raises(FieldError, match="is no sound .zip"):

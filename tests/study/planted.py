@@ -57,8 +57,9 @@ def write_run(folder: pathlib.Path, experiment: str, cell: str, config: RunConfi
   run.claim(Cell(experiment, f"planted.py:{cell}", cell, config))
   run.write_status({"state": state, "step": config.train.steps if state == "finished" else 7,
                     "steps": config.train.steps, "error": error, "commit": "0" * 12})
+  first = 1 + (config.train.branch_step or 0)
   lines = [json.dumps({"step": step, "loss": 1 / (3 + step), "drop_rate": drop_rate})
-           for step in range(1, records + 1)]
+           for step in range(first, first + records)]
   write_text(run.metrics_file(1, 1), "\n".join(lines) + "\n")
   if loss is not None:
     run.write_eval("heldout", {"step": config.train.steps, "identity": identity_hash(config),
