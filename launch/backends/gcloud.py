@@ -75,6 +75,9 @@ class Options(tpu.OnSlices):
             "python", self.python, "must be an absolute path")
     parse_secrets(self.secrets)
     money.require_money(self.usd_per_chip_hour, self.max_cost_usd, self.slice.topology)
+    require(self.delete_when_done or self.max_cost_usd is None, "delete_when_done", False,
+            "contradicts --max_cost_usd: where no launcher lives, a slice that has ended would go "
+            "on costing")
 
 
 def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:

@@ -155,6 +155,8 @@ def test_plans_that_cannot_be_made_stop_the_submission(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     (["--usd_per_chip_hour=-1"], "--usd_per_chip_hour=-1.0: must be 0 or more"),
     (["--max_cost_usd=0"], "--max_cost_usd=0.0: must be above 0"),
+    (["--max_cost_usd=5", "--delete_when_done=false"],
+     "--delete_when_done=False: contradicts --max_cost_usd: where no launcher lives"),
     (["--max_cost_usd=nan"], "--max_cost_usd='nan': must be a finite number")])
 def test_bad_money_is_one_line(tmp_path, out, arguments, message):
   done = _submit(write_tiny(tmp_path), out, *arguments)

@@ -14,14 +14,15 @@ def _maybe(strategy):
 
 
 GCLOUD = st.builds(
-    gcloud.Options, project=WORDS, zones=st.lists(ZONES, min_size=1, max_size=3).map(tuple),
+    lambda money, **rest: gcloud.Options(max_cost_usd=money[0], delete_when_done=money[1], **rest),
+    money=st.sampled_from([(None, True), (None, False), (5.0, True)]), project=WORDS,
+    zones=st.lists(ZONES, min_size=1, max_size=3).map(tuple),
     topology=SLICES, slices=st.integers(1, 4), slices_per_run=st.integers(1, 3),
     capacity=st.sampled_from(["spot", "on-demand", "reserved"]), runtime_version=_maybe(WORDS),
     network=_maybe(WORDS), subnetwork=_maybe(WORDS),
     service_account=_maybe(WORDS.map(lambda word: f"{word}@p.iam.gserviceaccount.com")),
     internal_ips=st.booleans(),
     valid_until=_maybe(st.sampled_from(["6h", "90m", "1h30m", "2d", "30s"])),
-    max_cost_usd=_maybe(st.just(5.0)), delete_when_done=st.booleans(),
     python=_maybe(st.just("/opt/venv/bin/python")),
     secrets=st.sampled_from([(), ("WANDB_API_KEY=projects/p/secrets/s/versions/latest",),
                              ("A=/etc/a", "B=/etc/b")]))
