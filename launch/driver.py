@@ -24,7 +24,7 @@ from launch.slices import Policy, Progress, Record
 from moe_jax.arch.hardware import PRICES_AS_OF
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.fields import from_json
-from moe_jax.run_dir import read_json, write_json
+from moe_jax.run_dir import is_of_storage, read_json, write_json
 
 POLL_SECONDS = 30.0
 
@@ -184,9 +184,9 @@ class Driver:
             self._step(one, found, held)
           if all(one.record.state in slices.FINAL for one in found):
             return all(one.record.state == slices.DONE for one in found)
-        except (FieldError, lease.Lost, cloud.NoCredentials):
-          raise
-        except Exception as error:  # each file system has its own
+        except Exception as error:
+          if not is_of_storage(error):
+            raise
           # A full disk, a bucket out of reach: what is not written down is not done either.
           self._say(f"once more in {POLL_SECONDS:.0f} s: {' '.join(str(error).split())}")
         self._sleep(POLL_SECONDS)

@@ -39,6 +39,8 @@ T = TypeVar("T")
 # gcsfs would keep what it once saw in a folder, and be blind to what other machines write there.
 os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')
 
+_STORES = ("aiohttp", "fsspec", "gcsfs", "google", "tensorflow")  # whose errors are no OSErrors
+
 HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 120.0
 
@@ -115,6 +117,12 @@ def read_as(cls: type[T], path: epath.Path) -> T | None:
     raise DamagedFile("out", str(path), f"is damaged: {error}") from None
 
 
+def is_of_storage(error: Exception) -> bool:
+  """Whether a file system or an object store raised it, and not a mistake of this program."""
+  return isinstance(error, OSError) or any(
+      cls.__module__.partition(".")[0] in _STORES for cls in type(error).__mro__)
+
+
 @contextlib.contextmanager
 def reaching(path: str | os.PathLike) -> Iterator[None]:
   """Files below `path` are read or written: a FieldError, one line, where that is impossible."""
@@ -122,16 +130,11 @@ def reaching(path: str | os.PathLike) -> Iterator[None]:
     yield
   except (FieldError, BrokenPipeError):  # the pipe is that of standard output
     raise
-  except OSError as error:
-    raise _out_of_reach(path, error) from None
-  except Exception as error:  # the libraries of object stores have errors of their own
-    if is_local(path):
+  except Exception as error:
+    if not is_of_storage(error):
       raise
-    raise _out_of_reach(path, error) from None
-
-
-def _out_of_reach(path: str | os.PathLike, error: Exception) -> FieldError:
-  return FieldError("out", os.fspath(path), f"is out of reach: {' '.join(str(error).split())}")
+    raise FieldError("out", os.fspath(path),
+                     f"is out of reach: {' '.join(str(error).split())}") from None
 
 
 def is_gone(host: str, pid: int) -> bool:

@@ -15,6 +15,7 @@ from launch.code import Code
 from launch.remote import Answer
 from launch.slices import Policy
 from moe_jax.errors import DamagedFile, FieldError
+from moe_jax.run_dir import reaching
 from tests.experiment_files import run_module
 from tests.launch.world import QUICK, World
 
@@ -190,6 +191,24 @@ def test_a_disk_that_is_full_for_a_while_costs_time_alone(tmp_path, monkeypatch)
   world.check()
   assert world.cloud.created == 2
   assert any("once more in 30 s: [Errno 28] No space left" in line for line in world.said)
+
+
+def test_a_store_out_of_reach_is_tried_again_and_a_mistake_is_not(tmp_path, monkeypatch):
+  world, real, wrong = World(tmp_path), driver.slices.decide, []
+  out_of_reach = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
+
+  def decide(*arguments):
+    wrong.append(out_of_reach("503") if not wrong else KeyError("a mistake"))
+    if len(wrong) < 3:
+      raise wrong[-1]
+    return real(*arguments)
+
+  monkeypatch.setattr(driver.slices, "decide", decide)
+  with pytest.raises(KeyError, match="a mistake"), reaching("gs://bucket/runs"):
+    world.drive()
+  assert world.said == ["once more in 30 s: 503"]
+  assert world.drive()  # the lease was let go
+  world.check()
 
 
 _FAULTS = {
