@@ -39,7 +39,7 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
   n_slices = len({getattr(device, "slice_index", 0) for device in devices})
   data, fsdp, expert = resolve_mesh(config, len(devices), n_slices)
   types = (AxisType.Auto,) * len(MESH_AXES)
-  if expert > 1 and all(hasattr(device, "coords") for device in devices):
+  if expert > 1 and all(device.platform == "tpu" for device in devices):
     order = torus_order([(getattr(device, "slice_index", 0), *device.coords,
                           getattr(device, "core_on_chip", 0)) for device in devices],
                         data, fsdp, expert)

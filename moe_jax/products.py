@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+_FEW_ROWS = 64
+
 # The sum in float32, as every platform has it; what is to be bfloat16 is rounded by the caller.
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -45,8 +47,11 @@ def multiply(x: jax.Array, w: jax.Array, mesh: Mesh, axes: int = 1) -> jax.Array
 
 
 def multiply_each(x: jax.Array, weights: Sequence[jax.Array], mesh: Mesh) -> list[jax.Array]:
-  """`multiply` by several weights; on a CPU as one product, which reads x once."""
-  if mesh.devices.flat[0].platform != "cpu":
+  """`multiply` by several weights; on a CPU as one product, which reads x once.
+
+  Few rows are not, as in decoding: there laying the weights side by side would be most of the work.
+  """
+  if mesh.devices.flat[0].platform != "cpu" or x.size // x.shape[-1] < _FEW_ROWS:
     return [multiply(x, w, mesh) for w in weights]
   y = multiply(x, jnp.concatenate([w.reshape(len(w), -1) for w in weights], axis=1), mesh)
   ends = itertools.accumulate(w.size // len(w) for w in weights[:-1])

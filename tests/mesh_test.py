@@ -1,11 +1,15 @@
 """Where a mesh puts its devices on a torus."""
 
 import itertools
+import types
 
 import numpy as np
 import pytest
 
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import MeshConfig
 from moe_jax.mesh import torus_order
+from tests.small import small_config
 
 
 def places(*extents: int) -> list[tuple[int, ...]]:
@@ -36,3 +40,18 @@ def test_what_does_not_divide_the_torus_is_left_to_jax():
   assert torus_order(places(1, 2, 4, 1), 1, 1, 3) is None
   assert torus_order(places(1, 2, 4, 1)[:-1], 1, 1, 7) is None
   assert torus_order(places(2, 2, 2, 1), 1, 1, 8) is None  # experts would cross slices
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_only_a_tpus_coordinates_are_places_on_a_torus(monkeypatch, platform):
+  """A GPU may have coordinates too: of its host and its place there, which no torus joins."""
+  devices = [types.SimpleNamespace(platform=platform, coords=place) for place in places(2, 4, 1)]
+  monkeypatch.setattr(mesh_lib, "Mesh", lambda placed, *_, **__: placed)
+  monkeypatch.setattr(mesh_lib.jax, "make_mesh", lambda *_, **__: "as JAX does")
+  config = small_config(execution={"mesh": MeshConfig(2, 1, 4)})
+  made = mesh_lib.make_mesh(config, devices)
+  if platform == "gpu":
+    assert made == "as JAX does"
+  else:
+    assert [sorted(device.coords[:2] for device in group) for group in made[:, 0]] == [
+        [(0, 0), (0, 1), (1, 0), (1, 1)], [(0, 2), (0, 3), (1, 2), (1, 3)]]

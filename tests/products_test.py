@@ -1,6 +1,7 @@
 """Products equal JAX's own, with their gradients, in one program for every platform."""
 
 import functools
+import re
 import types
 
 import jax
@@ -16,10 +17,11 @@ def mesh_of(platform):
   return types.SimpleNamespace(devices=np.array([device]))
 
 
+@pytest.mark.parametrize("n_sequences", [2, 32])  # few rows, and many
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_cpu_multiplies_as_others_do_forward_and_backward(dtype):
+def test_a_cpu_multiplies_as_others_do_forward_and_backward(dtype, n_sequences):
   keys = jax.random.split(jax.random.key(0), 4)
-  x_BSHh = jax.random.normal(keys[0], (2, 3, 4, 5), dtype)
+  x_BSHh = jax.random.normal(keys[0], (n_sequences, 3, 4, 5), dtype)
   w_HhD = jax.random.normal(keys[1], (4, 5, 6), dtype)
   w_DKh, w_DF = (jax.random.normal(key, (6, *shape), dtype)
                  for key, shape in zip(keys[2:], ((2, 3), (7,)), strict=True))
@@ -47,6 +49,10 @@ def test_bfloat16_is_multiplied_as_such_and_nothing_is_transposed_in_a_product()
     return multiply(x_TD, w_DF, mesh_of("cpu")).astype(jnp.float32).sum()
 
   text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x_TD, w_DF).compile().as_text()
+  kinds = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
   products = [line for line in text.splitlines() if " dot(" in line]
+  for line in products:
+    factors = re.search(r" dot\((%[\w.-]+), (%[\w.-]+)\)", line).groups()
+    assert [kinds[name] for name in factors] == ["bf16", "bf16"], line
   assert products and all("lhs_contracting_dims={1}" in line for line in products), products
   np.testing.assert_array_equal(turned(w_DF * 2), w_DF.T * 2)

@@ -65,6 +65,11 @@ class Hardware:
     """Peak memory bandwidth of one JAX device."""
     return self.hbm_bytes_per_second / self.devices_per_chip
 
+  @property
+  def device_dcn_bytes_per_second(self) -> float:
+    """One JAX device's share of the network between TPU slices."""
+    return self.dcn_bytes_per_second / self.devices_per_chip
+
 
 HARDWARE = {chip.name: chip for chip in (
     Hardware("v4", 275e12, 32 * _GIB, 1200e9, 270e9, ("TPU v4",), clock_hz=1.05e9,

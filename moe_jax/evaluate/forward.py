@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from moe_jax.config import MeshConfig, RunConfig, TrainConfig, resolve_mesh
 from moe_jax.data.loader import Batch
 from moe_jax.errors import FieldError
+from moe_jax.fields import override
 from moe_jax.mesh import batch_sharding, replicated
 from moe_jax.model import functional, observed
 from moe_jax.model.cross_entropy import token_scores
@@ -58,16 +59,27 @@ def evaluation_config(config: RunConfig, n_devices: int) -> RunConfig:
   return config
 
 
-def dropping_nothing(config: RunConfig, platform: str) -> RunConfig:
-  """`config` with a dispatch that drops nothing on such devices.
+# Bytes of the rows of all experts on a device, where each has a slot for every token.
+_SLOT_BYTES = 2**30
+
+
+def dropping_nothing(config: RunConfig, platform: str, n_devices: int) -> RunConfig:
+  """`config` with a dispatch that drops nothing on such devices, and the batch that suits it.
 
   On a GPU the products of the dropless dispatch are a loop over blocks of rows, one after another:
   thousands of small kernels where experts are small. There each expert has a slot for every token
-  of its group, most of them empty: n_exp / n_topk times the work, in one product.
+  of a sequence, most of them empty: n_exp / n_topk times the work, in one product, for as many
+  sequences at a time as memory bears.
   """
-  changes = ({"dispatch": "capacity", "capacity_factor": float(config.arch.n_exp)}
-             if platform == "gpu" else {"dispatch": "dropless"})
-  return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes))
+  if platform != "gpu":
+    return override(config, {"moe.dispatch": "dropless"})
+  arch, here = config.arch, config.train.batch_size // n_devices
+  itemsize = np.dtype(config.model.compute_dtype).itemsize
+  most = _SLOT_BYTES // (arch.n_exp * config.data.seq_len * arch.d_model * itemsize)
+  rows = max(n for n in range(1, here + 1) if here % n == 0 and n <= max(most, 1))
+  return override(config, {
+      "moe.dispatch": "capacity", "moe.capacity_factor": float(arch.n_exp),
+      "moe.routing_group_tokens": 0, "train.batch_size": rows * n_devices})
 
 
 class Forward:
@@ -86,8 +98,16 @@ class Forward:
 
   def dropless(self, batch: Batch) -> Output:
     """With every token at all of its experts, whatever the dispatch of training."""
-    platform = self._mesh.devices.flat[0].platform
-    return self._run(dropping_nothing(self._config, platform), batch, False)
+    devices = self._mesh.devices
+    return self._run_in_parts(
+        dropping_nothing(self._config, devices.flat[0].platform, devices.size), batch)
+
+  def _run_in_parts(self, config: RunConfig, batch: Batch) -> Output:
+    rows = config.train.batch_size
+    parts = [self._run(config, {name: x[first:first + rows] for name, x in batch.items()}, False)
+             for first in range(0, len(batch["inputs_BS"]), rows)]
+    return Output(np.concatenate([part.nll_BS for part in parts]),
+                  jax.tree.map(lambda *sums: sum(sums), *[part.sums for part in parts]))
 
   def _run(self, config: RunConfig, batch: Batch, observe: bool) -> Output:
     # Checkpoints of one run, and runs that differ in seed or optimizer, share a program.

@@ -82,7 +82,7 @@ def step_seconds(config: RunConfig, topology: Topology) -> float:
   per_device = width * (routed + other) / (mesh.fsdp * mesh.expert)
   slow = topology.n_slices > 1
   reduce = 2 * per_device * (mesh.data > 1) / (
-      chip.dcn_bytes_per_second / chip.devices_per_chip if slow else link)
+      chip.device_dcn_bytes_per_second if slow else link)
   # Of what could overlap, half does.
   moved = exchange + gathers
   return max(arithmetic, moved) + 0.5 * min(arithmetic, moved) + reduce

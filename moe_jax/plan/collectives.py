@@ -120,10 +120,10 @@ def seconds(kind: str, n_bytes: int, groups: np.ndarray, devices: Devices,
     return 0.0
   n_slices = len(np.unique(devices.slices[group]))
   if n_slices > 1:
-    # Each chip's share of the network carries what leaves its slice.
+    # Each device's share of the network carries what leaves its slice.
     share = n_bytes * (n_slices - 1) / n_slices
-    per_chip = share / max(1, size // n_slices) if kind == "all-reduce" else share
-    return (2 if kind == "all-reduce" else 1) * per_chip / topology.hardware.dcn_bytes_per_second
+    each = share / max(1, size // n_slices) if kind == "all-reduce" else share
+    return (2 if kind == "all-reduce" else 1) * each / topology.hardware.device_dcn_bytes_per_second
   chips = devices.coordinates[group]
   extents = [len(np.unique(chips[:, axis])) for axis in range(chips.shape[1])]
   spanned = [axis for axis, extent in enumerate(extents) if extent > 1]

@@ -277,7 +277,7 @@ class _Walk:
     kind = kind[1].lower().replace("_", "-") if kind else "send"
     n_bytes = computation.operand(send, 0).bytes
     moved = (2 if kind == "all-reduce" else 1) * n_bytes * (1 - 1 / self.topology.n_slices)
-    item = self._item(send, times, moved / self.topology.hardware.dcn_bytes_per_second,
+    item = self._item(send, times, moved / self.topology.hardware.device_dcn_bytes_per_second,
                       priced=True)
     return dataclasses.replace(item, part="collective", collective=kind, axes="data",
                                bytes=n_bytes * times)

@@ -15,7 +15,8 @@ import pytest
 from moe_jax.config import MeshConfig
 from moe_jax.data.loader import eval_rows
 from moe_jax.data.prepare import Domain, PreparedData, Split, prepare
-from moe_jax.evaluate.forward import Forward, dropping_nothing, evaluation_config
+from moe_jax.evaluate import forward as forward_lib
+from moe_jax.evaluate.forward import Forward, evaluation_config
 from moe_jax.evaluate.heldout import ORDER_SEED, evaluate, measure
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
@@ -204,14 +205,20 @@ def test_even_a_collapsed_router_drops_nothing():
   assert (free.sums.assigned_E[:, :2] == 8 * SEQ_LEN).all()
 
 
-def test_what_a_gpu_does_to_drop_nothing_is_the_same():
+def test_what_a_gpu_does_to_drop_nothing_is_the_same(monkeypatch):
+  """In groups of one sequence, as many at a time as memory bears."""
   config, forward = forward_of(GROUPED)
   batch = next(eval_rows_of(PREPARED.splits["heldout"]).batches(8))
-  on_gpu = dropping_nothing(config, "gpu")
-  assert on_gpu.moe.dispatch == "capacity" != dropping_nothing(config, "cpu").moe.dispatch
-  ours, free = forward._run(on_gpu, batch, False), forward.dropless(batch)
+  one_row = ARCH.n_exp * SEQ_LEN * ARCH.d_model * 4
+  monkeypatch.setattr(forward_lib, "_SLOT_BYTES", 3 * one_row)
+  on_gpu = forward_lib.dropping_nothing(config, "gpu", 1)
+  assert (on_gpu.moe.dispatch, on_gpu.train.batch_size) == ("capacity", 2)  # 3 do not divide 8
+  assert on_gpu.group_tokens == SEQ_LEN < config.group_tokens
+  ours, free = forward._run_in_parts(on_gpu, batch), forward.dropless(batch)
   assert ours.dropped == free.dropped == 0 < forward.at_capacity(batch).dropped
   np.testing.assert_allclose(ours.nll_BS, free.nll_BS, rtol=1e-5)
+  monkeypatch.setattr(forward_lib, "_SLOT_BYTES", 1)
+  assert forward_lib.dropping_nothing(config, "gpu", 1).train.batch_size == 1
 
 
 def test_a_dense_model_has_losses_and_no_router():
