@@ -1,5 +1,7 @@
 """`python -m moe_jax.evaluate` as a user starts it, on a run that the trainer left."""
 
+import functools
+
 import pytest
 
 from tests.experiment_files import BASE, run_module, write_tiny
@@ -24,13 +26,14 @@ def test_before_any_run_it_says_how_to_train_and_writes_nothing(tmp_path):
 @pytest.mark.slow
 def test_train_then_evaluate(tmp_path):
   """From a trained cell to the table: learned more than a unigram model has."""
+  run = functools.partial(run_module, XLA_FLAGS="")  # one device, as for a user
   file, out = write_tiny(tmp_path, steps=150), tmp_path / "runs"
-  trained = run_module("-m", "moe_jax.train", f"--config={file}:{BASE}", f"--out={out}",
-                       "--config.train.learning_rate=1e-2", timeout=600)
+  trained = run("-m", "moe_jax.train", f"--config={file}:{BASE}", f"--out={out}",
+                "--config.train.learning_rate=1e-2", timeout=600)
   assert trained.returncode == 0, trained.stderr
   (folder,) = (out / "tiny").iterdir()
-  done = run_module("-m", "moe_jax.evaluate", f"--config={file}", f"--out={out}",
-                    "--config.train.learning_rate=1e-2", timeout=600)
+  done = run("-m", "moe_jax.evaluate", f"--config={file}", f"--out={out}",
+             "--config.train.learning_rate=1e-2", timeout=600)
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
   assert "skipped: not trained yet" in lines[0]
@@ -39,19 +42,19 @@ def test_train_then_evaluate(tmp_path):
             and "±" in line]
   loss, unigram = float(row[4]), float(row[-1])
   assert loss < unigram - 0.2
-  again = run_module("-m", "moe_jax.evaluate", f"--config={file}", f"--out={out}",
-                     "--config.train.learning_rate=1e-2", timeout=600)
+  again = run("-m", "moe_jax.evaluate", f"--config={file}", f"--out={out}",
+              "--config.train.learning_rate=1e-2", timeout=600)
   assert "was evaluated before" in again.stdout
   assert (out / "tiny" / "results.csv").read_text().count("\n") == 2
-  prompted = run_module("-m", "moe_jax.evaluate", f"--config={file}:{BASE}", f"--out={out}",
-                        "--config.train.learning_rate=1e-2", "--generate=The state",
-                        "--new_tokens=5", timeout=600)
+  prompted = run("-m", "moe_jax.evaluate", f"--config={file}:{BASE}", f"--out={out}",
+                 "--config.train.learning_rate=1e-2", "--generate=The state",
+                 "--new_tokens=5", timeout=600)
   assert prompted.returncode == 0, prompted.stderr
   assert prompted.stdout.startswith("The state") and "step 150: 5 tokens" in prompted.stderr
   page = tmp_path / "page.html"
-  whole = run_module("-m", "moe_jax.evaluate", f"--config={file}:{BASE}", f"--out={out}",
-                     "--config.train.learning_rate=1e-2", "--steps=all", "--inference",
-                     "--batch_sizes=1,2", f"--report={page}", timeout=600)
+  whole = run("-m", "moe_jax.evaluate", f"--config={file}:{BASE}", f"--out={out}",
+              "--config.train.learning_rate=1e-2", "--steps=all", "--inference",
+              "--batch_sizes=1,2", f"--report={page}", timeout=600)
   assert whole.returncode == 0, whole.stderr
   text = page.read_text()
   for title in ("Loss against step", "Which experts work together", "Specialisation over training",
