@@ -6,6 +6,7 @@ stderr and exit code 2, before anything is compiled, launched or written.
 
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -21,6 +22,7 @@ from moe_jax.fields import leaf_types, parse
 
 EXIT_BAD_INPUT = 2
 _PREFIX = "--config."
+_THREADS_PER_FAKE_DEVICE = 8  # for collectives that wait side by side
 
 flags.disclaim_key_flags()  # so that --help of the command lists the flags declared here
 
@@ -58,8 +60,9 @@ def give_fake_devices_threads() -> None:
   With no more threads than devices, two collectives that run side by side starve each other, and
   XLA ends the process after 40 s. NPROC is what it takes for the number of processors.
   """
-  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-    os.environ.setdefault("NPROC", "64")
+  count = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+  if count:
+    os.environ.setdefault("NPROC", str(_THREADS_PER_FAKE_DEVICE * int(count[1])))
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

@@ -45,3 +45,9 @@ def test_tpu_figures_are_near_those_jax_has(name, version, cores):
     ("a100-80", 600e9), ("h100", 900e9), ("h200", 900e9), ("b200", 1800e9)])
 def test_links_are_half_of_what_is_published_for_both_directions(name, both_directions):
   assert 2 * HARDWARE[name].link_bytes_per_second == both_directions
+
+
+def test_devices_that_share_a_chip_share_its_way_to_other_slices():
+  v5p, tpu7x = HARDWARE["v5p"], HARDWARE["tpu7x"]
+  assert v5p.device_dcn_bytes_per_second == v5p.dcn_bytes_per_second
+  assert tpu7x.device_dcn_bytes_per_second == tpu7x.dcn_bytes_per_second / 2
