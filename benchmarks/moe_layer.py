@@ -2,13 +2,13 @@
 
     python -m benchmarks.moe_layer
 
-Two sweeps: granularity 1 to 16 at equal active FLOPs and equal sparsity, and tokens at the
-granularity of 4, with the exponent of time against tokens. The parts are compiled and timed apart:
-route (logits, top-k), dispatch (who goes where, and moving the rows there), experts, combine; and
-the whole layer. `forward` is a forward pass, `gradients` a forward and a backward pass for every
-input. `capacity` drops what is above 1.25 times the mean, `dropless` nothing. The passes alternate,
-so that all see the same machine, and the fastest of each counts. Prints tables, then the same
-figures as JSON.
+Two sweeps: granularity 1 to 16 at equal active FLOPs and equal sparsity, and 1k to 64k tokens at
+the granularity of 4, with the exponent of time against tokens. The parts are compiled and timed
+apart: route (logits, top-k), dispatch (who goes where, and moving the rows there), experts,
+combine; and the whole layer. `forward` is a forward pass, `gradients` a forward and a backward pass
+for every input. `capacity` drops what is above 1.25 times the mean, `dropless` nothing. The passes
+alternate, so that all see the same machine, and the fastest of each counts. Prints tables, then the
+same figures as JSON.
 """
 
 import functools
@@ -28,6 +28,7 @@ from benchmarks.iso_solver import machine
 from moe_jax import cli
 from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.errors import require
+from moe_jax.memory import use_huge_pages
 from moe_jax.mesh import MESH_AXES
 from moe_jax.moe.dispatch import (
   assign_slots,
@@ -48,10 +49,11 @@ from moe_jax.moe.router import route
 
 _PASSES = flags.DEFINE_integer("layer_passes", 5, "Passes of which the fastest counts.")
 _SEQUENCES = flags.DEFINE_integer("layer_sequences", 16, "Sequences of 256 tokens in the sweep "
-                                  "over granularity, and half of the most in that over tokens.")
+                                  "over granularity.")
 _DTYPE = flags.DEFINE_enum("layer_dtype", "float32", ["float32", "bfloat16"], "Of the tokens.")
 
 SEQ_LEN, D_MODEL, ACTIVE_WIDTH, SPARSITY = 256, 256, 256, 8
+COUNTS = tuple(2**i for i in range(2, 9))  # sequences in the sweep over tokens
 PARTS = ("route", "dispatch", "experts", "combine", "layer")
 
 
@@ -177,17 +179,16 @@ def main(_) -> None:
   for flag in (_PASSES, _SEQUENCES):
     require(flag.value >= 1, flag.name, flag.value, "must be at least 1")
   figures: dict[str, Any] = {}
-  counts = [2**i for i in range(2, 9) if 2**i <= 2 * _SEQUENCES.value] or [_SEQUENCES.value]
   for dispatch in ("capacity", "dropless"):
     sweeps = {"granularity": [Layer(g, _SEQUENCES.value, dispatch, _DTYPE.value)
                               for g in (1, 2, 4, 8, 16)],
-              "tokens": [Layer(4, count, dispatch, _DTYPE.value) for count in counts]}
+              "tokens": [Layer(4, count, dispatch, _DTYPE.value) for count in COUNTS]}
     for sweep, layers in sweeps.items():
       found = measure(layers, _PASSES.value)
       _show(f"one MoE layer over {sweep}, d_model {D_MODEL}, {_DTYPE.value}", layers, found)
       figures[f"{dispatch} over {sweep}"] = [
           {**layer._asdict(), **times} for layer, times in zip(layers, found, strict=True)]
-      if sweep == "tokens" and len(layers) > 1:
+      if sweep == "tokens":
         figures[f"{dispatch} exponent"] = exponent(
             [layer.sequences * SEQ_LEN for layer in layers],
             [times["layer"]["gradients"] for times in found])
@@ -197,4 +198,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+  use_huge_pages()  # as the trainer does
   cli.run(main)
