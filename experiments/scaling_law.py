@@ -5,12 +5,12 @@ every cell: the range of arXiv 2601.08215. Its own tables of configurations and 
 are not public, so those here are ours: granularity 2, d_model / n_layers near 64, four heads,
 no shared expert.
 
-    python -m moe_jax.plan --config=experiments/scaling_law.py --topology=v5p-16 \
-        --config.execution.mesh.fsdp=8 --parallel=2
+    python -m moe_jax.plan --config=experiments/scaling_law.py --topology=v5p-16 --parallel=2
     python -m launch.submit --config=experiments/scaling_law.py ...
 
-A plan takes one to two minutes of a core for each cell; interrupted, the same command goes on where
-it was. Widths are multiples of 8, so weights are split over 8 chips and `data` takes the others.
+A plan takes about a minute of a core for each cell; interrupted, the same command goes on where it
+was. From 1B parameters on, weights are split over 8 chips (`mesh.fsdp`), whose number must be a
+multiple of that; smaller ones are whole on each chip.
 
 9B tokens a cell are 17,166 steps; --config.train.steps sets another number. Before the grid is
 run, sweep the learning rate at its corners (the best one falls with size and moves with
@@ -25,6 +25,7 @@ from moe_jax.config import (
     Architecture,
     DataConfig,
     ExecutionConfig,
+    MeshConfig,
     ModelConfig,
     MoEConfig,
     RunConfig,
@@ -38,6 +39,9 @@ BATCH_SIZE, SEQ_LEN = 256, 2048
 # N_total -> peak learning rate to begin a sweep with.
 LEARNING_RATES = {30_000_000: 3e-3, 100_000_000: 2e-3, 300_000_000: 1.4e-3,
                   1_000_000_000: 1e-3, 3_000_000_000: 7e-4}
+# Weights, gradients and moments of fewer parameters fit one chip of any kind, and what is split
+# must be gathered, the more slowly the less it is a multiple of a TPU's tiles.
+FSDP = {1_000_000_000: 8, 3_000_000_000: 8}
 EXPERTS = (32, 64, 128, 256)
 TOPK = (2, 4, 8, 16)
 
@@ -70,5 +74,7 @@ def get_grid() -> Grid:
                          aspect=64, granularity=2.0, limits=_limits(n_total))
       cells.append(dataclasses.replace(
           RECIPE, arch=shape.arch,
-          train=dataclasses.replace(RECIPE.train, learning_rate=learning_rate)))
+          train=dataclasses.replace(RECIPE.train, learning_rate=learning_rate),
+          execution=dataclasses.replace(RECIPE.execution,
+                                        mesh=MeshConfig(fsdp=FSDP.get(n_total, 1)))))
   return Grid("scaling_law", RECIPE, tuple(cells))

@@ -84,7 +84,7 @@ def _choices(watched: _Watched, n_exp: int, mesh, counted_BS) -> Choices:
       priority_TK = jnp.where(counted_BS.ravel()[:, None], routing.weight_TK, -1)
     slots = assign_slots(routing.expert_TK, n_exp, semantics.group_tokens,
                          semantics.capacity, priority_TK)
-    dropped_TK = slots.slot_TK == slots.assignment_S.size
+    dropped_TK = (slots.slot_KT == slots.assignment_S.size).T
   by_row = (*x_BSD.shape[:2], semantics.n_topk)
   return Choices(routing.expert_TK.astype(jnp.int16).reshape(by_row), dropped_TK.reshape(by_row),
                  jax.scipy.special.entr(routing.prob_TE).sum(-1).reshape(by_row[:2]))

@@ -84,21 +84,23 @@ def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts
     weight_ER = gather_weights(routing.weight_TK, slots).reshape(x_ERD.shape[:2])
   y_SD = run_experts(x_ERD, weight_ER).reshape(-1, d_model)
   with jax.named_scope("combine"):
-    return sum_rows(y_SD, slots), (slots.slot_TK == y_SD.shape[0]).sum(-1)
+    return sum_rows(y_SD, slots), (slots.slot_KT == y_SD.shape[0]).sum(0)
 
 
 class Slots(NamedTuple):
-  """A partial one-to-one map between assignments (token, choice) and slots, both ways.
+  """A partial one-to-one map between assignments (choice, token) and slots, both ways.
 
   Slots are numbered expert first, S = E*G*C, so that those of an expert lie together.
+  Assignments are numbered choice first, k*T + t: with the few choices innermost a TPU would fill
+  few of its lanes, and put every array of them in another order before using it.
 
   Attributes:
-    assignment_S: index into the flattened T*K assignments; T*K for an empty slot.
-    slot_TK: the slot of each assignment; S for a dropped one.
+    assignment_S: index into the flattened K*T assignments; K*T for an empty slot.
+    slot_KT: the slot of each assignment; S for a dropped one.
   """
 
   assignment_S: jax.Array
-  slot_TK: jax.Array
+  slot_KT: jax.Array
 
 
 def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: int,
@@ -128,19 +130,18 @@ def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: 
 
   # Slot -> assignment: the c-th assignment of expert e stands at start + c in sorted order.
   source_GEC = start_GE[..., None] + jnp.arange(capacity)
-  assignment_GEC = jnp.take_along_axis(
-      order_GA, source_GEC.reshape(n_groups, -1), axis=-1, mode="clip"
-  ).reshape(source_GEC.shape) + group_size * jnp.arange(n_groups)[:, None, None]
-  assignment_GEC = jnp.where(source_GEC < end_GE[..., None], assignment_GEC,
-                             n_tokens * n_topk)
+  order_GEC = jnp.take_along_axis(
+      order_GA, source_GEC.reshape(n_groups, -1), axis=-1, mode="clip").reshape(source_GEC.shape)
+  token_GEC = order_GEC // n_topk + group_tokens * jnp.arange(n_groups)[:, None, None]
+  assignment_GEC = jnp.where(source_GEC < end_GE[..., None],
+                             order_GEC % n_topk * n_tokens + token_GEC, n_tokens * n_topk)
 
   # Assignment -> slot: the inverse.
   rank_GA = jnp.arange(group_size) - jnp.take_along_axis(start_GE, sorted_GA, axis=-1)
   first_slot_GA = (sorted_GA * n_groups + jnp.arange(n_groups)[:, None]) * capacity
   slot_GA = jnp.where(rank_GA < capacity, first_slot_GA + rank_GA, n_slots)
   return Slots(*checkpoint_name((assignment_GEC.swapaxes(0, 1).ravel(),
-                                 unsorted(slot_GA, order_GA, n_topk).reshape(n_tokens, n_topk)),
-                                SAVED))
+                                 unsorted(slot_GA, order_GA, n_topk)), SAVED))
 
 
 def sort_by_expert(expert_GNK: jax.Array, n_exp: int) -> tuple[jax.Array, jax.Array]:
@@ -166,13 +167,13 @@ def sort_by_expert(expert_GNK: jax.Array, n_exp: int) -> tuple[jax.Array, jax.Ar
 
 
 def unsorted(value_GA: jax.Array, order_GA: jax.Array, n_topk: int) -> jax.Array:
-  """value_GNK: what `sort_by_expert` put in order, back where it came from."""
+  """value_KT: what `sort_by_expert` put in order, back where it came from; T = G*N."""
   n_groups, n_assigned = order_GA.shape
   n_tokens = n_assigned // n_topk
   place_GA = order_GA % n_topk * n_tokens + order_GA // n_topk
   value_GA = jnp.zeros_like(value_GA).at[jnp.arange(n_groups)[:, None], place_GA].set(
       value_GA, unique_indices=True)
-  return value_GA.reshape(n_groups, n_topk, n_tokens).swapaxes(1, 2)
+  return value_GA.reshape(n_groups, n_topk, n_tokens).swapaxes(0, 1).reshape(n_topk, -1)
 
 
 # Moving rows. The map between assignments and slots is one-to-one and stored both ways, so the
@@ -182,22 +183,26 @@ def unsorted(value_GA: jax.Array, order_GA: jax.Array, n_topk: int) -> jax.Array
 
 
 def _gather_rows(x_TD, slots):
-  token_S = slots.assignment_S // slots.slot_TK.shape[-1]
-  return x_TD.at[token_S].get(mode="clip")
+  token_S = slots.assignment_S % x_TD.shape[0]
+  return x_TD.at[token_S].get(mode="promise_in_bounds")
 
 
 def _sum_rows(y_SD, slots):
-  kept_TK1 = (slots.slot_TK < y_SD.shape[0])[..., None]
-  y_TKD = y_SD.at[slots.slot_TK].get(mode="clip")
-  return jnp.where(kept_TK1, y_TKD, 0).sum(1, dtype=jnp.float32).astype(y_SD.dtype)
+  # One choice after the other: its rows are added as they are read, where a gather of all choices
+  # would write K*T rows to memory first.
+  def rows(slot_T):
+    kept_T1 = (slot_T < y_SD.shape[0])[:, None]
+    return jnp.where(kept_T1, y_SD.at[slot_T].get(mode="clip"), 0).astype(jnp.float32)
+
+  return sum(map(rows, slots.slot_KT)).astype(y_SD.dtype)
 
 
 def _gather_weights(weight_TK, slots):
-  return _or_zero(weight_TK.ravel(), slots.assignment_S)
+  return _or_zero(weight_TK.T.ravel(), slots.assignment_S)
 
 
 def _weights_back(weight_S, slots):
-  return _or_zero(weight_S, slots.slot_TK)
+  return _or_zero(weight_S, slots.slot_KT).T
 
 
 def _or_zero(values, index):

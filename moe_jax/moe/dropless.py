@@ -41,7 +41,7 @@ def dropless_dispatch(x_TD: jax.Array, routing: Routing,
     x_SD, weight_S = gather_rows(x_TD, slots), gather_weights(routing.weight_TK, slots)
   y_SD = run_groups(x_SD, weight_S, size_E)
   with jax.named_scope("combine"):
-    return sum_rows(y_SD, slots), jnp.zeros_like(slots.slot_TK[:, 0])
+    return sum_rows(y_SD, slots), jnp.zeros_like(slots.slot_KT[0])
 
 
 def sort_slots(expert_TK: jax.Array, n_exp: int) -> tuple[Slots, jax.Array]:
@@ -52,8 +52,10 @@ def sort_slots(expert_TK: jax.Array, n_exp: int) -> tuple[Slots, jax.Array]:
   """
   order_1A, sorted_1A = sort_by_expert(expert_TK[None], n_exp)
   bound_E = jnp.searchsorted(sorted_1A[0], jnp.arange(n_exp + 1)).astype(jnp.int32)
-  assignment_S = jnp.pad(order_1A[0].astype(jnp.int32), (0, SPARE_ROWS),
+  n_tokens, n_topk = expert_TK.shape
+  assignment_A = order_1A[0] % n_topk * n_tokens + order_1A[0] // n_topk
+  assignment_S = jnp.pad(assignment_A.astype(jnp.int32), (0, SPARE_ROWS),
                          constant_values=expert_TK.size)
   slot_1A = jnp.arange(expert_TK.size, dtype=jnp.int32)[None]
-  slot_TK = unsorted(slot_1A, order_1A, expert_TK.shape[1])[0]
-  return checkpoint_name((Slots(assignment_S, slot_TK), jnp.diff(bound_E)), SAVED)
+  slot_KT = unsorted(slot_1A, order_1A, n_topk)
+  return checkpoint_name((Slots(assignment_S, slot_KT), jnp.diff(bound_E)), SAVED)

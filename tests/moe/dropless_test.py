@@ -81,14 +81,15 @@ def test_slots_sort_every_assignment(shape, kind, seed):
   slots, size_E = jax.jit(dropless.sort_slots, static_argnums=1)(expert_TK, n_exp)
   np.testing.assert_array_equal(size_E, np.bincount(expert_TK.ravel(), minlength=n_exp))
   # One slot for each assignment, and the two maps are each other's inverse.
-  slot_A = np.asarray(slots.slot_TK).ravel()
+  slot_A = np.asarray(slots.slot_KT).ravel()
   np.testing.assert_array_equal(np.asarray(slots.assignment_S)[slot_A],
                                 np.arange(n_tokens * n_topk))
   assert (np.asarray(slots.assignment_S[n_tokens * n_topk:]) == n_tokens * n_topk).all()
   assert len(slots.assignment_S) == n_tokens * n_topk + grouped_matmul.SPARE_ROWS
   # In an expert's group, which follows the one before, earlier positions come first.
   order = np.argsort(expert_TK.ravel(), kind="stable")
-  np.testing.assert_array_equal(slot_A[order], np.arange(n_tokens * n_topk))
+  np.testing.assert_array_equal(np.asarray(slots.slot_KT).T.ravel()[order],
+                                np.arange(n_tokens * n_topk))
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
