@@ -8,7 +8,7 @@ from moe_jax.mesh import make_mesh
 from moe_jax.model import cross_entropy
 from tests.small import MESHES, ONE_DEVICE, small_config
 
-B, S, D, V = 8, 6, 5, 13
+B, S, D, V = 8, 7, 5, 13
 
 
 def inputs(dtype):
@@ -28,7 +28,7 @@ def mesh_of(name):
   return make_mesh(config, jax.devices()[:8 if name in MESHES else 1])
 
 
-# A chunk of all tokens, of a part that does not divide them, of a single one.
+# A chunk of all tokens, of an eighth, of a single one, of a part that divides no device's seven.
 @pytest.mark.parametrize("mesh_name,chunk_bytes", [
     ("one", 2**24), ("one", 7 * V * 4), ("one", V * 4), ("data2_fsdp2_expert2", 4 * V * 4)])
 def test_equals_the_plain_loss_and_its_gradients(mesh_name, chunk_bytes, monkeypatch):
@@ -73,3 +73,15 @@ def test_no_array_has_the_logits_of_the_batch(monkeypatch):
   assert f"tensor<4x{V}xf32>" in hlo  # a chunk
   assert f"{B * S}x{V}x" not in hlo and f"{B}x{S}x{V}x" not in hlo
   assert f"tensor<{B * S // 4}x4x{V}x" not in hlo
+
+
+def lengths_of_chunks(n_tokens, limit, monkeypatch):
+  monkeypatch.setitem(cross_entropy._CHUNK_BYTES, "cpu", limit * V * 4)
+  x_bSD, targets_bS = jnp.ones((1, n_tokens, D)), jnp.ones((1, n_tokens), int)
+  return cross_entropy._chunks(x_bSD, targets_bS, V, mesh_of("one")).target_NR.shape
+
+
+def test_chunks_are_equal_where_a_few_more_make_them_so(monkeypatch):
+  assert lengths_of_chunks(64, 10, monkeypatch) == (8, 8)  # and not 7 of 10, the last one short
+  assert lengths_of_chunks(67, 10, monkeypatch) == (7, 10)  # a prime
+  assert lengths_of_chunks(67, 1, monkeypatch) == (67, 1)
