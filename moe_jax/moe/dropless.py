@@ -1,9 +1,10 @@
-"""Dropless dispatch: sort the assignments by expert, multiply the groups, sort back.
+"""Dispatch to groups of rows: sort the assignments by expert, multiply the groups, sort back.
 
     dropless_dispatch(x_TD, routing, run_groups) -> (y_TD, dropped_T)
+    packed_dispatch(x_TD, routing, run_groups, group_tokens=N, capacity=C) -> (y_TD, dropped_T)
 
-Nothing is dropped and no expert's share is padded to a capacity: a group has as many rows as
-there are. The rows move by the same gathers as in `capacity_dispatch`.
+No expert's share is padded to a capacity: a group has as many rows as there are. The first drops
+nothing, the second what `capacity_dispatch` drops. The rows move by the same gathers as there.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe.dispatch import (
     Slots,
+    assign_slots,
     gather_rows,
     gather_weights,
     sort_by_expert,
@@ -38,10 +40,45 @@ def dropless_dispatch(x_TD: jax.Array, routing: Routing,
   """
   with jax.named_scope("dispatch"):
     slots, size_E = sort_slots(routing.expert_TK, routing.prob_TE.shape[-1])
-    x_SD, weight_S = gather_rows(x_TD, slots), gather_weights(routing.weight_TK, slots)
+  y_TD = _run_rows(x_TD, routing.weight_TK, slots, size_E, run_groups)
+  return y_TD, jnp.zeros_like(slots.slot_KT[0])
+
+
+def packed_dispatch(x_TD: jax.Array, routing: Routing, run_groups: RunGroups, *,
+                    group_tokens: int, capacity: int, priority_TK: jax.Array | None = None
+                    ) -> tuple[jax.Array, jax.Array]:
+  """What `capacity_dispatch` computes, without rows for the slots that stay empty."""
+  n_exp = routing.prob_TE.shape[-1]
+  with jax.named_scope("dispatch"):
+    padded = assign_slots(routing.expert_TK, n_exp, group_tokens, capacity, priority_TK)
+    slots, size_E = pack_slots(padded, n_exp)
+  y_TD = _run_rows(x_TD, routing.weight_TK, slots, size_E, run_groups)
+  return y_TD, (padded.slot_KT == padded.assignment_S.size).sum(0)
+
+
+def _run_rows(x_TD, weight_TK, slots, size_E, run_groups):
+  with jax.named_scope("dispatch"):
+    x_SD, weight_S = gather_rows(x_TD, slots), gather_weights(weight_TK, slots)
   y_SD = run_groups(x_SD, weight_S, size_E)
   with jax.named_scope("combine"):
-    return sum_rows(y_SD, slots), jnp.zeros_like(slots.slot_KT[0])
+    return sum_rows(y_SD, slots)
+
+
+def pack_slots(padded: Slots, n_exp: int) -> tuple[Slots, jax.Array]:
+  """The slots that are in use, in their order, and behind them empty ones to T*K + SPARE_ROWS.
+
+  Returns:
+    The slots, and size_E: how many of each expert are in use.
+  """
+  n_assigned = padded.slot_KT.size
+  n_rows = n_assigned + SPARE_ROWS
+  used_S = padded.assignment_S < n_assigned
+  place_S = jnp.where(used_S, jnp.cumsum(used_S, dtype=jnp.int32) - 1, n_rows)
+  assignment_R = jnp.full(n_rows, n_assigned, jnp.int32).at[place_S].set(
+      padded.assignment_S.astype(jnp.int32), mode="drop")
+  slot_KT = place_S.at[padded.slot_KT].get(mode="fill", fill_value=n_rows)
+  size_E = used_S.reshape(n_exp, -1).sum(-1, dtype=jnp.int32)
+  return checkpoint_name((Slots(assignment_R, slot_KT), size_E), SAVED)
 
 
 def sort_slots(expert_TK: jax.Array, n_exp: int) -> tuple[Slots, jax.Array]:

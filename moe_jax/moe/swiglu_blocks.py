@@ -47,7 +47,7 @@ def _bwd(residuals, dy_SD):
   w_gate_up_EHD = turned(w_gate_up_EDH)
 
   def run(j, sums):
-    dx_SD, dweight_S, dgate_up_EHD, ddown_EFD = sums
+    dx_SD, dweight_S, dgate_up_EHD, ddown_EFD, dgate_up_HR = sums
     expert, start = blocks.expert_J[j], blocks.start_J[j]
     x_RD, dy_RD, weight_R = _rows((x_SD, dy_SD, weight_S), start, blocks.rows)
     inside_R = jnp.arange(blocks.rows) < blocks.inside_J[j]
@@ -61,16 +61,21 @@ def _bwd(residuals, dy_SD):
     dweight_R = jnp.where(inside_R, (dweighted_FR * silu_FR * up_FR).sum(0), 0)
     dhidden_FR = dweighted_FR * weight_R
     dgate_FR = dhidden_FR * up_FR * (sigmoid_FR + silu_FR * (1 - sigmoid_FR))
-    dgate_up_HR = jnp.concatenate([dgate_FR, dhidden_FR * silu_FR]).astype(dtype)
-    dx_RD = einsum("rh,hd->rd", turned(dgate_up_HR), w_gate_up_HD)
+    dgate_up_HR = dgate_up_HR.at[:f].set(dgate_FR).at[f:].set(dhidden_FR * silu_FR)
+    both_HR = dgate_up_HR.astype(dtype)
+    dx_RD = einsum("rh,hd->rd", turned(both_HR), w_gate_up_HD)
     hidden_FR = (silu_FR * up_FR * weight_R).astype(dtype)
     return (jax.lax.dynamic_update_slice_in_dim(dx_SD, dx_RD, start, axis=0),
             jax.lax.dynamic_update_slice_in_dim(dweight_S, dweight_R, start, axis=0),
-            dgate_up_EHD.at[expert].add(einsum("hr,rd->hd", dgate_up_HR, x_RD)),
-            ddown_EFD.at[expert].add(einsum("fr,rd->fd", hidden_FR, dy_RD)))
+            dgate_up_EHD.at[expert].add(einsum("hr,rd->hd", both_HR, x_RD)),
+            ddown_EFD.at[expert].add(einsum("fr,rd->fd", hidden_FR, dy_RD)), dgate_up_HR)
 
-  sums = tuple(map(_zeros, (x_SD, weight_S, w_gate_up_EHD, w_down_EFD)))
-  dx_SD, dweight_S, dgate_up_EHD, ddown_EFD = jax.lax.fori_loop(0, blocks.n_used, run, sums)
+  # The last is a place to put gradients of gate and up side by side: of a concatenation XLA's CPU
+  # compiler makes a branch for each number, which took longer than any of the products.
+  f = w_down_EFD.shape[1]
+  side_by_side_HR = jnp.zeros_like(x_SD, shape=(2 * f, blocks.rows), dtype=jnp.float32)
+  sums = (*map(_zeros, (x_SD, weight_S, w_gate_up_EHD, w_down_EFD)), side_by_side_HR)
+  dx_SD, dweight_S, dgate_up_EHD, ddown_EFD, _ = jax.lax.fori_loop(0, blocks.n_used, run, sums)
   return (dx_SD.astype(dtype), dweight_S, dgate_up_EHD.swapaxes(1, 2).astype(dtype),
           ddown_EFD.astype(dtype), None)
 

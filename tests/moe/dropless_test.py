@@ -92,6 +92,46 @@ def test_slots_sort_every_assignment(shape, kind, seed):
                                 np.arange(n_tokens * n_topk))
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def capacity_value_and_grads(x_TD, routing, experts, group_tokens, capacity, by_score, packed):
+  """Of the tokens, the routing weights and the experts, with slots as they are or packed."""
+
+  def loss(x_TD, weight_TK, experts):
+    priority_TK = jnp.round(4 * routing.weight_TK) if by_score else None  # some are equal
+    if packed:
+      dispatched = dropless.packed_dispatch
+      run_rows = functools.partial(grouped_swiglu, experts=experts, platform="cpu")
+    else:
+      dispatched = dispatch.capacity_dispatch
+      run_rows = functools.partial(swiglu, experts=experts)
+    y_TD, dropped_T = dispatched(x_TD, routing._replace(weight_TK=weight_TK), run_rows,
+                                 group_tokens=group_tokens, capacity=capacity,
+                                 priority_TK=priority_TK)
+    scale = jnp.cos(jnp.arange(y_TD.size).reshape(y_TD.shape))
+    return (y_TD * scale).sum(), (y_TD, dropped_T)
+
+  return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(
+      x_TD, routing.weight_TK, experts)
+
+
+@hypothesis.given(groups=st.sampled_from([(101, 101, 40), (48, 12, 3), (48, 12, 12), (1, 1, 1)]),
+                  kind=st.sampled_from(["even", "skewed", "same"]), by_score=st.booleans(),
+                  seed=st.integers(0, 2**31 - 2))
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_packed_slots_compute_and_drop_what_padded_ones_do(groups, kind, by_score, seed):
+  n_tokens, group_tokens, capacity = groups
+  routing = random_routing(n_tokens, 9, 4, kind, seed)
+  arguments = (*random_tokens(n_tokens, 9, seed + 1), group_tokens, capacity, by_score)
+  (_, (y_TD, dropped_T)), grads = capacity_value_and_grads(
+      arguments[0], routing, *arguments[1:], True)
+  (_, (truth_TD, truth_T)), true_grads = capacity_value_and_grads(
+      arguments[0], routing, *arguments[1:], False)
+  np.testing.assert_array_equal(dropped_T, truth_T)
+  for a, b in zip(jax.tree.leaves((y_TD, grads)), jax.tree.leaves((truth_TD, true_grads)),
+                  strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_bfloat16_stays_bfloat16_and_close_to_the_reference(platform):
   routing = random_routing(101, 9, 4, "skewed", 0)

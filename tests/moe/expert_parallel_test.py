@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.mesh import MESH_AXES
-from moe_jax.moe.expert_parallel import Experts, Semantics, sharded_moe_layer
+from moe_jax.moe.expert_parallel import Experts, Semantics, _packs, sharded_moe_layer
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (1, 2, 4), (2, 2, 2),
           (1, 4, 2)]
@@ -101,6 +101,16 @@ def test_the_same_tokens_drop_on_every_mesh(shape, dropping):
   assert ours[1].dropped == dropping[1].dropped > 0
   # A token that lost an expert has another output: equal outputs mean equal drops.
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(dropping), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_many_empty_slots_are_left_out_on_one_device_and_the_same_tokens_drop():
+  """Of 7 slots for 4.5 assignments a device with all experts multiplies those in use."""
+  semantics = Semantics(N_TOPK, True, GROUP, 7)
+  packed, padded = (value_and_grads(shape, semantics) for shape in ((2, 1, 1), (1, 1, 8)))
+  assert _packs(semantics, 8, mesh_of((2, 1, 1))) and not _packs(semantics, 8, mesh_of((1, 1, 8)))
+  assert packed[1].dropped == padded[1].dropped > 0
+  for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(padded), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
