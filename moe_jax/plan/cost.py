@@ -223,6 +223,12 @@ class _Walk:
   def _synchronous(self, computation, instruction, times) -> Item:
     if collectives.kind_of(instruction):
       return self._collective(computation, instruction, times)
+    # How XLA:TPU writes a reduce-scatter whose result is a slice of its own.
+    if (instruction.called("calls") or "").startswith("all-reduce-scatter"):
+      reduce = next(inner for _, inner in self.module.nested(instruction)
+                    if collectives.kind_of(inner) == "all-reduce")
+      return self._collective(computation, instruction, times, "reduce-scatter",
+                              reduce.attributes)
     flops = hlo.matmul_flops(computation, instruction) + sum(
         hlo.matmul_flops(where, inner) for where, inner in self.module.nested(instruction))
     cycles = instruction.estimated_cycles
@@ -261,10 +267,11 @@ class _Walk:
       return 2 * (sum(operands) - max(operands, default=0))
     return result + computation.operand_bytes(instruction)
 
-  def _collective(self, computation, instruction, times) -> Item:
-    kind = collectives.kind_of(instruction)
+  def _collective(self, computation, instruction, times, kind="", attributes="") -> Item:
+    """Of the kind and with the groups in the attributes that are given, or else its own."""
+    kind = kind or collectives.kind_of(instruction)
     n_bytes = collectives.moved_bytes(kind, computation, instruction)
-    groups = collectives.groups_of(instruction.attributes, len(self.devices.slices))
+    groups = collectives.groups_of(attributes or instruction.attributes, len(self.devices.slices))
     cost = collectives.seconds(kind, n_bytes, groups, self.devices, self.topology)
     item = self._item(instruction, times, cost, priced=True)
     axes = collectives.axes_of(groups, self.devices.axes)

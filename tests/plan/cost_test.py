@@ -37,10 +37,10 @@ def test_collectives_by_kind_and_axis(scan):
   assert found["all-gather", "data+expert"][0] == 4096 * 512 * 2
 
 
-def module(body: str) -> hlo.Module:
+def module(body: str, computations: str = "") -> hlo.Module:
   return hlo.parse(f"""HloModule m
 
-ENTRY %main (a: f32[1000000]) -> f32[1000000] {{
+{computations}ENTRY %main (a: f32[1000000]) -> f32[1000000] {{
   %a = f32[1000000]{{0}} parameter(0)
 {body}
 }}
@@ -79,6 +79,23 @@ def test_two_transfers_share_the_links():
   text = "\n".join([GATHER, second, DONE.replace("ROOT %d", "%d"),
                     "  ROOT %d2 = f32[8000000]{0} all-gather-done(%s2)"])
   assert cost.estimate(module(text), EIGHT, V5E).seconds == pytest.approx(2 * gather_seconds())
+
+
+def test_a_fusion_that_scatters_what_it_reduces_is_a_collective():
+  """As XLA:TPU writes it: an all-reduce, and each device's slice of it, in one fusion."""
+  reduced = """%all-reduce-scatter.1 (p: f32[8000000]) -> f32[1000000] {
+  %p = f32[8000000]{0} parameter(0)
+  %r = f32[8000000]{0} all-reduce(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %s = f32[1000000]{0} dynamic-slice(%r, %p), dynamic_slice_sizes={1000000}
+}
+
+"""
+  whole = module("""  %w = f32[8000000]{0} parameter(1)
+  ROOT %f = f32[1000000]{0} fusion(%w), kind=kCustom, calls=%all-reduce-scatter.1""", reduced)
+  (item,) = cost.estimate(whole, EIGHT, V5E).items
+  assert (item.collective, item.axes, item.bytes) == ("reduce-scatter", "data+expert", 32_000_000)
+  assert item.part == "collective"
+  assert item.seconds == pytest.approx(gather_seconds())
 
 
 def test_a_kernel_is_priced_by_what_it_declares():
