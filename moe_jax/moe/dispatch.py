@@ -132,9 +132,10 @@ def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: 
   source_GEC = start_GE[..., None] + jnp.arange(capacity)
   order_GEC = jnp.take_along_axis(
       order_GA, source_GEC.reshape(n_groups, -1), axis=-1, mode="clip").reshape(source_GEC.shape)
-  token_GEC = order_GEC // n_topk + group_tokens * jnp.arange(n_groups)[:, None, None]
-  assignment_GEC = jnp.where(source_GEC < end_GE[..., None],
-                             order_GEC % n_topk * n_tokens + token_GEC, n_tokens * n_topk)
+  assignment_GEC = jnp.where(
+      source_GEC < end_GE[..., None],
+      choice_first(order_GEC, n_topk, n_tokens)
+      + group_tokens * jnp.arange(n_groups)[:, None, None], n_tokens * n_topk)
 
   # Assignment -> slot: the inverse.
   rank_GA = jnp.arange(group_size) - jnp.take_along_axis(start_GE, sorted_GA, axis=-1)
@@ -166,11 +167,16 @@ def sort_by_expert(expert_GNK: jax.Array, n_exp: int) -> tuple[jax.Array, jax.Ar
   return both_GA % n_assigned, both_GA // n_assigned
 
 
+def choice_first(order: jax.Array, n_topk: int, n_tokens: int) -> jax.Array:
+  """The assignments n * K + k of `sort_by_expert` as k * n_tokens + n."""
+  return order % n_topk * n_tokens + order // n_topk
+
+
 def unsorted(value_GA: jax.Array, order_GA: jax.Array, n_topk: int) -> jax.Array:
   """value_KT: what `sort_by_expert` put in order, back where it came from; T = G*N."""
   n_groups, n_assigned = order_GA.shape
   n_tokens = n_assigned // n_topk
-  place_GA = order_GA % n_topk * n_tokens + order_GA // n_topk
+  place_GA = choice_first(order_GA, n_topk, n_tokens)
   value_GA = jnp.zeros_like(value_GA).at[jnp.arange(n_groups)[:, None], place_GA].set(
       value_GA, unique_indices=True)
   return value_GA.reshape(n_groups, n_topk, n_tokens).swapaxes(0, 1).reshape(n_topk, -1)

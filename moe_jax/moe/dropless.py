@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.moe.dispatch import (
     Slots,
     assign_slots,
+    choice_first,
     gather_rows,
     gather_weights,
     sort_by_expert,
@@ -90,7 +91,7 @@ def sort_slots(expert_TK: jax.Array, n_exp: int) -> tuple[Slots, jax.Array]:
   order_1A, sorted_1A = sort_by_expert(expert_TK[None], n_exp)
   bound_E = jnp.searchsorted(sorted_1A[0], jnp.arange(n_exp + 1)).astype(jnp.int32)
   n_tokens, n_topk = expert_TK.shape
-  assignment_A = order_1A[0] % n_topk * n_tokens + order_1A[0] // n_topk
+  assignment_A = choice_first(order_1A[0], n_topk, n_tokens)
   assignment_S = jnp.pad(assignment_A.astype(jnp.int32), (0, SPARE_ROWS),
                          constant_values=expert_TK.size)
   slot_1A = jnp.arange(expert_TK.size, dtype=jnp.int32)[None]
