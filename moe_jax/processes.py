@@ -36,6 +36,7 @@ JOIN_SECONDS = 300.0  # in which all processes must have come
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
 _LEAVE_SECONDS = 30.0  # that process 0, on whom the store depends, stays for the others at most
+_LAST_SECONDS = 1.0  # from what a process says last to its end: JAX aborts it if 0 goes before
 _ENDLESS_MS = 10**9  # eleven days: the watch ends a wait for a process that has gone
 
 _ROOM = "moe_jax"  # all keys are below it
@@ -237,6 +238,8 @@ class _Watch:
       while self._index == 0 and time.monotonic() < until and (
           len(self._store.key_value_dir_get(f"{_ROOM}/left")) < self._count):
         time.sleep(0.05)
+    if self._index == 0:
+      time.sleep(_LAST_SECONDS)
     os._exit(code)
 
 

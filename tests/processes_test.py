@@ -102,6 +102,15 @@ with processes.told_of_the_end(lambda line: print("told:", line, flush=True)):
   assert "error: " + said in done[1 - who][2] and "told: " + said in done[1 - who][1]
 
 
+def test_one_that_is_slow_to_go_ends_with_its_code():
+  done = ended(start("""
+leave = os._exit
+os._exit = lambda code: (time.sleep(0.3 * me), leave(code))
+if me == 1: raise FieldError("x", 1, "is bad")
+wait()""", 2))
+  assert [code for code, _, _ in done] == [2, 2]
+
+
 def test_an_error_that_nobody_foresaw_is_shown_in_full():
   done = ended(start("[][me + 1] if me else wait()", 2))
   assert [code for code, _, _ in done] == [1, 1]
