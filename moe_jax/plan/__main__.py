@@ -70,8 +70,10 @@ def main(overrides: list[str]) -> int:
     for cell, found in zip(cells, pairs, strict=True):
       print(search.verdict(cell, found))
     chosen = [search.best(found) for found in pairs]
-  print(table.summary(chosen, price))
   rows = [table.row(plan, price) for plan in plans]
+  if not _SEARCH.value and (sizes := table.by_size(rows)):
+    console.print(sizes)
+  print(table.summary(chosen, price))
   if _CSV.value:
     pathlib.Path(_CSV.value).write_text(table.csv_text(rows))
   if _JSON.value:

@@ -46,6 +46,40 @@ def table(plans: Sequence[Plan], price: float | None) -> rich.table.Table:
   return shown
 
 
+def by_size(rows: Sequence[dict[str, Any]]) -> rich.table.Table | None:
+  """A line a size of N_total, with the ranges of its cells; None where there is one size.
+
+  Sizes that differ by less than a fifth from the next are one: they were meant to be.
+
+  Args:
+    rows: of `row`.
+  """
+  groups: list[list[dict[str, Any]]] = []
+  for flat in sorted(rows, key=lambda flat: flat["n_total"]):
+    if not groups or flat["n_total"] > 1.2 * groups[-1][-1]["n_total"]:
+      groups.append([])
+    groups[-1].append(flat)
+  if len(groups) < 2:
+    return None
+  shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+  for name in ("N_total", "cells", "fit", "GiB/device", "step ms", "MFU", "chip-hours", "USD"):
+    shown.add_column(name, justify="right", no_wrap=True)
+  for group in groups:
+    timed = [flat for flat in group if flat["step_seconds"]]
+
+    def span(name: str, scale: float, form: str, among: list[dict[str, Any]] = timed) -> str:
+      values = [flat[name] * scale for flat in among if flat[name] is not None]
+      ends = list(dict.fromkeys(format(end(values), form) for end in (min, max))) if values else []
+      return " to ".join(ends)
+
+    hours, usd = (sum(flat[name] or 0 for flat in timed) for name in ("chip_hours", "usd"))
+    shown.add_row(short(sum(flat["n_total"] for flat in group) / len(group)), str(len(group)),
+                  str(sum(bool(flat["fits"]) for flat in group)),
+                  span("hbm_needed", 1 / _GIB, ".1f", group), span("step_seconds", 1e3, ".0f"),
+                  span("mfu", 1, ".0%"), f"{hours:,.4g}", f"{usd:,.0f}" if usd else "")
+  return shown
+
+
 def summary(plans: Sequence[Plan], price: float | None) -> str:
   """What the grid costs, and how far that can be trusted."""
   timed = [plan for plan in plans if plan.seconds]

@@ -162,3 +162,21 @@ def test_tables_hold_every_plan():
   words = table.summary(plans, 4.2)
   assert words.startswith("1 of 3 cells planned on v5p-16") and "lower bound" in words
   assert "USD" not in table.summary(plans, None)
+
+
+def test_sizes_have_a_line_each():
+  def rows(*sizes):
+    for n_total, seconds, fits in sizes:
+      yield table.row(plan(), 4.2) | {"n_total": n_total, "step_seconds": seconds, "fits": fits,
+                                      "chip_hours": seconds and 100 * seconds,
+                                      "usd": seconds and 420 * seconds, "mfu": seconds}
+
+  shown = table.by_size(list(rows((99, 0.2, True), (31, 0.1, True), (30, 0.3, True),
+                                  (101, None, False), (1000, None, None))))
+  columns = {column.header: list(column.cells) for column in shown.columns}
+  assert columns["N_total"] == ["30.5", "100", "1k"]
+  assert columns["cells"] == ["2", "2", "1"] and columns["fit"] == ["2", "1", "0"]
+  assert columns["step ms"] == ["100 to 300", "200", ""]
+  assert columns["chip-hours"] == ["40", "20", "0"]
+  assert columns["USD"] == ["168", "84", ""]
+  assert table.by_size(list(rows((30, 0.1, True), (31, 0.1, True)))) is None
