@@ -68,28 +68,41 @@ def moved_bytes(kind: str, computation: Computation, instruction: Instruction) -
 
 
 def groups_of(attributes: str, n_devices: int) -> np.ndarray:
-  """[groups, size]: which devices, in mesh order, exchange. Reads every way XLA writes them."""
-  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes)
+  """[groups, size]: which devices, in mesh order, exchange. Reads every way XLA writes them.
+
+  Raises:
+    ValueError: it does not: to take them for all devices would be a wrong price.
+  """
+  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]"
+                   r"(?:, device_ids=\(\[([0-9,]+)\](?:T\(([0-9,]+)\))?\))? *\{([^}]*)\}",
+                   attributes)
   if mesh:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
-    names, used = list(sizes), re.findall(r"'([^']+)'", mesh[2])
-    grid = np.arange(n_devices).reshape([int(sizes[name]) for name in names])
+    names, used = list(sizes), re.findall(r"'([^']+)'", mesh[4])
+    ids = _iota(n_devices, mesh[2] or str(n_devices), mesh[3])
+    grid = ids.reshape([int(sizes[name]) for name in names])
     order = ([i for i, name in enumerate(names) if name not in used]
              + [names.index(name) for name in used])
     return grid.transpose(order).reshape(-1, math.prod(int(sizes[name]) for name in used))
   iota = re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", attributes)
   if iota:
-    ids = np.arange(n_devices).reshape(_integers(iota[2]))
-    if iota[3]:
-      ids = ids.transpose(_integers(iota[3]))
-    return ids.reshape(_integers(iota[1]))
+    return _iota(n_devices, iota[2], iota[3]).reshape(_integers(iota[1]))
   explicit = re.search(r"replica_groups=\{(\{[^=]*?\})\}", attributes)
   if explicit:
     return np.array([_integers(group) for group in re.findall(r"\{([0-9,]+)\}", explicit[1])])
   pairs = re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", attributes)
   if pairs:
     return np.array([_integers(pair) for pair in re.findall(r"\{([0-9,]+)\}", pairs[1])])
+  unknown = re.search(r"replica_groups=(?!\{\}).{0,80}|source_target_pairs=.{0,80}", attributes)
+  if unknown:
+    raise ValueError(f"groups in a notation that is not known: {unknown[0]}")
   return np.arange(n_devices)[None]  # no groups written: all devices
+
+
+def _iota(n_devices: int, sizes: str, order: str | None) -> np.ndarray:
+  """XLA's `[sizes]T(order)`: devices counted in one order, to be read in another."""
+  ids = np.arange(n_devices).reshape(_integers(sizes))
+  return ids.transpose(_integers(order)) if order else ids
 
 
 def axes_of(groups: np.ndarray, axes: Mapping[str, int]) -> str:

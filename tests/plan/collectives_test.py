@@ -13,11 +13,20 @@ AXES = {"data": 2, "fsdp": 4, "expert": 4}
     ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
     ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x=1", [[0, 2], [1, 3]]),
     ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, x=1", [[0, 1, 2, 3]]),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=2], device_ids=([2,2]T(1,0)) {'axis_2'}",
+     [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['axis_0'=2,'axis_2'=2], device_ids=([4]) {'axis_2'}", [[0, 1], [2, 3]]),
     ("source_target_pairs={{0,1},{1,2}}", [[0, 1], [1, 2]]),
     ("channel_id=1", [[0, 1, 2, 3]]),
+    ("replica_groups={}, channel_id=1", [[0, 1, 2, 3]]),
 ])
 def test_groups_in_every_notation(text, expected):
   assert collectives.groups_of(text, 4).tolist() == expected
+
+
+def test_groups_in_an_unknown_notation_are_not_priced_as_all_devices():
+  with pytest.raises(ValueError, match=r"not known: replica_groups=\(\[4\]\)"):
+    collectives.groups_of("channel_id=1, replica_groups=([4])", 4)
 
 
 @pytest.mark.parametrize("chosen", [("data",), ("fsdp",), ("expert",), ("fsdp", "expert"),
