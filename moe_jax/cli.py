@@ -62,7 +62,8 @@ def give_fake_devices_threads() -> None:
   """
   count = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
   if count:
-    os.environ.setdefault("NPROC", str(_THREADS_PER_FAKE_DEVICE * int(count[1])))
+    threads = max(_THREADS_PER_FAKE_DEVICE * int(count[1]), os.cpu_count() or 1)
+    os.environ.setdefault("NPROC", str(threads))
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

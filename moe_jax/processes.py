@@ -229,7 +229,11 @@ class _Watch:
       self._store.key_value_set(f"{_ROOM}/verdict", json.dumps({"code": code, "line": line}))
 
   def _leave(self, code: int) -> NoReturn:
-    """Ends this process now; process 0 when the others, to whom it answers, have ended."""
+    """Ends this process now; process 0 soon after the others, whom it answers, said that they go.
+
+    That one of them has gone cannot be seen from here: one that takes longer than _LAST_SECONDS
+    is aborted by JAX, and ends with SIGABRT instead of its code.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):

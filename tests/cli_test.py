@@ -111,9 +111,11 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(tmp_path, see
 @pytest.mark.parametrize("flags, before, after", [
     ("--xla_force_host_platform_device_count=8", {}, {"NPROC": "64"}),
     ("--a=1 --xla_force_host_platform_device_count=512 --b", {}, {"NPROC": "4096"}),
+    ("--xla_force_host_platform_device_count=2", {}, {"NPROC": "48"}),
     ("--xla_force_host_platform_device_count=8", {"NPROC": "4"}, {"NPROC": "4"}),
     ("", {}, {})])
 def test_fake_devices_have_threads_for_their_collectives(monkeypatch, flags, before, after):
   monkeypatch.setattr(cli.os, "environ", {"XLA_FLAGS": flags, **before})
+  monkeypatch.setattr(cli.os, "cpu_count", lambda: 48)
   cli.give_fake_devices_threads()
   assert cli.os.environ == {"XLA_FLAGS": flags, **after}

@@ -73,7 +73,7 @@ def _chunks(x_bSD: jax.Array, targets_bS: jax.Array, vocab_size: int, mesh: Mesh
   n_tokens = targets_bS.size
   limit = _CHUNK_BYTES.get(mesh.devices.flat[0].platform, _CHUNK_BYTES_ACCELERATOR)
   least = -(-n_tokens * vocab_size * 4 // limit)
-  # Of equal length where a few more make it so: then the tokens stay where they lie.
+  # Of equal length where less than twice as many make it so: then the tokens stay where they lie.
   n_chunks = next((n for n in range(least, 2 * least) if n_tokens % n == 0), least)
   rows = -(-n_tokens // n_chunks)
   spare = n_chunks * rows - n_tokens

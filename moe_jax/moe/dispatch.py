@@ -90,7 +90,8 @@ def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts
 class Slots(NamedTuple):
   """A partial one-to-one map between assignments (choice, token) and slots, both ways.
 
-  Slots are numbered expert first, S = E*G*C, so that those of an expert lie together.
+  Slots are numbered expert first, so that those of an expert lie together: here S = E*G*C, and
+  without a capacity as dropless.py has them.
   Assignments are numbered choice first, k*T + t: with the few choices innermost a TPU would fill
   few of its lanes, and put every array of them in another order before using it.
 
@@ -184,8 +185,9 @@ def unsorted(value_GA: jax.Array, order_GA: jax.Array, n_topk: int) -> jax.Array
 
 # Moving rows. The map between assignments and slots is one-to-one and stored both ways, so the
 # gradient of a gather is again a gather, where automatic differentiation would emit a
-# scatter-add. An empty slot gets the row of some token, which costs less than zeros would: its
-# weight is 0, and so is all that comes of it, forward and backward.
+# scatter-add. An empty slot gets the row of token 0 (its assignment is K*T, a multiple of T), which
+# costs less than zeros would: its weight is 0, and so is all that comes of it, forward and
+# backward, while numbers are finite.
 
 
 def _gather_rows(x_TD, slots):

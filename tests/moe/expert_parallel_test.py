@@ -1,12 +1,15 @@
 """On eight fake devices, laid out in eight ways, the layer is the one-device reference."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.mesh import MESH_AXES
-from moe_jax.moe.expert_parallel import Experts, Semantics, _packs, sharded_moe_layer
+from moe_jax.moe import expert_parallel
+from moe_jax.moe.expert_parallel import Experts, Semantics, sharded_moe_layer
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (1, 2, 4), (2, 2, 2),
           (1, 4, 2)]
@@ -46,6 +49,12 @@ def value_and_grads(shape, semantics, dtype=jnp.float32, inputs=layer):
   return jax.device_get((y_BSD, sums, grads))
 
 
+@pytest.fixture
+def padded(monkeypatch):
+  """Empty slots are multiplied, too, as on accelerators, however many they are."""
+  monkeypatch.setattr(expert_parallel, "_SLOTS_TO_PACK", math.inf)
+
+
 @pytest.fixture(scope="module")
 def reference():
   return value_and_grads((1, 1, 1), REFERENCE)
@@ -57,7 +66,7 @@ def dropping():
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_capacity_equals_reference_on_every_mesh(shape, reference):
+def test_capacity_equals_reference_on_every_mesh(shape, reference, padded):
   """Outputs, sums and all gradients to 1e-5, where nothing drops."""
   ours = value_and_grads(shape, Semantics(N_TOPK, True, GROUP, GROUP))
   assert ours[1].dropped == 0
@@ -104,12 +113,22 @@ def test_the_same_tokens_drop_on_every_mesh(shape, dropping):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_many_empty_slots_are_left_out_on_one_device_and_the_same_tokens_drop():
-  """Of 7 slots for 4.5 assignments a device with all experts multiplies those in use."""
-  semantics = Semantics(N_TOPK, True, GROUP, 7)
-  packed, padded = (value_and_grads(shape, semantics) for shape in ((2, 1, 1), (1, 1, 8)))
-  assert _packs(semantics, 8, mesh_of((2, 1, 1))) and not _packs(semantics, 8, mesh_of((1, 1, 8)))
-  assert packed[1].dropped == padded[1].dropped > 0
+@pytest.mark.parametrize("capacity", [7, GROUP])
+def test_many_empty_slots_are_left_out_on_one_device_and_the_same_tokens_drop(capacity, request):
+  """Of 7 or 12 slots for 4.5 assignments a device with all experts multiplies those in use."""
+  semantics, shape = Semantics(N_TOPK, True, GROUP, capacity), (2, 1, 1)
+
+  def program():
+    return str(jax.make_jaxpr(lambda *a: sharded_moe_layer(*a, semantics, mesh_of(shape)))(
+        *layer()))
+
+  rows_of_all_slots = f"f32[8,{4 * capacity},16]"
+  packed, packed_program = value_and_grads(shape, semantics), program()
+  request.getfixturevalue("padded")
+  padded, padded_program = value_and_grads(shape, semantics), program()
+  assert rows_of_all_slots in padded_program and rows_of_all_slots not in packed_program
+  assert packed[1].dropped == padded[1].dropped
+  assert (padded[1].dropped > 0) == (capacity < GROUP)
   for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(padded), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -153,7 +172,7 @@ def test_bytes_on_the_wire_are_those_of_the_compute_type():
   assert len(moves) == 12 and len(narrow) == 11, moves
 
 
-def test_bfloat16_on_a_mesh_is_bfloat16_on_one_device():
+def test_bfloat16_on_a_mesh_is_bfloat16_on_one_device(padded):
   """Forward the same rows are multiplied; gradients are summed over devices in bfloat16."""
   semantics = Semantics(N_TOPK, True, GROUP, GROUP)
   one, many = (value_and_grads(shape, semantics, jnp.bfloat16) for shape in ((1, 1, 1), (2, 2, 2)))
