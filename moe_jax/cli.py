@@ -120,6 +120,15 @@ def no_overrides(overrides: Sequence[str]) -> None:
     raise FieldError(field, value, "is not a flag of this command")
 
 
+def require_file(flag: str, path: str | None) -> None:
+  """Raises FieldError where no file can be made at `path`: before the work, not after it."""
+  if path is None:
+    return
+  folder = os.path.dirname(path) or "."
+  if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    raise FieldError(flag, path, "must name a file in a folder that can be written")
+
+
 def _fail(message: str) -> None:
   print(f"error: {message}", file=sys.stderr)
   sys.exit(EXIT_BAD_INPUT)

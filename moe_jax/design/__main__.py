@@ -144,7 +144,7 @@ def _question() -> ask_lib.Question:
 def main(overrides: list[str]) -> None:
   cli.no_overrides(overrides)
   for flag in (_CSV, _PLOT):
-    files.check_writable(flag.name, flag.value)
+    cli.require_file(flag.name, flag.value)
   if _REPORT.value is not None:
     from moe_jax.laws.publish.page import check_path
     check_path(_REPORT.value)

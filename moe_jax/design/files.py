@@ -1,7 +1,6 @@
 """The answer for programs: a dictionary for JSON, and rows for CSV."""
 
 import csv
-import os
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import numpy as np
 from moe_jax.design.answer import Answer, front, ranges
 from moe_jax.design.ask import Question
 from moe_jax.design.report import facts, is_inside
-from moe_jax.errors import FieldError
 
 
 def as_dict(question: Question, answer: Answer, seconds: float) -> dict[str, Any]:
@@ -49,15 +47,6 @@ def _compared(answer: Answer, index: int) -> dict[str, Any]:
   return facts(answer, index) | {"regret_percent": {
       r.judge.name: float(100 * np.expm1(answer.regret(index, row)))
       for row, r in enumerate(answer.recommendations)}}
-
-
-def check_writable(flag: str, path: str | None) -> None:
-  """Raises FieldError where a file cannot be made at `path`; before the search, not after."""
-  if path is None:
-    return
-  folder = os.path.dirname(path) or "."
-  if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-    raise FieldError(flag, path, "must name a file in a folder that can be written")
 
 
 def write_csv(path: str, answer: Answer) -> None:

@@ -8,6 +8,7 @@ out, e.g. --config.execution.mesh.expert=8 --config.execution.mesh.fsdp=4.
 
 import json
 import math
+import signal
 
 from absl import flags
 
@@ -31,6 +32,8 @@ _MEMORY = flags.DEFINE_bool("memory_profile", False, "List what fills each cell'
                             "needs most, by source line.")
 _HLO_OUT = flags.DEFINE_string("hlo_out", None, "Folder for the compiled text of each cell.")
 
+_FEW = 8  # cells whose collectives are shown, too; of more --csv has them
+
 
 def main(overrides: list[str]) -> int:
   from moe_jax.plan import topology as topology_lib
@@ -40,8 +43,13 @@ def main(overrides: list[str]) -> int:
   price = topology.hardware.usd_per_chip_hour if _PRICE.value is None else _PRICE.value
   if price is not None and not (math.isfinite(price) and price >= 0):
     raise FieldError("usd_per_chip_hour", price, "must be 0 or more")
+  for flag in (_CSV, _JSON):
+    cli.require_file(flag.name, flag.value)
   cells = cli.selected_cells(_CONFIG.value, overrides)
+  # Compilers do not end with the command that began them: they are told to, as by Ctrl-C.
+  signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
+  import functools
   import pathlib
 
   import rich.console
@@ -49,12 +57,15 @@ def main(overrides: list[str]) -> int:
 
   from moe_jax.plan import cells as cells_lib
   from moe_jax.plan import search, table
-  tried = [search.candidates(cell, topology, _TRIES.value) for cell in cells
-           ] if _SEARCH.value else []
-  planned = [variant for found in tried for _, variant in found] if _SEARCH.value else cells
-  plans = cells_lib.plan_cells(planned, topology, _OUT.value, parallel=_PARALLEL.value,
-                               remedies=not _SEARCH.value, hlo_out=_HLO_OUT.value,
-                               say=lambda line: print(line, flush=True))
+  plan_cells = functools.partial(
+      cells_lib.plan_cells, topology=topology, out=_OUT.value, parallel=_PARALLEL.value,
+      remedies=not _SEARCH.value, hlo_out=_HLO_OUT.value,
+      say=lambda line: print(line, flush=True))
+  if _SEARCH.value:
+    plans, chosen, verdicts = search.recommend(cells, topology, _TRIES.value, plan_cells)
+  else:
+    plans = chosen = plan_cells(cells)
+    verdicts = ""
   shown = table.table(plans, price)
   console = rich.console.Console()
   console.width = max(console.width, rich.measure.Measurement.get(
@@ -63,13 +74,10 @@ def main(overrides: list[str]) -> int:
   if _MEMORY.value:
     for plan in plans:
       print(table.memory_profile(plan))
-  chosen = plans
-  if _SEARCH.value:
-    answers = iter(plans)
-    pairs = [[(layout, next(answers)) for layout, _ in found] for found in tried]
-    for cell, found in zip(cells, pairs, strict=True):
-      print(search.verdict(cell, found))
-    chosen = [search.best(found) for found in pairs]
+  if verdicts:
+    print(verdicts)
+  if len(plans) <= _FEW:
+    console.print(table.collectives(plans))
   rows = [table.row(plan, price) for plan in plans]
   if not _SEARCH.value and (sizes := table.by_size(rows)):
     console.print(sizes)

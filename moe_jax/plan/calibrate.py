@@ -28,6 +28,7 @@ def main(_) -> int:
   from moe_jax.plan import calibration
   require((_RUN.value is None) == (_TOPOLOGY.value is None), "topology", _TOPOLOGY.value,
           "goes with --run: the slice on which the run was measured")
+  cli.require_file("json", _JSON.value)
   points = calibration.PUBLISHED if _RUN.value is None else [
       calibration.of_run(_RUN.value, _TOPOLOGY.value, _SLICES.value)]
   rows = calibration.compare(points, _OUT.value)

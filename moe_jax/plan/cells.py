@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -21,14 +22,14 @@ import moe_jax
 from moe_jax import config as config_lib
 from moe_jax.arch import count
 from moe_jax.config import RunConfig, resolve_mesh
-from moe_jax.errors import FieldError
+from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.grid import Cell
 from moe_jax.plan import coarse, worker
 from moe_jax.plan.topology import Topology
-from moe_jax.run_dir import read_json, write_json
+from moe_jax.run_dir import reaching, read_json, write_json
 
-_REMEDIES = 3  # changes tried for a cell that does not fit
-_SLACK = 1.25  # times the memory there is: what is guessed to need more is not tried
+_GIB = 2**30
+_LEAST_SAVED = 0.5  # of what is missing, by a guess: a change that saves less is not tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Plan:
     result: what worker.compile_cell returned; empty if it failed.
     error: why there is no result, in one line; empty if there is one.
     needs: bytes a device that a program too large asked for; None otherwise.
+    there: bytes a device that it could have had, which is less than the chip's; None otherwise.
     remedy: overrides under which it fits, if it does not and one was found.
   """
 
@@ -51,17 +53,23 @@ class Plan:
   result: dict[str, Any]
   error: str = ""
   needs: float | None = None
+  there: float | None = None
   remedy: str = ""
 
   @property
   def hbm_there(self) -> float:
     """Bytes of a device."""
-    return self.topology.hardware.device_hbm_bytes
+    return self.there or self.topology.hardware.device_hbm_bytes
 
   @property
   def hbm_needed(self) -> float | None:
     """Bytes on a device: arguments, temporaries, what is not donated, and the program."""
     return sum(self.result["memory"].values()) if self.result else self.needs
+
+  @property
+  def hbm_left(self) -> float | None:
+    """Bytes of a device that are not needed; negative if it does not fit."""
+    return None if self.hbm_needed is None else self.hbm_there - self.hbm_needed
 
   @property
   def fits(self) -> bool | None:
@@ -115,9 +123,17 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
     say: gets a line a cell as soon as it is known.
 
   Raises:
-    FieldError: libtpu is missing or is not the one that this JAX asks for.
+    FieldError: libtpu is missing or is not the one that this JAX asks for, or a folder cannot be
+      written.
   """
   check_libtpu(topology)
+  with reaching(out):
+    (epath.Path(out) / "_plans").mkdir(parents=True, exist_ok=True)
+  if hlo_out:
+    try:
+      pathlib.Path(hlo_out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise FieldError("hlo_out", hlo_out, f"cannot be made a folder: {error.strerror}") from None
   lock, done = threading.Lock(), 0
 
   def one(cell: Cell) -> Plan:
@@ -131,7 +147,12 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
     return plan
 
   with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-    return list(pool.map(one, cells))
+    try:
+      return list(pool.map(one, cells))
+    except BaseException:  # a compiler hears of no interruption before it is done, in minutes
+      pool.shutdown(wait=False, cancel_futures=True)
+      _workers.kill()
+      raise
 
 
 def plan_config(name: str, config: RunConfig, topology: Topology, out: str | os.PathLike,
@@ -142,12 +163,13 @@ def plan_config(name: str, config: RunConfig, topology: Topology, out: str | os.
     return plan
   hlo = None
   if hlo_out:
-    folder = pathlib.Path(hlo_out)
-    folder.mkdir(parents=True, exist_ok=True)
-    hlo = os.fspath((folder / f"{name}.{topology.label}.hlo.txt").absolute())
+    hlo = os.fspath(pathlib.Path(hlo_out, f"{name}.{topology.label}.hlo.txt").absolute())
   result = _compile(config, topology, hlo, os.fspath(epath.Path(out) / "_plans" / "programs"))
   if "error" not in result or "hbm_needed" in result:
-    write_json(_cached(config, topology, out), result)
+    try:
+      write_json(_cached(config, topology, out), result)
+    except OSError as error:  # a full disk: what is known need not be lost
+      print(f"warning: the plan of {name} is not kept: {error}", file=sys.stderr)
   return _plan_of(name, config, topology, result)
 
 
@@ -159,8 +181,19 @@ def known_plan(name: str, config: RunConfig, topology: Topology,
     resolve_mesh(config, topology.devices, topology.n_slices)
   except FieldError as error:
     return Plan(name, config, topology, {}, str(error.under("config")))
-  result = read_json(_cached(config, topology, out))
+  result = _read_result(_cached(config, topology, out))
   return None if result is None else _plan_of(name, config, topology, result)
+
+
+def _read_result(path: epath.Path) -> dict[str, Any] | None:
+  """What is kept there; None where it is nothing that was written, and so is to be made anew."""
+  try:
+    result = read_json(path)
+  except DamagedFile:
+    return None
+  whole = isinstance(result, dict) and (
+      "hbm_needed" in result or {"memory", "seconds", "parts"} <= result.keys())
+  return result if whole else None
 
 
 def known_remedy(plan: Plan, out: str | os.PathLike) -> str:
@@ -174,7 +207,8 @@ def known_remedy(plan: Plan, out: str | os.PathLike) -> str:
 
 def _plan_of(name: str, config: RunConfig, topology: Topology, result: dict[str, Any]) -> Plan:
   if "error" in result:
-    return Plan(name, config, topology, {}, result["error"], result.get("hbm_needed"))
+    return Plan(name, config, topology, {}, result["error"], result.get("hbm_needed"),
+                result.get("hbm_there"))
   return Plan(name, config, topology, result)
 
 
@@ -184,14 +218,13 @@ def _cached(config: RunConfig, topology: Topology, out: str | os.PathLike) -> ep
 
 def verdict(plan: Plan) -> str:
   """One phrase for a line of progress."""
-  gib = 2**30
   if plan.fits is None:
     return f"failed: {plan.error}"
   if not plan.fits:
-    line = (f"does not fit: needs {plan.hbm_needed / gib:.1f} GiB of {plan.hbm_there / gib:.0f}"
-            f", {(plan.hbm_needed - plan.hbm_there) / gib:.1f} too many")
+    line = (f"does not fit: needs {plan.hbm_needed / _GIB:.2f} GiB of {plan.hbm_there / _GIB:.4g}"
+            f", {(plan.hbm_needed - plan.hbm_there) / _GIB:.2f} too many")
     return line + (f"; fits with {plan.remedy}" if plan.remedy else "")
-  return (f"fits in {plan.hbm_needed / gib:.1f} of {plan.hbm_there / gib:.0f} GiB, at least "
+  return (f"fits in {plan.hbm_needed / _GIB:.1f} of {plan.hbm_there / _GIB:.4g} GiB, at least "
           f"{plan.seconds * 1e3:.1f} ms a step, compiled in {plan.result['compile_seconds']:.0f} s")
 
 
@@ -221,14 +254,26 @@ def _find_remedy(plan: Plan, out: str | os.PathLike) -> str:
 
 
 def _promising(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
-  """Of the changes that save memory, a few that may save what is missing."""
+  """Of each kind of change that saves memory the mildest that is guessed to save what is missing;
+  where none is, the strongest if it may."""
+  missing = plan.hbm_needed - plan.hbm_there
   now = coarse.device_bytes(plan.config, plan.topology)
-  left = _REMEDIES
-  for overrides, config in changes_that_save(plan.config, plan.topology):
-    share = coarse.device_bytes(config, plan.topology) / now
-    if share * plan.hbm_needed <= _SLACK * plan.hbm_there and left:
-      left -= 1
+  kinds = itertools.groupby(changes_that_save(plan.config, plan.topology),
+                            key=lambda change: _kind(plan.config, change[1]))
+  for _, changes in kinds:
+    saved = [(now - coarse.device_bytes(config, plan.topology), overrides, config)
+             for overrides, config in changes]
+    enough = [change for change in saved if change[0] >= missing]
+    best, overrides, config = enough[0] if enough else saved[-1]
+    if best >= _LEAST_SAVED * missing:
       yield overrides, config
+
+
+def _kind(before: RunConfig, after: RunConfig) -> str:
+  """What a change of changes_that_save changes, besides remat."""
+  if after.execution.mesh != before.execution.mesh:
+    return "mesh"
+  return "remat" if after.execution.microbatches == before.execution.microbatches else "batch"
 
 
 def changes_that_save(config: RunConfig, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
@@ -254,9 +299,12 @@ def _valid(config: RunConfig, topology: Topology, tried) -> Iterator[tuple[str, 
       resolve_mesh(changed, topology.devices, topology.n_slices)
     except FieldError:
       continue
-    words = [f"--config.execution.mesh.fsdp={value.fsdp}" if name == "mesh"
-             else f"--config.execution.{name}={value}" for name, value in changes.items()]
-    yield " ".join(words), changed
+    flags = {name: value for name, value in changes.items() if name != "mesh"}
+    if "mesh" in changes:
+      flags |= {f"mesh.{axis}": size
+                for axis, size in dataclasses.asdict(changes["mesh"]).items()
+                if size != getattr(config.execution.mesh, axis)}
+    yield " ".join(f"--config.execution.{name}={value}" for name, value in flags.items()), changed
 
 
 def _compile(config: RunConfig, topology: Topology, hlo: str | None,
@@ -267,18 +315,50 @@ def _compile(config: RunConfig, topology: Topology, hlo: str | None,
     request.write_text(json.dumps({
         "config": config_lib.to_dict(config), "topology": topology.name,
         "slices": topology.n_slices, "hlo": hlo, "programs": programs}))
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_jax.plan.worker", os.fspath(request), os.fspath(answer)],
-        env=os.environ | worker.ENVIRONMENT, capture_output=True, text=True, check=False)
+    code, stderr = _workers.run([sys.executable, "-m", "moe_jax.plan.worker",
+                                 os.fspath(request), os.fspath(answer)])
     if answer.exists():
       return json.loads(answer.read_text())
-  return {"error": _why_it_ended(done.returncode, done.stderr)}
+  return {"error": _why_it_ended(code, stderr)}
+
+
+class _Workers:
+  """The worker processes that this one waits for, in its threads."""
+
+  def __init__(self):
+    self._lock, self._running, self._killed = threading.Lock(), set(), False
+
+  def run(self, command: Sequence[str]) -> tuple[int, str]:
+    """(exit code, standard error). Raises CancelledError after `kill`."""
+    with self._lock:
+      if self._killed:
+        raise concurrent.futures.CancelledError
+      process = subprocess.Popen(command, env=os.environ | worker.ENVIRONMENT, text=True,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+      self._running.add(process)
+    _, stderr = process.communicate()
+    with self._lock:
+      self._running.remove(process)
+      if self._killed:
+        raise concurrent.futures.CancelledError
+    return process.returncode, stderr
+
+  def kill(self) -> None:
+    """Ends them all, and begins no more."""
+    with self._lock:
+      self._killed = True
+      for process in self._running:
+        process.kill()
+
+
+_workers = _Workers()
 
 
 def _why_it_ended(returncode: int, stderr: str) -> str:
   """One line for a worker that left no answer."""
   if returncode == -9 or re.search("bad_alloc|annot allocate memory|MemoryError", stderr):
-    return "the compiler ran out of this machine's memory; try --parallel=1"
+    return ("the compiler ran out of this machine's memory, or was killed; fewer at once "
+            "(--parallel) or a larger machine may do")
   said = [line for line in stderr.splitlines() if line.strip()]
   return f"the compiler ended with {returncode}: " + (
       " ".join(said[-1].split())[:300] if said else "it said nothing")
@@ -301,5 +381,5 @@ def _versions() -> dict[str, str | None]:
 def _key(config: RunConfig, topology: Topology) -> str:
   """Names a plan: the configuration, the topology, the versions and this code."""
   told = [config_lib.to_dict(config), topology.name, topology.n_slices, _versions(),
-          _source_hash()]
+          _source_hash(), *worker.compiler_flags()]
   return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]

@@ -4,7 +4,8 @@ It knows sums of bytes and FLOPs and nothing of schedules, so it prunes and neve
 
 Per device, with n devices, p = fsdp * expert, t tokens of a microbatch, c bytes an activation:
 
-    state         16 bytes a parameter (weights, two moments, gradients) / p
+    state         16 bytes a parameter (weights, two moments, gradients) / p, and 4 more for the
+                  sum of gradients where there are microbatches
     gathered      one layer's weights: experts / expert, all others whole
     kept          a layer's input for each layer and token; with `dots` the projections too, with
                   `rows` what experts received, with `none` everything that a layer makes
@@ -47,7 +48,8 @@ def device_bytes(config: RunConfig, topology: Topology) -> float:
   mesh, width = execution.mesh, _width(config)
   routed, other = _weights(config)
   tokens = config.batch_tokens / topology.devices / execution.microbatches
-  state = 16 * (routed + other) / (mesh.fsdp * mesh.expert)
+  per_parameter = 16 if execution.microbatches == 1 else 20
+  state = per_parameter * (routed + other) / (mesh.fsdp * mesh.expert)
   gathered = width * (routed / mesh.expert + other) / arch.n_layers
   rows = _slots_per_token(config) * (4 * arch.d_model + 4 * arch.d_expert)
   projections = 2 * arch.d_model + 2 * (arch.n_heads + arch.kv_heads) * arch.d_head

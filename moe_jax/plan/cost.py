@@ -182,6 +182,9 @@ class _Walk:
         item = self._synchronous(computation, instruction, times)
         self.items.append(item)
         now += item.seconds / times
+    for finish, item in begun.values():  # awaited where this walk does not see it: at the end
+      self.items.append(item)
+      now = max(now, finish)
     return now
 
   def _dearest_branch(self, instruction: Instruction, times: int) -> float:

@@ -7,7 +7,7 @@ sums of bytes and FLOPs and nothing of schedules, so it prunes and never decides
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from moe_jax.config import MeshConfig, RunConfig, resolve_mesh
 from moe_jax.errors import FieldError
@@ -76,7 +76,10 @@ def candidates(cell: Cell, topology: Topology, tries: int) -> list[tuple[Layout,
   """
   ranked = layouts(cell.config, topology)
   if not ranked:
-    resolve_mesh(cell.config, topology.devices, topology.n_slices)  # says why its own does not
+    try:  # says why its own does not
+      resolve_mesh(cell.config, topology.devices, topology.n_slices)
+    except FieldError as error:
+      raise error.under("config") from None
     raise FieldError("topology", topology.label, f"{cell.name} has no layout on its "
                      f"{topology.devices} devices")
   chosen, taken = [], collections.Counter()
@@ -87,6 +90,30 @@ def candidates(cell: Cell, topology: Topology, tries: int) -> list[tuple[Layout,
       chosen.append(layout)
   return [(layout, dataclasses.replace(cell, name=f"{cell.name} {layout.label}",
                                        config=layout.config)) for layout in chosen[:tries]]
+
+
+def recommend(cells: Sequence[Cell], topology: Topology, tries: int,
+              plan_cells: Callable[[list[Cell]], list[Plan]]) -> tuple[list[Plan], list[Plan], str]:
+  """(every layout's plan, the best of each cell, the verdicts); an error is a cell's plan."""
+  tried, refused = {}, {}
+  for cell in cells:
+    try:
+      tried[cell.name] = candidates(cell, topology, tries)
+    except FieldError as error:
+      refused[cell.name] = Plan(cell.name, cell.config, topology, {}, str(error))
+  compiled = iter(plan_cells([variant for found in tried.values() for _, variant in found]))
+  plans, chosen, verdicts = [], [], []
+  for cell in cells:
+    if cell.name in refused:
+      plans.append(refused[cell.name])
+      chosen.append(refused[cell.name])
+      verdicts.append(f"{cell.name}: {refused[cell.name].error}")
+      continue
+    outcomes = [(layout, next(compiled)) for layout, _ in tried[cell.name]]
+    plans += [plan for _, plan in outcomes]
+    chosen.append(best(outcomes))
+    verdicts.append(verdict(cell, outcomes))
+  return plans, chosen, "\n".join(verdicts)
 
 
 def best(tried: list[tuple[Layout, Plan]]) -> Plan:

@@ -22,27 +22,46 @@ def table(plans: Sequence[Plan], price: float | None) -> rich.table.Table:
   """A line a cell: does it fit, how long is a step, where does it go, what does it cost."""
   shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   shown.add_column("cell", no_wrap=True)
-  for name in ("N_total", "N_active", "GiB/device", "fits", "step ms", "XLA's", "priced",
-               *cost.PARTS, "MFU", "tokens/s", "chip-hours", "USD"):
+  for name in ("N_total", "N_active", "arguments", "temporaries", "GiB/device", "left", "fits",
+               "compiled s", "step ms", "XLA's", "priced", *cost.PARTS, "MFU", "tokens/s",
+               "chip-hours", "USD"):
     shown.add_column(name, justify="right", no_wrap=True)
   for plan in plans:
     arch = plan.config.arch
     sizes = (short(count.n_total(arch)), short(count.n_active(arch)))
     if plan.fits is None:
-      shown.add_row(plan.cell, *sizes, "", "failed")
+      shown.add_row(plan.cell, *sizes, "", "", "", "", "failed")
       continue
-    memory = f"{plan.hbm_needed / _GIB:.1f} / {plan.hbm_there / _GIB:.0f}"
+    memory = (f"{plan.hbm_needed / _GIB:.1f} / {plan.hbm_there / _GIB:.4g}",
+              f"{plan.hbm_left / _GIB:.1f}")
     if not plan.result:
-      shown.add_row(plan.cell, *sizes, memory, "no")
+      shown.add_row(plan.cell, *sizes, "", "", *memory, "no")
       continue
     result = plan.result
     parts = [f"{result['parts'][part] / plan.seconds:.0%}" for part in cost.PARTS]
     usd = plan.usd(price)
-    shown.add_row(plan.cell, *sizes, memory, "yes" if plan.fits else "no",
-                  f"{plan.seconds * 1e3:.1f}", f"{result['estimated_seconds'] * 1e3:.1f}",
+    parted = [f"{result['memory'][what] / _GIB:.1f}" for what in ("arguments", "temporaries")]
+    shown.add_row(plan.cell, *sizes, *parted, *memory, "yes" if plan.fits else "no",
+                  f"{result['compile_seconds']:.0f}", f"{plan.seconds * 1e3:.1f}",
+                  f"{result['estimated_seconds'] * 1e3:.1f}",
                   f"{result['priced_seconds'] * 1e3:.1f}", *parts, f"{plan.mfu:.1%}",
                   short(plan.tokens_per_second), f"{plan.chip_hours:.4g}",
                   "" if usd is None else f"{usd:,.0f}")
+  return shown
+
+
+def collectives(plans: Sequence[Plan]) -> rich.table.Table:
+  """A line for each kind and mesh axis of each cell: what it moves on a device in a step."""
+  shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+  shown.add_column("cell", no_wrap=True)
+  shown.add_column("collective", no_wrap=True)
+  for name in ("MB/device", "exposed ms", "hidden ms"):
+    shown.add_column(name, justify="right", no_wrap=True)
+  for plan in plans:
+    for found in plan.result.get("collectives", ()):
+      shown.add_row(plan.cell, f"{found['kind']} over {found['axes']}",
+                    f"{found['bytes'] / 1e6:,.1f}", f"{found['exposed_seconds'] * 1e3:.2f}",
+                    f"{found['hidden_seconds'] * 1e3:.2f}")
   return shown
 
 
@@ -110,7 +129,7 @@ def row(plan: Plan, price: float | None) -> dict[str, Any]:
       "topology": plan.topology.label, "chips": plan.topology.chips,
       "n_total": count.n_total(arch), "n_active": count.n_active(arch),
       "fits": plan.fits, "error": plan.error, "remedy": plan.remedy,
-      "hbm_needed": plan.hbm_needed, "hbm_there": plan.hbm_there,
+      "hbm_needed": plan.hbm_needed, "hbm_there": plan.hbm_there, "hbm_left": plan.hbm_left,
       **{f"hbm_{name}": value for name, value in result.get("memory", {}).items()},
       **{f"mesh_{axis}": size for axis, size in result.get("mesh", {}).items()},
       "remat": plan.config.execution.remat,
@@ -127,6 +146,7 @@ def row(plan: Plan, price: float | None) -> dict[str, Any]:
     name = f"{collective['kind']}[{collective['axes']}]"
     flat[f"{name}_bytes"] = collective["bytes"]
     flat[f"{name}_exposed_seconds"] = collective["exposed_seconds"]
+    flat[f"{name}_hidden_seconds"] = collective["hidden_seconds"]
   return flat
 
 

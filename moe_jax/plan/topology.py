@@ -97,7 +97,7 @@ def parse(name: str, n_slices: int = 1) -> Topology:
   require(n_slices >= 1, "slices", n_slices, "must be at least 1")
   prefix, _, number = name.rpartition("-")
   family = _FAMILIES.get(prefix)
-  if family is not None and number.isdigit():
+  if family is not None and number.isascii() and number.isdigit():
     chips, rest = divmod(int(number), family.units_per_chip)
     if not rest and chips in family.shapes and chips <= family.max_chips:
       return Topology(name, HARDWARE[family.hardware], family.shapes[chips], n_slices)
@@ -107,7 +107,11 @@ def parse(name: str, n_slices: int = 1) -> Topology:
     above = [size for size in sizes if size > int(number)][:1]
     raise FieldError("topology", name, "no such slice; the nearest are " + " and ".join(
         f"{prefix}-{size}" for size in below + above))
-  near = difflib.get_close_matches(name, names(), n=2, cutoff=0.7)
+  lower = name.lower()
+  if lower.startswith("v5e-"):  # what the chip is called, but not the slice
+    lower = lower.replace("v5e", "v5litepod")
+  near = difflib.get_close_matches(lower, names(), n=2, cutoff=0.7)
+  near = [lower] if lower in near else near
   known = "v4-N, v5litepod-N, v5p-N, v6e-N and tpu7x-N, e.g. v5p-64"
   raise FieldError("topology", name, "no such slice; " + (
       f"did you mean {' or '.join(near)}?" if near else f"there are {known}"))

@@ -7,6 +7,7 @@ gigabytes that only the end of a process gives back. `cells.py` writes the reque
 result; whatever ends this process is one row of the table.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -17,6 +18,7 @@ import pathlib
 import re
 import sys
 import time
+import zlib
 from typing import Any
 
 from etils import epath
@@ -102,8 +104,10 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology, hlo_path: str
 def _compiled(lowered, topology: Topology, programs: str | None) -> dict[str, Any]:
   """The compiled text, its memory and how long it took; or why there is none."""
   kept = programs and epath.Path(programs) / f"{_program_key(lowered, topology)}.json.gz"
-  if kept and kept.exists():
-    return json.loads(gzip.decompress(kept.read_bytes()))
+  if kept:
+    # What is not there, or not whole, is compiled.
+    with contextlib.suppress(OSError, EOFError, zlib.error, ValueError):
+      return json.loads(gzip.decompress(kept.read_bytes()))
   began = time.monotonic()
   try:
     compiled = lowered.compile()
@@ -112,7 +116,8 @@ def _compiled(lowered, topology: Topology, programs: str | None) -> dict[str, An
   except Exception as error:  # too large, most often: that is an answer, too, and kept
     program = {"error": one_line(error)} | _memory_asked(str(error))
   if kept and ("text" in program or "hbm_needed" in program):
-    write_bytes(kept, gzip.compress(json.dumps(program).encode()))
+    with contextlib.suppress(OSError):  # a full disk: the next plan compiles it again
+      write_bytes(kept, gzip.compress(json.dumps(program).encode()))
   return program
 
 
@@ -121,7 +126,8 @@ def _program_key(lowered, topology: Topology) -> str:
   because the cost model reads them; lines of source do not."""
   from moe_jax.train.step import TPU_OPTIONS
   scopes = re.findall(r'loc\("([^"]+)"\(', lowered.as_text(debug_info=True))
-  told = json.dumps([lowered.as_text(), scopes, topology.label, TPU_OPTIONS, versions()])
+  told = json.dumps([lowered.as_text(), scopes, topology.label, TPU_OPTIONS, versions(),
+                     *compiler_flags()])
   return hashlib.sha256(told.encode()).hexdigest()[:20]
 
 
@@ -135,9 +141,10 @@ def _memory(stats) -> dict[str, int]:
 
 def _memory_asked(message: str) -> dict[str, float]:
   """What a program that does not fit would need, out of XLA's words; it has two ways to say it."""
-  found = re.search(r"(?:Used |HLO temporaries \()([0-9.]+)([KMGT])\)? "
-                    r"(?:of|exceeds available HBM) \(?([0-9.]+)([KMGT])", message)
-  if not found:
+  size = r"([0-9.]+)([KMGT])"
+  found = (re.search(rf"Used {size} of {size} hbm", message)
+           or re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message))
+  if not found:  # of another memory it is no question of fitting
     return {}
   unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
   return {"hbm_needed": float(found[1]) * unit[found[2]],
@@ -148,6 +155,12 @@ def one_line(error: Exception) -> str:
   """An error on one line, cut before it becomes a page."""
   text = " ".join(str(error).split())
   return (text if len(text) <= 300 else text[:300] + " ...") or type(error).__name__
+
+
+def compiler_flags() -> list[str]:
+  """What the environment tells the compiler."""
+  return [f"{name}={os.environ[name]}" for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+          if os.environ.get(name)]
 
 
 def versions() -> dict[str, str | None]:

@@ -1,13 +1,18 @@
 """What surrounds the compiler; plan_test.py runs it."""
 
+import concurrent.futures
 import dataclasses
+import gzip
 import importlib.util
 import json
+import sys
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_jax import cli, fields
 from moe_jax.arch import count
 from moe_jax.config import MeshConfig, resolve_mesh
 from moe_jax.errors import FieldError
@@ -50,38 +55,70 @@ def test_a_program_that_is_too_large_says_by_how_much():
                remedy="--config.execution.remat=full")
   assert found.fits is False and found.seconds is None and found.usd(1.0) is None
   line = cells.verdict(found)
-  assert "needs 100.0 GiB of 95, 5.0 too many" in line
+  assert "needs 100.00 GiB of 95, 5.00 too many" in line
+  assert found.hbm_left == -5 * 2**30
   assert line.endswith("fits with --config.execution.remat=full")
 
 
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
+                 "hbm. Exceeded hbm capacity by 4.75G.")
+
+
 def test_what_xla_says_of_memory():
-  said = ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. "
-          "Exceeded hbm capacity by 4.75G.")
   known = {"hbm_needed": 20.5 * 2**30, "hbm_there": 15.75 * 2**30}
-  assert worker._memory_asked(said) == known
+  assert worker._memory_asked(OUT_OF_MEMORY) == known
   said = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
           "temporaries (20.50G) exceeds available HBM (15.75G).")
   assert worker._memory_asked(said) == known
   assert worker._memory_asked("another error") == {}
+  assert worker._memory_asked(said.replace("on HBM", "in memory space vmem").replace(
+      "HBM", "vmem")) == {}
+  assert worker._memory_asked("memory space vmem. Used 18.50M of 16.00M vmem.") == {}
+
+
+def test_what_does_not_fit_by_a_little_is_told_by_what_xla_lets_a_program_have():
+  result = {"error": "RESOURCE_EXHAUSTED", "hbm_needed": 15.9 * 2**30, "hbm_there": 15.75 * 2**30}
+  found = cells._plan_of("cell", config(), topology.parse("v5litepod-8"), result)
+  assert found.fits is False
+  assert "needs 15.90 GiB of 15.75, 0.15 too many" in cells.verdict(found)
 
 
 @given(st.sampled_from(["none", "dots", "full"]), st.sampled_from([1, 2, 4]),
-       st.sampled_from([1, 2]), st.sampled_from([32, 64]))
-def test_remedies_are_valid_and_save(remat, microbatches, fsdp, batch_size):
+       st.sampled_from([MeshConfig(), MeshConfig(fsdp=2), MeshConfig(data=8), MeshConfig(4, 2)]),
+       st.sampled_from([32, 64]))
+def test_remedies_are_valid_and_save(remat, microbatches, mesh, batch_size):
   base = config(batch_size)
   base = dataclasses.replace(base, execution=dataclasses.replace(
-      base.execution, remat=remat, microbatches=microbatches, mesh=MeshConfig(fsdp=fsdp)))
+      base.execution, remat=remat, microbatches=microbatches, mesh=mesh))
   resolve_mesh(base, V5P.devices)
   for words, changed in cells.changes_that_save(base, V5P):
     resolve_mesh(changed, V5P.devices)
     assert changed != base and changed.execution.remat == "full"
     assert changed.execution.microbatches >= microbatches
-    assert changed.execution.mesh.fsdp >= fsdp
-    assert all(word.startswith("--config.execution.") for word in words.split())
+    assert changed.execution.mesh.fsdp >= mesh.fsdp
+    assert fields.override(base, dict(map(cli.parse_override, words.split()))) == changed
+
+
+def large(needs: float) -> cells.Plan:
+  """1.3B parameters, whole on each of eight chips of 16 GiB: 19 GiB of state alone."""
+  base = config(8)
+  base = dataclasses.replace(
+      base, arch=dataclasses.replace(base.arch, n_layers=1, d_model=8192, d_expert=6000, n_exp=8,
+                                     n_heads=64),
+      execution=dataclasses.replace(base.execution, remat="full"))
+  return plan(config=base, topology=topology.parse("v5litepod-8"), result={}, error="too large",
+              needs=needs)
+
+
+def test_state_that_is_too_large_is_split_and_not_the_batch():
+  """A sum of gradients over microbatches is one more copy of what is too large already."""
+  found = large(17.9 * 2**30)
+  first, *_ = [words for words, _ in cells._promising(found)]
+  assert first == "--config.execution.mesh.fsdp=2"
 
 
 def test_what_cannot_save_enough_is_not_compiled(tmp_path, monkeypatch):
-  """A program of twice the memory is not tried with half of what it lacks."""
+  """Of each kind of change one is tried, which is guessed to save what is missing."""
   tried = []
 
   def compiled(name, changed, where, out):
@@ -89,15 +126,16 @@ def test_what_cannot_save_enough_is_not_compiled(tmp_path, monkeypatch):
     return cells.Plan(name, changed, where, {}, "too large", 2.0 * where.hardware.hbm_bytes)
 
   monkeypatch.setattr(cells, "plan_config", compiled)
-  monkeypatch.setattr(cells.coarse, "device_bytes",
-                      lambda changed, where: 1 / changed.execution.microbatches)
   base = config(2048)
   base = dataclasses.replace(base, execution=dataclasses.replace(base.execution, remat="full"))
-  for times, fewest in ((1.1, 2), (8.0, 8)):
+  there = V5P.hardware.hbm_bytes
+  monkeypatch.setattr(cells.coarse, "device_bytes",
+                      lambda changed, where: 8 * there / changed.execution.microbatches)
+  for missing, counts in ((0.1, [2]), (5.0, [4]), (7.6, [32]), (100.0, [])):
     tried.clear()
-    found = plan(config=base, result={}, error="too large", needs=times * V5P.hardware.hbm_bytes)
+    found = plan(config=base, result={}, error="too large", needs=(1 + missing) * there)
     assert cells._find_remedy(found, tmp_path) == ""
-    assert 1 <= len(tried) <= 3 and tried[0].microbatches == fewest
+    assert [execution.microbatches for execution in tried] == counts
 
 
 def test_a_batch_that_does_not_divide_is_that_cells_row(tmp_path):
@@ -138,7 +176,62 @@ def test_a_worker_without_an_answer_is_one_line(code, said, answer):
   assert answer in line and "\n" not in line
 
 
-def test_a_plan_is_named_by_all_that_decides_it():
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"memory": {}}', '{"error": "gone"}'])
+def test_a_damaged_plan_is_made_anew(tmp_path, damage, monkeypatch):
+  monkeypatch.setattr(cells, "_compile", lambda *_: RESULT)
+  file = tmp_path / "_plans" / f"{cells._key(config(), V5P)}.json"
+  file.parent.mkdir()
+  file.write_text(damage)
+  assert cells.known_plan("cell", config(), V5P, tmp_path) is None
+  assert cells.plan_config("cell", config(), V5P, tmp_path).fits
+  assert json.loads(file.read_text()) == RESULT
+  assert cells.known_plan("cell", config(), V5P, tmp_path).fits
+
+
+def test_a_plan_that_cannot_be_kept_is_not_lost(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(cells, "_compile", lambda *_: RESULT)
+  (tmp_path / "_plans").write_text("a file where a folder belongs")
+  assert cells.plan_config("cell", config(), V5P, tmp_path).fits
+  assert "the plan of cell is not kept" in capsys.readouterr().err
+
+
+def test_a_damaged_program_is_compiled_anew(tmp_path, monkeypatch):
+  class Lowered:
+    def compile(self):
+      raise RuntimeError(OUT_OF_MEMORY)
+
+  monkeypatch.setattr(worker, "_program_key", lambda *_: "key")
+  for damage in (b"", b"not gzip", gzip.compress(b"{}")[:-4], gzip.compress(b"[")):
+    (tmp_path / "key.json.gz").write_bytes(damage)
+    found = worker._compiled(Lowered(), V5P, str(tmp_path))
+    assert found["hbm_needed"] == 20.5 * 2**30
+  assert worker._compiled(None, V5P, str(tmp_path)) == found  # kept
+
+
+def test_compilers_end_with_the_command(monkeypatch):
+  """They would work on for minutes, and be asked for nothing."""
+  workers = cells._Workers()
+  command = [sys.executable, "-c", "import time; time.sleep(60)"]
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    waiting = [pool.submit(workers.run, command) for _ in range(2)]
+    while len(workers._running) < 2:
+      time.sleep(0.01)
+    workers.kill()
+    for future in (*waiting, pool.submit(workers.run, command)):
+      with pytest.raises(concurrent.futures.CancelledError):
+        future.result(timeout=10)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_compiled(tmp_path, monkeypatch):
+  monkeypatch.setattr(cells, "check_libtpu", lambda _: None)
+  (tmp_path / "file").touch()
+  for out, hlo, field in ((tmp_path / "file", None, "out"),
+                          (tmp_path / "runs", tmp_path / "file" / "hlo", "hlo_out")):
+    with pytest.raises(FieldError, match=f"^{field}="):
+      cells.plan_cells([None], V5P, out, hlo_out=hlo and str(hlo))
+
+
+def test_a_plan_is_named_by_all_that_decides_it(monkeypatch):
   a = cells._key(config(), V5P)
   assert a == cells._key(config(), V5P)
   remat = dataclasses.replace(config(), execution=dataclasses.replace(
@@ -146,7 +239,9 @@ def test_a_plan_is_named_by_all_that_decides_it():
   others = [cells._key(remat, V5P), cells._key(config(64), V5P),
             cells._key(config(), topology.parse("v5p-32")),
             cells._key(config(), topology.parse("v5p-16", 2))]
-  assert len({a, *others}) == 5
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_a=1")
+  others.append(cells._key(config(), V5P))
+  assert len({a, *others}) == 6
 
 
 def test_tables_hold_every_plan():
@@ -154,7 +249,9 @@ def test_tables_hold_every_plan():
            plan(cell="bad", result={}, error="a reason")]
   rows = [table.row(found, 4.2) for found in plans]
   assert [flat["fits"] for flat in rows] == [True, False, None]
-  assert rows[0]["all-gather[fsdp]_bytes"] == 5
+  assert rows[0]["all-gather[fsdp]_bytes"] == 5 and rows[0]["hbm_left"] == 80 * 2**30
+  (moved,) = (list(column.cells) for column in table.collectives(plans).columns[1:2])
+  assert moved == ["all-gather over fsdp"]
   text = table.csv_text(rows)
   assert len(text.splitlines()) == 4 and "a reason" in text
   json.dumps(rows)

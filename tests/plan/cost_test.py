@@ -3,6 +3,7 @@ import pytest
 
 from moe_jax.plan import cost, hlo, topology
 from moe_jax.plan.collectives import Devices
+from tests.plan import executed
 from tests.plan.hlo_test import fixture
 
 V5E = topology.parse("v5litepod-8")
@@ -21,6 +22,14 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs(scan):
   (exchange,) = [item for item in scan.items if item.collective == "all-to-all"]
   assert (exchange.times, exchange.axes) == (3, "expert")
   assert exchange.bytes == 3 * 4 * 128 * 512 * 2
+
+
+@pytest.mark.parametrize("name", executed.STEPS)
+def test_flops_of_a_step_are_those_that_are_counted(name):
+  """Dense without recomputation; MoE with it, where half of the slots are empty."""
+  config = executed.STEPS[name]
+  found = cost.estimate(fixture(f"{name}.v5litepod-8"), EIGHT, V5E).flops
+  assert found == pytest.approx(executed.executed_flops(config, 8), rel=0.01)
 
 
 def test_estimated_and_priced_are_apart(scan):
@@ -72,6 +81,12 @@ def test_only_what_is_not_hidden_costs(share):
   assert item.seconds == pytest.approx(exposed, abs=1e-12)
   assert item.hidden_seconds == pytest.approx(gather_seconds() - exposed)
   assert found.seconds == pytest.approx(max(gather_seconds(), cycles / CLOCK))
+
+
+def test_what_is_never_awaited_has_its_price_all_the_same():
+  found = cost.estimate(module("\n".join([GATHER, busy("w", 100).replace("  %w", "  ROOT %w")])),
+                        EIGHT, V5E)
+  assert found.seconds == pytest.approx(gather_seconds() + 100 / CLOCK)
 
 
 def test_two_transfers_share_the_links():

@@ -5,11 +5,13 @@
 Needed again only if the HLO's format changes; the tests read what is kept.
 """
 
+import functools
 import gzip
 import os
 import pathlib
 
 from moe_jax.plan import topology, worker
+from tests.plan.executed import STEPS
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures"
 
@@ -46,10 +48,22 @@ def scan_and_collectives():
       array((4096,), jnp.int32, ("data", "expert"))).compile().as_text()
 
 
+def whole_step(name: str) -> str:
+  """A training step of `executed.STEPS`."""
+  from moe_jax.mesh import make_mesh
+  from moe_jax.train.step import lower_train_step
+  config = STEPS[name]
+  mesh = make_mesh(config, worker.tpu_devices(topology.parse("v5litepod-8")))
+  return lower_train_step(config, mesh).compile().as_text()
+
+
 def main() -> None:
   FOLDER.mkdir(exist_ok=True)
-  with gzip.open(FOLDER / "scan.v5litepod-8.hlo.gz", "wt") as file:
-    file.write(scan_and_collectives())
+  made = {"scan": scan_and_collectives} | {
+      name: functools.partial(whole_step, name) for name in STEPS}
+  for name, make in made.items():
+    with gzip.GzipFile(FOLDER / f"{name}.v5litepod-8.hlo.gz", "wb", mtime=0) as file:
+      file.write(make().encode())
 
 
 if __name__ == "__main__":

@@ -3,16 +3,21 @@
 import csv
 import gzip
 import json
+import os
+import pathlib
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from moe_jax.arch import count
 from moe_jax.grid import load_grid
-from moe_jax.model import splash
 from moe_jax.plan import cost, hlo, topology
 from tests.experiment_files import ROOT, run_module, write
 from tests.plan import libtpu
+from tests.plan.executed import executed_flops
 
 pytestmark = pytest.mark.slow
 
@@ -64,21 +69,10 @@ def test_every_cell_has_its_row(planned):
 
 
 def test_its_flops_are_those_that_are_counted(planned):
-  """Executed: recomputation, scores of one whole tile in heads filled up to whole lanes (two
-  products forward, which are done twice, and seven backward), slots and not assignments."""
   folder, _, _ = planned
   config = load_grid(str(folder / "tiny.py")).cells[0]
-  arch, tokens = config.arch, config.batch_tokens // 8
-  layer = (count.n_active(arch) - count.n_parameters(arch, 0)) // arch.n_layers
-  slots = -(-config.moe.capacity_factor * config.data.seq_len * arch.n_topk // arch.n_exp)
-  waste = slots * arch.n_exp / (config.data.seq_len * arch.n_topk)
-  dense = 4 * arch.d_model**2 + arch.d_model * arch.n_exp
-  forward = 2 * tokens * arch.n_layers * (dense + layer * waste)
-  scores = 2 * tokens * arch.n_layers * arch.n_heads * config.data.seq_len * splash.LANES
-  head = 2 * tokens * arch.d_model * arch.vocab_size
   (good, _) = json.loads((folder / "plan.json").read_text())
-  assert good["flops_per_device"] == pytest.approx(4 * forward + 11 * scores + 3 * head,
-                                                  rel=0.05)
+  assert good["flops_per_device"] == pytest.approx(executed_flops(config, 8), rel=0.01)
 
 
 def test_it_is_not_compiled_twice(planned):
@@ -105,3 +99,25 @@ def test_the_kept_module_reads_as_a_fresh_one(tmp_path):
   a, b = (cost.estimate(hlo.parse(t), EIGHT, where) for t in (text, kept))
   assert a.flops == b.flops and set(a.by_collective()) == set(b.by_collective())
   assert re.search("is_scheduled=true", text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_ends_with_its_compilers(tmp_path, number):
+  """And at once: each would work on for minutes."""
+  command = subprocess.Popen(
+      [sys.executable, "-m", "moe_jax.plan", "--config=experiments/reference.py",
+       "--topology=v5p-64", f"--out={tmp_path}"], cwd=ROOT, stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, text=True, env=os.environ | libtpu.environment())
+
+  def workers():
+    return [pid for file in pathlib.Path(f"/proc/{command.pid}/task").glob("*/children")
+            for pid in file.read_text().split()]
+
+  while not (found := workers()):
+    assert command.poll() is None, command.communicate()
+    time.sleep(0.1)
+  time.sleep(10)  # it compiles
+  command.send_signal(number)
+  _, stderr = command.communicate(timeout=10)
+  assert command.returncode == 128 + signal.SIGINT and "interrupted" in stderr
+  assert not any(pathlib.Path(f"/proc/{pid}/exe").exists() for pid in found)

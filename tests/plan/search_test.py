@@ -68,6 +68,25 @@ def test_a_cell_without_any_layout_says_why():
     search.candidates(odd, topology.parse("v5p-64"), tries=2)
 
 
+def test_a_cell_without_any_layout_is_its_own_row_and_the_others_are_searched():
+  where = topology.parse("v5p-64")
+  odd = dataclasses.replace(REFERENCE, name="odd", config=dataclasses.replace(
+      REFERENCE.config, train=dataclasses.replace(REFERENCE.config.train, batch_size=3)))
+  compiled = []
+
+  def plan_cells(variants):
+    compiled.extend(variants)
+    return [cells.Plan(cell.name, cell.config, where,
+                       {"seconds": 1.0 + i, "memory": {"arguments": 1}})
+            for i, cell in enumerate(variants)]
+
+  plans, chosen, words = search.recommend([odd, REFERENCE], where, 2, plan_cells)
+  assert [plan.cell for plan in plans] == ["odd", *(cell.name for cell in compiled)]
+  assert len(compiled) == 2 and chosen[0].fits is None and chosen[1] is plans[1]
+  first, second, _ = words.splitlines()
+  assert first.startswith("odd: config.train.batch_size=3: ") and "1000.0 ms" in second
+
+
 def plan(layout, seconds, gib):
   where = topology.parse("v5p-64")
   result = {"seconds": seconds, "memory": {"arguments": gib * 2**30}} if seconds else {}

@@ -33,6 +33,9 @@ def test_every_name_parses(name, n_slices):
     ("v5p-48", "v5p-32 and v5p-64"),
     ("v6e-512", "the nearest are v6e-256"),
     ("v5lite-16", "did you mean v5litepod-16"),
+    ("v5e-8", "did you mean v5litepod-8?"),
+    ("V5P-64", "did you mean v5p-64?"),
+    ("v5p-²", "did you mean"),
     ("h100-8", "there are v4-N, v5litepod-N"),
     ("", "e.g. v5p-64"),
 ])
