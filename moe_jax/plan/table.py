@@ -66,7 +66,8 @@ def collectives(plans: Sequence[Plan]) -> rich.table.Table:
 
 
 def by_size(rows: Sequence[dict[str, Any]]) -> rich.table.Table | None:
-  """A line a size of N_total, with the ranges of its cells; None where there is one size.
+  """A line a size of N_total, with the ranges of its cells; None where that would be one line, or
+  one for every cell.
 
   Sizes that differ by less than a fifth from the next are one: they were meant to be.
 
@@ -78,7 +79,7 @@ def by_size(rows: Sequence[dict[str, Any]]) -> rich.table.Table | None:
     if not groups or flat["n_total"] > 1.2 * groups[-1][-1]["n_total"]:
       groups.append([])
     groups[-1].append(flat)
-  if len(groups) < 2:
+  if len(groups) in (1, len(rows)):
     return None
   shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   for name in ("N_total", "cells", "fit", "GiB/device", "step ms", "MFU", "chip-hours", "USD"):

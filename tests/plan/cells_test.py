@@ -277,3 +277,4 @@ def test_sizes_have_a_line_each():
   assert columns["chip-hours"] == ["40", "20", "0"]
   assert columns["USD"] == ["168", "84", ""]
   assert table.by_size(list(rows((30, 0.1, True), (31, 0.1, True)))) is None
+  assert table.by_size(list(rows((30, 0.1, True), (60, 0.1, True)))) is None
