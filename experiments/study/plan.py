@@ -17,12 +17,16 @@ RESULTS = str(FOLDER / "results")
 MOST_DROPPED = 0.001  # of a run's assignments, after warm-up, if its loss is to count
 # In the order in which they run; the trial's file is made when the law has been fitted.
 GRIDS = ("pilots", "rate_check", "small", "large", "capacity", "trial")
+REHEARSAL = "rehearsal"  # the small one, which is no part of the study
+
+# Experiment -> the table of its arm A at full length, which the statistic is computed on.
+STATISTICS = {"study": "results.csv", "study-rehearsal": "rehearsal.csv"}
 
 
 def grids() -> dict[str, Grid]:
   """By experiment: small and large are one."""
   found: dict[str, Grid] = {}
-  for name in GRIDS:
+  for name in (*GRIDS, REHEARSAL):
     file = FOLDER / f"{name}.py"
     if file.exists():
       grid = load_grid(str(file))
@@ -31,11 +35,11 @@ def grids() -> dict[str, Grid]:
   return found
 
 
-def in_statistic(config: RunConfig) -> bool:
-  """Whether a run is of arm A at full length."""
+def in_statistic(config: RunConfig, recipe: RunConfig = arms.RECIPE) -> bool:
+  """Whether a run is of arm A, as long as the recipe."""
   return (config.arch in {cell.arch for cell in arms.at_full_length(shapes=arms.ARM_A)}
-          and config.train.steps == arms.RECIPE.train.steps
-          and config.train.decay_fraction == arms.RECIPE.train.decay_fraction)
+          and config.train.steps == recipe.train.steps
+          and config.train.decay_fraction == recipe.train.decay_fraction)
 
 
 def write_tables(to: str | os.PathLike, of: Mapping[str, Grid]) -> list[str]:
@@ -53,9 +57,9 @@ def write_tables(to: str | os.PathLike, of: Mapping[str, Grid]) -> list[str]:
     if set(states) == {kept.NOT_RUN}:
       continue
     write_csv(csv_path(to, experiment), [row for _, row in rows])
-    if experiment == "study":
-      write_csv(epath.Path(to) / "results.csv",
-                [_counted(row) for config, row in rows if in_statistic(config)])
+    if experiment in STATISTICS:
+      write_csv(epath.Path(to) / STATISTICS[experiment],
+                [_counted(row) for config, row in rows if in_statistic(config, grid.recipe)])
   return lines
 
 

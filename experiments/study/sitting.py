@@ -27,8 +27,9 @@ from moe_jax.errors import FieldError, require
 from moe_jax.run_dir import write_text
 from moe_jax.study import kept
 
+_NAMES = (*plan.GRIDS, plan.REHEARSAL)
 _GRIDS = flags.DEFINE_list("grids", ["pilots"], "Files of this folder, in the order in which they "
-                           f"run: {', '.join(plan.GRIDS)}.")
+                           f"run: {', '.join(_NAMES)}.")
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
 _KEPT = flags.DEFINE_string("kept", plan.RESULTS, "What earlier sittings have brought.")
 _MINUTES = flags.DEFINE_float("minutes", 60.0, "All of it ends within so many.", lower_bound=0.2)
@@ -47,7 +48,7 @@ _TO_PACK_SECONDS = 15.0
 def main(overrides: list[str]) -> int:
   began = time.monotonic()
   for name in _GRIDS.value:
-    require(name in plan.GRIDS, "grids", name, f"must be of {', '.join(plan.GRIDS)}")
+    require(name in _NAMES, "grids", name, f"must be of {', '.join(_NAMES)}")
   for override in overrides:
     if not override.startswith("--config.execution."):
       path, _, value = override.removeprefix("--").partition("=")

@@ -82,7 +82,8 @@ def test_the_rehearsal_is_short_and_named_so():
   grid = load("rehearsal")
   assert grid.name == "study-rehearsal"
   assert {config.train.steps for config in grid.cells} == {305}
-  assert {config.model.compute_dtype for config in grid.cells} == {"float32"}
+  assert {config.batch_tokens * config.train.steps for config in grid.cells} == {1_249_280}
+  assert {config.group_tokens for config in grid.cells} == {4096}
   assert all("steps" not in name for name in grid.names)
 
 
