@@ -192,7 +192,7 @@ def _read_result(path: epath.Path) -> dict[str, Any] | None:
   except DamagedFile:
     return None
   whole = isinstance(result, dict) and (
-      "hbm_needed" in result or {"memory", "seconds", "parts"} <= result.keys())
+      "hbm_needed" in result or {"memory", "seconds"} <= result.keys())
   return result if whole else None
 
 

@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_refused_with_what_would(jobs, out):
   _know(jobs[0], _FITS, out)
   for job in jobs[1:]:
     _know(job, {"error": "RESOURCE_EXHAUSTED", "hbm_needed": 40.5 * _GIB}, out)
-  wanted = f"topology='v6e-8': {BASE}-s1 does not fit: needs 40.5 GiB of 32, 8.5 too many"
+  wanted = f"topology='v6e-8': {BASE}-s1 does not fit: needs 40.50 GiB of 32, 8.50 too many"
   with pytest.raises(FieldError, match=wanted + r" \(and 1 more\); --plan=ignore"):
     gate.notes(jobs, V6E, out, None, _PLANNING)
   flags, smaller = next(cells.changes_that_save(jobs[1].cell.config, V6E))
@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_refused_with_what_would(jobs, out):
 
 def test_a_program_that_compiles_and_is_too_large_is_refused_too(jobs, out):
   _know(jobs[0], _FITS | {"memory": {"arguments": 33 * _GIB}}, out)
-  with pytest.raises(FieldError, match="needs 33.0 GiB of 32"):
+  with pytest.raises(FieldError, match="needs 33.00 GiB of 32"):
     gate.notes(jobs, V6E, out, None, _PLANNING)
 
 
@@ -123,7 +123,7 @@ def test_submit_refuses_in_one_line_unless_told_otherwise(tmp_path, out):
   _know(jobs[1], {"error": "RESOURCE_EXHAUSTED", "hbm_needed": 40 * _GIB}, out)
   done = _submit(spec, out)
   assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-  assert f"--topology='v6e-8': {BASE}-s1 does not fit: needs 40.0 GiB of 32" in done.stderr
+  assert f"--topology='v6e-8': {BASE}-s1 does not fit: needs 40.00 GiB of 32" in done.stderr
   assert not (tmp_path / "runs" / "tiny").exists()
   done = _submit(spec, out, "--plan=ignore", "--dry_run")
   assert (done.returncode, done.stderr) == (0, "")
