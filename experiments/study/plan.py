@@ -14,7 +14,9 @@ from moe_jax.study import kept
 
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = str(FOLDER / "results")
-MOST_DROPPED = 0.001  # of a run's assignments, after warm-up, if its loss is to count
+# Of a run's assignments, after warm-up, if its loss is to count. A rehearsal is mostly the time in
+# which a router learns to balance, and all of it counts.
+MOST_DROPPED = {"study": 0.001, "study-rehearsal": 1.0}
 # In the order in which they run; the trial's file is made when the law has been fitted.
 GRIDS = ("pilots", "rate_check", "small", "large", "capacity", "trial")
 REHEARSAL = "rehearsal"  # the small one, which is no part of the study
@@ -58,18 +60,19 @@ def write_tables(to: str | os.PathLike, of: Mapping[str, Grid]) -> list[str]:
       continue
     write_csv(csv_path(to, experiment), [row for _, row in rows])
     if experiment in STATISTICS:
-      write_csv(epath.Path(to) / STATISTICS[experiment],
-                [_counted(row) for config, row in rows if in_statistic(config, grid.recipe)])
+      counted = [_counted(row, MOST_DROPPED[experiment]) for config, row in rows
+                 if in_statistic(config, grid.recipe)]
+      write_csv(epath.Path(to) / STATISTICS[experiment], counted)
   return lines
 
 
-def _counted(row: Row) -> Row:
+def _counted(row: Row, most_dropped: float) -> Row:
   """A result whose run dropped too much, or who knows how much, says so; no fit uses it."""
   if row["loss"] is None:
     return row
   dropped = row[kept.TRAINING_DROP_RATE]
   if dropped is None:
     return row | {"state": "does not count: its drop rate is not known"}
-  if dropped < MOST_DROPPED:
+  if dropped < most_dropped:
     return row
   return row | {"state": f"does not count: {100 * dropped:.2g} % of assignments dropped"}
