@@ -7,6 +7,7 @@ import numpy as np
 from moe_jax.errors import FieldError
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import Fit, fit, refit
+from moe_jax.laws.identify import identify
 
 _SAME_SIZE = np.log(1.1)
 
@@ -63,7 +64,17 @@ def extrapolate(fitted: Fit, column: str) -> LeftOut:
   out = logs > logs.max() - _SAME_SIZE
   if out.all():
     return LeftOut(f"the largest {column}", None, None, f"{column} has one value")
-  return leave_out(fitted, out, f"{column} {np.exp(logs.max()):.4g}")
+  what = f"{column} {np.exp(logs.max()):.4g}"
+  # What hardly varies in the rest has a slope there, which is one of noise.
+  try:
+    refused = identify(fitted.form, fitted.cells.take(~out)).refused
+  except FieldError as error:
+    return LeftOut(what, None, None, f"without {what} the form cannot be fitted: "
+                   f"{error.accepted}", out)
+  if refused:
+    return LeftOut(what, None, None, f"the rest do not identify {', '.join(refused)}: "
+                   + "; ".join(dict.fromkeys(refused.values())), out)
+  return leave_out(fitted, out, what)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Leaving out, holding out and rival forms, on grids whose law is known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,14 @@ def test_extrapolation_holds_out_the_largest_or_says_why_not(cells):
   two = cells.take((cells.columns["n_exp"] == 8) | (cells.columns["n_exp"] == 16))
   part = validate.extrapolate(fit(two, "paper"), "n_exp")
   assert part.error is None and "do not identify" in part.refusal
+
+
+def test_sizes_that_hardly_differ_are_extrapolated_from_by_nothing(cells):
+  """Two sizes of N_total, met to a per cent: without the larger the slope is one of noise."""
+  sizes = np.resize([2.0e6, 2.01e6, 2.02e6, 6.0e6, 6.05e6], len(cells))
+  near = dataclasses.replace(cells, columns=cells.columns | {"n_total": sizes})
+  part = validate.extrapolate(fit(near, "paper"), "n_total")
+  assert part.error is None and "do not identify a: ln n_total hardly varies" in part.refusal
 
 
 def test_a_bend_shows_in_extrapolation():
