@@ -37,9 +37,11 @@ class Region:
   n_layers: int | None = None
 
   def __post_init__(self):
-    for name in ("n_total", "n_exp", "sparsity", "granularity"):
+    for name in ("n_total", "n_exp", "sparsity"):
       for value in getattr(self, name):
         require(value >= 1, name, value, "must be at least 1")
+    for value in self.granularity:  # below 1 where experts are wider than the model
+      require(value > 0, "granularity", value, "must be above 0")
     require(self.aspect is None or self.aspect > 0, "aspect", self.aspect, "must be above 0")
     require(self.n_layers is None or self.n_layers >= 1, "n_layers", self.n_layers,
             "must be at least 1")

@@ -6,6 +6,7 @@ import pytest
 
 from moe_jax import arch
 from moe_jax.arch import count
+from moe_jax.errors import FieldError
 from moe_jax.study import candidates
 from tests.study import planted
 
@@ -29,6 +30,14 @@ def test_the_aspect_is_held_where_depth_varies():
   deeper = dataclasses.replace(DONE[0], arch=shape.arch)
   found = candidates.region([*DONE, deeper])
   assert found.aspect == pytest.approx(candidates.mean_aspect([*DONE, deeper]))
+
+
+def test_experts_wider_than_the_model_are_in_the_region_of_their_runs():
+  wide = dataclasses.replace(DONE[0], arch=dataclasses.replace(DONE[0].arch, d_expert=
+                                                               2 * DONE[0].arch.d_model))
+  assert min(candidates.region([*DONE, wide]).granularity) == 0.5
+  with pytest.raises(FieldError, match="granularity=0.0: must be above 0"):
+    candidates.region(DONE, granularity=(0.0,))
 
 
 def test_new_cells_have_the_size_and_are_new():
