@@ -1,5 +1,6 @@
 """What is said of the rehearsal comes from the records that are kept of it, bit for bit."""
 
+import math
 import pathlib
 import shutil
 
@@ -7,13 +8,24 @@ import numpy as np
 import pytest
 
 from experiments.study import plan
-from moe_jax.laws.fit import fit
+from moe_jax.grid import select
+from moe_jax.laws.analysis import analyse
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.table import read_results
 from moe_jax.study import foresight
+from tests.experiment_files import ROOT
 
 RESULTS = pathlib.Path(plan.RESULTS)
-README = (pathlib.Path(plan.FOLDER) / "README.md").read_text()
+WHOLE = RESULTS / "study-rehearsal" / "results.csv"
+PREDICTIONS = plan.FOLDER / "rehearsal_predictions.csv"
+STUDY = (plan.FOLDER / "README.md").read_text()
+FRONT = " ".join((ROOT / "README.md").read_text().split())
+NO_TWO = "l6-d144-f72-e8-k4", "l6-d144-f72-e8-k2"
+
+
+def dropped(rows):
+  return [row["cell"] for row in rows
+          if float(row["training_drop_rate"]) >= plan.MOST_DROPPED["study"]]
 
 
 def test_its_tables_are_made_of_its_runs(tmp_path):
@@ -27,19 +39,63 @@ def test_its_tables_are_made_of_its_runs(tmp_path):
     assert (tmp_path / "results" / table).read_bytes() == (RESULTS / table).read_bytes()
 
 
-@pytest.mark.parametrize("table, law, name", [
-    ("rehearsal.csv", "paper-curved", "c"), ("rehearsal.csv", "paper-curved", "b_minus_c"),
-    ("rehearsal.csv", "paper-curved", "a"),
-    ("study-rehearsal/results.csv", "experts-or-core", "more_experts")])
-def test_its_slopes_are_those_that_are_told(table, law, name):
-  found = fit(to_cells(read_results(RESULTS / table)), law)
-  assert f"| {found.value(name):.4f} [" in README
+@pytest.mark.parametrize("table, law, leave_out, names", [
+    ("rehearsal.csv", "paper-curved", lambda rows: (), ("c", "b_minus_c", "a", "q")),
+    ("rehearsal.csv", "paper-curved", lambda rows: NO_TWO, ("b_minus_c",)),
+    ("rehearsal.csv", "paper", dropped, ("b_minus_c", "c")),
+    ("study-rehearsal/results.csv", "experts-or-core", lambda rows: (), ("more_experts", "core"))])
+def test_its_slopes_are_those_that_are_told(table, law, leave_out, names):
+  rows = read_results(RESULTS / table)
+  cells = to_cells(read_results(RESULTS / table, without=leave_out(rows)))
+  found = analyse(cells, law)
+  assert f"({len(cells)})" in STUDY
+  for name in names:
+    interval = found.headline[name]
+    values = interval.estimate, interval.low, interval.high
+    row = "{} [{}, {}] |".format(*(f"{value:.4f}".replace("-", "−") for value in values))
+    if name != "q":
+      sign = -1 if name == "a" else 1
+      percent = [f"{100 * math.expm1(sign * value * math.log(2)):+.2f}" for value in values]
+      percent[1:] = sorted((end.lstrip("+") for end in percent[1:]), key=float)
+      row += " {} % [{}, {}] |".format(*(text.replace("-", "−") for text in percent))
+    assert row in STUDY, row
+    if law == "paper-curved" and name != "a" and name != "q":
+      assert "{} % [{}, {}]".format(percent[0].lstrip("+"), *percent[1:]) in FRONT
+
+
+def test_its_rivals_are_as_told():
+  for table, said in (("rehearsal.csv", {"total-active": "N_active) 0.87 %", "paper":
+                                         "curvature 0.86 %", "paper-curved": "law 0.89 %",
+                                         "total-sparsity": "s) 0.97 %"}),
+                      ("study-rehearsal/results.csv",
+                       {"total-active": "has 1.00 %", "paper-curved": "law 0.74 %"})):
+    rivals = {one.law: one for one in analyse(
+        to_cells(read_results(RESULTS / table)), "paper-curved", draws=99).rivals}
+    for law, words in said.items():
+      assert words.split()[-2] == f"{100 * rivals[law].n_exp_rmse:.2f}"
+      assert words in " ".join(STUDY.split())
+
+
+def test_what_was_dropped_is_as_told():
+  rows = read_results(WHOLE)
+  assert f"{len(dropped(rows))} of {len(rows)} drop more" in " ".join(STUDY.split())
+  assert max(float(row["training_drop_rate"]) for row in rows) == pytest.approx(0.05, abs=0.005)
+
+
+def test_its_predictions_are_those_of_the_runs_before_them():
+  predictions = foresight.read(str(PREDICTIONS))
+  names = [one["cell"] for one in predictions]
+  made = foresight.predict(select(f"{plan.FOLDER / 'rehearsal.py'}:{','.join(names)}"),
+                           read_results(WHOLE, without=names), "paper-curved")
+  for ours, theirs in zip(made.rows, predictions, strict=True):
+    assert (ours["cell"], ours["identity"]) == (theirs["cell"], theirs["identity"])
+    assert float(ours["predicted"]) == pytest.approx(theirs["predicted"], abs=1e-6)
 
 
 def test_its_predictions_turned_out_as_told():
-  compared = foresight.compare(
-      foresight.read(str(plan.FOLDER / "rehearsal_predictions.csv")),
-      read_results(RESULTS / "study-rehearsal" / "results.csv"))
+  compared = foresight.compare(foresight.read(str(PREDICTIONS)), read_results(WHOLE))
   assert len(compared.measured) == 14 and compared.covered == 11
-  assert f"Median error {100 * np.median(np.abs(compared.errors)):.1f} %" in README
-  assert f"mean −{-100 * np.mean(compared.errors):.1f} %" in README
+  assert all(error < 0 for error in compared.errors)
+  median = f"{100 * np.median(np.abs(compared.errors)):.1f} %"
+  assert f"median error {median}" in STUDY and f"missed by {median} (median)" in FRONT
+  assert f"mean −{-100 * np.mean(compared.errors):.1f} %" in STUDY
