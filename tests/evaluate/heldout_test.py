@@ -85,7 +85,9 @@ def run(config, n_devices=1):
 def assert_same(ours, theirs, rtol):
   assert ours.keys() == theirs.keys()
   for name, value in ours.items():
-    np.testing.assert_allclose(value, theirs[name], rtol=rtol, err_msg=name)
+    # A standard error is made of differences of losses, and is no more exact than these.
+    atol = rtol * ours["loss"] if name.endswith("_se") else 0
+    np.testing.assert_allclose(value, theirs[name], rtol=rtol, atol=atol, err_msg=name)
 
 
 GROUPED = small_config(moe={"routing_group_tokens": 2 * SEQ_LEN})
