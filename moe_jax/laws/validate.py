@@ -37,10 +37,13 @@ def leave_out(fitted: Fit, out: np.ndarray, what: str) -> LeftOut:
   try:
     theta = refit(fitted, cells.take(~out))
   except FieldError as error:
-    return LeftOut(what, None, None, f"without {what} the form cannot be fitted: "
-                   f"{error.accepted}", out)
+    return _impossible(what, error.accepted, out)
   left = cells.take(out)
   return LeftOut(what, theta, left.log_loss - fitted.form.log_loss(theta, left), out=out)
+
+
+def _impossible(what: str, why: str, out: np.ndarray) -> LeftOut:
+  return LeftOut(what, None, None, f"without {what} the form cannot be fitted: {why}", out)
 
 
 def leave_one_architecture_out(fitted: Fit) -> list[LeftOut]:
@@ -69,11 +72,10 @@ def extrapolate(fitted: Fit, column: str) -> LeftOut:
   try:
     refused = identify(fitted.form, fitted.cells.take(~out)).refused
   except FieldError as error:
-    return LeftOut(what, None, None, f"without {what} the form cannot be fitted: "
-                   f"{error.accepted}", out)
+    return _impossible(what, error.accepted, out)
   if refused:
-    return LeftOut(what, None, None, f"the rest do not identify {', '.join(refused)}: "
-                   + "; ".join(dict.fromkeys(refused.values())), out)
+    return _impossible(what, f"the rest do not identify {', '.join(refused)}: "
+                       + "; ".join(dict.fromkeys(refused.values())), out)
   return leave_out(fitted, out, what)
 
 

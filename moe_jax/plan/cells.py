@@ -192,7 +192,7 @@ def _read_result(path: epath.Path) -> dict[str, Any] | None:
   except DamagedFile:
     return None
   whole = isinstance(result, dict) and (
-      "hbm_needed" in result or {"memory", "seconds"} <= result.keys())
+      {"error", "hbm_needed"} <= result.keys() or {"memory", "seconds"} <= result.keys())
   return result if whole else None
 
 
@@ -222,7 +222,7 @@ def verdict(plan: Plan) -> str:
     return f"failed: {plan.error}"
   if not plan.fits:
     line = (f"does not fit: needs {plan.hbm_needed / _GIB:.2f} GiB of {plan.hbm_there / _GIB:.4g}"
-            f", {(plan.hbm_needed - plan.hbm_there) / _GIB:.2f} too many")
+            f", {-plan.hbm_left / _GIB:.2f} too many")
     return line + (f"; fits with {plan.remedy}" if plan.remedy else "")
   return (f"fits in {plan.hbm_needed / _GIB:.1f} of {plan.hbm_there / _GIB:.4g} GiB, at least "
           f"{plan.seconds * 1e3:.1f} ms a step, compiled in {plan.result['compile_seconds']:.0f} s")
@@ -256,7 +256,7 @@ def _find_remedy(plan: Plan, out: str | os.PathLike) -> str:
 def _promising(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
   """Of each kind of change that saves memory the mildest that is guessed to save what is missing;
   where none is, the strongest if it may."""
-  missing = plan.hbm_needed - plan.hbm_there
+  missing = -plan.hbm_left
   now = coarse.device_bytes(plan.config, plan.topology)
   kinds = itertools.groupby(changes_that_save(plan.config, plan.topology),
                             key=lambda change: _kind(plan.config, change[1]))

@@ -176,7 +176,8 @@ def test_a_worker_without_an_answer_is_one_line(code, said, answer):
   assert answer in line and "\n" not in line
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"memory": {}}', '{"error": "gone"}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"memory": {}}', '{"error": "gone"}',
+                                    '{"hbm_needed": 1}'])
 def test_a_damaged_plan_is_made_anew(tmp_path, damage, monkeypatch):
   monkeypatch.setattr(cells, "_compile", lambda *_: RESULT)
   file = tmp_path / "_plans" / f"{cells._key(config(), V5P)}.json"
