@@ -16,7 +16,8 @@ from moe_jax import cli, fields
 from moe_jax.arch import count
 from moe_jax.config import MeshConfig, resolve_mesh
 from moe_jax.errors import FieldError
-from moe_jax.plan import cells, cost, table, topology, worker
+from moe_jax.grid import Cell
+from moe_jax.plan import cells, coarse, cost, table, topology, worker
 from tests.small import small_config
 
 V5P = topology.parse("v5p-16")
@@ -115,6 +116,10 @@ def test_state_that_is_too_large_is_split_and_not_the_batch():
   found = large(17.9 * 2**30)
   first, *_ = [words for words, _ in cells._promising(found)]
   assert first == "--config.execution.mesh.fsdp=2"
+  parts = dataclasses.replace(found.config, execution=dataclasses.replace(
+      found.config.execution, microbatches=2))
+  more, less = (coarse.device_bytes(each, found.topology) for each in (parts, found.config))
+  assert more > less + 3 * count.n_total(found.config.arch)
 
 
 def test_what_cannot_save_enough_is_not_compiled(tmp_path, monkeypatch):
@@ -221,6 +226,40 @@ def test_compilers_end_with_the_command(monkeypatch):
     for future in (*waiting, pool.submit(workers.run, command)):
       with pytest.raises(concurrent.futures.CancelledError):
         future.result(timeout=10)
+
+
+def test_an_interruption_kills_what_compiles(tmp_path, monkeypatch):
+  workers, killed = cells._Workers(), []
+  monkeypatch.setattr(cells, "_workers", workers)
+  monkeypatch.setattr(cells, "check_libtpu", lambda _: None)
+
+  def plan_config(name, *_):
+    if name == "compiles":
+      try:
+        workers.run([sys.executable, "-c", "import time; time.sleep(60)"])
+      except concurrent.futures.CancelledError:
+        killed.append(name)
+        raise
+    while not workers._running:
+      time.sleep(0.01)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(cells, "plan_config", plan_config)
+  both = [Cell("grid", name, name, config()) for name in ("is interrupted", "compiles")]
+  with pytest.raises(KeyboardInterrupt):
+    cells.plan_cells(both, V5P, tmp_path, parallel=2)
+  assert killed == ["compiles"]
+
+
+def test_a_program_is_named_by_what_the_compiler_is_told(monkeypatch):
+  class Lowered:
+    def as_text(self, debug_info=False):
+      return "a program"
+
+  plain = worker._program_key(Lowered(), V5P)
+  assert worker._program_key(Lowered(), V5P) == plain
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_a=1")
+  assert worker._program_key(Lowered(), V5P) != plain
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_compiled(tmp_path, monkeypatch):
