@@ -3,6 +3,7 @@
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from etils import epath
 
@@ -14,21 +15,28 @@ from moe_jax.study import kept
 
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = str(FOLDER / "results")
-# Of a run's assignments, after warm-up, if its loss is to count. A rehearsal is mostly the time in
-# which a router learns to balance, and all of it counts.
-MOST_DROPPED = {"study": 0.001, "study-rehearsal": 1.0}
 # In the order in which they run; the trial's file is made when the law has been fitted.
 GRIDS = ("pilots", "rate_check", "small", "large", "capacity", "trial")
-REHEARSAL = "rehearsal"  # the small one, which is no part of the study
+REHEARSALS = ("rehearsal", "rehearsal_dropless")  # small ones, which are no part of the study
 
-# Experiment -> the table of its arm A at full length, which the statistic is computed on.
-STATISTICS = {"study": "results.csv", "study-rehearsal": "rehearsal.csv"}
+
+class Statistic(NamedTuple):
+  """What an experiment's statistic is computed on: its arm A at full length."""
+
+  table: str
+  most_dropped: float  # of a run's assignments, after warm-up, if its loss is to count
+
+
+# A rehearsal is mostly the time in which a router learns to balance, and all of it counts.
+STATISTICS = {"study": Statistic("results.csv", 0.001),
+              "study-rehearsal": Statistic("rehearsal.csv", 1.0),
+              "study-rehearsal-dropless": Statistic("rehearsal_dropless.csv", 1.0)}
 
 
 def grids() -> dict[str, Grid]:
   """By experiment: small and large are one."""
   found: dict[str, Grid] = {}
-  for name in (*GRIDS, REHEARSAL):
+  for name in (*GRIDS, *REHEARSALS):
     file = FOLDER / f"{name}.py"
     if file.exists():
       grid = load_grid(str(file))
@@ -60,9 +68,10 @@ def write_tables(to: str | os.PathLike, of: Mapping[str, Grid]) -> list[str]:
       continue
     write_csv(csv_path(to, experiment), [row for _, row in rows])
     if experiment in STATISTICS:
-      counted = [_counted(row, MOST_DROPPED[experiment]) for config, row in rows
+      statistic = STATISTICS[experiment]
+      counted = [_counted(row, statistic.most_dropped) for config, row in rows
                  if in_statistic(config, grid.recipe)]
-      write_csv(epath.Path(to) / STATISTICS[experiment], counted)
+      write_csv(epath.Path(to) / statistic.table, counted)
   return lines
 
 

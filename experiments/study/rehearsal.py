@@ -4,8 +4,10 @@ For two processors and an hour: one length, no branches, small batches, one of t
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from experiments.study import arms
+from moe_jax.config import RunConfig
 from moe_jax.fields import override
 from moe_jax.grid import Grid
 
@@ -17,6 +19,10 @@ SHORT = {"train.steps": arms.TOKENS // 80 // GROUP, "train.batch_size": BATCH_SI
 
 
 def get_grid() -> Grid:
-  whole = Grid("study-rehearsal", override(arms.RECIPE, SHORT),
-               arms.at_full_length(arms.SIZES[:2]))
-  return dataclasses.replace(whole, cells=whole.override(SHORT).cells)
+  return rehearsal("study-rehearsal", arms.at_full_length(arms.SIZES[:2]), SHORT)
+
+
+def rehearsal(name: str, cells: Sequence[RunConfig], short: dict) -> Grid:
+  """Cells of the study with fields of theirs set, and the recipe likewise."""
+  whole = Grid(name, override(arms.RECIPE, short), tuple(cells))
+  return dataclasses.replace(whole, cells=whole.override(short).cells)

@@ -27,7 +27,7 @@ from moe_jax.errors import FieldError, require
 from moe_jax.run_dir import write_text
 from moe_jax.study import kept
 
-_NAMES = (*plan.GRIDS, plan.REHEARSAL)
+_NAMES = (*plan.GRIDS, *plan.REHEARSALS)
 _GRIDS = flags.DEFINE_list("grids", ["pilots"], "Files of this folder, in the order in which they "
                            f"run: {', '.join(_NAMES)}.")
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")

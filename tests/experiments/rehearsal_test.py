@@ -25,7 +25,7 @@ NO_TWO = "l6-d144-f72-e8-k4", "l6-d144-f72-e8-k2"
 
 def dropped(rows):
   return [row["cell"] for row in rows
-          if float(row["training_drop_rate"]) >= plan.MOST_DROPPED["study"]]
+          if float(row["training_drop_rate"]) >= plan.STATISTICS["study"].most_dropped]
 
 
 def test_its_tables_are_made_of_its_runs(tmp_path):

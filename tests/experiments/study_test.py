@@ -1,5 +1,6 @@
 """The study's grids are what its README says, and the power it states is what the tool finds."""
 
+import dataclasses
 import pathlib
 
 import pytest
@@ -27,7 +28,8 @@ def cells_of(grid):
 
 @pytest.mark.parametrize("name,runs", [
     ("small", 2 * 16 * 4 + 12), ("large", 16 * 4), ("arm_a", 39), ("both_arms", 48),
-    ("pilots", 4 * 5 + 4 * 3), ("capacity", 4), ("rehearsal", 32), ("rate_check", 18)])
+    ("pilots", 4 * 5 + 4 * 3), ("capacity", 4), ("rehearsal", 32), ("rehearsal_dropless", 32 + 12),
+    ("rate_check", 18)])
 def test_every_file_loads(name, runs):
   assert len(load(name).cells) == runs
 
@@ -78,13 +80,26 @@ def test_the_power_is_that_of_the_readme(name, law, parameter, expected):
     assert power.percent_over(ours.detectable, 8) == pytest.approx(percent, abs=0.0051)
 
 
-def test_the_rehearsal_is_short_and_named_so():
-  grid = load("rehearsal")
-  assert grid.name == "study-rehearsal"
+@pytest.mark.parametrize("file,name", [("rehearsal", "study-rehearsal"),
+                                       ("rehearsal_dropless", "study-rehearsal-dropless")])
+def test_a_rehearsal_is_short_and_named_so(file, name):
+  grid = load(file)
+  assert grid.name == name
   assert {config.train.steps for config in grid.cells} == {305}
   assert {config.batch_tokens * config.train.steps for config in grid.cells} == {1_249_280}
   assert {config.group_tokens for config in grid.cells} == {4096}
   assert all("steps" not in name for name in grid.names)
+
+
+def test_the_second_rehearsal_is_the_first_without_drops():
+  first, second = load("rehearsal"), load("rehearsal_dropless")
+  for config, again in zip(first.cells, second.cells[:len(first.cells)], strict=True):
+    dropless = dataclasses.replace(config.moe, dispatch="dropless")
+    assert again == dataclasses.replace(config, moe=dropless)
+  seeds = second.cells[len(first.cells):]
+  assert {config.seed_init for config in seeds} == {1, 2, 3}
+  assert {config.arch for config in seeds} == {
+      config.arch for config in arms.at_full_length(arms.SIZES[:1], arms.CORNERS)}
 
 
 def test_arm_a_alone_cannot_tell_active_parameters_apart():
