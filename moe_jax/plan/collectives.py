@@ -125,18 +125,22 @@ def axes_of(groups: np.ndarray, axes: Mapping[str, int]) -> str:
 def seconds(kind: str, n_bytes: int, groups: np.ndarray, devices: Devices,
             topology: Topology) -> float:
   """The least time of one collective; the slowest group counts."""
-  if kind == "collective-permute":
-    return n_bytes / _link(topology)
-  group = groups[0]
+  return max(_group_seconds(kind, n_bytes, group, devices, topology) for group in groups)
+
+
+def _group_seconds(kind, n_bytes, group, devices, topology) -> float:
   size = len(group)
   if size == 1:
     return 0.0
+  network = topology.hardware.device_dcn_bytes_per_second
   n_slices = len(np.unique(devices.slices[group]))
+  if kind == "collective-permute":
+    return n_bytes / (network if n_slices > 1 else _link(topology))
   if n_slices > 1:
     # Each device's share of the network carries what leaves its slice.
     share = n_bytes * (n_slices - 1) / n_slices
     each = share / max(1, size // n_slices) if kind == "all-reduce" else share
-    return (2 if kind == "all-reduce" else 1) * each / topology.hardware.device_dcn_bytes_per_second
+    return (2 if kind == "all-reduce" else 1) * each / network
   chips = devices.coordinates[group]
   extents = [len(np.unique(chips[:, axis])) for axis in range(chips.shape[1])]
   spanned = [axis for axis, extent in enumerate(extents) if extent > 1]

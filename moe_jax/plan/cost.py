@@ -18,6 +18,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from moe_jax.plan import collectives, hlo
 from moe_jax.plan.collectives import Devices
@@ -136,6 +137,38 @@ def estimate(module: Module, devices: Devices, topology: Topology,
   return Cost(tuple(walk.items), topology.hardware.clock_hz)
 
 
+class _Clock:
+  """The time within a computation: work on the cores passes it, what was begun runs behind.
+
+  Attributes:
+    now: seconds since the computation began.
+  """
+
+  def __init__(self):
+    self.now = 0.0
+    self._free: dict[str, float] = collections.defaultdict(float)  # links, copies: again at
+    self._begun: dict[str, tuple[float, Item]] = {}  # key -> finishes at, its item
+
+  def begin(self, key: str, item: Item, seconds: float, resource: str) -> None:
+    """Begins what keeps a resource busy for so long, after what keeps it busy already."""
+    self._free[resource] = max(self.now, self._free[resource]) + seconds
+    self._begun[key] = self._free[resource], item
+
+  def wait(self, key: str, times: int) -> list[Item]:
+    """Waits for what was begun: its item, with what of it is exposed and what was hidden."""
+    if key not in self._begun:
+      return []
+    finish, item = self._begun.pop(key)
+    exposed = max(0.0, finish - self.now)
+    self.now += exposed
+    hidden = max(0.0, item.seconds - exposed * times)
+    return [dataclasses.replace(item, seconds=exposed * times, hidden_seconds=hidden)]
+
+  def wait_for_all(self, times: int) -> list[Item]:
+    """For what is awaited where the walk does not see it: at the end."""
+    return [item for key in list(self._begun) for item in self.wait(key, times)]
+
+
 class _Walk:
   """Goes through the call graph in scheduled order, with a clock for what overlaps."""
 
@@ -146,46 +179,42 @@ class _Walk:
 
   def run(self, computation: Computation, times: int) -> float:
     """Adds the items of one computation that runs `times` times; returns seconds of one run."""
-    now = 0.0
-    queue: dict[str, float] = collections.defaultdict(float)  # links, copies -> free again at
-    begun: dict[str, tuple[float, Item]] = {}  # asynchronous start -> finishes at, its item
+    clock = _Clock()
     for instruction in computation.instructions:
       if instruction.opcode in _FREE:
         continue
       if instruction.opcode == "while":
         n = self.module.trip_count(instruction)
-        now += n * self.run(self.module.computations[instruction.called("body")], times * n)
+        body = self.module.computations[instruction.called("body")]
+        clock.now += n * self.run(body, times * n)
       elif instruction.opcode == "call":
-        now += self.run(self.module.computations[instruction.called("to_apply")], times)
+        clock.now += self.run(self.module.computations[instruction.called("to_apply")], times)
       elif instruction.opcode == "conditional":
-        now += self._dearest_branch(instruction, times)
+        clock.now += self._dearest_branch(instruction, times)
       elif instruction.opcode == "send" and _rendezvous(instruction):
         item = self._between_slices(computation, instruction, times)
-        queue["network"] = max(now, queue["network"]) + item.seconds / times
-        begun[_rendezvous(instruction)] = queue["network"], item
+        clock.begin(_rendezvous(instruction), item, item.seconds / times, "network")
+      elif fused := _fused_transfer(self.module, instruction):
+        # A collective in two fusions: neither is more than the word to the links.
+        if fused.starts:
+          item = self._collective(fused.computation, fused.collective, times)
+          clock.begin(fused.chain, item, item.seconds / times, "links")
+        else:
+          self.items += clock.wait(fused.chain, times)
       elif instruction.opcode.endswith("-start"):
         item, cost, resource = self._asynchronous(computation, instruction, times)
-        queue[resource] = max(now, queue[resource]) + cost
-        begun[instruction.name] = queue[resource], item
+        clock.begin(instruction.name, item, cost, resource)
       elif instruction.opcode.endswith("-done"):
         awaited = instruction.operands[0]
         if instruction.opcode == "recv-done":
           awaited = _rendezvous(computation.by_name[awaited])
-        finish, item = begun.pop(awaited, (now, None))
-        exposed = max(0.0, finish - now)
-        if item is not None:
-          hidden = max(0.0, item.seconds - exposed * times)
-          self.items.append(dataclasses.replace(item, seconds=exposed * times,
-                                                hidden_seconds=hidden))
-        now += exposed
+        self.items += clock.wait(awaited, times)
       else:
         item = self._synchronous(computation, instruction, times)
         self.items.append(item)
-        now += item.seconds / times
-    for finish, item in begun.values():  # awaited where this walk does not see it: at the end
-      self.items.append(item)
-      now = max(now, finish)
-    return now
+        clock.now += item.seconds / times
+    self.items += clock.wait_for_all(times)
+    return clock.now
 
   def _dearest_branch(self, instruction: Instruction, times: int) -> float:
     """One branch runs; which, is not known: the one that takes longest."""
@@ -207,8 +236,8 @@ class _Walk:
     if collectives.kind_of(instruction):
       item = self._collective(computation, instruction, times)
       return item, item.seconds / times, "links"
-    if instruction.opcode == "copy-start":  # between HBM and VMEM, a prefetch
-      n_bytes = instruction.type[0].bytes
+    if instruction.opcode in ("copy-start", "slice-start"):  # between HBM and VMEM, a prefetch
+      n_bytes = instruction.type[1].bytes  # of what is copied; of a slice the operand is first
       cost = n_bytes / self.topology.hardware.device_hbm_bytes_per_second
       return self._item(instruction, times, cost, priced=True), cost, "copies"
     inside = instruction.called("to_apply") or instruction.called("calls")
@@ -301,6 +330,35 @@ class _Walk:
           op_name = inner.op_name or op_name
     return Item(instruction.name, op_name, part_of(op_name, bool(flops)), times,
                 seconds * times, priced, flops * times)
+
+
+class _FusedTransfer(NamedTuple):
+  """One end of a collective that XLA:TPU begins in one fusion and awaits in another.
+
+  Attributes:
+    starts: whether it is the beginning.
+    chain: what names both ends within their computation.
+    computation: of the fusion.
+    collective: the same at both ends.
+  """
+
+  starts: bool
+  chain: str
+  computation: Computation
+  collective: Instruction
+
+
+def _fused_transfer(module: Module, fusion: Instruction) -> _FusedTransfer | None:
+  """None for every other instruction."""
+  if fusion.opcode != "fusion":
+    return None
+  inside = module.computations[fusion.called("calls")]
+  target = re.search(r'custom_call_target="AsyncCollective(Start|Done)"', inside.root.attributes)
+  if target is None:
+    return None
+  collective = next(i for i in inside.instructions if collectives.kind_of(i))
+  chain = re.search(r'chain_id="(\d+)"', collective.attributes)
+  return _FusedTransfer(target[1] == "Start", chain[1], inside, collective)
 
 
 def _rendezvous(transfer: Instruction) -> str:

@@ -89,6 +89,23 @@ def test_between_slices_the_network_counts():
       2 * 1e9 / 2 / 12.5e9)
 
 
+def test_the_slowest_group_counts_wherever_it_stands():
+  where = on("v6e-64", (8, 8))
+  groups = np.array([[0, 8, 16, 24], [1, 9, 2, 10]])  # a line of four, and a square
+  line, square = (collectives.seconds("all-gather", 10**9, groups[i:i + 1], *where)
+                  for i in (0, 1))
+  assert line == 2 * square
+  for order in (groups, groups[::-1]):
+    assert collectives.seconds("all-gather", 10**9, order, *where) == line
+
+
+def test_a_permute_across_slices_takes_the_network():
+  where = on("v6e-4", (2, 2), n_slices=2)
+  inside, across = np.array([[0, 1], [4, 5]]), np.array([[0, 1], [1, 5]])
+  assert collectives.seconds("collective-permute", 10**9, inside, *where) == 1e9 / (400e9 / 4)
+  assert collectives.seconds("collective-permute", 10**9, across, *where) == 1e9 / 12.5e9
+
+
 def test_a_ragged_exchange_moves_rows_and_not_the_room_for_them():
   module = hlo.parse("""HloModule m
 

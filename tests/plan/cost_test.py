@@ -32,6 +32,23 @@ def test_flops_of_a_step_are_those_that_are_counted(name):
   assert found == pytest.approx(executed.executed_flops(config, 8), rel=0.01)
 
 
+def gathers(name, axes):
+  devices = Devices(axes, EIGHT.coordinates, EIGHT.slices)
+  found = cost.estimate(fixture(f"{name}.v5litepod-8"), devices, V5E).by_collective()
+  return {key: n_bytes for key, (n_bytes, *_) in found.items() if key[0] == "all-gather"}
+
+
+def test_every_gather_of_weights_is_found_however_it_is_written():
+  """Most are in two fusions each. In bfloat16; with full remat those of a layer come twice."""
+  arch = executed.STEPS["dense-none"].arch
+  d, ends = arch.d_model, 2 * 2 * arch.d_model * arch.vocab_size  # embedding and head
+  attention, router = 2 * 4 * d * d, 4 * d * arch.n_exp
+  assert gathers("dense-none", {"data": 2, "fsdp": 4}) == {
+      ("all-gather", "fsdp"): ends + 2 * (attention + 2 * 3 * d * arch.dense_width)}
+  assert gathers("moe-full", {"data": 2, "expert": 4}) == {
+      ("all-gather", "expert"): ends + 2 * 2 * (attention + router)}
+
+
 def test_estimated_and_priced_are_apart(scan):
   assert scan.seconds == pytest.approx(scan.estimated_seconds + scan.priced_seconds)
   assert scan.estimated_seconds > 0 and scan.priced_seconds > 0
@@ -83,10 +100,54 @@ def test_only_what_is_not_hidden_costs(share):
   assert found.seconds == pytest.approx(max(gather_seconds(), cycles / CLOCK))
 
 
-def test_what_is_never_awaited_has_its_price_all_the_same():
+def test_what_is_never_awaited_is_awaited_at_the_end():
   found = cost.estimate(module("\n".join([GATHER, busy("w", 100).replace("  %w", "  ROOT %w")])),
                         EIGHT, V5E)
-  assert found.seconds == pytest.approx(gather_seconds() + 100 / CLOCK)
+  assert found.seconds == pytest.approx(gather_seconds())
+  (item,) = [item for item in found.items if item.collective]
+  assert item.hidden_seconds == pytest.approx(100 / CLOCK)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 3.0])
+def test_a_collective_begun_in_one_fusion_and_awaited_in_another(share):
+  """As XLA:TPU writes those that it overlaps: both ends hold the collective, with one chain_id."""
+  gather = ("%g{0} = f32[8000000]{{0}} all-gather(%p{0}), replica_groups={{{{0,1,2,3,4,5,6,7}}}}, "
+            'dimensions={{0}}, frontend_attributes={{chain_id="{1}"}}')
+  ends = "".join(f"""%end.{end}{chain} (p: f32[1000000]) -> f32[8000000] {{
+  %p{end}{chain} = f32[1000000]{{0}} parameter(0)
+  {gather.format(f"{end}{chain}", chain)}
+  ROOT %c{end}{chain} = f32[8000000]{{0}} custom-call(%g{end}{chain}), \
+custom_call_target="AsyncCollective{end}"
+}}
+
+""" for chain in (1, 2) for end in ("Start", "Done"))
+
+  def fusion(name, of, operand):
+    return f"  {name} = f32[8000000]{{0}} fusion({operand}), kind=kCustom, calls=%end.{of}"
+
+  cycles = round(share * gather_seconds() * CLOCK)
+  text = "\n".join([fusion("%s1", "Start1", "%a"), fusion("%s2", "Start2", "%a"),
+                    busy("w", cycles), fusion("%d1", "Done1", "%s1"),
+                    fusion("ROOT %d2", "Done2", "%s2")])
+  found = cost.estimate(module(text, ends), EIGHT, V5E)
+  first, second = [item for item in found.items if item.collective]
+  assert (first.collective, first.axes, first.bytes) == ("all-gather", "data+expert", 32_000_000)
+  exposed = max(0.0, gather_seconds() - cycles / CLOCK)
+  assert first.seconds == pytest.approx(exposed, abs=1e-12)
+  assert first.seconds + first.hidden_seconds == pytest.approx(gather_seconds())
+  assert found.seconds == pytest.approx(max(2 * gather_seconds(), cycles / CLOCK))
+  assert {item.part for item in found.items} == {"collective", "other"}  # other: what is busy
+
+
+@pytest.mark.parametrize("start", [
+    "%s = (f32[1000000]{0:S(1)}, f32[1000000]{0}, u32[]) copy-start(%a)",
+    "%s = ((f32[8000000]{0}), f32[1000000]{0:S(1)}, s32[]) slice-start(%b), slice={[0:1000000]}"])
+def test_a_prefetch_takes_the_time_of_what_it_copies(start):
+  kind = start.partition("-start")[0].rpartition(" ")[2]
+  text = "\n".join(["  %b = f32[8000000]{0} parameter(1)", "  " + start,
+                    f"  ROOT %d = f32[1000000]{{0}} {kind}-done(%s)"])
+  found = cost.estimate(module(text), EIGHT, V5E)
+  assert found.seconds == pytest.approx(4e6 / V5E.hardware.device_hbm_bytes_per_second)
 
 
 def test_two_transfers_share_the_links():

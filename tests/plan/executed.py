@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from moe_jax.arch import count
 from moe_jax.config import (
     Architecture,
     DataConfig,
@@ -29,23 +30,24 @@ STEPS = {
 
 
 def executed_flops(config: RunConfig, n_devices: int) -> float:
-  """Of matrix products, one step, one device: recomputed ones and those of empty slots, too.
+  """Of matrix products, one step, one device: the analytic count, and what is executed beside it.
 
-  A sequence is one tile of attention here, which is computed whole, in heads filled up to whole
-  lanes: two products forward, seven backward. Full remat computes a layer again but for its last
-  product, whose output no gradient needs.
+  Beside it are the rows of empty slots, recomputation (full remat computes a layer again but for
+  its last product, whose output no gradient needs), and attention: a sequence is one tile here,
+  which is computed whole, in heads filled up to whole lanes: two products forward, seven backward.
   """
-  arch, remat = config.arch, config.execution.remat
-  assert remat in ("none", "full") and config.data.seq_len <= 128 and arch.kv_heads == arch.n_heads
+  arch, seq_len, remat = config.arch, config.data.seq_len, config.execution.remat
+  assert remat in ("none", "full") and seq_len <= 128
   again = remat == "full"
-  tokens = config.batch_tokens / n_devices
+  causal = 2 * arch.n_layers * arch.n_heads * arch.d_head * (seq_len + 1)
   slots = expert_capacity(config.moe.capacity_factor, config.group_tokens, arch.n_topk, arch.n_exp)
   rows = slots * arch.n_exp / config.group_tokens  # of experts, a token
-  last = arch.d_model * (arch.n_moe_layers * rows * arch.d_expert
-                         + arch.n_dense_layers * arch.dense_width)
-  layers = (arch.n_layers * 4 * arch.d_model * arch.n_heads * arch.d_head
-            + arch.n_moe_layers * arch.d_model * arch.n_exp + 3 * last)
-  scores = tokens * arch.n_layers * arch.n_heads * config.data.seq_len * splash.LANES
-  head = tokens * arch.d_model * arch.vocab_size
-  return 2 * (tokens * (3 * layers + again * (layers - last)) + (9 + 2 * again) * scores
-              + 3 * head)
+  one_product = 2 * arch.d_model * arch.d_expert
+  empty = arch.n_moe_layers * (rows - arch.n_topk) * 3 * one_product
+  forward = count.forward_flops_per_token(arch, seq_len) - causal + empty
+  last = (arch.n_moe_layers * rows * one_product
+          + arch.n_dense_layers * 2 * arch.d_model * arch.dense_width)
+  head = 2 * arch.d_model * arch.vocab_size
+  attention = 2 * (9 + 2 * again) * arch.n_layers * arch.n_heads * seq_len * splash.LANES
+  tokens = config.batch_tokens / n_devices
+  return tokens * (3 * forward + again * (forward - head - last) + attention)
