@@ -8,6 +8,7 @@ N_active, depth and width stay.
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterable
 
 from moe_jax import arch
 from moe_jax.config import (
@@ -77,10 +78,14 @@ def at_full_length(sizes=SIZES, shapes=ARM_A + ARM_B) -> tuple[RunConfig, ...]:
   return tuple(cell(n_total, *shape) for n_total in sizes for shape in shapes)
 
 
-def more_seeds(n_total: int, seeds=(1, 2, 3)) -> tuple[RunConfig, ...]:
+def more_seeds(n_total: int) -> tuple[RunConfig, ...]:
   """The corners of a size again, with other initial weights and the same order of the data."""
-  return tuple(dataclasses.replace(config, seed_init=seed)
-               for config in at_full_length((n_total,), CORNERS) for seed in seeds)
+  return seeds_of(at_full_length((n_total,), CORNERS))
+
+
+def seeds_of(configs: Iterable[RunConfig], seeds=(1, 2, 3)) -> tuple[RunConfig, ...]:
+  """Runs again, from other initial weights."""
+  return tuple(dataclasses.replace(config, seed_init=seed) for config in configs for seed in seeds)
 
 
 def study(sizes) -> Grid:

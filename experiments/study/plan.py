@@ -66,12 +66,12 @@ def write_tables(to: str | os.PathLike, of: Mapping[str, Grid]) -> list[str]:
         f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
     if set(states) == {kept.NOT_RUN}:
       continue
+    statistic = STATISTICS.get(experiment)
+    if statistic is not None:
+      rows = [(config, _counted(row, statistic.most_dropped)) for config, row in rows]
+      write_csv(epath.Path(to) / statistic.table,
+                [row for config, row in rows if in_statistic(config, grid.recipe)])
     write_csv(csv_path(to, experiment), [row for _, row in rows])
-    if experiment in STATISTICS:
-      statistic = STATISTICS[experiment]
-      counted = [_counted(row, statistic.most_dropped) for config, row in rows
-                 if in_statistic(config, grid.recipe)]
-      write_csv(epath.Path(to) / statistic.table, counted)
   return lines
 
 

@@ -19,7 +19,19 @@ SHORT = {"train.steps": arms.TOKENS // 80 // GROUP, "train.batch_size": BATCH_SI
 
 
 def get_grid() -> Grid:
-  return rehearsal("study-rehearsal", arms.at_full_length(arms.SIZES[:2]), SHORT)
+  return rehearsal("study-rehearsal", rehearsed(), SHORT)
+
+
+def rehearsed() -> list[RunConfig]:
+  """Both arms at the two smaller sizes, as long as the study's."""
+  return [first_rate(n_total, *shape)
+          for n_total in arms.SIZES[:2] for shape in arms.ARM_A + arms.ARM_B]
+
+
+def first_rate(n_total: int, *shape) -> RunConfig:
+  """A cell at the rate where the sweeps begin, also when they have been fitted: rehearsed is
+  rehearsed."""
+  return arms.at_rate(arms.cell(n_total, *shape), arms.LEARNING_RATES[n_total])
 
 
 def rehearsal(name: str, cells: Sequence[RunConfig], short: dict) -> Grid:

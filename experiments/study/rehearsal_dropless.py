@@ -5,10 +5,11 @@ many and sparse.
 """
 
 from experiments.study import arms
-from experiments.study.rehearsal import SHORT, rehearsal
+from experiments.study.rehearsal import SHORT, first_rate, rehearsal, rehearsed
 from moe_jax.grid import Grid
 
 
 def get_grid() -> Grid:
-  cells = arms.at_full_length(arms.SIZES[:2]) + arms.more_seeds(arms.SIZES[0])
+  cells = [*rehearsed(), *arms.seeds_of(first_rate(arms.SIZES[0], *shape)
+                                        for shape in arms.CORNERS)]
   return rehearsal("study-rehearsal-dropless", cells, SHORT | {"moe.dispatch": "dropless"})

@@ -1,5 +1,6 @@
 """What is said of the rehearsal comes from the records that are kept of it, bit for bit."""
 
+import json
 import math
 import pathlib
 import shutil
@@ -7,12 +8,12 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments.study import plan
-from moe_jax.grid import select
+from experiments.study import arms, plan
+from moe_jax.grid import load_grid, select
 from moe_jax.laws.analysis import analyse
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.table import read_results
-from moe_jax.study import foresight
+from moe_jax.study import foresight, rates
 from tests.experiment_files import ROOT
 
 RESULTS = pathlib.Path(plan.RESULTS)
@@ -37,6 +38,31 @@ def test_its_tables_are_made_of_its_runs(tmp_path):
   assert "study-rehearsal: 32 finished" in plan.write_tables(tmp_path / "results", plan.grids())
   for table in tables:
     assert (tmp_path / "results" / table).read_bytes() == (RESULTS / table).read_bytes()
+
+
+def test_fitted_rates_leave_the_rehearsals_as_they_are(tmp_path, monkeypatch):
+  files = [str(plan.FOLDER / f"{name}.py") for name in plan.REHEARSALS]
+  before = [load_grid(file) for file in files]
+  monkeypatch.setattr(arms, "RATES", tmp_path / "rates.json")
+  arms.RATES.write_text(json.dumps({"coefficients": {"intercept": -6.0, **dict.fromkeys(
+      rates.VARIABLES, 0.0)}}))
+  arms.cell.cache_clear()
+  try:
+    assert arms.cell(arms.SIZES[0], *arms.CORNERS[0]).train.learning_rate != 4e-3
+    assert [load_grid(file) for file in files] == before
+  finally:
+    arms.cell.cache_clear()
+
+
+def test_a_run_that_dropped_too_much_counts_in_no_table(tmp_path, monkeypatch):
+  """By the study's rule, on the rehearsal's runs."""
+  strict = plan.STATISTICS["study-rehearsal"]._replace(most_dropped=0.001)
+  monkeypatch.setitem(plan.STATISTICS, "study-rehearsal", strict)
+  shutil.copytree(RESULTS, tmp_path / "results")
+  plan.write_tables(tmp_path / "results", {"study-rehearsal": plan.grids()["study-rehearsal"]})
+  for name, left in (("rehearsal.csv", 11), ("study-rehearsal/results.csv", 32 - 18)):
+    assert len(to_cells(read_results(tmp_path / "results" / name))) == left
+    assert "of assignments dropped" in (tmp_path / "results" / name).read_text()
 
 
 @pytest.mark.parametrize("table, law, leave_out, names", [
