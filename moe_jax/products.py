@@ -17,6 +17,16 @@ from jax.sharding import Mesh
 
 _FEW_ROWS = 64  # not measured: a batch of decoding is below, one of training far above
 
+
+def precision_of(dtype: jnp.dtype, platform: str) -> jax.lax.Precision | None:
+  """What makes a product of float32 be one: accelerators round its factors unless they are told.
+
+  A CPU does not round, and has no fast kernel for what is asked for in so many words.
+  """
+  told = dtype == jnp.float32 and platform != "cpu"
+  return jax.lax.Precision.HIGHEST if told else None
+
+
 # The sum in float32, as every platform has it; what is to be bfloat16 is rounded by the caller.
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -39,8 +49,9 @@ def multiply(x: jax.Array, w: jax.Array, mesh: Mesh, axes: int = 1) -> jax.Array
     mesh: of devices whose platform decides how it is done.
     axes: how many.
   """
-  if mesh.devices.flat[0].platform != "cpu":
-    return jnp.tensordot(x, w, axes)
+  platform = mesh.devices.flat[0].platform
+  if platform != "cpu":
+    return jnp.tensordot(x, w, axes, precision=precision_of(x.dtype, platform))
   inner = math.prod(w.shape[:axes])
   y_TF = cpu_matmul(x.reshape(-1, inner), w.reshape(inner, -1))
   return y_TF.reshape(*x.shape[:-axes], *w.shape[axes:])

@@ -41,6 +41,18 @@ def test_a_cpu_multiplies_as_others_do_forward_and_backward(dtype, n_sequences):
         {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.05, "atol": 0.3}))
 
 
+@pytest.mark.parametrize("platform,said", [("cpu", 0), ("gpu", 3), ("tpu", 3)])
+def test_accelerators_are_told_that_float32_is_meant(platform, said):
+  """In the product and both of its gradients; bfloat16 says nothing."""
+  def text(dtype):
+    x_TD, w_DF = jnp.ones((4, 5), dtype), jnp.ones((5, 6), dtype)
+    gradient = jax.grad(lambda x, w: multiply(x, w, mesh_of(platform)).sum().astype(jnp.float32)**2,
+                        argnums=(0, 1))
+    return str(jax.make_jaxpr(gradient)(x_TD, w_DF))
+  assert text("float32").count("Precision.HIGHEST, Precision.HIGHEST") == said
+  assert "HIGHEST" not in text("bfloat16")
+
+
 def test_bfloat16_is_multiplied_as_such_and_nothing_is_transposed_in_a_product():
   """What the module is for; it depends on the compiler's version."""
   x_TD, w_DF = jnp.ones((512, 64), jnp.bfloat16), jnp.ones((64, 96), jnp.bfloat16)

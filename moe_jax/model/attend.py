@@ -1,11 +1,13 @@
 """Attention of one sequence's positions to earlier ones, by what is fast on the platform."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.model import splash
-from moe_jax.products import einsum, turned
+from moe_jax.products import einsum, precision_of, turned
 
 _CPU_BLOCKS = 4  # parts of the queries: 4 leave out 3/8 of all scores, 8 would leave out 7/16
 
@@ -26,17 +28,27 @@ def attend(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
     return _by_query_blocks(query_BSHh, key_BSKh, value_BSKh, segments_BS)
   if platform == "tpu" and splash.suits(query_BSHh):
     return splash.splash_attention(query_BSHh, key_BSKh, value_BSKh, segments_BS, mesh)
-  return plain_attention(query_BSHh, key_BSKh, value_BSKh, segments_BS)
+  return plain_attention(query_BSHh, key_BSKh, value_BSKh, segments_BS, mesh)
 
 
 def plain_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
-                    segments_BS: jax.Array | None) -> jax.Array:
-  """JAX's own: all scores at once, on any platform."""
+                    segments_BS: jax.Array | None, mesh: Mesh) -> jax.Array:
+  """`attend` with all scores at once, on any platform."""
   mask_B1SS = None
   if segments_BS is not None:
     mask_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
-  return jax.nn.dot_product_attention(query_BSHh, key_BSKh, value_BSKh, mask=mask_B1SS,
-                                      is_causal=True)
+  return dot_product_attention(query_BSHh, key_BSKh, value_BSKh, mesh, mask=mask_B1SS,
+                               is_causal=True)
+
+
+def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, mesh: Mesh,
+                          **which) -> jax.Array:
+  """JAX's own, of float32 as it says; `which` are its mask and is_causal."""
+  precision = precision_of(query.dtype, mesh.devices.flat[0].platform)
+  # It takes no precision; from a context its gradient has it, too.
+  told = contextlib.nullcontext() if precision is None else jax.default_matmul_precision("highest")
+  with told:
+    return jax.nn.dot_product_attention(query, key, value, **which)
 
 
 def _by_query_blocks(query_BSHh, key_BSKh, value_BSKh, segments_BS):

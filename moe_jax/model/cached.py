@@ -21,8 +21,10 @@ from jax.sharding import Mesh
 from moe_jax.config import RunConfig, require_causal
 from moe_jax.mesh import batch_sharding
 from moe_jax.model import functional
+from moe_jax.model.attend import dot_product_attention
 from moe_jax.model.attention import Attention, rms_norm
-from moe_jax.model.transformer import Block, Transformer, gather_whole
+from moe_jax.model.transformer import Block, Transformer, gather_whole, logits
+from moe_jax.products import multiply
 
 _FLOAT32 = ("norm", "w_router")  # in the names of weights that the forward pass never rounds
 
@@ -84,7 +86,7 @@ def prefill(config: RunConfig, params: functional.Params, router: functional.Rou
   model = functional.merged(config, params, router)
   x_BSD, cache = _layers(model, cache, tokens_BS, None, mesh)
   x_BD = jnp.take_along_axis(x_BSD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-  return head(model, x_BD, mesh), cache
+  return logits(*model.before_head(x_BD, mesh), mesh), cache
 
 
 def decode(config: RunConfig, params: functional.Params, router: functional.Router,
@@ -98,16 +100,14 @@ def decode(config: RunConfig, params: functional.Params, router: functional.Rout
   """
   model = functional.merged(config, params, router)
   x_B1D, cache = _layers(model, cache, token_B[:, None], position_B, mesh)
-  return head(model, x_B1D[:, 0], mesh), cache
+  return logits(*model.before_head(x_B1D[:, 0], mesh), mesh), cache
 
 
 def _layers(model: Transformer, cache: Cache, tokens_BS, position_B, mesh):
   """All layers; `position_B` is None for prompts, which stand from slot 0 on."""
-  dtype = jnp.dtype(model.config.model.compute_dtype)
-  x_BSD, first = gather_whole(model.embedding_VD, mesh, dtype)[tokens_BS], 0
-  for name in ("dense_layers", "moe_layers"):
-    if hasattr(model, name):
-      x_BSD, cache, first = _scan(getattr(model, name), x_BSD, cache, first, position_B, mesh)
+  x_BSD, first = model.embed(tokens_BS, mesh), 0
+  for layers in model.stacks():
+    x_BSD, cache, first = _scan(layers, x_BSD, cache, first, position_B, mesh)
   return x_BSD, cache
 
 
@@ -124,17 +124,11 @@ def _scan(layers: Block, x_BSD, cache: Cache, first: int, position_B, mesh):
     block = nnx.merge(graphdef, weights)
     x_BSD = jax.lax.with_sharding_constraint(x_BSD, batch_sharding(mesh))
     gather = functools.partial(gather_whole, mesh=mesh, dtype=x_BSD.dtype)
-    eps = block.config.model.norm_eps
-    normed_BSD = rms_norm(x_BSD, block.attention_norm_D[...], eps)
+    normed_BSD = rms_norm(x_BSD, block.attention_norm_D[...], block.config.model.norm_eps)
     y_BSD, cache = _attend(block.attention, normed_BSD, cache, number, position_B, gather,
                             mesh)
-    x_BSD += y_BSD
-    normed_BSD = rms_norm(x_BSD, block.ff_norm_D[...], eps)
-    if block.dense:
-      y_BSD = block.ff(normed_BSD, gather, mesh)
-    else:
-      y_BSD, _ = block.moe(normed_BSD, gather, mesh, None, None)
-    return (x_BSD + y_BSD, cache), None
+    x_BSD, _ = block.feed_forward(x_BSD + y_BSD, mesh)
+    return (x_BSD, cache), None
 
   n_layers = len(jax.tree.leaves(stacked)[0])
   (x_BSD, cache), _ = jax.lax.scan(body, (x_BSD, cache),
@@ -148,7 +142,7 @@ def _attend(attention: Attention, x_BSD, cache: Cache, number, position_B, gathe
     query_BSHh, key_BSKh, value_BSKh = attention.project(x_BSD, gather, mesh)
     cache = Cache(*(jax.lax.dynamic_update_slice(old, new[None], (number, 0, 0, 0, 0))
                     for old, new in zip(cache, (key_BSKh, value_BSKh), strict=True)))
-    out_BSHh = jax.nn.dot_product_attention(query_BSHh, key_BSKh, value_BSKh, is_causal=True)
+    out_BSHh = dot_product_attention(query_BSHh, key_BSKh, value_BSKh, mesh, is_causal=True)
   else:
     query_B1Hh, *new = attention.project(x_BSD, gather, mesh, position_B[:, None])
     row_B = jnp.arange(len(position_B))
@@ -157,22 +151,6 @@ def _attend(attention: Attention, x_BSD, cache: Cache, number, position_B, gathe
     key_BCKh, value_BCKh = (jax.lax.dynamic_index_in_dim(whole, number, keepdims=False)
                             for whole in cache)
     seen_BC = jnp.arange(key_BCKh.shape[1]) <= position_B[:, None]
-    out_BSHh = jax.nn.dot_product_attention(query_B1Hh, key_BCKh, value_BCKh,
-                                            mask=seen_BC[:, None, None])
-  return jnp.einsum("bsnh,nhd->bsd", out_BSHh, gather(attention.w_out_HhD)), cache
-
-
-def head(model: Transformer, x: jax.Array, mesh: Mesh) -> jax.Array:
-  """Logits in float32 of outputs [..., D] of the last layer."""
-  x, head_DV = before_head(model, x, mesh)
-  return jnp.einsum("...d,dv->...v", x, head_DV, preferred_element_type=jnp.float32)
-
-
-def before_head(model: Transformer, x: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-  """(x, head_DV), whose product is the logits, of outputs [..., D] of the last layer."""
-  config = model.config
-  dtype = jnp.dtype(config.model.compute_dtype)
-  x = rms_norm(x, model.final_norm_D[...], config.model.norm_eps)
-  if config.arch.tie_embeddings:
-    return x, gather_whole(model.embedding_VD, mesh, dtype).T
-  return x, gather_whole(model.w_head_DV, mesh, dtype)
+    out_BSHh = dot_product_attention(query_B1Hh, key_BCKh, value_BCKh, mesh,
+                                     mask=seen_BC[:, None, None])
+  return multiply(out_BSHh, gather(attention.w_out_HhD), mesh, axes=2), cache

@@ -7,6 +7,7 @@ makes them in the same pass: each chunk's logits are made once, and nothing of t
 kept for the backward pass (the idea is Liger Kernel's, arXiv 2410.10989, section 3.2).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.mesh import BATCH_AXES
-from moe_jax.products import einsum
+from moe_jax.products import einsum, precision_of
 
 # Bytes of float32 logits at a time on a device. A CPU wants them in its cache; a matrix unit
 # wants many rows, and the sum of the head's gradient is read and written once a chunk.
@@ -37,7 +38,7 @@ def summed_nll(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
   def on_device(x_bSD, head_DV, targets_bS):
     head_DV = jax.lax.pcast(head_DV, BATCH_AXES, to="varying")
     chunks = _chunks(x_bSD, targets_bS, head_DV.shape[1], mesh)
-    return jax.lax.psum(_summed(chunks, head_DV), BATCH_AXES)
+    return jax.lax.psum(_summed(chunks, head_DV, _precision(head_DV, mesh)), BATCH_AXES)
 
   return jax.shard_map(on_device, mesh=mesh, in_specs=(P(BATCH_AXES), P(), P(BATCH_AXES)),
                        out_specs=P())(x_BSD, head_DV, targets_BS)
@@ -52,7 +53,7 @@ def token_scores(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
     chunks = _chunks(x_bSD, targets_bS, head_DV.shape[1], mesh)
 
     def of_chunk(chunk):
-      nll_R, exp_RV, _ = _nll(*chunk, head_DV)
+      nll_R, exp_RV, _ = _nll(*chunk, head_DV, _precision(head_DV, mesh))
       return nll_R, exp_RV.argmax(-1) == chunk.target_NR
 
     return jax.tree.map(lambda found_NR: found_NR.ravel()[:targets_bS.size].reshape(
@@ -82,9 +83,13 @@ def _chunks(x_bSD: jax.Array, targets_bS: jax.Array, vocab_size: int, mesh: Mesh
   return _Chunks(x_TD.reshape(n_chunks, rows, -1), target_T.reshape(n_chunks, rows))
 
 
-def _nll(x_RD, target_R, head_DV):
+def _precision(head_DV, mesh):
+  return precision_of(head_DV.dtype, mesh.devices.flat[0].platform)
+
+
+def _nll(x_RD, target_R, head_DV, precision):
   """nll_R, 0 where there is no token, and what its gradient is made of."""
-  logit_RV = einsum("rd,dv->rv", x_RD, head_DV)
+  logit_RV = einsum("rd,dv->rv", x_RD, head_DV, precision=precision)
   max_R = logit_RV.max(-1)
   exp_RV = jnp.exp(logit_RV - max_R[:, None])
   sum_R = exp_RV.sum(-1)
@@ -93,24 +98,25 @@ def _nll(x_RD, target_R, head_DV):
   return nll_R, exp_RV, sum_R
 
 
-@jax.custom_vjp
-def _summed(chunks: _Chunks, head_DV: jax.Array) -> jax.Array:
-  return jax.lax.map(lambda chunk: _nll(*chunk, head_DV)[0].sum(), chunks).sum()
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _summed(chunks: _Chunks, head_DV: jax.Array, precision: jax.lax.Precision | None) -> jax.Array:
+  return jax.lax.map(lambda chunk: _nll(*chunk, head_DV, precision)[0].sum(), chunks).sum()
 
 
-def _summed_fwd(chunks, head_DV):
+def _summed_fwd(chunks, head_DV, precision):
   # A CPU multiplies faster what lies as it is read.
   head_VD, x_NDR = head_DV.T, chunks.x_NRD.swapaxes(1, 2)
+  multiply = functools.partial(einsum, precision=precision)
 
   def step(sums, chunk):
     total, dhead_DV = sums
     (x_RD, target_R), x_DR = chunk
-    nll_R, exp_RV, sum_R = _nll(x_RD, target_R, head_DV)
+    nll_R, exp_RV, sum_R = _nll(x_RD, target_R, head_DV, precision)
     hot_RV = jnp.arange(head_DV.shape[1]) == target_R[:, None]
     weight_R = jnp.where(target_R >= 0, 1 / sum_R, 0)
     dlogit_RV = (exp_RV * weight_R[:, None] - hot_RV).astype(x_RD.dtype)
-    dx_RD = einsum("rv,vd->rd", dlogit_RV, head_VD).astype(x_RD.dtype)
-    dhead_DV += einsum("dr,rv->dv", x_DR, dlogit_RV)
+    dx_RD = multiply("rv,vd->rd", dlogit_RV, head_VD).astype(x_RD.dtype)
+    dhead_DV += multiply("dr,rv->dv", x_DR, dlogit_RV)
     return (total + nll_R.sum(), dhead_DV), dx_RD
 
   zeros_DV = jnp.zeros_like(head_DV, dtype=jnp.float32)
@@ -119,7 +125,7 @@ def _summed_fwd(chunks, head_DV):
   return total, (dx_NRD, dhead_DV, jnp.zeros_like(head_DV, shape=()))
 
 
-def _summed_bwd(residuals, dtotal):
+def _summed_bwd(_precision, residuals, dtotal):
   dx_NRD, dhead_DV, like = residuals
   scaled = (dtotal * dx_NRD.astype(jnp.float32)).astype(dx_NRD.dtype)
   return _Chunks(scaled, None), (dtotal * dhead_DV).astype(like.dtype)

@@ -5,6 +5,7 @@ a plain nested dict.
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ from moe_jax.config import RunConfig
 from moe_jax.mesh import batch_sharding, replicated
 from moe_jax.model import init, splash
 from moe_jax.model.attention import Attention, rms_norm
+from moe_jax.model.embedding import look_up
 from moe_jax.moe import expert_parallel, router
 from moe_jax.moe.expert_parallel import EXPERT_AXES, Experts, Semantics, sharded_moe_layer
 from moe_jax.moe.router import RouterSums
-from moe_jax.products import multiply, multiply_each
+from moe_jax.products import einsum, multiply, multiply_each, precision_of
 
 _save_named = jax.checkpoint_policies.save_only_these_names
 _REMAT_POLICIES = {
@@ -105,15 +107,28 @@ class Block(nnx.Module):
   def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, mesh: Mesh,
                counted_BS: jax.Array | None, noise_key_B: jax.Array | None
                ) -> tuple[jax.Array, RouterSums | None]:
-    eps = self.config.model.norm_eps
+    return self.feed_forward(self.attend(x_BSD, segments_BS, mesh), mesh, counted_BS, noise_key_B)
+
+  def attend(self, x_BSD: jax.Array, segments_BS: jax.Array, mesh: Mesh) -> jax.Array:
+    """x + attention(norm(x))."""
+    normed_BSD = rms_norm(x_BSD, self.attention_norm_D[...], self.config.model.norm_eps)
     gather = functools.partial(gather_whole, mesh=mesh, dtype=x_BSD.dtype)
-    x_BSD += self.attention(rms_norm(x_BSD, self.attention_norm_D[...], eps), segments_BS,
-                            gather, mesh)
-    normed_BSD = rms_norm(x_BSD, self.ff_norm_D[...], eps)
+    return x_BSD + self.attention(normed_BSD, segments_BS, gather, mesh)
+
+  def feed_forward(self, x_BSD: jax.Array, mesh: Mesh, counted_BS: jax.Array | None = None,
+                   noise_key_B: jax.Array | None = None
+                   ) -> tuple[jax.Array, RouterSums | None]:
+    """x + feed_forward(norm(x)), and the sums of its router where it has one."""
+    normed_BSD = self.before_feed_forward(x_BSD)
+    gather = functools.partial(gather_whole, mesh=mesh, dtype=x_BSD.dtype)
     if self.dense:
       return x_BSD + self.ff(normed_BSD, gather, mesh), None
     y_BSD, sums = self.moe(normed_BSD, gather, mesh, counted_BS, noise_key_B)
     return x_BSD + y_BSD, sums
+
+  def before_feed_forward(self, x_BSD: jax.Array) -> jax.Array:
+    """What the feed-forward layer, and its router, see."""
+    return rms_norm(x_BSD, self.ff_norm_D[...], self.config.model.norm_eps)
 
 
 class Transformer(nnx.Module):
@@ -155,27 +170,44 @@ class Transformer(nnx.Module):
     x_BSD, head_DV, sums = self.features(inputs_BS, segments_BS, mesh, remat, counted_BS,
                                          noise_key_B)
     with jax.named_scope("head"):
-      logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, head_DV, preferred_element_type=jnp.float32)
-    return logits_BSV, sums
+      return logits(x_BSD, head_DV, mesh), sums
 
   def features(self, inputs_BS: jax.Array, segments_BS: jax.Array, mesh: Mesh,
                remat: str = "none", counted_BS: jax.Array | None = None,
                noise_key_B: jax.Array | None = None
                ) -> tuple[jax.Array, jax.Array, RouterSums | None]:
     """x_BSD and head_DV, whose product is the logits, and the router's sums; see __call__."""
-    dtype = jnp.dtype(self.config.model.compute_dtype)
-    gather = functools.partial(gather_whole, mesh=mesh, dtype=dtype)
-    embedding_VD = gather(self.embedding_VD)
-    x_BSD = embedding_VD[inputs_BS]
-    sums = None
+    x_BSD, sums = self.embed(inputs_BS, mesh), None
+    for layers in self.stacks():
+      x_BSD, sums = _scan(layers, x_BSD, segments_BS, mesh, remat, counted_BS, noise_key_B)
+    return *self.before_head(x_BSD, mesh), sums
+
+  def embed(self, inputs_BS: jax.Array, mesh: Mesh) -> jax.Array:
+    """x_BSD, which the first layer sees."""
+    return look_up(self._whole(self.embedding_VD, mesh), inputs_BS, mesh)
+
+  def stacks(self) -> Iterator[Block]:
+    """The layers of each kind there is, in their order; see _stack."""
     for name in ("dense_layers", "moe_layers"):
       if hasattr(self, name):
-        x_BSD, sums = _scan(getattr(self, name), x_BSD, segments_BS, mesh, remat, counted_BS,
-                            noise_key_B)
-    x_BSD = rms_norm(x_BSD, self.final_norm_D[...], self.config.model.norm_eps)
+        yield getattr(self, name)
+
+  def before_head(self, x: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """(x, head_DV), whose product is the logits, of outputs [..., D] of the last layer."""
+    x = rms_norm(x, self.final_norm_D[...], self.config.model.norm_eps)
     with jax.named_scope("head"):
-      head_DV = embedding_VD.T if self.config.arch.tie_embeddings else gather(self.w_head_DV)
-    return x_BSD, head_DV, sums
+      if self.config.arch.tie_embeddings:
+        return x, self._whole(self.embedding_VD, mesh).T
+      return x, self._whole(self.w_head_DV, mesh)
+
+  def _whole(self, weight: nnx.Param, mesh: Mesh) -> jax.Array:
+    return gather_whole(weight, mesh, jnp.dtype(self.config.model.compute_dtype))
+
+
+def logits(x: jax.Array, head_DV: jax.Array, mesh: Mesh) -> jax.Array:
+  """The product of what `before_head` gives, in float32."""
+  return einsum("...d,dv->...v", x, head_DV,
+                precision=precision_of(x.dtype, mesh.devices.flat[0].platform))
 
 
 def _stack(config: RunConfig, dense: bool, n_layers: int, rngs: nnx.Rngs) -> Block:

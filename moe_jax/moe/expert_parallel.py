@@ -41,7 +41,7 @@ from moe_jax.moe.router import (
     router_sums,
 )
 from moe_jax.moe.swiglu_blocks import swiglu_blocks
-from moe_jax.products import cpu_matmul
+from moe_jax.products import cpu_matmul, precision_of
 
 
 class Experts(NamedTuple):
@@ -112,8 +112,8 @@ def swiglu(x_ERD: jax.Array, weight_ER: jax.Array | None = None, *, experts: Exp
   With weights, each row of the result is times its weight. The platform of the devices decides how
   it is done, where one is given.
   """
-  precision = jax.lax.Precision.HIGHEST if x_ERD.dtype == jnp.float32 else None
-  matmul = cpu_matmul if platform == "cpu" else functools.partial(jnp.matmul, precision=precision)
+  matmul = cpu_matmul if platform == "cpu" else functools.partial(
+      jnp.matmul, precision=precision_of(x_ERD.dtype, platform))
   gate_EDF, up_EDF, down_EFD = (w.astype(x_ERD.dtype) for w in experts)
   # Side by side, so that the rows are read once for both.
   gate_up_ERF = matmul(x_ERD, jnp.concatenate([gate_EDF, up_EDF], axis=-1))
@@ -177,7 +177,7 @@ def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts |
                                                                 n_devices=n_devices)
     y_TD, dropped_T = dispatch(x_TD, routing, run_experts, group_tokens=semantics.group_tokens,
                                capacity=semantics.capacity,
-                               priority_TK=_priority(routing, semantics, counted_T))
+                               priority_TK=priority(routing, semantics, counted_T))
   return y_TD, router_sums(routing, dropped_T, counted_T)
 
 
@@ -189,8 +189,8 @@ def _in_order(run_experts: RunExperts, n_devices: int, x_ERD: jax.Array) -> jax.
   return y_PnRD.swapaxes(0, 1).reshape(x_ERD.shape)
 
 
-def _priority(routing: Routing, semantics: Semantics,
-              counted_T: jax.Array | None) -> jax.Array | None:
+def priority(routing: Routing, semantics: Semantics,
+             counted_T: jax.Array | None) -> jax.Array | None:
   """Who is served first at an expert, for capacity_dispatch; padding last."""
   if semantics.drop_order == "position":
     return None

@@ -31,6 +31,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.products import precision_of
+
 # Rows in a block. CPU: from 32 to 128 it makes no difference that stands out. TPU and GPU: not
 # measured; a block must be worth reading and writing the sum of a matrix's gradient.
 _BLOCK_ROWS = {"cpu": 64, "gpu": 256, "tpu": 512}
@@ -58,7 +60,7 @@ def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, size_E: jax.Array, platfor
     means nothing.
   """
   if platform == "tpu":
-    return jax.lax.ragged_dot(x_SD, w_EDF, size_E, precision=_precision(x_SD.dtype))
+    return jax.lax.ragged_dot(x_SD, w_EDF, size_E, precision=precision_of(x_SD.dtype, platform))
   return _each_block(x_SD, w_EDF, size_E, platform, usual_rows)
 
 
@@ -122,7 +124,7 @@ def _each_block(x_SD, w_EDF, size_E, platform, usual_rows):
   def multiply(j, y_SF):
     start, w_DF = blocks.start_J[j], w_EDF[blocks.expert_J[j]]
     x_RD = jax.lax.dynamic_slice_in_dim(x_SD, start, blocks.rows)
-    y_RF = jnp.einsum("rd,df->rf", x_RD, w_DF, precision=_precision(x_SD.dtype))
+    y_RF = jnp.einsum("rd,df->rf", x_RD, w_DF, precision=precision_of(x_SD.dtype, platform))
     # Rows of the experts after this one are overwritten when their own blocks come, later.
     return jax.lax.dynamic_update_slice_in_dim(y_SF, y_RF, start, axis=0)
 
@@ -140,7 +142,7 @@ def _sum_of_outer_products(x_SD, dy_SF, size_E, platform, usual_rows):
     x_RD, dy_RF = (
         jnp.where(inside_R1, jax.lax.dynamic_slice_in_dim(x, blocks.start_J[j], blocks.rows), 0)
         for x in (x_SD, dy_SF))
-    dw_DF = jnp.einsum("rd,rf->df", x_RD, dy_RF, precision=_precision(x_SD.dtype),
+    dw_DF = jnp.einsum("rd,rf->df", x_RD, dy_RF, precision=precision_of(x_SD.dtype, platform),
                        preferred_element_type=jnp.float32)
     return dw_EDF.at[blocks.expert_J[j]].add(dw_DF)
 
@@ -153,7 +155,3 @@ def _in_loop_type(platform, *arrays):
   # XLA's CPU compiler does everything in float32 and converts before and after. In a loop that
   # would be the whole array each time round.
   return [x.astype(jnp.float32) for x in arrays] if platform == "cpu" else arrays
-
-
-def _precision(dtype):
-  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

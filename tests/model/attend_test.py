@@ -33,7 +33,7 @@ def test_the_cpus_way_is_jaxs_forward_and_gradient(seq_len, n_kv, masked):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
 
   (_, out), grads = run(functools.partial(attend, mesh=CPU))
-  (_, true_out), true_grads = run(plain_attention)
+  (_, true_out), true_grads = run(functools.partial(plain_attention, mesh=CPU))
   np.testing.assert_allclose(out, true_out, rtol=1e-5, atol=1e-6)
   for grad, true_grad in zip(grads, true_grads, strict=True):
     np.testing.assert_allclose(grad, true_grad, rtol=1e-5, atol=2e-6)

@@ -34,7 +34,7 @@ def test_it_is_attention_forward_and_gradient(masked, shape, h):
     return jax.jit(with_grads)(query_BSHh, key_BSKh, value_BSKh)
 
   (_, out), grads = run(lambda *arrays: splash.splash_attention(*arrays, mesh, interpret=True))
-  (_, true_out), true_grads = run(plain_attention)
+  (_, true_out), true_grads = run(lambda *arrays: plain_attention(*arrays, mesh))
   np.testing.assert_allclose(out, true_out, rtol=1e-5, atol=1e-5)
   for grad, true_grad in zip(grads, true_grads, strict=True):
     np.testing.assert_allclose(grad, true_grad, rtol=1e-4, atol=1e-4)

@@ -101,6 +101,31 @@ def test_the_kept_module_reads_as_a_fresh_one(tmp_path):
   assert re.search("is_scheduled=true", text)
 
 
+_PRODUCTS = """
+import dataclasses, os
+from moe_jax.plan import topology, worker
+os.environ.update(worker.ENVIRONMENT)
+from moe_jax.mesh import make_mesh
+from moe_jax.train.step import lower_train_step
+from tests.plan import executed
+
+config = executed.STEPS["moe-full"]
+config = dataclasses.replace(config, model=dataclasses.replace(config.model,
+                                                               compute_dtype="float32"))
+mesh = make_mesh(config, worker.tpu_devices(topology.parse("v5litepod-8")))
+products = [line for line in lower_train_step(config, mesh).as_text().splitlines()
+            if "dot_general" in line]
+print(len(products), sum("precision = [HIGHEST, HIGHEST]" in line for line in products))
+"""
+
+
+def test_float32_on_a_tpu_is_float32_in_every_product_of_a_step():
+  done = run_module("-c", _PRODUCTS, timeout=300, **libtpu.environment())
+  assert done.returncode == 0, done.stderr
+  products, told = map(int, done.stdout.split())
+  assert products == told > 30
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_ends_with_its_compilers(tmp_path, number):
   """And at once: each would work on for minutes."""
