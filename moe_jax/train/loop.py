@@ -279,10 +279,20 @@ def _heartbeat(members: Sequence[Member]) -> Iterator[None]:
   over = threading.Event()
 
   def beat():
+    told = False
     while not over.wait(run_dir_lib.HEARTBEAT_SECONDS):
       for member in members:
-        with contextlib.suppress(OSError):  # a full disk is reported by the checkpoints
+        try:
           member.beat()
+        except Exception as error:
+          # A full disk, a bucket that is busy: the next may pass. Without any, the run would be
+          # taken for dead, and another trainer might write into it.
+          if not run_dir_lib.is_of_storage(error):
+            raise
+          if not told:
+            logging.warning("%s cannot be told that it lives: %s", member.run_dir.path,
+                            " ".join(str(error).split()))
+          told = True
 
   for member in members:
     member.beat()

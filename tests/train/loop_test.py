@@ -9,17 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from moe_jax import run_dir as run_dir_lib
 from moe_jax.config import identity_hash
 from moe_jax.data.prepare import prepare
 from moe_jax.grid import select
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
 from moe_jax.run_dir import EXIT_BUSY, EXIT_DIVERGED, EXIT_PREEMPTED, RunDir
+from moe_jax.train import loop
 from moe_jax.train import step as step_lib
 from moe_jax.train.checkpoint import Checkpointer, restore_params
 from tests.experiment_files import ROOT, write
@@ -355,3 +358,23 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(runner, tmp_path):
     process.communicate()
   finally:
     subprocess.run(["umount", "-l", mount], check=True)
+
+
+def test_a_bucket_that_is_busy_for_once_does_not_end_the_heartbeat(run_dir, monkeypatch, caplog):
+  """What gcsfs raises is no OSError; a run that fell silent would be taken for dead."""
+  monkeypatch.setattr(run_dir_lib, "HEARTBEAT_SECONDS", 0.01)
+  out_of_reach = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
+  member, beats = types.SimpleNamespace(run_dir=run_dir), []
+
+  def beat():
+    beats.append(None)
+    if 2 <= len(beats) <= 4:
+      raise out_of_reach("try again\nlater")
+
+  member.beat = beat
+  with caplog.at_level("WARNING", "absl"), loop._heartbeat([member]):
+    deadline = time.monotonic() + 10
+    while len(beats) < 8 and time.monotonic() < deadline:
+      time.sleep(0.01)
+  assert len(beats) >= 8
+  assert caplog.text.count("cannot be told that it lives: try again later") == 1
