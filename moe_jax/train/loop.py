@@ -100,7 +100,7 @@ def train_together(cells: Sequence[Cell], out: str | os.PathLike,
         return _go(members, mesh, stop, progress, profile_steps if first else None)
     except BaseException as error:
       for member in members:
-        with contextlib.suppress(OSError):  # the disk may be what failed
+        with contextlib.suppress(Exception):  # the disk or the bucket may be what failed
           member.fail(f"{type(error).__name__}: {error}")
       raise
 

@@ -25,7 +25,7 @@ from moe_jax.run_dir import EXIT_BUSY, EXIT_DIVERGED, EXIT_PREEMPTED, RunDir
 from moe_jax.train import loop
 from moe_jax.train import step as step_lib
 from moe_jax.train.checkpoint import Checkpointer, restore_params
-from tests.experiment_files import ROOT, write
+from tests.experiment_files import ROOT, run_module, write
 from tests.small import ONE_DEVICE
 
 STEPS, EVERY = 24, 6
@@ -378,3 +378,13 @@ def test_a_bucket_that_is_busy_for_once_does_not_end_the_heartbeat(run_dir, monk
       time.sleep(0.01)
   assert len(beats) >= 8
   assert caplog.text.count("cannot be told that it lives: try again later") == 1
+
+
+def test_an_error_of_a_bucket_is_one_line():
+  """As one of a disk: what gcsfs raises is no OSError."""
+  done = run_module("-c", """
+from moe_jax.train.__main__ import _ending
+print(_ending(type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("try\\nagain")),
+      _ending(ValueError("ours")))""")
+  assert done.stdout == ("(1, 'try again; what was saved is kept, and the same command goes on') "
+                         "None\n"), done.stderr
