@@ -64,8 +64,9 @@ def train_together(cells: Sequence[Cell], out: str | os.PathLike,
     goes on), EXIT_DIVERGED where a loss was not finite, 1 where a run of several failed.
 
   Raises:
-    FieldError: the cells have several shapes, or the mesh, the batch, the corpus or a directory
-      does not fit; nothing is written then.
+    FieldError: the cells have several shapes, or the mesh, the batch, the corpus, a directory or
+      another run that one begins from does not fit; nothing is written of the runs then. A text
+      has been prepared by then where it is what has too few rows, or too many tokens.
     RunDirBusy: another process trains one of the cells.
     CheckpointError: a checkpoint cannot be written or read.
     Any of them may be raised on one of many processes alone: processes.run ends the others.
@@ -76,6 +77,7 @@ def train_together(cells: Sequence[Cell], out: str | os.PathLike,
     RunDir.of(out, cell).check_identity(cell)
     if first:
       find_source(RunDir.of(out, cell), cell.config)
+      find_trunk(out, cell)
   mesh, prepared = _fitting(cells[0].config, len(cells), out)
   _require_same_everywhere(cells, prepared)
   use_compilation_cache(out)
@@ -110,12 +112,15 @@ def _fitting(config: RunConfig, n_cells: int, out: str | os.PathLike
   """The mesh and the data of the cells. Raises FieldError if they do not fit together."""
   try:
     mesh = make_mesh(config)
+  except FieldError as error:
+    raise error.under("config") from None
+  require_mesh(n_cells, mesh)  # before the text, which may take an hour to prepare
+  try:
     prepared = prepare(config.data, epath.Path(out) / "_data")
     config.check_vocabulary(prepared.vocab_size)
     train_dataset(prepared, config.data.seq_len, config.train.batch_size, config.seed_data)
   except FieldError as error:  # `out` is a flag of its own, all else a field of the cell
     raise error if error.field == "out" else error.under("config") from None
-  require_mesh(n_cells, mesh)
   return mesh, prepared
 
 

@@ -18,6 +18,7 @@ import pytest
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.config import identity_hash
 from moe_jax.data.prepare import prepare
+from moe_jax.errors import FieldError
 from moe_jax.grid import select
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
@@ -307,6 +308,12 @@ def test_bad_input_is_one_line_and_writes_nothing(override, line, runner):
   assert code == 2
   assert err.startswith("error: " + line) and err.count("\n") == 1, err
   assert not (runner.out / "tiny").exists()
+
+
+def test_a_branch_of_no_run_is_refused_before_a_text_is_prepared(tmp_path, undisturbed):
+  with pytest.raises(FieldError, match="config.train.branch_from='absent@12': there is no run at"):
+    loop.train(*select(undisturbed.spec, {"train.branch_from": "absent@12"}), tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_of_another_identity_is_refused(runner, tmp_path):
