@@ -6,6 +6,7 @@ alone writes what is not a checkpoint.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import signal
@@ -40,6 +41,8 @@ from moe_jax.train.progress import Progress
 from moe_jax.train.throughput import peak_flops
 from moe_jax.train.trunk import find_trunk
 from moe_jax.train.warm_start import find_source
+
+_SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
 
 
 def train(cell: Cell, out: str | os.PathLike,
@@ -112,15 +115,13 @@ def _fitting(config: RunConfig, n_cells: int, out: str | os.PathLike
   """The mesh and the data of the cells. Raises FieldError if they do not fit together."""
   try:
     mesh = make_mesh(config)
-  except FieldError as error:
-    raise error.under("config") from None
-  require_mesh(n_cells, mesh)  # before the text, which may take an hour to prepare
-  try:
+    require_mesh(n_cells, mesh)  # before the text, which may take an hour to prepare
     prepared = prepare(config.data, epath.Path(out) / "_data")
     config.check_vocabulary(prepared.vocab_size)
     train_dataset(prepared, config.data.seq_len, config.train.batch_size, config.seed_data)
-  except FieldError as error:  # `out` is a flag of its own, all else a field of the cell
-    raise error if error.field == "out" else error.under("config") from None
+  except FieldError as error:
+    section = error.field.partition(".")[0]
+    raise error.under("config") if section in _SECTIONS else error from None
   return mesh, prepared
 
 

@@ -19,7 +19,7 @@ from moe_jax import run_dir as run_dir_lib
 from moe_jax.config import identity_hash
 from moe_jax.data.prepare import prepare
 from moe_jax.errors import FieldError
-from moe_jax.grid import select
+from moe_jax.grid import get_config, select
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
 from moe_jax.run_dir import EXIT_BUSY, EXIT_DIVERGED, EXIT_PREEMPTED, RunDir
@@ -314,6 +314,20 @@ def test_a_branch_of_no_run_is_refused_before_a_text_is_prepared(tmp_path, undis
   with pytest.raises(FieldError, match="config.train.branch_from='absent@12': there is no run at"):
     loop.train(*select(undisturbed.spec, {"train.branch_from": "absent@12"}), tmp_path)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field, shown", [
+    ("processes", "processes"), ("from", "from"), ("out", "out"),
+    ("data.corpus", "config.data.corpus")])
+def test_only_what_is_of_the_configuration_is_named_so(field, shown, tmp_path, monkeypatch,
+                                                       undisturbed):
+  def prepare(data, folder):
+    raise FieldError(field, 8, "is refused")
+
+  monkeypatch.setattr(loop, "prepare", prepare)
+  with pytest.raises(FieldError) as caught:
+    loop._fitting(get_config(undisturbed.spec, {"execution.mesh.data": -1}), 1, tmp_path)
+  assert caught.value.field == shown
 
 
 def test_a_directory_of_another_identity_is_refused(runner, tmp_path):
