@@ -25,9 +25,10 @@ from moe_jax.model import functional
 from moe_jax.run_dir import EXIT_BUSY, EXIT_DIVERGED, EXIT_PREEMPTED, RunDir
 from moe_jax.train import loop
 from moe_jax.train import step as step_lib
-from moe_jax.train.checkpoint import Checkpointer, restore_params
+from moe_jax.train.checkpoint import Checkpointer
 from tests.experiment_files import ROOT, run_module, write
 from tests.small import ONE_DEVICE
+from tests.train.checkpoint_states import restore_params
 
 STEPS, EVERY = 24, 6
 SOURCE = f'''
