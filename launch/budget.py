@@ -4,7 +4,8 @@
     <out>/<experiment>/_slices/NAME/used.json     by the leader of each slice: what that has cost
 
 Counted is from when the machines begin to work, in all their lives; a launcher that drives counts
-from when they may have been there.
+from when they may have been there. A TPU VM that never begins to work ends its slice when that has
+cost its share (host/startup.sh).
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from etils import epath
 
 from moe_jax.run_dir import read_as, write_json
 
+LIMIT = "limit.json"
 MARGIN_SECONDS = 200.0  # in which it is noticed by all machines, and they save and end
 
 
@@ -31,7 +33,7 @@ class _Used:
 
 def set_limit(folder: epath.Path, max_cost_usd: float | None) -> None:
   """Of the experiment whose `_slices` this is; None: there is none."""
-  write_json(folder / "limit.json", {"max_cost_usd": max_cost_usd})
+  write_json(folder / LIMIT, {"max_cost_usd": max_cost_usd})
 
 
 def account(folder: epath.Path) -> list[str]:
@@ -61,7 +63,7 @@ class Meter:
 
   def why_too_dear(self) -> str | None:
     """Why nothing more may be trained, in one line, or None."""
-    limit = read_as(_Limit, self._folder.parent / "limit.json")
+    limit = read_as(_Limit, self._folder.parent / LIMIT)
     if limit is None or limit.max_cost_usd is None:
       return None
     used = [read_as(_Used, file) for file in self._folder.parent.glob("*/used.json")]

@@ -35,6 +35,8 @@ def folder_of(out: str, experiment: str) -> epath.Path:
   with reaching(out):
     require("/" not in experiment and found.exists(), "experiment", experiment,
             f"was not submitted to other machines from --out={out}")
+    require(bool(submissions(found)), "experiment", experiment, "was not submitted to its end: no "
+            "machines were asked for, and the same launch.submit begins anew")
   return found
 
 

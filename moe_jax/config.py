@@ -116,6 +116,8 @@ def resolve_mesh(config: RunConfig, n_devices: int,
   """
   mesh, arch = config.execution.mesh, config.arch
   model_parallel = mesh.fsdp * mesh.expert
+  require(n_devices % mesh.fsdp == 0, "execution.mesh.fsdp", mesh.fsdp,
+          f"must divide the {n_devices} devices")
   require(n_devices % model_parallel == 0, "execution.mesh.expert", mesh.expert,
           f"times fsdp ({mesh.fsdp}) must divide the {n_devices} devices")
   data = n_devices // model_parallel if mesh.data == -1 else mesh.data

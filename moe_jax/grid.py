@@ -83,6 +83,7 @@ class Grid:
     require(self.n_total is None or (isinstance(self.n_total, int) and self.n_total > 0),
             "grid.n_total", self.n_total, "must be a whole number above 0, or None")
     require(len(self.cells) > 0, "grid.cells", self.cells, "must hold at least one cell")
+    object.__setattr__(self, "cells", tuple(map(self._with_its_own_trunk, self.cells)))
     by_name = collections.defaultdict(list)
     for name, config in zip(self.names, self.cells, strict=True):
       by_name[name].append(config)
@@ -92,6 +93,14 @@ class Grid:
         raise FieldError("grid.cells", name, "two cells have this name: " + (
             "; ".join(differing) if differing else "they are the same run"))
     object.__setattr__(self, "cells", self._keeping_branch_points())
+
+  def _with_its_own_trunk(self, config: RunConfig) -> RunConfig:
+    """A branch of EXPERIMENT/CELL, where that is this experiment, as a branch of CELL: all that
+    looks for a trunk among the cells looks for its name. The identity tells neither."""
+    experiment, slash, cell = (config.train.branch_run or "").partition("/")
+    if not slash or experiment != self.name or "/" in cell:
+      return config
+    return override(config, {"train.branch_from": f"{cell}@{config.train.branch_step}"})
 
   def _keeping_branch_points(self) -> tuple[RunConfig, ...]:
     """The cells; a trunk keeps the checkpoints its branches need. Raises FieldError."""

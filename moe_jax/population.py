@@ -1,10 +1,11 @@
 """Populations: cells of one compiled shape that one process trains together. No JAX.
 
 Cells that differ in nothing but a few numbers (seeds, learning rate and schedule, weight decay,
-coefficients of the router's losses) run the same program on different arguments. So they share one
-compiled step, and several of them fill a device that one alone would leave idle:
-`execution.population` says how many train together at most. Each has its own run directory, which
-tells nothing of the others: a run that began in a population may go on alone, and the other way.
+coefficients of the router's losses) or in the run whose parameters they begin with run the same
+program on different arguments. So they share one compiled step, and several of them fill a device
+that one alone would leave idle: `execution.population` says how many train together at most. Each
+has its own run directory, which tells nothing of the others: a run that began in a population may
+go on alone, and the other way.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ _ARGUMENTS = {
     "moe.balance_coef": 0.0, "moe.z_coef": 0.0, "moe.bias_update_rate": 0.0,
     "train.steps": 1, "train.learning_rate": 1.0, "train.warmup_steps": 0,
     "train.decay_fraction": 0.0, "train.final_learning_rate_fraction": 0.0,
-    "train.weight_decay": 0.0, "train.branch_from": None,
+    "train.weight_decay": 0.0, "train.branch_from": None, "train.init_from": None,
     "execution.population": 1, "execution.log_every": 1, "execution.checkpoint_every": 1,
     "execution.keep_checkpoints": 1, "execution.keep_steps": ()}
 
@@ -48,13 +49,17 @@ def deal(cells: Sequence[Cell]) -> list[tuple[Cell, ...]]:
   """The cells in groups that train together, in the order in which they can be trained.
 
   A group has one shape and one length, so that none of its members waits for another, and at
-  most as many cells as its members' `execution.population` says. Trunks come before branches.
+  most as many cells as its members' `execution.population` says. Trunks come before branches, and
+  a run before those that begin with its parameters.
   """
   by_name = {cell.name: cell for cell in cells}
+  by_path = {f"{cell.experiment}/{cell.name}": cell for cell in cells}
 
-  def depth(cell: Cell) -> int:
-    trunk = by_name.get(cell.config.train.branch_run)
-    return 0 if trunk is None else 1 + depth(trunk)
+  def depth(cell: Cell, *later: Cell) -> int:
+    train = cell.config.train
+    first = by_name.get(train.branch_run), by_path.get(train.init_run)
+    return max((1 + depth(other, cell, *later) for other in first
+                if other is not None and other not in (cell, *later)), default=0)
 
   alike: dict[tuple, list[Cell]] = {}
   for cell in sorted(cells, key=depth):

@@ -205,11 +205,13 @@ class _Watch:
       self._once.acquire()
       line = (f"stopped, because {verdict['line']}; what was saved is kept, and the same "
               "command goes on")
-      print(f"error: {line}", file=sys.stderr)
-      for listener in _listeners:
-        with contextlib.suppress(OSError):
-          listener(line)
-      self._leave(verdict["code"])
+      try:
+        print(f"error: {line}", file=sys.stderr)
+        for listener in _listeners:
+          with contextlib.suppress(Exception):  # the end of a process hangs on no disk or bucket
+            listener(line)
+      finally:
+        self._leave(verdict["code"])
 
   def _lost(self) -> str:
     """The processes of which nothing has been heard for too long; "" if there is none."""
@@ -234,8 +236,9 @@ class _Watch:
     That one of them has gone cannot be seen from here: one that takes longer than _LAST_SECONDS
     is aborted by JAX, and ends with SIGABRT instead of its code.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads it any more
+      sys.stdout.flush()
+      sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._store.key_value_set(f"{_ROOM}/left/{self._index}", "")
       until = time.monotonic() + _LEAVE_SECONDS

@@ -47,7 +47,7 @@ DEAD_AFTER_SECONDS = 120.0
 RUNNING, FINISHED, PREEMPTED = "running", "finished", "preempted"
 DIVERGED, FAILED = "diverged", "failed"
 
-# How the trainer ends, for launchers; 0 is finished, cli.EXIT_BAD_INPUT nothing written.
+# How the trainer ends, for launchers; 0 is finished, cli.EXIT_BAD_INPUT nothing trained.
 EXIT_PREEMPTED = 75  # stopped by a signal after saving a checkpoint: run again to go on
 EXIT_DIVERGED = 76  # the loss is not finite: running again would diverge again
 EXIT_BUSY = 77  # another process holds the run directory

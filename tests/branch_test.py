@@ -118,6 +118,22 @@ def test_a_grid_refuses_a_branch_that_does_not_fit_its_trunk():
     dataclasses.replace(GRID, cells=(TRUNK, wrong))
 
 
+def test_a_branch_may_name_its_own_experiment_too(tmp_path):
+  """`EXPERIMENT/CELL@STEP` is the same trunk: it keeps its checkpoints and comes first."""
+  written = [override(cell, {"train.branch_from": f"budgets/{cell.train.branch_from}"})
+             for cell in GRID.cells[1:]]
+  bare = override(TRUNK, {"execution.keep_steps": ()})
+  grid = Grid("budgets", RECIPE, (*written, bare))
+  assert sorted(grid.cells, key=identity_hash) == sorted(GRID.cells, key=identity_hash)
+  assert set(grid.names) == set(GRID.names)
+  renamed = grid.override({"seed_init": 3})
+  assert renamed.get_config(renamed.names[0]).train.branch_run == renamed.names[-1]
+  spec = write(tmp_path, SOURCE)
+  for kept in ("other/trunk@400", "./budgets/trunk@400", "budgets/budgets/trunk@400"):
+    (cell,) = select(f"{spec}:{GRID.names[2]}", {"train.branch_from": kept})
+    assert cell.config.train.branch_from == kept
+
+
 # Overrides and selection
 
 

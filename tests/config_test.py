@@ -140,6 +140,9 @@ def test_data_takes_the_devices_left_over(mesh, n_devices, sizes):
 
 @pytest.mark.parametrize("changes, n_devices, message", [
     ({"mesh.expert": 3}, 8, r"mesh\.expert=3: times fsdp \(1\) must divide the 8 devices"),
+    ({"mesh.fsdp": 3}, 8, r"mesh\.fsdp=3: must divide the 8 devices"),
+    ({"mesh.fsdp": 4, "mesh.expert": 4}, 8,
+     r"mesh\.expert=4: times fsdp \(4\) must divide the 8 devices"),
     ({"mesh.data": 4}, 8, r"mesh\.data=4: .*must be the 8 devices there are"),
     ({"mesh.data": 16}, 8, r"mesh\.data=16: .*must be the 8 devices there are"),
     ({"mesh.expert": 16}, 16, r"mesh\.expert=16: must divide n_exp, which is 8"),

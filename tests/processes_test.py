@@ -102,6 +102,20 @@ with processes.told_of_the_end(lambda line: print("told:", line, flush=True)):
   assert "error: " + said in done[1 - who][2] and "told: " + said in done[1 - who][1]
 
 
+def test_a_listener_that_fails_keeps_nobody_from_ending():
+  """What a bucket raises is no OSError: the main thread would wait for a watch that is gone."""
+  done = ended(start("""
+import threading
+class HttpError(Exception): pass
+def listener(line): raise HttpError("out of reach")
+threading.Timer(20, os._exit, [9]).start()
+with processes.told_of_the_end(listener):
+  if me == 1: raise FieldError("x", 1, "is bad")
+  wait()""", 2))
+  assert [code for code, _, _ in done] == [2, 2]
+  assert "ended: x=1: is bad; " in done[0][2] and "HttpError" not in done[0][2]
+
+
 def test_one_that_is_slow_to_go_ends_with_its_code():
   done = ended(start("""
 leave = os._exit

@@ -3,7 +3,8 @@
     python -m experiments.study.sitting --grids=pilots --minutes=60 --pack=packed
     python -m experiments.study.keep --out=packed/results-1.zip
 
-For time-limited or preemptible machines. What is kept already (experiments/study/results) is not
+For time-limited or preemptible machines: it packs whenever a unit is done, and SIGTERM or Ctrl-C
+ends it as its time does, saved and packed. What is kept already (experiments/study/results) is not
 run again. Cells of one shape are a unit: one process trains them, several at a time where
 --population allows, and another evaluates them, while --parallel other units are at work. On the
 same machine the next sitting goes on where this one stopped; from one machine to the next only
@@ -14,8 +15,15 @@ would not end in time is not begun.
 more, one run at a time with --config.execution.remat=full.
 """
 
+import contextlib
+import functools
+import os
 import pathlib
+import shutil
+import signal
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -24,6 +32,7 @@ from experiments.study import plan
 from experiments.study.units import TO_SAVE_SECONDS, Sitting, is_done, summary, units_of
 from moe_jax import cli
 from moe_jax.errors import FieldError, require
+from moe_jax.grid import Grid
 from moe_jax.run_dir import write_text
 from moe_jax.study import kept
 
@@ -59,26 +68,43 @@ def main(overrides: list[str]) -> int:
   for unit in units:
     unit.overrides = tuple(overrides)
   print(f"{len(units)} units to do, {sum(unit.flops for unit in units):.3g} FLOPs", flush=True)
+  packing = functools.partial(pack, _OUT.value, _PACK.value, plan.grids(), None
+                              if _PART_MB.value is None else round(1e6 * _PART_MB.value))
   sitting = Sitting(units, _OUT.value, _PARALLEL.value, _POPULATION.value,
-                    began + 60 * _MINUTES.value - TO_SAVE_SECONDS - _TO_PACK_SECONDS)
-  sitting.run()
-  seconds = time.monotonic() - began
-  lines = summary(sitting, seconds)
-  print("\n".join(lines), flush=True)
-  if _PACK.value is not None:
-    write_text(epath.Path(_PACK.value) / "sitting.txt", "\n".join(lines) + "\n")
-    made = pack(_OUT.value, _PACK.value,
-                None if _PART_MB.value is None else round(1e6 * _PART_MB.value))
-    print("\n".join(f"{file}: {file.stat().length:,} bytes" for file in made), flush=True)
+                    began + 60 * _MINUTES.value - TO_SAVE_SECONDS - _TO_PACK_SECONDS,
+                    functools.partial(_try, packing) if _PACK.value is not None else lambda: None)
+  signal.signal(signal.SIGTERM, lambda *_: sitting.end())  # the machine is taken away
+  try:
+    sitting.run()
+  finally:
+    lines = summary(sitting, time.monotonic() - began)
+    print("\n".join(lines), flush=True)
+    if _PACK.value is not None:
+      write_text(epath.Path(_PACK.value) / "sitting.txt", "\n".join(lines) + "\n")
+      print("\n".join(f"{file}: {file.stat().st_size:,} bytes" for file in packing()), flush=True)
   return 1 if sitting.failed else 0
 
 
-def pack(out: str, to: str, part_bytes: int | None) -> list[epath.Path]:
-  """Packs the records of all runs under `out`. Raises FieldError where one is too large."""
-  staging = pathlib.Path(out) / "_sitting" / "kept"
-  _, _, problems = kept.keep(out, staging, plan.grids())
+def pack(out: str, to: str, grids: Mapping[str, Grid],
+         part_bytes: int | None) -> list[pathlib.Path]:
+  """Packs the records of all runs under `out`; what was packed before stays until that is done.
+
+  Raises:
+    FieldError: a run is larger than `part_bytes`.
+  """
+  staging, aside = pathlib.Path(out) / "_sitting" / "kept", pathlib.Path(to) / ".partial"
+  _, _, problems = kept.keep(out, staging, grids)
   print("\n".join(problems), end="\n" if problems else "", flush=True)
-  return kept.pack(staging, to, part_bytes)
+  made = [pathlib.Path(os.fspath(file)).replace(pathlib.Path(to) / file.name)
+          for file in kept.pack(staging, aside, part_bytes)]
+  shutil.rmtree(aside, ignore_errors=True)
+  return made
+
+
+def _try(packing: Callable[[], Any]) -> None:
+  """Packs between two units: of what fails there the end will tell."""
+  with contextlib.suppress(FieldError, OSError):
+    packing()
 
 
 if __name__ == "__main__":

@@ -74,6 +74,15 @@ def is_done(cell: Cell, *roots: str) -> bool:
   return False
 
 
+def is_trained(cell: Cell, root: str) -> bool:
+  """Whether a cell's training is finished under a root; of a damaged run that is said, and no."""
+  try:
+    return kept.progress(RunDir.of(root, cell)) >= kept.FINISHED
+  except FieldError as error:
+    print(f"{cell.name}: {error}", flush=True)
+    return False
+
+
 def command_of(unit: Unit, out: str, population: int) -> list[str]:
   """What works on a unit at its stage; a trunk is not evaluated."""
   spec, wanted = unit.cells[0].selector.rpartition(":")[0], unit.cells
@@ -89,10 +98,11 @@ class Sitting:
   """One sitting's units, waiting, at work and ended."""
 
   def __init__(self, units: Sequence[Unit], out: str, parallel: int, population: int,
-               deadline: float):
+               deadline: float, keep: Callable[[], None] = lambda: None):
+    """`keep` is called whenever a unit is done; `deadline` is of time.monotonic()."""
     self._waiting, self._working = list(units), []
     self._out, self._parallel, self._population = out, parallel, population
-    self._deadline = deadline
+    self._deadline, self._keep = deadline, keep
     self._seconds = self._read_seconds()
     self.done: list[Unit] = []
     self.failed: list[str] = []
@@ -112,6 +122,10 @@ class Sitting:
         time.sleep(_POLL_SECONDS)
     finally:
       self._stop()
+
+  def end(self) -> None:
+    """Makes now the deadline, for a signal handler: what is at work is told to save."""
+    self._deadline = time.monotonic()
 
   def expected(self, unit: Unit) -> float:
     """Seconds, from the unit nearest in FLOPs that has ended; 0 where none has."""
@@ -156,8 +170,7 @@ class Sitting:
         unit.overrides += ("--config.execution.population=1", "--config.execution.remat=full")
         print(f"{unit.name}: out of memory; once more, one run at a time", flush=True)
         self._start(unit)
-      elif unit.stage == "train" and any(
-          kept.progress(RunDir.of(self._out, cell)) >= kept.FINISHED for cell in unit.cells):
+      elif unit.stage == "train" and any(is_trained(cell, self._out) for cell in unit.cells):
         unit.stage = "evaluate"
         self._start(unit)
       else:
@@ -185,6 +198,7 @@ class Sitting:
     self._seconds.append((unit.flops, seconds))
     self._seconds_file.write_text(json.dumps(self._seconds))
     print(f"{unit.name}: {len(unit.cells)} runs, {seconds:.0f} s", flush=True)
+    self._keep()
 
   def _stop(self) -> None:
     for unit in self._working:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from etils import epath
 
-from launch import money, remote, tpu, work
+from launch import budget, money, remote, tpu, work
 from launch.code import Code
 from launch.jobs import Job
 from launch.naming import digest, resource_name
@@ -168,7 +168,10 @@ def startup_script(name: str, options: Options, code: Code, out: str, experiment
   values = {
       "CODE": (f"{out}/_code/{code.file_name}",), "SHA256": (code.sha256,),
       "WORK": (f"{slices}/{name}/work.json",), "PYTHON": (options.python or "",),
-      "DELETE": ending}
+      "DELETE": ending, "LIMIT": (f"{slices}/{budget.LIMIT}",),
+      "USD": ("null" if options.max_cost_usd is None else str(options.max_cost_usd),),
+      "SLICES": (str(options.slices),), "RATE": (str(options.usd_per_second),),
+      "MARGIN": (f"{budget.MARGIN_SECONDS:.0f}",)}
   text = resources.files("launch.host").joinpath("startup.sh").read_text()
   return re.sub(r"@([A-Z0-9]+)@", lambda found: shlex.join(values[found[1]]), text)
 

@@ -79,6 +79,7 @@ class Agent:
       return 1
     self._environ = machine.read_secrets(self._work.secrets)
     self._environ["MOE_JAX_COMMIT"] = self._work.commit
+    machine.say_at_work(os.environ)
     try:
       if self._worker == machine.LEADER:
         self._lead()

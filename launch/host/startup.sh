@@ -7,9 +7,18 @@ sha256=@SHA256@
 work=@WORK@
 python=@PYTHON@
 delete=(@DELETE@)
+# What may be spent (null: no limit), by how many slices, what this one costs, and the seconds in
+# which it saves and ends. A later submission writes another limit into the file.
+max_cost_usd=@USD@
+slices=@SLICES@
+usd_per_second=@RATE@
+margin=@MARGIN@
+limit=@LIMIT@
 
 home=${MOE_JAX_HOME:-/var/lib/moe_jax}
 mkdir -p "$home"
+[ -s "$home/began" ] || date +%s >"$home/began"
+export MOE_JAX_AT_WORK=$home/at_work  # made by the agent when it begins: from then on it counts
 exec 9>"$home/lock"
 flock --nonblock 9 || { echo "another start-up script is at work"; exit 0; }
 exec >>"$home/log.txt" 2>&1
@@ -17,9 +26,22 @@ echo "==== $(date --utc +%FT%TZ) $(hostname)"
 
 fetch() {  # SOURCE TARGET
   case $1 in
-    gs://*) gcloud storage cp "$1" "$2" ;;
+    gs://*) timeout 600 gcloud storage cp "$1" "$2" ;;
     *) cp "$1" "$2" ;;
   esac
+}
+
+# Seconds that are left for a part of what may be spent, as timeout takes them: 0 is for ever.
+# Nothing is printed when they are over.
+seconds_left() {  # PARTS
+  local usd
+  fetch "$limit" "$home/limit.json" >/dev/null 2>&1
+  usd=$(sed -nE 's/.*"max_cost_usd": *([0-9.e+-]+|null).*/\1/p' "$home/limit.json" 2>/dev/null)
+  awk -v usd="${usd:-$max_cost_usd}" -v parts="$1" -v rate="$usd_per_second" -v margin="$margin" \
+      -v age="$(($(date +%s) - $(cat "$home/began")))" 'BEGIN {
+    if (usd == "null" || rate == 0) { print 0; exit }
+    left = int(usd / parts / rate - margin - age)
+    if (left > 0) print left }'
 }
 
 unpack() {
@@ -38,21 +60,29 @@ install() {
   cmp --silent "$lock" "$home/installed.txt" && return
   export HOME=${HOME:-/root} UV_PYTHON_INSTALL_DIR=$home/python
   # The image's own Python is older than 3.11; uv brings one.
-  python3 -m pip install --quiet --target="$home/uv" uv==0.13.9 || return
-  "$home/uv/bin/uv" venv --quiet --clear --python=3.12 "$home/venv" || return
-  "$home/uv/bin/uv" pip sync --quiet --python="$python" --require-hashes "$lock" || return
+  timeout 1200 python3 -m pip install --quiet --target="$home/uv" uv==0.13.9 || return
+  timeout 1200 "$home/uv/bin/uv" venv --quiet --clear --python=3.12 "$home/venv" || return
+  timeout 1200 "$home/uv/bin/uv" pip sync --quiet --python="$python" --require-hashes "$lock" ||
+    return
   cp "$lock" "$home/installed.txt"  # last: an interrupted installation is done again
 }
 
 attempt() {
   unpack && install && cd "$home/$sha256" || return
-  "$python" -m launch.host --work="$work"
+  timeout --kill-after="$margin" "$(seconds_left 1)" "$python" -m launch.host --work="$work"
 }
 
 # As long as the machine is there it tries again: a network that is late, a package index that is
-# busy. The launcher gives up on a machine that does not report.
+# busy. The launcher gives up on a machine that does not report; where none lives, and while no
+# agent counts what all slices cost, the machine does so when its own has cost its share.
 pause=${MOE_JAX_PAUSE:-10}
 while true; do
+  parts=$slices
+  if [ -e "$MOE_JAX_AT_WORK" ]; then parts=1; fi
+  if [ -z "$(seconds_left "$parts")" ]; then
+    echo "what may be spent would be passed: the slice ends"
+    break
+  fi
   attempt
   ended=$?
   if [ "$ended" = 0 ]; then break; fi
@@ -60,5 +90,5 @@ while true; do
   sleep "$pause"
 done
 if [ "${#delete[@]}" -gt 0 ]; then
-  "${delete[@]}"
+  until timeout 600 "${delete[@]}"; do sleep "$pause"; done  # until then it costs
 fi

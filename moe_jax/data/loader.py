@@ -72,9 +72,8 @@ def train_dataset(prepared: PreparedData, seq_len: int, batch_size: int, seed_da
 
 
 def train_iterator(prepared: PreparedData, seq_len: int, batch_size: int, seed_data: int,
-                   start_step: int = 0, mine: np.ndarray | None = None
-                   ) -> grain.DatasetIterator:
-  """Iterates over `train_dataset` from `start_step`, reading ahead in a thread.
+                   mine: np.ndarray | None = None) -> grain.DatasetIterator:
+  """Iterates over `train_dataset` from its beginning, reading ahead in a thread.
 
   `get_state()` is `{"next_index": step}`, the step of the batch that `next` gives: JSON,
   and the same whatever the number of processes or devices. `set_state` takes it back.
@@ -82,9 +81,7 @@ def train_iterator(prepared: PreparedData, seq_len: int, batch_size: int, seed_d
   """
   dataset = train_dataset(prepared, seq_len, batch_size, seed_data, mine)
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH_BATCHES)
-  iterator = iter(dataset.to_iter_dataset(options))
-  iterator.set_state({"next_index": start_step})
-  return iterator
+  return iter(dataset.to_iter_dataset(options))
 
 
 class EvalRows(Sequence):

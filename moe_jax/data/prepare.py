@@ -8,7 +8,7 @@
 
 A document's tokens are the separator and the tokens of its text. The weights of a mixture decide
 what is read of its files, not what is in them. Where everything is there already, `prepare` only
-checks it: no TFDS, no tokenizer library, some milliseconds.
+checks it: no TFDS, no tokenizer library, but a hash of every file, at about 2 GB/s.
 """
 
 import dataclasses

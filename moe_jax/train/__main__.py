@@ -60,7 +60,7 @@ def main(overrides: list[str]) -> int:
       raise
     code, line = known
     print(f"error: {line}", file=sys.stderr, flush=True)
-    if isinstance(error, OSError):
+    if run_dir.is_of_storage(error):
       os._exit(code)  # on a full disk the exit handlers of libraries fail too, with pages to tell
     return code
 
@@ -86,8 +86,9 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
       return run_dir.EXIT_BUSY, str(error)
     case CheckpointError():
       return 1, str(error)
-    case OSError():
-      return 1, f"{error}; what was saved is kept, and the same command goes on"
+    case Exception() if run_dir.is_of_storage(error):
+      return 1, (f"{' '.join(str(error).split())}; what was saved is kept, and the same command "
+                 "goes on")
     case KeyboardInterrupt():
       return 128 + signal.SIGINT, "interrupted; what was finished is kept"
   return None

@@ -191,13 +191,6 @@ class Checkpointer:
                             f"{files.folder_of(self._run_dir)}: {reason}; {left}") from error
 
 
-def restore_params(run_dir: RunDir, abstract_params: Any,
-                   step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
-  """The parameters alone; else as `restore_model`."""
-  step, model, meta = restore_model(run_dir, {PARAMS: abstract_params}, step)
-  return step, model[PARAMS], meta
-
-
 def restore_model(run_dir: RunDir, abstract_model: Mapping[str, Any],
                   step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
   """Reads what a forward pass needs, and changes nothing in the run directory.

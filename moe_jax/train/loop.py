@@ -6,6 +6,7 @@ alone writes what is not a checkpoint.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import signal
@@ -41,6 +42,8 @@ from moe_jax.train.throughput import peak_flops
 from moe_jax.train.trunk import find_trunk
 from moe_jax.train.warm_start import find_source
 
+_SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
+
 
 def train(cell: Cell, out: str | os.PathLike,
           profile_steps: tuple[int, int] | None = None) -> int:
@@ -64,8 +67,9 @@ def train_together(cells: Sequence[Cell], out: str | os.PathLike,
     goes on), EXIT_DIVERGED where a loss was not finite, 1 where a run of several failed.
 
   Raises:
-    FieldError: the cells have several shapes, or the mesh, the batch, the corpus or a directory
-      does not fit; nothing is written then.
+    FieldError: the cells have several shapes, or the mesh, the batch, the corpus, a directory or
+      another run that one begins from does not fit; nothing is written of the runs then. A text
+      has been prepared by then where it is what has too few rows, or too many tokens.
     RunDirBusy: another process trains one of the cells.
     CheckpointError: a checkpoint cannot be written or read.
     Any of them may be raised on one of many processes alone: processes.run ends the others.
@@ -76,6 +80,7 @@ def train_together(cells: Sequence[Cell], out: str | os.PathLike,
     RunDir.of(out, cell).check_identity(cell)
     if first:
       find_source(RunDir.of(out, cell), cell.config)
+      find_trunk(out, cell)
   mesh, prepared = _fitting(cells[0].config, len(cells), out)
   _require_same_everywhere(cells, prepared)
   use_compilation_cache(out)
@@ -100,7 +105,7 @@ def train_together(cells: Sequence[Cell], out: str | os.PathLike,
         return _go(members, mesh, stop, progress, profile_steps if first else None)
     except BaseException as error:
       for member in members:
-        with contextlib.suppress(OSError):  # the disk may be what failed
+        with contextlib.suppress(Exception):  # the disk or the bucket may be what failed
           member.fail(f"{type(error).__name__}: {error}")
       raise
 
@@ -110,12 +115,13 @@ def _fitting(config: RunConfig, n_cells: int, out: str | os.PathLike
   """The mesh and the data of the cells. Raises FieldError if they do not fit together."""
   try:
     mesh = make_mesh(config)
+    require_mesh(n_cells, mesh)  # before the text, which may take an hour to prepare
     prepared = prepare(config.data, epath.Path(out) / "_data")
     config.check_vocabulary(prepared.vocab_size)
     train_dataset(prepared, config.data.seq_len, config.train.batch_size, config.seed_data)
-  except FieldError as error:  # `out` is a flag of its own, all else a field of the cell
-    raise error if error.field == "out" else error.under("config") from None
-  require_mesh(n_cells, mesh)
+  except FieldError as error:
+    section = error.field.partition(".")[0]
+    raise error.under("config") if section in _SECTIONS else error from None
   return mesh, prepared
 
 
@@ -279,10 +285,20 @@ def _heartbeat(members: Sequence[Member]) -> Iterator[None]:
   over = threading.Event()
 
   def beat():
+    told = False
     while not over.wait(run_dir_lib.HEARTBEAT_SECONDS):
       for member in members:
-        with contextlib.suppress(OSError):  # a full disk is reported by the checkpoints
+        try:
           member.beat()
+        except Exception as error:
+          # A full disk, a bucket that is busy: the next may pass. Without any, the run would be
+          # taken for dead, and another trainer might write into it.
+          if not run_dir_lib.is_of_storage(error):
+            raise
+          if not told:
+            logging.warning("%s cannot be told that it lives: %s", member.run_dir.path,
+                            " ".join(str(error).split()))
+          told = True
 
   for member in members:
     member.beat()

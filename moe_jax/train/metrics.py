@@ -73,9 +73,3 @@ class MetricsWriter:
   def close(self) -> None:
     self.flush()
     self._board.close()
-
-  def __enter__(self) -> "MetricsWriter":
-    return self
-
-  def __exit__(self, *_) -> None:
-    self.close()

@@ -39,7 +39,8 @@ def decay_mask(params: Any) -> Any:
   """True for the parameters that decay: every matrix that multiplies activations (`w_*`).
 
   Norm scales and the embedding table do not: a table's rows are looked up, and decay would
-  shrink the rows of rare tokens between their rare updates.
+  shrink the rows of rare tokens between their rare updates. So with tie_embeddings the output head,
+  which is the same table, does not decay; a head of its own does.
   """
   return jax.tree.map_with_path(lambda path, _: path[-1].key.startswith("w_"), params)
 

@@ -15,12 +15,13 @@ def peak_flops(devices: list[jax.Device]) -> float | None:
 
   Accelerators: the published dense bfloat16 peak (arch/hardware.py); none is better than a
   wrong one. A processor has no such figure: there it is the float32 speed of a large matrix
-  product, measured now (a fifth of a second), of the whole machine, which fake devices share.
+  product, measured now (a fifth of a second), of the whole machine, which fake devices share. Of
+  many processes it is not known: they may be on many machines, and this one is measured alone.
   """
   known = hardware.by_device_kind(devices[0].device_kind)
   if known is not None:
     return known.device_bf16_flops * len(devices)
-  if devices[0].platform != "cpu":
+  if devices[0].platform != "cpu" or len({device.process_index for device in devices}) > 1:
     return None
   size, repeats = 1024, 5
   x = jnp.ones((size, size), jnp.float32)

@@ -16,6 +16,7 @@ from moe_jax import config as config_lib
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.config import RunConfig
 from moe_jax.errors import FieldError, require
+from moe_jax.mesh import MESH_AXES
 from moe_jax.model import functional, upcycle
 from moe_jax.run_dir import RunDir
 from moe_jax.train import step as step_lib
@@ -151,8 +152,8 @@ def _function(config: RunConfig, upcycled: bool) -> dict[str, Any]:
 
 
 def _one_device_mesh() -> Mesh:
-  return jax.make_mesh((1, 1, 1), ("data", "fsdp", "expert"), devices=jax.local_devices()[:1],
-                       axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  return jax.make_mesh((1,) * len(MESH_AXES), MESH_AXES, devices=jax.local_devices()[:1],
+                       axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -85,7 +85,8 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_alone():
     again = loader.train_dataset(PREPARED, SEQ_LEN, BATCH, 7)
     assert equal(again[step], expected[step])
   for start in (0, 1, 11, 29):
-    iterator = loader.train_iterator(PREPARED, SEQ_LEN, BATCH, 7, start_step=start)
+    iterator = loader.train_iterator(PREPARED, SEQ_LEN, BATCH, 7)
+    iterator.set_state({"next_index": start})
     for step in range(start, 30):
       assert equal(next(iterator), expected[step])
   other = loader.train_dataset(PREPARED, SEQ_LEN, BATCH, 8)

@@ -83,7 +83,8 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_alone():
   steps = [0, 1, 1999, 2000, 2001, 70_000]  # on both sides of a period's end
   expected = {step: dataset[step]["inputs_BS"] for step in steps}
   for step in reversed(steps):
-    iterator = loader.train_iterator(MIXTURE, SEQ_LEN, BATCH, 7, start_step=step)
+    iterator = loader.train_iterator(MIXTURE, SEQ_LEN, BATCH, 7)
+    iterator.set_state({"next_index": step})
     assert np.array_equal(next(iterator)["inputs_BS"], expected[step])
   other = loader.train_dataset(MIXTURE, SEQ_LEN, BATCH, 8)
   assert not any(np.array_equal(other[step]["inputs_BS"], expected[step]) for step in steps)

@@ -1,11 +1,17 @@
 """A sitting does what fits into its time, tries again where memory ran out, and says the rest."""
 
+import signal
+import subprocess
+import sys
 import time
+import zipfile
 
 import pytest
 
 from experiments.study import units
 from moe_jax.grid import Cell
+from moe_jax.run_dir import RunDir
+from tests.experiment_files import ROOT
 from tests.study import planted
 
 GRID = planted.grid()
@@ -88,6 +94,65 @@ def test_a_failure_is_told_by_its_last_line_and_stops_no_other(tmp_path, monkeyp
                  else "echo error: no such text; exit 2")
   assert len(made.done) == 2
   assert made.failed == [f"{CELLS[1].name}: train ended with code 2: error: no such text"]
+
+
+def test_a_damaged_run_fails_alone(tmp_path, monkeypatch):
+  """A trainer that was killed may leave a status that is none."""
+  def script(unit):
+    if unit.cells[0] == CELLS[1]:
+      planted.write_run(tmp_path, CELLS[1].experiment, CELLS[1].name, CELLS[1].config, None)
+      (RunDir.of(tmp_path, CELLS[1]).path / "status.json").write_text("{")
+      return "exit 1"
+    return "true"
+
+  made = sitting(tmp_path, monkeypatch, script)
+  assert len(made.done) == 2
+  assert made.failed == [f"{CELLS[1].name}: train ended with code 1: no word"]
+
+
+STAND_IN = """
+from experiments.study import sitting, units
+from moe_jax import cli
+from tests.study import planted
+begun = []
+
+def command_of(unit, out, population):
+  begun.append(unit.name)
+  if unit.name != begun[0]:
+    return ["sh", "-c", "trap 'echo saved; exit 75' TERM; echo begun; while :; do sleep 0.1; done"]
+  for cell in unit.cells:
+    planted.write_run(out, cell.experiment, cell.name, cell.config, 2.0)
+  return ["true"]
+
+units.command_of = command_of
+cli.run(sitting.main)
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_machine_that_is_taken_away_has_saved_and_packed(tmp_path, number, code):
+  packed, logs = tmp_path / "packed" / "results-1.zip", tmp_path / "runs" / "_sitting"
+  process = subprocess.Popen(
+      [sys.executable, "-c", STAND_IN, "--grids=rehearsal", f"--out={tmp_path / 'runs'}",
+       f"--kept={tmp_path / 'none'}", f"--pack={packed.parent}"], cwd=ROOT)
+
+  def said(word):
+    return sum(word in file.read_text() for file in logs.glob("*.txt"))
+
+  def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.02)
+
+  wait_for(lambda: packed.exists() and said("begun") == 3)  # packed when the first was done
+  packed.unlink()
+  process.send_signal(number)
+  assert process.wait(60) == code
+  assert said("saved") == 3
+  assert len(zipfile.ZipFile(packed).namelist()) >= 3
+  assert {file.name for file in packed.parent.iterdir()} == {packed.name, "sitting.txt"}
+  assert "1 units done" in (packed.parent / "sitting.txt").read_text()
 
 
 def test_time_is_kept(tmp_path, monkeypatch):

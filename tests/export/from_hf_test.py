@@ -20,9 +20,9 @@ from moe_jax.fields import override
 from moe_jax.grid import Cell
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
-from moe_jax.train.checkpoint import restore_params
 from tests.export.conftest import ARCHS, config_of
 from tests.small import MESHES, ONE_DEVICE, random_params
+from tests.train.checkpoint_states import restore_params
 
 DOCUMENT = "Naïve\n\tdef f(x): return 漢字 🙂  <|document|> \x00\x7f"
 

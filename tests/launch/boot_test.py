@@ -6,10 +6,15 @@ import sys
 import time
 
 import pytest
+from etils import epath
 
+from launch import budget
 from launch.backends import gcloud
 from launch.code import pack
+from launch.host.agent import Agent, Pace
+from launch.work import from_text
 from tests.experiment_files import ROOT
+from tests.launch.agent_test import _here, _work
 
 _BOOT = ROOT / "launch" / "host" / "boot.py"
 
@@ -52,14 +57,14 @@ def test_the_image_runs_exactly_the_code_that_was_submitted(out, code):
   assert "it was changed or cut" in done.stderr
 
 
-def _startup(tmp_path, out, code, delete):
+def _startup(tmp_path, out, code, **options):
   """Runs the script as a booting TPU VM would; its `gcloud` only says what it was told."""
   tools = tmp_path / "tools"
   tools.mkdir(exist_ok=True)
   (tools / "gcloud").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/deleted\n')
   (tools / "gcloud").chmod(0o755)
-  options = gcloud.Options("p", ("us-east5-b",), "v6e-8", python=sys.executable,
-                           delete_when_done=delete)
+  options = gcloud.Options("p", ("us-east5-b",), "v6e-8", **{
+      "python": sys.executable, **options})
   text = gcloud.startup_script("s0", options, code, str(out), "e x", "us-east5-b")
   return subprocess.run(
       ["bash"], input=text, text=True, timeout=60, cwd="/",
@@ -68,19 +73,72 @@ def _startup(tmp_path, out, code, delete):
 
 
 def test_the_start_up_script_goes_on_until_the_agent_is_done_then_deletes(tmp_path, out, code):
-  assert _startup(tmp_path, out, code, delete=True).returncode == 0
+  assert _startup(tmp_path, out, code).returncode == 0
   assert (tmp_path / "seen").read_text() == f"--work={out}/e x/_slices/s0/work.json\n" * 2
   assert (tmp_path / "deleted").read_text().split() == list(
       gcloud.delete("s0", gcloud.Options("p", ("us-east5-b",), "v6e-8"), "us-east5-b")[1:])
   assert "ended with 1; once more" in (tmp_path / "home" / "log.txt").read_text()
-  assert _startup(tmp_path, out, code, delete=True).returncode == 0  # a reboot
+  assert _startup(tmp_path, out, code).returncode == 0  # a reboot
   assert len((tmp_path / "seen").read_text().splitlines()) == 3
 
 
 def test_it_deletes_nothing_unless_told_to(tmp_path, out, code):
   (tmp_path / "seen").write_text("before\n")
-  assert _startup(tmp_path, out, code, delete=False).returncode == 0
+  assert _startup(tmp_path, out, code, delete_when_done=False).returncode == 0
   assert not (tmp_path / "deleted").exists()
+
+
+_DEAR = 450.0  # US dollars a chip-hour: the slice's eight chips cost one a second
+
+
+@pytest.mark.parametrize("slices, usd", [(1, 202.5), (4, 810.0)])
+def test_a_machine_on_which_nothing_begins_ends_its_slice_for_its_share(tmp_path, out, code,
+                                                                       slices, usd):
+  """The margin of 200 s is kept for saving; no agent has counted anything."""
+  (out / "_code" / code.file_name).write_bytes(code.archive[:-1] + b"?")
+  began = time.monotonic()
+  assert _startup(tmp_path, out, code, slices=slices, max_cost_usd=usd,
+                  usd_per_chip_hour=_DEAR).returncode == 0
+  assert 1 < time.monotonic() - began < 20
+  log = (tmp_path / "home" / "log.txt").read_text()
+  assert log.count("FAILED") > 1 and log.endswith("would be passed: the slice ends\n")
+  assert (tmp_path / "deleted").exists() and not (tmp_path / "seen").exists()
+
+
+def test_the_limit_may_be_raised_and_an_agent_that_counts_is_left_alone(tmp_path, out, code):
+  dear = {"max_cost_usd": 300.0, "usd_per_chip_hour": _DEAR, "slices": 4}
+  _startup(tmp_path, out, code, **dear)
+  assert not (tmp_path / "seen").exists()  # a share of 75 seconds is less than the margin
+  (tmp_path / "home" / "at_work").touch()
+  _startup(tmp_path, out, code, **dear)
+  assert len((tmp_path / "seen").read_text().splitlines()) == 2
+  (tmp_path / "home" / "at_work").unlink()
+  budget.set_limit(epath.Path(out / "e x" / "_slices"), 4e6)
+  _startup(tmp_path, out, code, **dear)
+  assert len((tmp_path / "seen").read_text().splitlines()) == 3
+  budget.set_limit(epath.Path(out / "e x" / "_slices"), None)
+  _startup(tmp_path, out, code, **dear)
+  assert len((tmp_path / "seen").read_text().splitlines()) == 4
+
+
+def test_an_agent_that_does_not_end_is_told_to_save(tmp_path, out, code):
+  """Its own account may fail, too."""
+  python = tmp_path / "python"
+  python.write_text(f"#!/bin/bash\ntrap 'echo saved > {tmp_path}/saved; exit 75' TERM\n"
+                    "while :; do sleep 0.1; done\n")
+  python.chmod(0o755)
+  _startup(tmp_path, out, code, python=str(python), max_cost_usd=203.0, usd_per_chip_hour=_DEAR)
+  assert (tmp_path / "saved").exists() and (tmp_path / "deleted").exists()
+
+
+def test_an_agent_says_when_it_begins(tmp_path, monkeypatch):
+  """Not on a machine that is of no use, where it would end and be begun again for ever."""
+  monkeypatch.setenv("MOE_JAX_AT_WORK", str(tmp_path / "at_work"))
+  file = _work(tmp_path, ["ok"])
+  todo = from_text(file.read_text(), file)
+  for trouble, began in (("a chip is held", False), (None, True)):
+    _here(Agent(todo, epath.Path(file.parent), "0-0", Pace(0.02, 0.02), trouble=[trouble].pop))
+    assert (tmp_path / "at_work").exists() == began
 
 
 def test_code_that_was_changed_is_not_run(tmp_path, out, code):

@@ -66,6 +66,17 @@ def test_trunks_come_first_and_branches_of_one_length_together(tmp_path):
                     [(1, 18, 24), (2, 18, 24)]]
 
 
+def test_a_run_comes_before_those_that_begin_with_its_parameters(tmp_path):
+  spec = write(tmp_path, SOURCE + """
+FIRST = Grid("packed", RECIPE, (RECIPE,)).names[0]
+GRID = [override(RECIPE, {"train.init_from": source}) for source in (
+    f"packed/{FIRST}@6", "old/run@6", f"packed/{FIRST}", None)]
+""", "packed.py")
+  sources = {cell.name: cell.config.train.init_from for cell in select(spec)}
+  assert [[sources[name] for name in group] for group in groups_of(spec, tmp_path)] == [
+      ["old/run@6", None], ["packed/l1-d16-f8-e4-k2@6", "packed/l1-d16-f8-e4-k2"]]
+
+
 def test_a_dry_run_shows_a_command_a_population(tmp_path):
   spec = write_tiny(tmp_path, seeds=5)
   done = run_module("-m", "launch.submit", f"--config={spec}", f"--out={tmp_path}", "--dry_run",

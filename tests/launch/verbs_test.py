@@ -6,7 +6,7 @@ import os
 import pytest
 from etils import epath
 
-from launch import submitted
+from launch import budget, submitted
 from launch.backends import gke, slurm
 from launch.code import Code
 from launch.jobs import jobs_of
@@ -58,6 +58,16 @@ def test_what_was_not_submitted_is_one_line(tmp_path, command):
   assert done.returncode == 2
   assert "--experiment='tiny': was not submitted to other machines" in done.stderr
   assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["watch", "cancel", "logs"])
+def test_a_submission_that_failed_half_way_is_one_line(tmp_path, command):
+  """The limit is written before any slice."""
+  budget.set_limit(epath.Path(tmp_path / "tiny" / "_slices"), 5.0)
+  done = run_module("-m", f"launch.{command}", f"--out={tmp_path}", "--experiment=tiny")
+  assert done.returncode == 2
+  assert done.stderr == ("error: --experiment='tiny': was not submitted to its end: no machines "
+                         "were asked for, and the same launch.submit begins anew\n")
 
 
 def test_gc_finds_what_nobody_accounts_for(tmp_path):

@@ -22,9 +22,9 @@ from moe_jax.grid import select
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
 from moe_jax.run_dir import RunDir
-from moe_jax.train.checkpoint import restore_params
 from tests.experiment_files import write_tiny
 from tests.launch import fake_gcloud
+from tests.train.checkpoint_states import restore_params
 
 _SECRET = f"hunter2-{os.urandom(8).hex()}"  # not in this file, which is sent along
 

@@ -16,6 +16,7 @@ from tests.train.checkpoint_states import (
   flip_a_byte,
   listing,
   restore,
+  restore_params,
   state_at,
   truncate,
   write,
@@ -94,16 +95,16 @@ def test_lost_checksums_do_not_silently_start_over(run_dir):
 def test_params_of_damaged_or_absent_checkpoints(run_dir, caplog):
   wanted = abstract(state_at(0)["params"])
   with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
-    checkpoint.restore_params(run_dir, wanted)
+    restore_params(run_dir, wanted)
   write(run_dir, [1, 2])
   flip_a_byte(files_below(run_dir.checkpoints / "2" / "params")[0])
   before = listing(run_dir)
-  assert checkpoint.restore_params(run_dir, wanted)[0] == 1
+  assert restore_params(run_dir, wanted)[0] == 1
   assert "checkpoints/2 is damaged and is passed over" in caplog.text
   with pytest.raises(CheckpointError, match="checkpoints/2 is damaged: params/"):
-    checkpoint.restore_params(run_dir, wanted, step=2)
+    restore_params(run_dir, wanted, step=2)
   with pytest.raises(CheckpointError, match="holds no checkpoint 7: it has 1, 2"):
-    checkpoint.restore_params(run_dir, wanted, step=7)
+    restore_params(run_dir, wanted, step=7)
   assert listing(run_dir) == before
 
 
@@ -121,7 +122,7 @@ def test_damage_to_any_file_is_found_by_an_evaluation_too(run_dir):
     pristine = file.read_bytes()
     for hurt in (flip_a_byte, truncate):
       hurt(file)
-      step, params, _ = checkpoint.restore_params(run_dir, wanted)
+      step, params, _ = restore_params(run_dir, wanted)
       item = file.relative_to(run_dir.checkpoints / "2").parts[0]
       assert step == (1 if item in ("params", "meta") else 2), (file, hurt)
       assert_same(params, state_at(step)["params"])

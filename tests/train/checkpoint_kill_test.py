@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.train import checkpoint, checkpoint_files
+from moe_jax.train import checkpoint_files
 from tests.experiment_files import ROOT
-from tests.train.checkpoint_states import assert_same, restore, state_at, write
+from tests.train.checkpoint_states import assert_same, restore, restore_params, state_at, write
 
 CHILD = """
 import sys
@@ -145,6 +145,6 @@ def test_two_processes_write_one_checkpoint_and_agree_on_the_one_to_use(run_dir)
   assert [peer.returncode for peer in peers] == [0, 0], "\n".join(errors)
   assert ["checkpoints/3 is damaged" in error for error in errors] == [True, False]
   assert checkpoint_files.checkpoint_steps(run_dir) == [2, 3]
-  _, params, _ = checkpoint.restore_params(
+  _, params, _ = restore_params(
       run_dir, {"x_TD": jax.ShapeDtypeStruct((4, 8), jnp.float32)})
   np.testing.assert_array_equal(params["x_TD"], 3 * np.arange(32).reshape(4, 8))

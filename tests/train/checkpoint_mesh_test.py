@@ -15,10 +15,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moe_jax.mesh import make_mesh
 from moe_jax.run_dir import RunDir
 from moe_jax.train import checkpoint_format
-from moe_jax.train.checkpoint import Checkpointer, restore_model, restore_params, restore_step
+from moe_jax.train.checkpoint import Checkpointer, restore_model, restore_step
 from moe_jax.train.step import abstract_state
 from tests.small import ARCH, MESHES, ONE_DEVICE, small_config
-from tests.train.checkpoint_states import assert_same
+from tests.train.checkpoint_states import assert_same, restore_params
 
 ALL_MESHES = {**MESHES, "one": ONE_DEVICE}
 WRITTEN_ON = "data2_fsdp2_expert2"  # in the fast tests: every axis splits something

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.train.checkpoint import Checkpointer
+from moe_jax.train.checkpoint import Checkpointer, restore_model
 
 
 class Moments(NamedTuple):
@@ -50,6 +50,12 @@ def write(run_dir, steps, keep=2):
 def restore(run_dir, keep=2):
   with Checkpointer(run_dir, keep) as checkpointer:
     return checkpointer.restore_latest(abstract(state_at(0)))
+
+
+def restore_params(run_dir, abstract_params, step=None):
+  """(step, the parameters alone, meta) of the newest sound checkpoint, or that of a step."""
+  step, model, meta = restore_model(run_dir, {"params": abstract_params}, step)
+  return step, model["params"], meta
 
 
 def files_below(path):

@@ -16,6 +16,7 @@ from tests.train.checkpoint_states import (
   files_below,
   listing,
   restore,
+  restore_params,
   state_at,
   write,
 )
@@ -63,7 +64,7 @@ def test_save_does_not_see_a_later_donation(run_dir):
     with Checkpointer(run_dir, 2) as checkpointer:
       checkpointer.save(step, {"params": {"x_TD": saved}}, {}, {})
       jax.block_until_ready(update(saved))
-    _, params, _ = checkpoint.restore_params(
+    _, params, _ = restore_params(
         run_dir, {"x_TD": jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype)})
     np.testing.assert_array_equal(params["x_TD"], x_TD)
 
@@ -88,10 +89,10 @@ def test_parameters_are_rounded_to_the_type_asked_for_and_state_is_not(run_dir):
   write(run_dir, [1])
   wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
                         state_at(0)["params"])
-  _, params, _ = checkpoint.restore_params(run_dir, wanted)
+  _, params, _ = restore_params(run_dir, wanted)
   assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state_at(1)["params"]))
   with pytest.raises(CheckpointError, match="w_LDF is float32.* there and int32"):
-    checkpoint.restore_params(run_dir, jax.tree.map(
+    restore_params(run_dir, jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), wanted))
   with pytest.raises(CheckpointError, match="w_LDF is float32.* there and bfloat16"):
     checkpoint.restore_step(run_dir, 1, {**abstract(state_at(0)), "params": wanted})
@@ -140,10 +141,10 @@ def test_params_alone_are_read_and_nothing_is_changed(run_dir):
   (run_dir.checkpoints / "3.orbax-checkpoint-tmp").mkdir()
   before = listing(run_dir)
   wanted = abstract(state_at(0)["params"])
-  step, params, meta = checkpoint.restore_params(run_dir, wanted)
+  step, params, meta = restore_params(run_dir, wanted)
   assert step == 2 and meta["dataset"] == "abc"
   assert_same(params, state_at(2)["params"])
-  step, params, _ = checkpoint.restore_params(run_dir, wanted, step=1)
+  step, params, _ = restore_params(run_dir, wanted, step=1)
   assert step == 1
   assert_same(params, state_at(1)["params"])
   assert listing(run_dir) == before

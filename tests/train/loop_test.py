@@ -9,21 +9,26 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from moe_jax import run_dir as run_dir_lib
 from moe_jax.config import identity_hash
 from moe_jax.data.prepare import prepare
-from moe_jax.grid import select
+from moe_jax.errors import FieldError
+from moe_jax.grid import get_config, select
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
 from moe_jax.run_dir import EXIT_BUSY, EXIT_DIVERGED, EXIT_PREEMPTED, RunDir
+from moe_jax.train import loop
 from moe_jax.train import step as step_lib
-from moe_jax.train.checkpoint import Checkpointer, restore_params
-from tests.experiment_files import ROOT, write
+from moe_jax.train.checkpoint import Checkpointer
+from tests.experiment_files import ROOT, run_module, write
 from tests.small import ONE_DEVICE
+from tests.train.checkpoint_states import restore_params
 
 STEPS, EVERY = 24, 6
 SOURCE = f'''
@@ -306,6 +311,26 @@ def test_bad_input_is_one_line_and_writes_nothing(override, line, runner):
   assert not (runner.out / "tiny").exists()
 
 
+def test_a_branch_of_no_run_is_refused_before_a_text_is_prepared(tmp_path, undisturbed):
+  with pytest.raises(FieldError, match="config.train.branch_from='absent@12': there is no run at"):
+    loop.train(*select(undisturbed.spec, {"train.branch_from": "absent@12"}), tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field, shown", [
+    ("processes", "processes"), ("from", "from"), ("out", "out"),
+    ("data.corpus", "config.data.corpus")])
+def test_only_what_is_of_the_configuration_is_named_so(field, shown, tmp_path, monkeypatch,
+                                                       undisturbed):
+  def prepare(data, folder):
+    raise FieldError(field, 8, "is refused")
+
+  monkeypatch.setattr(loop, "prepare", prepare)
+  with pytest.raises(FieldError) as caught:
+    loop._fitting(get_config(undisturbed.spec, {"execution.mesh.data": -1}), 1, tmp_path)
+  assert caught.value.field == shown
+
+
 def test_a_directory_of_another_identity_is_refused(runner, tmp_path):
   cell = select(runner.spec)[0]
   other = dataclasses.replace(cell, config=dataclasses.replace(cell.config, seed_init=5))
@@ -355,3 +380,33 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(runner, tmp_path):
     process.communicate()
   finally:
     subprocess.run(["umount", "-l", mount], check=True)
+
+
+def test_a_bucket_that_is_busy_for_once_does_not_end_the_heartbeat(run_dir, monkeypatch, caplog):
+  """What gcsfs raises is no OSError; a run that fell silent would be taken for dead."""
+  monkeypatch.setattr(run_dir_lib, "HEARTBEAT_SECONDS", 0.01)
+  out_of_reach = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
+  member, beats = types.SimpleNamespace(run_dir=run_dir), []
+
+  def beat():
+    beats.append(None)
+    if 2 <= len(beats) <= 4:
+      raise out_of_reach("try again\nlater")
+
+  member.beat = beat
+  with caplog.at_level("WARNING", "absl"), loop._heartbeat([member]):
+    deadline = time.monotonic() + 10
+    while len(beats) < 8 and time.monotonic() < deadline:
+      time.sleep(0.01)
+  assert len(beats) >= 8
+  assert caplog.text.count("cannot be told that it lives: try again later") == 1
+
+
+def test_an_error_of_a_bucket_is_one_line():
+  """As one of a disk: what gcsfs raises is no OSError."""
+  done = run_module("-c", """
+from moe_jax.train.__main__ import _ending
+print(_ending(type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("try\\nagain")),
+      _ending(ValueError("ours")))""")
+  assert done.stdout == ("(1, 'try again; what was saved is kept, and the same command goes on') "
+                         "None\n"), done.stderr

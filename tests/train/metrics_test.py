@@ -1,5 +1,6 @@
 """Metrics are strict JSON, survive a kill, and are not doubled by another attempt."""
 
+import contextlib
 import json
 import math
 import struct
@@ -52,7 +53,7 @@ def board_points(run_dir):
 
 
 def test_a_file_for_each_checkpoint_interval(run_dir):
-  with MetricsWriter(run_dir, attempt=1, step=0) as writer:
+  with contextlib.closing(MetricsWriter(run_dir, attempt=1, step=0)) as writer:
     for step in range(1, 6):
       writer.write(step, {"loss": 1 / step})
       if step % 2 == 0:
@@ -65,7 +66,7 @@ def test_a_file_for_each_checkpoint_interval(run_dir):
 
 
 def test_jax_and_non_finite_values_are_strict_json(run_dir):
-  with MetricsWriter(run_dir, 1, 0) as writer:
+  with contextlib.closing(MetricsWriter(run_dir, 1, 0)) as writer:
     writer.write(1, {"loss": jnp.float32(2.5), "half": jnp.bfloat16(0.5)})
     writer.write(2, {"loss": math.nan, "norm": math.inf, "low": -math.inf})
   assert lines(run_dir)["0001-00000001.jsonl"] == [
@@ -96,7 +97,7 @@ def test_a_later_attempt_replaces_the_steps_it_repeats(run_dir):
     if step == 2:
       first.next_chunk()
   first.close()  # ended here; the last checkpoint was at 2
-  with MetricsWriter(run_dir, run_dir.next_attempt(), step=2) as second:
+  with contextlib.closing(MetricsWriter(run_dir, run_dir.next_attempt(), step=2)) as second:
     for step in (3, 4, 5):
       second.write(step, {"loss": 20.0 + step})
   expected = [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0), (5, 25.0)]

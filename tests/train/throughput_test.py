@@ -58,6 +58,13 @@ def test_an_unknown_accelerator_has_no_peak_and_no_mfu(monkeypatch):
   assert speed.look(1).keys() == {"tokens_per_second"}
 
 
+def test_processors_of_many_processes_have_no_peak():
+  """They may be of many machines, of which this one alone could be measured."""
+  assert throughput.peak_flops([
+      types.SimpleNamespace(device_kind="cpu", platform="cpu", process_index=i)
+      for i in range(2)]) is None
+
+
 def test_a_known_accelerator_counts_every_device():
   h200 = types.SimpleNamespace(device_kind="NVIDIA H200", platform="gpu")
   assert throughput.peak_flops([h200] * 8) == 8 * throughput.peak_flops([h200]) > 7e15

@@ -112,6 +112,24 @@ def test_the_run_tells_what_it_began_from_and_goes_on_without_it(out, monkeypatc
   assert find_source(run_dir, config) is None and loop.train(cell, out) == 0
 
 
+def test_members_of_a_population_begin_each_with_its_own(out, monkeypatch):
+  monkeypatch.setattr(loop, "use_compilation_cache", lambda out: None)
+  monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+  base = override(DENSE, {"train.steps": 1, "train.warmup_steps": 0, "execution.log_every": 1,
+                          "execution.population": 3})
+  configs = [override(base, {"train.init_from": source})
+             for source in (None, "old/dense@2", "old/dense@4")]
+
+  def losses(experiment, train):
+    cells = [Cell(experiment, "", f"cell{i}", config) for i, config in enumerate(configs)]
+    assert train(cells) == 0
+    return [RunDir.of(out, cell).read_metrics()[0]["loss"] for cell in cells]
+
+  together = losses("together", lambda cells: loop.train_together(cells, out))
+  alone = losses("alone", lambda cells: max(loop.train(cell, out) for cell in cells))
+  assert together == pytest.approx(alone, rel=1e-5) and len(set(together)) == 3
+
+
 @pytest.mark.parametrize("base, changes, problem", [
     (COPY, {"train.init_from": "old/none"}, "there is no run at .*/old/none: train it first$"),
     (COPY, {"train.init_from": "hf/none"}, "or import it with python -m moe_jax.export"),
