@@ -12,8 +12,8 @@ A plan takes about a minute of a core for each cell; interrupted, the same comma
 was. From 1B parameters on, weights are split over 8 chips (`mesh.fsdp`), whose number must be a
 multiple of that; smaller ones are whole on each chip.
 
-9B tokens a cell are 17,166 steps; --config.train.steps sets another number. Before the grid is
-run, sweep the learning rate at its corners (the best one falls with size and moves with
+9B tokens a cell are 17,166 steps; --config.train.tokens=20e9 sets another number. Before the
+grid is run, sweep the learning rate at its corners (the best one falls with size and moves with
 sparsity) and put what was found in place of LEARNING_RATES. The corpus is one that
 `python -m moe_jax.data` is given the name of.
 """

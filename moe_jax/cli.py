@@ -38,7 +38,7 @@ def define_config_flag(required: bool = True) -> flags.FlagHolder:
 def parse_override(argument: str) -> tuple[str, Any]:
   """`--config.train.steps=200` -> ("train.steps", 200). Raises FieldError."""
   path, equals, text = argument.removeprefix(_PREFIX).partition("=")
-  known = leaf_types(RunConfig)
+  known = leaf_types(RunConfig) | {grid.TOKENS: float}
   if path not in known:
     raise FieldError("config." + path, text, "no such field; "
                      + did_you_mean("config." + path, ["config." + name for name in known]))

@@ -61,6 +61,9 @@ def cell_name(config: RunConfig, recipe: RunConfig) -> str:
   return "-".join(parts)
 
 
+TOKENS = "train.tokens"  # no field of a run, but an override that sets train.steps
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
   """A named, ordered set of cells that share a recipe.
@@ -131,8 +134,9 @@ class Grid:
 
   def override(self, changes: Mapping[str, Any]) -> "Grid":
     """The grid with the given fields replaced in every cell; the recipe stays, so that
-    names tell what was overridden. A branch then follows its trunk to the new name."""
-    cells = [override(config, changes) for config in self.cells]
+    names tell what was overridden. A branch then follows its trunk to the new name. TOKENS
+    stands for the number of steps that is nearest to so many."""
+    cells = [override(config, _in_steps(changes, config)) for config in self.cells]
     branches = any(config.train.branch_from is not None for config in cells)
     if branches and "train.branch_from" not in changes:
       new = {old: cell_name(config, self.recipe)
@@ -148,6 +152,20 @@ class Grid:
       while (cell := config.train.branch_run) in self.names:
         config = kept.setdefault(cell, self.get_config(cell))
     return dataclasses.replace(self, cells=tuple(kept.values()))
+
+
+def _in_steps(changes: Mapping[str, Any], config: RunConfig) -> Mapping[str, Any]:
+  """The changes with the steps that their tokens are, in the batches that they make."""
+  if TOKENS not in changes:
+    return changes
+  fields = {path: value for path, value in changes.items() if path != TOKENS}
+  tokens = changes[TOKENS]
+  require("train.steps" not in fields, TOKENS, tokens, "says the same as train.steps: give one")
+  batch_tokens = (fields.get("train.batch_size", config.train.batch_size)
+                  * fields.get("data.seq_len", config.data.seq_len))
+  require(tokens >= batch_tokens, TOKENS, tokens,
+          f"must be at least the {batch_tokens} of one batch")
+  return fields | {"train.steps": round(tokens / batch_tokens)}
 
 
 def trunk_and_branches(config: RunConfig, recipe: RunConfig,

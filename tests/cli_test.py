@@ -17,6 +17,7 @@ from tests.experiment_files import BASE, ROOT, run_module, write, write_tiny
     ("--config.moe.norm_topk_prob=false", ("moe.norm_topk_prob", False)),
     ("--config.arch.head_dim=none", ("arch.head_dim", None)),
     ("--config.data.corpus=a=b", ("data.corpus", "a=b")),
+    ("--config.train.tokens=9e9", ("train.tokens", 9e9)),
 ])
 def test_an_override_is_typed_by_its_field(argument, parsed):
   assert cli.parse_override(argument) == parsed

@@ -37,6 +37,19 @@ def test_a_name_tells_the_shape_and_what_differs_from_the_recipe(changes, name):
   assert cell_name(override(RECIPE, changes), RECIPE) == name
 
 
+def test_tokens_stand_for_steps_of_the_batch_that_is_asked_for():
+  grid = Grid("g", RECIPE, (RECIPE, override(RECIPE, {"train.batch_size": 8})))
+  in_tokens = grid.override({"train.tokens": 1e6, "data.seq_len": 100})
+  assert [config.train.steps for config in in_tokens.cells] == [
+      round(1e6 / (RECIPE.train.batch_size * 100)), 1250]
+  (one,) = Grid("g", RECIPE, (RECIPE,)).override({"train.tokens": 1e6, "train.batch_size": 4}).cells
+  assert one.train.steps == round(1e6 / (4 * RECIPE.data.seq_len))
+  with pytest.raises(FieldError, match=r"train\.tokens=5\.0: must be at least the \d+ of one"):
+    grid.override({"train.tokens": 5.0})
+  with pytest.raises(FieldError, match=r"train\.tokens.*says the same as train\.steps"):
+    grid.override({"train.tokens": 1e6, "train.steps": 7})
+
+
 @given(rate=strategies.floats(1e-12, 1e3), seed=strategies.integers(0, 2**31 - 1),
        corpus=strategies.from_regex(NAME, fullmatch=True))
 def test_any_name_suits_a_path_and_a_job(rate, seed, corpus):
