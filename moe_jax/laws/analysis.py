@@ -11,6 +11,7 @@ from moe_jax.laws.cells import Cells
 from moe_jax.laws.claims import Claim, Mechanism
 from moe_jax.laws.fit import Fit, fit
 from moe_jax.laws.intervals import Interval
+from moe_jax.laws.power import MARGIN, Margin
 from moe_jax.laws.validate import LeftOut, NestedTest, Rival
 
 # The rivals of a log-log form, and the pairs of which one contains the other.
@@ -36,7 +37,7 @@ class Analysis:
 
   Attributes:
     fitted: the fit, with its design report.
-    margin: effects below it, a unit of ln x, count as none.
+    margin: effects below it count as none.
     headline: by the bootstrap whose coverage is right: the interval that is quoted.
     profile: by profile likelihood, cells taken as independent.
     huber: of the Huber solver, by rescaled subsamples.
@@ -50,7 +51,7 @@ class Analysis:
   """
 
   fitted: Fit
-  margin: float
+  margin: Margin
   headline: dict[str, Interval]
   profile: dict[str, Interval]
   huber: dict[str, Interval]
@@ -80,13 +81,12 @@ class Analysis:
                  or self.huber[name].low > self.headline[name].high)}
 
 
-def analyse(cells: Cells, law: str, margin: float = claims.MARGIN, draws: int = 999,
+def analyse(cells: Cells, law: str, margin: Margin = MARGIN, draws: int = 999,
             seed: int = 0) -> Analysis:
   """Fits, and looks at the fit from all sides. The same input gives the same output.
 
   Raises:
-    FieldError: the law is unknown or cannot be fitted to these cells, or the margin is not
-      positive.
+    FieldError: the law is unknown or cannot be fitted to these cells.
   """
   fitted = fit(cells, law, seed=seed)
   log_log = fitted.identified.asked.is_linear

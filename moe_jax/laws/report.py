@@ -17,7 +17,7 @@ def report(found: Analysis) -> list[str]:
   lines += _titled("trust", trust_lines(found))
   if found.rivals:
     lines += _titled("rival forms", rival_lines(found))
-    lines += _titled(f"claims of arXiv 2601.08215, margin {found.margin:g} a unit of ln",
+    lines += _titled(f"claims of arXiv 2601.08215, margin {found.margin}",
                      _claim_lines(found))
   return lines
 
@@ -154,7 +154,8 @@ def _claim_lines(found: Analysis) -> list[str]:
     if claim.interval is not None:
       lines += [f"  {claim.interval}",
                 f"  equivalence: 90 % interval [{claim.equivalence.low:+.4g}, "
-                f"{claim.equivalence.high:+.4g}] against the margin of {found.margin:g}"]
+                f"{claim.equivalence.high:+.4g}] against ±{found.margin.slope:.3g}, which "
+                f"is {found.margin}"]
     lines.append(f"  {claim.sentence}")
   sentences = ((found.mechanism,) if isinstance(found.mechanism, str)
                else found.mechanism.sentences)

@@ -5,6 +5,7 @@ import pytest
 
 from moe_jax.errors import FieldError
 from moe_jax.laws.analysis import analyse
+from moe_jax.laws.power import Margin
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.report import report
 from tests.laws.results_file import rows_of
@@ -43,7 +44,14 @@ def test_the_same_input_gives_the_same_report(shared):
   assert report(again) == report(shared)
 
 
-@pytest.mark.parametrize("margin", [0.0, -1.0, np.nan, np.inf])
-def test_a_margin_that_is_none(shared, margin):
-  with pytest.raises(FieldError, match="must be a finite number above 0"):
-    analyse(shared.cells, "paper", margin, draws=99)
+@pytest.mark.parametrize("margin", [(0.0,), (-1.0,), (np.nan,), (np.inf,), (0.25, 1.0),
+                                    (0.25, np.inf), (0.25, np.nan)])
+def test_a_margin_that_is_none(margin):
+  with pytest.raises(FieldError, match="must be a finite number above 1|must be above 0 and"):
+    Margin(*margin)
+
+
+def test_the_margin_is_told_in_percent(shared):
+  text = "\n".join(report(shared))
+  assert "margin 0.25 % of the loss where a variable grows 8-fold" in text
+  assert "against ±0.0012, which is 0.25 % of the loss where" in text

@@ -218,15 +218,16 @@ def _claims(found: Analysis) -> Section:
            "the tie. Whether this one does:", *[f"- {line}" for line in mechanism]]
   rows = [(c.name, c.parameter, c.verdict,
            *((c.interval.estimate, c.interval.low, c.interval.high, c.equivalence.low,
-              c.equivalence.high) if c.interval else (None,) * 5), c.margin)
+              c.equivalence.high) if c.interval else (None,) * 5), c.margin.slope)
           for c in found.claims]
   table = Table(("claim", "coefficient", "verdict", "estimate", "95 % low", "95 % high",
                  "90 % low", "90 % high", "margin"), tuple(rows))
   return _drawn(
       "claims", "The claims of arXiv 2601.08215", text,
       "Both claims say that a slope is above 0. Where the 95 % interval lies to the right of 0 the "
-      "claim is shown; where the 90 % interval lies within the grey margin, an effect that "
-      "matters is excluded; where neither is so the data do not decide.",
+      "claim is shown; where the 90 % interval lies within the grey margin "
+      f"({found.margin}), an effect that matters is excluded; where neither is so the data do "
+      "not decide.",
       fit_plots.claims_figure, found, table=table)
 
 
