@@ -16,6 +16,7 @@ import numpy as np
 from moe_jax.arch import count
 from moe_jax.arch.architecture import Architecture
 from moe_jax.errors import FieldError, require
+from moe_jax.laws.reduce import check_repeats
 from moe_jax.laws.table import ARCHITECTURE, UNUSED, Row
 from moe_jax.text import short
 
@@ -104,13 +105,18 @@ def read(path: str | os.PathLike, field: str = "rates") -> Rates:
 
 
 def sweeps_of(rows: Sequence[Row], source: str) -> list[Sweep]:
-  """The architectures with several rates, in the order of the table. Raises FieldError."""
+  """The architectures with several rates, in the order of the table.
+
+  Raises:
+    FieldError: there is none; runs of one that differ in more than seed and learning rate.
+  """
   groups: dict[tuple, list[Row]] = collections.defaultdict(list)
   for row in rows:
     groups[tuple(row[name] for name in (*ARCHITECTURE, "tokens"))].append(row)
   found = []
   for group in groups.values():
     if len({row["learning_rate"] for row in group}) > 1:
+      check_repeats([row for row in group if UNUSED not in row], source)
       found.append(_sweep(group))
   require(bool(found), "results", source, "has no architecture with several learning rates")
   return found

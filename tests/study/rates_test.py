@@ -77,6 +77,13 @@ def test_next_to_one_that_diverged_the_rate_between_is_asked_for():
     rates.optimum(sweep, 0.002)
 
 
+def test_runs_of_several_recipes_are_no_sweep():
+  rows = rows_of()
+  rows[0]["recipe_hash"] = "another"
+  with pytest.raises(FieldError, match="differ in their recipe"):
+    rates.sweeps_of(rows, "here")
+
+
 def test_corners_of_one_size_do_not_tell_sizes_apart():
   rows = [row for _, n_exp, n_topk in CORNERS for row in rows_of(2e6, n_exp, n_topk)]
   with pytest.raises(FieldError, match="do not tell the effects of N_total"):
