@@ -18,6 +18,9 @@ from moe_jax.laws.validate import LeftOut, NestedTest, Rival
 RIVALS = ("paper", "paper-curved", "total-sparsity", "total-active")
 NESTED = (("total-sparsity", "paper"), ("paper", "paper-curved"))
 HELD_OUT = ("n_total", "sparsity")
+# Forms of n_total, sparsity and n_exp alone: with another variable beside them c and b_minus_c
+# are slopes at given values of that one too, and the claims are not about those.
+OF_THE_CLAIMS = ("paper", "paper-curved")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Analysis:
     held_out: refits without the largest value of a variable: extrapolation.
     rivals: of a log-log form; empty otherwise, as are the three that follow.
     nested: F-tests.
+    claims_law: the form whose slopes the claims are about; empty where there are no claims.
     claims: the paper's claims.
     mechanism: what of the mechanism these data can tell, or why nothing.
   """
@@ -60,6 +64,7 @@ class Analysis:
   held_out: list[LeftOut]
   rivals: list[Rival]
   nested: list[Nested]
+  claims_law: str
   claims: list[Claim]
   mechanism: Mechanism | str
 
@@ -89,7 +94,10 @@ def analyse(cells: Cells, law: str, margin: Margin = MARGIN, draws: int = 999,
     FieldError: the law is unknown or cannot be fitted to these cells.
   """
   fitted = fit(cells, law, seed=seed)
-  log_log = fitted.identified.asked.is_linear
+  asked = fitted.identified.asked
+  log_log = asked.is_linear
+  claims_law = ("" if not log_log else asked.name if asked.name in OF_THE_CLAIMS else
+                "paper-curved")
   x = cells.columns
   return Analysis(
       fitted, margin,
@@ -101,14 +109,9 @@ def analyse(cells: Cells, law: str, margin: Margin = MARGIN, draws: int = 999,
       held_out=[validate.extrapolate(fitted, column) for column in HELD_OUT if column in x],
       rivals=validate.compare(cells, list(RIVALS)) if log_log else [],
       nested=[_nested(cells, *pair) for pair in NESTED] if log_log else [],
-      claims=claims.assess(cells, margin, seed, _law_of_claims(fitted), draws) if log_log else [],
+      claims_law=claims_law,
+      claims=claims.assess(cells, margin, seed, claims_law, draws) if log_log else [],
       mechanism=_mechanism(cells, seed, draws) if log_log else "")
-
-
-def _law_of_claims(fitted: Fit) -> str:
-  """The form that was asked for where the claims are about its coefficients."""
-  asked = fitted.identified.asked
-  return asked.name if {"c", "b_minus_c"} <= set(asked.parameters) else "paper"
 
 
 def _mechanism(cells: Cells, seed: int, draws: int) -> Mechanism | str:

@@ -53,7 +53,7 @@ _CLAIMS = (
 
 def assess(cells: Cells, margin: Margin = MARGIN, seed: int = 0,
            law: str = "paper", draws: int = 999) -> list[Claim]:
-  """Both claims, on a log-log form that has c and b_minus_c.
+  """Both claims, on a log-log form of n_total, sparsity and n_exp alone.
 
   Raises:
     FieldError: the form cannot be fitted at all.

@@ -17,7 +17,7 @@ def report(found: Analysis) -> list[str]:
   lines += _titled("trust", trust_lines(found))
   if found.rivals:
     lines += _titled("rival forms", rival_lines(found))
-    lines += _titled(f"claims of arXiv 2601.08215, margin {found.margin}",
+    lines += _titled(f"claims of arXiv 2601.08215 by {found.claims_law}, margin {found.margin}",
                      _claim_lines(found))
   return lines
 

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import FieldError
+from moe_jax.laws import claims
 from moe_jax.laws.analysis import analyse
+from moe_jax.laws.forms import form_for
 from moe_jax.laws.power import Margin
+from moe_jax.laws.publish.sections import lead_of
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.report import report
 from tests.laws.results_file import rows_of
@@ -55,3 +58,16 @@ def test_the_margin_is_told_in_percent(shared):
   text = "\n".join(report(shared))
   assert "margin 0.25 % of the loss where a variable grows 8-fold" in text
   assert "against ±0.0012, which is 0.25 % of the loss where" in text
+
+
+@pytest.mark.parametrize("law", ["paper-active", "total-sparsity"])
+def test_the_claims_are_of_a_form_that_holds_what_they_say(law):
+  """With ln n_active beside them the slopes are not those at equal n_total and sparsity."""
+  cells = to_cells(rows_of(n_cells=24, learning_rates=1))
+  found = analyse(cells, law, draws=99)
+  assert found.claims_law == "paper-curved"
+  assert found.claims == claims.assess(cells, law="paper-curved", draws=99)
+  assert "claims of arXiv 2601.08215 by paper-curved" in "\n".join(report(found))
+  (said,) = [line for line in lead_of(found) if "holds both claims" in line]
+  theirs, asked = form_for("paper-curved", cells).formula, form_for(law, cells).formula
+  assert f"with the law {theirs}. All else in it is of the law {asked}." in said

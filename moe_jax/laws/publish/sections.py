@@ -14,6 +14,7 @@ from moe_jax.laws import report
 from moe_jax.laws.analysis import Analysis
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.claims import EQUIVALENT, OPPOSITE, REFUSED, SHOWN, UNDECIDED
+from moe_jax.laws.forms import form_for
 from moe_jax.laws.prediction import reference
 from moe_jax.laws.publish import fit_plots, grid_plots
 from moe_jax.laws.publish.page import Section, fingerprint
@@ -52,14 +53,24 @@ def lead_of(found: Analysis) -> list[str]:
       "(sparsity s = n_exp / n_topk), and a core of l layers of width d that is the smaller the "
       "more experts must fit. Which cut learns best?",
       "arXiv 2601.08215 answers that at given tokens the loss follows N_total and s, and that at "
-      "equal N_total and s more experts are slightly worse. This report holds both claims "
-      f"against {fit_plots.cells_described(cells)}, with the law "
-      f"{found.fitted.identified.asked.formula}."]
+      f"equal N_total and s more experts are slightly worse. {_what_is_done(found)}"]
   lines += [f"- {line}" for line in cautions(cells)]
   for claim, question in zip(found.claims, ("Does sparsity hurt?", "Do more experts hurt, at "
                                             "equal N_total and sparsity?"), strict=False):
     lines.append(f"- {question} {_VERDICTS[claim.verdict]} {claim.sentence}")
   return lines
+
+
+def _what_is_done(found: Analysis) -> str:
+  asked, cells = found.fitted.identified.asked, found.cells
+  data = fit_plots.cells_described(cells)
+  if not found.claims:
+    return (f"This report fits another law to {data}, {asked.formula}; both claims are about a "
+            "log-log law, so that they are not tested here.")
+  text = (f"This report holds both claims against {data}, with the law "
+          f"{form_for(found.claims_law, cells).formula}.")
+  return text + ("" if asked.name == found.claims_law else
+                 f" All else in it is of the law {asked.formula}.")
 
 
 def cautions(cells: Cells) -> list[str]:
