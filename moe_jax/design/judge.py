@@ -106,7 +106,7 @@ def fitted(fit: Fit, tokens: float) -> Judge:
 
   Raises:
     FieldError: the data do not identify a coefficient of the shape, by which a search would
-      choose all the same; or too few architectures can be left out for a covariance.
+      choose all the same, or not without each of the architectures.
   """
   from scipy import stats
   _require_identified(fit)
@@ -162,15 +162,17 @@ def jackknife(fit: Fit) -> tuple[np.ndarray, int]:
   """(covariance of the estimates [P,P], degrees of freedom), leaving architectures out.
 
   Raises:
-    FieldError: fewer than two can be left out.
+    FieldError: without one of them the law cannot be fitted. Those are the ones that it rests
+      on most, so that the others' covariance would be too small.
   """
-  thetas = [part.theta for part in leave_one_architecture_out(fit) if part.theta is not None]
-  if len(thetas) < 2:
-    raise FieldError("results", len(thetas), f"{fit.form.name} cannot be fitted without any "
-                     "one of its architectures: it has no covariance")
-  theta_GP = np.array(thetas)
+  parts = leave_one_architecture_out(fit)
+  impossible = [part for part in parts if part.theta is None]
+  if impossible:
+    others = f"; nor without {len(impossible) - 1} others" * (len(impossible) > 1)
+    raise FieldError("law", fit.form.name, f"has no covariance: {impossible[0].refusal}{others}")
+  theta_GP = np.array([part.theta for part in parts])
   apart_GP = theta_GP - theta_GP.mean(axis=0)
-  return apart_GP.T @ apart_GP * (len(thetas) - 1) / len(thetas), len(thetas) - 1
+  return apart_GP.T @ apart_GP * (len(parts) - 1) / len(parts), len(parts) - 1
 
 
 def gradient(form: Form, theta_P: np.ndarray, cells) -> np.ndarray:

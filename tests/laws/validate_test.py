@@ -62,6 +62,20 @@ def test_sizes_that_hardly_differ_are_extrapolated_from_by_nothing(cells):
   assert part.error is None and "do not identify a: ln n_total hardly varies" in part.refusal
 
 
+def test_one_of_another_size_is_not_left_out_at_face_value(cells):
+  """Sizes met to a per cent and one other: all that is known of a hangs on that one."""
+  parts = validate.leave_one_architecture_out(fit(one_of_another_size(cells), "paper"))
+  (part,) = [part for part in parts if part.theta is None]
+  assert part.what == cells.names[0] and part.error is None
+  assert "do not identify a: ln n_total hardly varies" in part.refusal
+
+
+def one_of_another_size(cells):
+  sizes = np.resize([2.0e6, 2.01e6, 2.02e6], len(cells))
+  sizes[0] = 6e6
+  return dataclasses.replace(cells, columns=cells.columns | {"n_total": sizes})
+
+
 def test_a_bend_shows_in_extrapolation():
   n = np.exp(np.linspace(17, 22, 30))
   n_exp = np.tile([8.0, 16, 32], 10)
