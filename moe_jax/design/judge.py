@@ -38,6 +38,7 @@ class Judge:
     sees: the project's words that it depends on.
     score: Shape -> array.
     inside: Shape -> whether it lies within the ranges and assumptions on record; bools.
+    on_record: whether every variable's range is.
     notes: Shape -> lines on how it does not, and the law's standing caveat.
     slack: (Shape, Shape of the best) -> by how much a score may be above the best's and be
       as good for all the law knows; broadcasts.
@@ -50,6 +51,7 @@ class Judge:
   sees: tuple[str, ...]
   score: Callable[[Shape], np.ndarray]
   inside: Callable[[Shape], np.ndarray]
+  on_record: bool
   notes: Callable[[Shape], tuple[str, ...]]
   slack: Callable[[Shape, Shape], ArrayLike]
   slack_text: str
@@ -91,7 +93,7 @@ def published(law: Law, tokens: float | None, tolerance: float = TOLERANCE) -> J
 
   law.variables_of(Shape(1, 128, 128, 8, 1), training)  # a missing variable is said now
   return Judge(law.name, law.source, is_loss, law.sees, score,
-               lambda shape: law.inside(shape, training),
+               lambda shape: law.inside(shape, training), law.on_record,
                lambda shape: law.predict(shape, tokens).outside,
                lambda shape, best: tolerance,
                f"{100 * tolerance:.2g} % (a tolerance; no covariance is published)")
@@ -136,7 +138,7 @@ def fitted(fit: Fit, tokens: float) -> Judge:
   return Judge(
       fit.form.name, f"fitted to {len(fit.cells)} cells", True, fit.form.columns,
       lambda shape: fit.log_loss(Fit.cells_of(shape, tokens)),
-      inside, notes, slack,
+      inside, True, notes, slack,
       f"{100 * LEVEL:g} %, parameters (jackknife over {fit.cells.n_architectures} "
       "architectures) and residual scatter")
 

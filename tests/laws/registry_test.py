@@ -135,6 +135,11 @@ def test_outside_the_domain_it_answers_and_says_so():
   assert all("\n" not in line for line in answer.outside)
 
 
+def test_which_laws_have_their_ranges_on_record():
+  assert {name for name, law in LAWS.items() if law.on_record} == {
+      "krajewski", "krajewski-dense", "chinchilla", "besiroglu"}
+
+
 def test_inside_is_one_answer_a_shape():
   shape = Shape(n_layers=10, d_model=640, d_expert=160, n_exp=np.array([1024, 64]), n_topk=16,
                 n_heads=10)
