@@ -114,7 +114,6 @@ def fitted(fit: Fit, tokens: float) -> Judge:
   _require_identified(fit)
   covariance_PP, df = jackknife(fit)
   other_tokens = _other_tokens(fit, tokens)
-  scatter = float(np.sum(fit.residual**2) / max(1, len(fit.cells) - len(fit.parameters)))
   quantile = stats.t.ppf(LEVEL, df)
 
   def slack(shape: Shape, best: Shape) -> np.ndarray:
@@ -124,7 +123,7 @@ def fitted(fit: Fit, tokens: float) -> Judge:
     variance_N = np.einsum("np,pq,nq->n", apart_NP, covariance_PP, apart_NP)
     # A model is as good as itself.
     other_N = np.any(apart_NP != 0, axis=1)
-    return quantile * np.sqrt(variance_N + 2 * scatter * other_N)
+    return quantile * np.sqrt(variance_N + 2 * fit.scatter**2 * other_N)
 
   def inside(shape: Shape) -> np.ndarray:
     asked, data = Fit.cells_of(shape, tokens).columns, fit.cells.columns

@@ -55,7 +55,7 @@ def quality_lines(fitted: Fit) -> list[str]:
   se = fitted.cells.loss_se / fitted.cells.loss
   seeds = np.nanmean(se) if np.isfinite(se).any() else np.nan
   if seeds > 0:
-    ratio = fitted.least_squares.rmse / seeds
+    ratio = fitted.scatter / seeds  # not the rmse: a fit takes P degrees of freedom
     lines.append(f"residuals are {ratio:.2g} times the noise between seeds"
                  + (": the form misses something real" if ratio > 2 else ""))
   return lines

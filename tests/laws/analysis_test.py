@@ -6,11 +6,13 @@ import pytest
 from moe_jax.errors import FieldError
 from moe_jax.laws import claims
 from moe_jax.laws.analysis import analyse
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.fit import fit
 from moe_jax.laws.forms import form_for
 from moe_jax.laws.power import Margin
 from moe_jax.laws.publish.sections import lead_of
 from moe_jax.laws.reduce import to_cells
-from moe_jax.laws.report import report
+from moe_jax.laws.report import quality_lines, report
 from tests.laws.results_file import rows_of
 
 
@@ -71,3 +73,17 @@ def test_the_claims_are_of_a_form_that_holds_what_they_say(law):
   (said,) = [line for line in lead_of(found) if "holds both claims" in line]
   theirs, asked = form_for("paper-curved", cells).formula, form_for(law, cells).formula
   assert f"with the law {theirs}. All else in it is of the law {asked}." in said
+
+
+def test_residuals_of_nothing_but_seeds_are_as_large_as_their_noise():
+  """A few cells and many coefficients: the rmse itself would be far below the noise."""
+  ratios, n = [], 8
+  for seed in range(60):
+    rng = np.random.default_rng(seed)
+    loss = np.exp(1 + 0.002 * rng.standard_normal(n))
+    fitted = fit(Cells.of(loss, loss_se=0.002 * loss, n_total=[1e6, 1e8] * 4,
+                          n_exp=[8, 16, 16, 32, 32, 64, 64, 128],
+                          n_topk=[1, 1, 2, 4, 8, 2, 4, 16]), "paper")
+    (line,) = [line for line in quality_lines(fitted) if "times the noise" in line]
+    ratios.append(float(line.split()[2])**2)
+  assert np.mean(ratios) == pytest.approx(1, abs=0.25)
