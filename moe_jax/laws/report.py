@@ -85,7 +85,7 @@ def _range_line(fitted: Fit, p: int, parts: list[LeftOut]) -> str:
 def extrapolation_line(part: LeftOut, fitted: Fit) -> str:
   """How well the cells that were held out are predicted."""
   if part.error is None:
-    return f"extrapolation to {part.what}: none, {part.refusal}"
+    return f"no extrapolation: {part.refusal}"
   mean, rmse = np.mean(part.error), np.sqrt(np.mean(part.error**2))
   return (f"extrapolation to {part.what} ({len(part.error)} cells held out): error "
           f"{100 * mean:+.3g} % of the loss on average, median size "

@@ -28,10 +28,8 @@ from moe_jax.laws.publish.tables import (
     run_table,
     trust_table,
 )
+from moe_jax.laws.registry.chinchilla import TOKENS_PER_PARAMETER
 
-# Compute-optimal training sees about 20 tokens a parameter (Chinchilla, arXiv 2203.15556). Far
-# below that, architectures differ in how fast they begin to learn, not in what they can learn.
-_TOKENS_PER_PARAMETER = 20
 _VERDICTS = {SHOWN: "In these data, yes.", OPPOSITE: "In these data, the opposite.",
              EQUIVALENT: "In these data there is no effect that matters.",
              UNDECIDED: "Undecided.", REFUSED: "Cannot be said."}
@@ -78,7 +76,7 @@ def cautions(cells: Cells) -> list[str]:
   found = []
   if {"tokens", "n_total"} <= set(cells.columns):
     share = float(np.max(cells.columns["tokens"] / cells.columns["n_total"]))
-    if share < _TOKENS_PER_PARAMETER:
+    if share < TOKENS_PER_PARAMETER:
       found.append(f"Caution: at most {share:.2g} training tokens for each parameter. Models "
                    "that are trained so briefly differ in how fast they begin to learn; they "
                    "prove the method and not the law.")
