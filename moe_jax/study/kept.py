@@ -166,6 +166,7 @@ def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Ro
 def training_drop_rate(run: RunDir, config: RunConfig) -> float | None:
   """Mean share of assignments that were dropped after warm-up, a branch's trunk included.
 
+  Of the steps in the metrics alone: those that were logged, in a record thinned to POINTS of them.
   None: it is not known, of a part of the training at least.
   """
   branch = config.train.branch_step or 0
