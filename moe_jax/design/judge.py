@@ -38,6 +38,7 @@ class Judge:
     sees: the project's words that it depends on.
     score: Shape -> array.
     inside: Shape -> whether it lies within the ranges and assumptions on record; bools.
+    on_record: whether every variable's range is.
     notes: Shape -> lines on how it does not, and the law's standing caveat.
     slack: (Shape, Shape of the best) -> by how much a score may be above the best's and be
       as good for all the law knows; broadcasts.
@@ -50,6 +51,7 @@ class Judge:
   sees: tuple[str, ...]
   score: Callable[[Shape], np.ndarray]
   inside: Callable[[Shape], np.ndarray]
+  on_record: bool
   notes: Callable[[Shape], tuple[str, ...]]
   slack: Callable[[Shape, Shape], ArrayLike]
   slack_text: str
@@ -91,7 +93,7 @@ def published(law: Law, tokens: float | None, tolerance: float = TOLERANCE) -> J
 
   law.variables_of(Shape(1, 128, 128, 8, 1), training)  # a missing variable is said now
   return Judge(law.name, law.source, is_loss, law.sees, score,
-               lambda shape: law.inside(shape, training),
+               lambda shape: law.inside(shape, training), law.on_record,
                lambda shape: law.predict(shape, tokens).outside,
                lambda shape, best: tolerance,
                f"{100 * tolerance:.2g} % (a tolerance; no covariance is published)")
@@ -106,13 +108,12 @@ def fitted(fit: Fit, tokens: float) -> Judge:
 
   Raises:
     FieldError: the data do not identify a coefficient of the shape, by which a search would
-      choose all the same; or too few architectures can be left out for a covariance.
+      choose all the same, or not without each of the architectures.
   """
   from scipy import stats
   _require_identified(fit)
   covariance_PP, df = jackknife(fit)
   other_tokens = _other_tokens(fit, tokens)
-  scatter = float(np.sum(fit.residual**2) / max(1, len(fit.cells) - len(fit.parameters)))
   quantile = stats.t.ppf(LEVEL, df)
 
   def slack(shape: Shape, best: Shape) -> np.ndarray:
@@ -122,7 +123,7 @@ def fitted(fit: Fit, tokens: float) -> Judge:
     variance_N = np.einsum("np,pq,nq->n", apart_NP, covariance_PP, apart_NP)
     # A model is as good as itself.
     other_N = np.any(apart_NP != 0, axis=1)
-    return quantile * np.sqrt(variance_N + 2 * scatter * other_N)
+    return quantile * np.sqrt(variance_N + 2 * fit.scatter**2 * other_N)
 
   def inside(shape: Shape) -> np.ndarray:
     asked, data = Fit.cells_of(shape, tokens).columns, fit.cells.columns
@@ -136,7 +137,7 @@ def fitted(fit: Fit, tokens: float) -> Judge:
   return Judge(
       fit.form.name, f"fitted to {len(fit.cells)} cells", True, fit.form.columns,
       lambda shape: fit.log_loss(Fit.cells_of(shape, tokens)),
-      inside, notes, slack,
+      inside, True, notes, slack,
       f"{100 * LEVEL:g} %, parameters (jackknife over {fit.cells.n_architectures} "
       "architectures) and residual scatter")
 
@@ -162,15 +163,17 @@ def jackknife(fit: Fit) -> tuple[np.ndarray, int]:
   """(covariance of the estimates [P,P], degrees of freedom), leaving architectures out.
 
   Raises:
-    FieldError: fewer than two can be left out.
+    FieldError: without one of them the law cannot be fitted. Those are the ones that it rests
+      on most, so that the others' covariance would be too small.
   """
-  thetas = [part.theta for part in leave_one_architecture_out(fit) if part.theta is not None]
-  if len(thetas) < 2:
-    raise FieldError("results", len(thetas), f"{fit.form.name} cannot be fitted without any "
-                     "one of its architectures: it has no covariance")
-  theta_GP = np.array(thetas)
+  parts = leave_one_architecture_out(fit)
+  impossible = [part for part in parts if part.theta is None]
+  if impossible:
+    others = f"; nor without {len(impossible) - 1} others" * (len(impossible) > 1)
+    raise FieldError("law", fit.form.name, f"has no covariance: {impossible[0].refusal}{others}")
+  theta_GP = np.array([part.theta for part in parts])
   apart_GP = theta_GP - theta_GP.mean(axis=0)
-  return apart_GP.T @ apart_GP * (len(thetas) - 1) / len(thetas), len(thetas) - 1
+  return apart_GP.T @ apart_GP * (len(parts) - 1) / len(parts), len(parts) - 1
 
 
 def gradient(form: Form, theta_P: np.ndarray, cells) -> np.ndarray:

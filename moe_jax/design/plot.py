@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_jax.design.answer import Answer
+from moe_jax.laws.publish.style import COLOURS
 from moe_jax.text import short
 
-# Okabe and Ito's colours, told apart with any colour vision; with line styles, in grey too.
-_STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
+_STYLES = tuple(zip(COLOURS, ("-", "--", "-.", ":"), strict=False))  # told apart in grey too
 _PARTS = (1.0, 0.5, 0.25, 0.125)  # of the memory budget
 # What it is -> its name, and how it is drawn: a ring leaves what lies below it to be seen.
 _MARKS = {"best": ("the law's best", {"marker": "*", "s": 150, "color": "#000000"}),
-          "principle": ("the paper's principle", {"marker": "D", "s": 45, "color": "#E69F00"}),
+          "principle": ("the paper's principle", {"marker": "D", "s": 45, "color": COLOURS[4]}),
           "chosen": ("what was chosen", {"marker": "o", "s": 190, "facecolors": "none",
                                          "edgecolors": "#000000", "linewidths": 1.6})}
 _MOST_RATIO = 16  # of the largest to the smallest inference cost that a panel shows

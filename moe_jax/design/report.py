@@ -12,6 +12,8 @@ from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.text import short
 
 _PARTS = (1.0, 0.5, 0.25)  # of each budget, in the thinned Pareto front
+_MARKED = ("* lies outside what the law was fitted on; ? may, as the range of a variable is not on "
+           "record.")
 
 
 def show(question: Question, answer: Answer, seconds: float) -> None:
@@ -59,7 +61,7 @@ def compared(answer: Answer) -> list[tuple[str, int, Recommendation | None]]:
   found = []
   for r in answer.recommendations:
     found.append((r.judge.name, r.best, r))
-    if r.inside is not None and r.inside != r.best and not is_inside(answer, r, r.best):
+    if r.inside is not None and r.inside != r.best and is_inside(answer, r, r.best) is False:
       found.append(("  in its domain", r.inside, r))
   found.append(("the principle", answer.principle, None))
   if answer.chosen is not None:
@@ -86,7 +88,7 @@ def best_table(answer: Answer) -> Sheet:
                ["law", "architecture"], ["s", "g", "N_total", "N_active",
                                          *(b.field.replace("_", " ") for b in budgets),
                                          "predicted"],
-               "* lies outside what the law was fitted on. Losses of different laws are on "
+               f"{_MARKED} Losses of different laws are on "
                "different text and tokenizers: they do not compare down the column. "
                + ("Times are estimates (lower bounds)." * any(b.estimate for b in budgets)))
   for who, index, r in compared(answer):
@@ -97,28 +99,30 @@ def best_table(answer: Answer) -> Sheet:
         *(f"{values[b.field]:.4g}" for b in budgets),
         "" if r is None else r.judge.text(answer.found.scores[answer.recommendations.index(r),
                                                               index])
-        + _star(answer, r, index))
+        + _mark(answer, r, index))
   return made
 
 
-def is_inside(answer: Answer, r: Recommendation, index: int) -> bool:
-  return bool(np.all(r.judge.inside(answer.found.shape([index]))))
+def is_inside(answer: Answer, r: Recommendation, index: int) -> bool | None:
+  """Whether it lies in the law's domain; None where not all of that is on record."""
+  inside = bool(np.all(r.judge.inside(answer.found.shape([index]))))
+  return None if inside and not r.judge.on_record else inside
 
 
-def _star(answer: Answer, r: Recommendation, index: int) -> str:
-  return "" if is_inside(answer, r, index) else "*"
+def _mark(answer: Answer, r: Recommendation, index: int) -> str:
+  return {True: "", None: "?", False: "*"}[is_inside(answer, r, index)]
 
 
 def regret_table(answer: Answer) -> Sheet:
   made = Sheet("Law against law: by how much the row's architecture is worse than the "
                "column's own best", ["best by"], [r.judge.name for r in answer.recommendations],
-               "Per cent of the loss. * lies outside what the column's law was fitted on."
+               f"Per cent of the loss, by the column's law. {_MARKED}"
                + "".join(f" {r.judge.name} predicts compute, not loss: 1 % of compute counts as "
                          f"{COMPUTE_EXPONENT:g} % of the loss." for r in answer.recommendations
                          if not r.judge.is_loss))
   for who, index, _ in compared(answer):
     made.add(who, *(
-        f"{100 * np.expm1(answer.regret(index, j)):+.2f}{_star(answer, r, index)}"
+        f"{100 * np.expm1(answer.regret(index, j)):+.2f}{_mark(answer, r, index)}"
         for j, r in enumerate(answer.recommendations)))
   return made
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from moe_jax import config as config_lib
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.errors import FieldError, require
-from moe_jax.evaluate.compare import write_documents
+from moe_jax.evaluate.compare import read_documents, write_documents
 from moe_jax.evaluate.results import ROUTING, SEEN_THE_FUTURE
 from moe_jax.evaluate.text import Text
 from moe_jax.grid import Cell
@@ -194,4 +194,7 @@ def _kept(run_dir: RunDir, cell: Cell, fingerprint: str, name: str,
   wanted = {"version": heldout.VERSION, "identity": config_lib.identity_hash(cell.config),
             "data_fingerprint": fingerprint, "step": newest,
             "checkpoint": content_hash(run_dir, newest)}
-  return old if wanted.items() <= old.items() else None
+  if not wanted.items() <= old.items():
+    return None
+  # Without the file of documents, which the newest checkpoint has, nothing compares with it.
+  return old if step is not None or read_documents(run_dir, name, old) is not None else None

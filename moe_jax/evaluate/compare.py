@@ -120,7 +120,9 @@ def compare(out: str | os.PathLike, cells: Sequence[Cell], pair: tuple[str, str]
     result = run_dir and run_dir.read_eval(name)
     found = read_documents(run_dir, name, result) if result else None
     if found is None:
-      raise FieldError("compare", cell, f"has no evaluation on {name}")
+      raise FieldError("compare", cell, f"has no evaluation on {name}" if not result else
+                       f"has an evaluation on {name} whose {run_dir.documents(name).name} is "
+                       "missing or damaged: evaluate it again")
     sides.append(found)
     labels = list(result["domains"])
   if not same_documents(*sides):

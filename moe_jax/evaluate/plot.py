@@ -9,15 +9,11 @@ from etils import epath
 
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.evaluate.results import Row
+from moe_jax.laws.publish.style import COLOURS, MARKERS
+from moe_jax.laws.registry.chinchilla import TOKENS_PER_PARAMETER
 from moe_jax.text import short
 
-# Okabe and Ito's colours, told apart with any colour vision; with markers, in grey too.
-_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"),
-           ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
-
-# Compute-optimal training sees about 20 tokens a parameter (Chinchilla, arXiv 2203.15556). Far
-# below that, architectures differ in how fast they begin to learn, not in what they can learn.
-_TOKENS_PER_PARAMETER = 20
+_STYLES = tuple(zip(COLOURS, MARKERS, strict=True))
 
 
 def plot(rows: Sequence[Row], path: epath.Path) -> None:
@@ -73,7 +69,7 @@ def caption(rows: Sequence[Row]) -> str:
   shown = equal_tokens(rows)
   parts = []
   per_parameter = shown[0]["tokens"] / max(row["n_total"] for row in shown)
-  if per_parameter < _TOKENS_PER_PARAMETER:
+  if per_parameter < TOKENS_PER_PARAMETER:
     parts.append(f"{per_parameter:.2g} training tokens per parameter: minute-long runs such as "
                  "these prove the pipeline, not the law.")
   parts.append(f"Bars: one standard error over the {shown[0]['heldout_documents']} held-out "

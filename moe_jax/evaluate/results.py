@@ -5,7 +5,9 @@ experiment that is on disk.
 """
 
 import csv
+import hashlib
 import io
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -36,6 +38,13 @@ _MEASURED = (
     "heldout_documents", "heldout_targets", "heldout_bytes", "data_fingerprint")
 _OF_TRAINING = ("state", "steps", "tokens_per_second", "mfu", "device_kind", "n_devices",
                 "commit")
+
+# What may differ between repeats of a run. A branch has the result of the run done alone.
+_REPEATS = ("seed_init", "seed_data", "train.learning_rate", "train.branch_from")
+# What a law is a law of: its variables, and what goes along with them.
+_VARIABLES = (*(f"arch.{name}" for name in (
+    "n_layers", "d_model", "d_expert", "n_exp", "n_topk", "n_heads", "n_kv_heads", "head_dim",
+    "n_shared_experts", "n_dense_layers", "d_dense")), "train.steps")
 
 
 def csv_path(out: str | os.PathLike, experiment: str) -> epath.Path:
@@ -68,6 +77,22 @@ def facts(config: RunConfig) -> Row:
       "decay_fraction": train.decay_fraction, "weight_decay": train.weight_decay,
       "init_from": train.init_from, "seed_init": config.seed_init,
       "seed_data": config.seed_data}
+
+
+def same_in_repeats(config: RunConfig) -> dict[str, Any]:
+  """The part of the identity that repeats of a run share: all but seeds and learning rate."""
+  return {path: value for path, value in config_lib.identity(config).items()
+          if path not in _REPEATS}
+
+
+def recipe_hash(config: RunConfig) -> str:
+  """Twelve hex digits that name how a run was trained, whatever its shape and length.
+
+  It compares the rows of a table, which are all made by one version of this code.
+  """
+  recipe = {path: value for path, value in same_in_repeats(config).items()
+            if path not in _VARIABLES}
+  return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def rows_of(run_dir: RunDir) -> list[Row]:
@@ -133,7 +158,8 @@ def _rows(run_dir: RunDir, evals: dict[str, Any]) -> list[Row]:
     tokens = found["step"] * config.batch_tokens
     rows.append({
         "experiment": run_dir.path.parent.name, "cell": run_dir.path.name,
-        "identity": identity, "evaluation": name, **facts(config),
+        "identity": identity, "recipe_hash": recipe_hash(config), "evaluation": name,
+        **facts(config),
         "trunk_identity": trunk.get("identity"), "trunk_step": trunk.get("step"),
         "tokens": tokens, "training_flops": tokens * flops,
         **{key: found.get(key) for key in _MEASURED},

@@ -31,7 +31,6 @@ class Layout:
     feed_forward: the module of a layer that holds router and experts.
     expert: names of an expert's gate, up and down matrices.
     expert_width: key of the width of an expert.
-    n_experts: key of the number of experts, in transformers 4.57.
     defaults: what its class takes for keys that a config.json leaves out.
     may_be_dense: whether first layers may be dense.
     norm_topk_prob: whether the chosen probabilities are divided by their sum; None where
@@ -45,7 +44,6 @@ class Layout:
   feed_forward: str
   expert: tuple[str, str, str]
   expert_width: str
-  n_experts: str
   defaults: Mapping[str, Any]
   may_be_dense: bool
   norm_topk_prob: bool | None
@@ -58,15 +56,15 @@ _COMMON = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings":
            "head_dim": None, "clip_qkv": None, "sliding_window": None}
 LAYOUTS = {layout.name: layout for layout in (
     Layout("qwen3_moe", "Qwen3MoeForCausalLM", "head", "mlp", _PROJECTIONS,
-           "moe_intermediate_size", "num_experts",
+           "moe_intermediate_size",
            {**_COMMON, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
            may_be_dense=True, norm_topk_prob=None, has_head_dim=True),
     Layout("olmoe", "OlmoeForCausalLM", "projection", "mlp", _PROJECTIONS,
-           "intermediate_size", "num_experts",
+           "intermediate_size",
            {**_COMMON, "num_key_value_heads": None, "rms_norm_eps": 1e-5, "rope_theta": 1e4},
            may_be_dense=False, norm_topk_prob=None, has_head_dim=False),
     Layout("mixtral", "MixtralForCausalLM", "none", "block_sparse_moe", ("w1", "w3", "w2"),
-           "intermediate_size", "num_local_experts",
+           "intermediate_size",
            {**_COMMON, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
            may_be_dense=False, norm_topk_prob=True, has_head_dim=True))}
 

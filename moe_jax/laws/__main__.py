@@ -10,8 +10,8 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax.laws.analysis import analyse
-from moe_jax.laws.claims import MARGIN
 from moe_jax.laws.forms import FORMS
+from moe_jax.laws.power import MARGIN, Margin
 from moe_jax.laws.publish.page import check_path, publish
 from moe_jax.laws.publish.sections import law_sections, lead_of, title_of
 from moe_jax.laws.reduce import to_cells
@@ -25,19 +25,22 @@ _WHERE = flags.DEFINE_multi_string(
 _WITHOUT = flags.DEFINE_list("without", [], "Cells to leave out, by name.")
 _REPORT = flags.DEFINE_string("report", None, "Write the report as this .html file, with its "
                               "pictures and tables in a folder beside it.")
-_MARGIN = flags.DEFINE_float("margin", MARGIN, "Effects below it, a unit of ln x, count as "
-                             "none in the equivalence tests.")
+_MARGIN = flags.DEFINE_float("margin_percent", MARGIN.percent, "Margin of the equivalence "
+                             "tests, in percent of the loss over --fold.")
+_FOLD = flags.DEFINE_float("fold", MARGIN.fold, "The margin is of a variable that grows so many "
+                           "fold.")
 _DRAWS = flags.DEFINE_integer("draws", 999, "Draws of the bootstrap.", lower_bound=99)
 _SEED = flags.DEFINE_integer("seed", 0, "Of starts and bootstrap.")
 
 
 def main(overrides: list[str]) -> None:
   cli.no_overrides(overrides)
+  margin = Margin(_MARGIN.value, _FOLD.value)
   if _REPORT.value is not None:
     check_path(_REPORT.value)
   rows = read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value)
   cells = to_cells(rows, _RESULTS.value)
-  found = analyse(cells, _LAW.value, _MARGIN.value, _DRAWS.value, _SEED.value)
+  found = analyse(cells, _LAW.value, margin, _DRAWS.value, _SEED.value)
   print("\n".join(report(found)))
   if _REPORT.value is not None:
     files = publish(_REPORT.value, title_of(found), lead_of(found),

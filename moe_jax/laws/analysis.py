@@ -11,12 +11,16 @@ from moe_jax.laws.cells import Cells
 from moe_jax.laws.claims import Claim, Mechanism
 from moe_jax.laws.fit import Fit, fit
 from moe_jax.laws.intervals import Interval
+from moe_jax.laws.power import MARGIN, Margin
 from moe_jax.laws.validate import LeftOut, NestedTest, Rival
 
 # The rivals of a log-log form, and the pairs of which one contains the other.
 RIVALS = ("paper", "paper-curved", "total-sparsity", "total-active")
 NESTED = (("total-sparsity", "paper"), ("paper", "paper-curved"))
 HELD_OUT = ("n_total", "sparsity")
+# Forms of n_total, sparsity and n_exp alone: with another variable beside them c and b_minus_c
+# are slopes at given values of that one too, and the claims are not about those.
+OF_THE_CLAIMS = ("paper", "paper-curved")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Analysis:
 
   Attributes:
     fitted: the fit, with its design report.
-    margin: effects below it, a unit of ln x, count as none.
+    margin: effects below it count as none.
     headline: by the bootstrap whose coverage is right: the interval that is quoted.
     profile: by profile likelihood, cells taken as independent.
     huber: of the Huber solver, by rescaled subsamples.
@@ -45,12 +49,13 @@ class Analysis:
     held_out: refits without the largest value of a variable: extrapolation.
     rivals: of a log-log form; empty otherwise, as are the three that follow.
     nested: F-tests.
+    claims_law: the form whose slopes the claims are about; empty where there are no claims.
     claims: the paper's claims.
     mechanism: what of the mechanism these data can tell, or why nothing.
   """
 
   fitted: Fit
-  margin: float
+  margin: Margin
   headline: dict[str, Interval]
   profile: dict[str, Interval]
   huber: dict[str, Interval]
@@ -59,6 +64,7 @@ class Analysis:
   held_out: list[LeftOut]
   rivals: list[Rival]
   nested: list[Nested]
+  claims_law: str
   claims: list[Claim]
   mechanism: Mechanism | str
 
@@ -80,16 +86,18 @@ class Analysis:
                  or self.huber[name].low > self.headline[name].high)}
 
 
-def analyse(cells: Cells, law: str, margin: float = claims.MARGIN, draws: int = 999,
+def analyse(cells: Cells, law: str, margin: Margin = MARGIN, draws: int = 999,
             seed: int = 0) -> Analysis:
   """Fits, and looks at the fit from all sides. The same input gives the same output.
 
   Raises:
-    FieldError: the law is unknown or cannot be fitted to these cells, or the margin is not
-      positive.
+    FieldError: the law is unknown or cannot be fitted to these cells.
   """
   fitted = fit(cells, law, seed=seed)
-  log_log = fitted.identified.asked.is_linear
+  asked = fitted.identified.asked
+  log_log = asked.is_linear
+  claims_law = ("" if not log_log else asked.name if asked.name in OF_THE_CLAIMS else
+                "paper-curved")
   x = cells.columns
   return Analysis(
       fitted, margin,
@@ -101,14 +109,9 @@ def analyse(cells: Cells, law: str, margin: float = claims.MARGIN, draws: int = 
       held_out=[validate.extrapolate(fitted, column) for column in HELD_OUT if column in x],
       rivals=validate.compare(cells, list(RIVALS)) if log_log else [],
       nested=[_nested(cells, *pair) for pair in NESTED] if log_log else [],
-      claims=claims.assess(cells, margin, seed, _law_of_claims(fitted), draws) if log_log else [],
+      claims_law=claims_law,
+      claims=claims.assess(cells, margin, seed, claims_law, draws) if log_log else [],
       mechanism=_mechanism(cells, seed, draws) if log_log else "")
-
-
-def _law_of_claims(fitted: Fit) -> str:
-  """The form that was asked for where the claims are about its coefficients."""
-  asked = fitted.identified.asked
-  return asked.name if {"c", "b_minus_c"} <= set(asked.parameters) else "paper"
 
 
 def _mechanism(cells: Cells, seed: int, draws: int) -> Mechanism | str:

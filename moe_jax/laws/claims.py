@@ -10,13 +10,11 @@ import dataclasses
 
 import numpy as np
 
-from moe_jax.errors import FieldError, require
+from moe_jax.errors import FieldError
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import Fit, fit
 from moe_jax.laws.intervals import Interval, bootstrap
-
-# 0.002 a unit of ln x is 0.14 % of the loss a doubling, about 0.004 nats at a loss of 3.
-MARGIN = 0.002
+from moe_jax.laws.power import MARGIN, Margin
 
 SHOWN, OPPOSITE, EQUIVALENT, UNDECIDED, REFUSED = (
     "shown", "the opposite is shown", "equivalent to none", "undecided", "not identified")
@@ -41,7 +39,7 @@ class Claim:
   verdict: str
   interval: Interval | None
   equivalence: Interval | None
-  margin: float
+  margin: Margin
   sentence: str
 
 
@@ -53,14 +51,13 @@ _CLAIMS = (
 )
 
 
-def assess(cells: Cells, margin: float = MARGIN, seed: int = 0,
+def assess(cells: Cells, margin: Margin = MARGIN, seed: int = 0,
            law: str = "paper", draws: int = 999) -> list[Claim]:
-  """Both claims, on a log-log form that has c and b_minus_c.
+  """Both claims, on a log-log form of n_total, sparsity and n_exp alone.
 
   Raises:
-    FieldError: the form cannot be fitted at all, or the margin is not positive.
+    FieldError: the form cannot be fitted at all.
   """
-  require(0 < margin < np.inf, "margin", margin, "must be a finite number above 0")
   fitted = fit(cells, law)
   wide, narrow = (bootstrap(fitted, level, draws, seed) for level in (0.95, 0.90))
   found = [_claim(fitted, wide, narrow, margin, *claim) for claim in _CLAIMS]
@@ -70,7 +67,7 @@ def assess(cells: Cells, margin: float = MARGIN, seed: int = 0,
   return found
 
 
-def _claim(fitted: Fit, wide: dict[str, Interval], narrow: dict[str, Interval], margin: float,
+def _claim(fitted: Fit, wide: dict[str, Interval], narrow: dict[str, Interval], margin: Margin,
            name: str, parameter: str, variable: str, held: str, cannot: str) -> Claim:
   if parameter not in wide:
     why = fitted.identified.refused[parameter]
@@ -80,7 +77,7 @@ def _claim(fitted: Fit, wide: dict[str, Interval], narrow: dict[str, Interval], 
                  f"These data cannot say whether {name}: {why}."
                  + (f" Only {instead} identified." if instead else ""))
   interval, tost = wide[parameter], narrow[parameter]
-  negligible = -margin < tost.low and tost.high < margin
+  negligible = -margin.slope < tost.low and tost.high < margin.slope
   verdict = (SHOWN if interval.low > 0 else OPPOSITE if interval.high < 0 else
              EQUIVALENT if negligible else UNDECIDED)
   percent = 100 * (2**interval.estimate - 1)
@@ -90,12 +87,13 @@ def _claim(fitted: Fit, wide: dict[str, Interval], narrow: dict[str, Interval], 
   meaning = {
       SHOWN: f"These data show it: {effect}.",
       OPPOSITE: f"These data show the opposite: {effect}.",
-      EQUIVALENT: f"These data show that there is no effect beyond the margin: {effect}.",
+      EQUIVALENT: f"These data show that there is no effect beyond the margin of {margin}: "
+                  f"{effect}.",
       UNDECIDED: f"These data do not decide it, which is not to say that there is no effect: "
                  f"{effect}.",
   }[verdict]
   if negligible and verdict in (SHOWN, OPPOSITE):
-    meaning += f" It is smaller than the margin of {margin:g} a unit of ln {variable}."
+    meaning += f" It is smaller than the margin of {margin}."
   return Claim(name, parameter, verdict, interval, tost, margin, f"{meaning} {cannot}")
 
 

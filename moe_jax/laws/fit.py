@@ -48,6 +48,12 @@ class Fit:
     """ln L measured - fitted by least squares, [n]."""
     return self.cells.log_loss - self.log_loss(self.cells)
 
+  @property
+  def scatter(self) -> float:
+    """Standard deviation of the residuals of ln L, by their degrees of freedom n - P."""
+    df = max(1, len(self.cells) - len(self.parameters))
+    return float(np.sqrt(np.sum(self.residual**2) / df))
+
   def log_loss(self, cells: Cells) -> np.ndarray:
     """Predicted ln L of other cells, by the least-squares solution."""
     return self.form.log_loss(self.least_squares.theta, cells)

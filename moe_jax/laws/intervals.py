@@ -24,6 +24,7 @@ from moe_jax.laws.information import degrees_of_freedom
 from moe_jax.laws.solvers import Problem
 
 SUBSAMPLE = 0.8
+MOST_WITHOUT = 0.1  # of the subsamples may not identify the form: else there is no interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,11 @@ def _ols(x_NP) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def subsample(fitted: Fit, level: float = 0.95, draws: int = 200, seed: int = 0,
               solver: str = "least squares") -> dict[str, Interval]:
-  """Intervals from refits on 80 % of the architectures, rescaled. Either solver's."""
+  """Intervals from refits on 80 % of the architectures, rescaled. Either solver's.
+
+  A subsample that does not identify the form is left out, and counted in the method. Where more
+  than MOST_WITHOUT are such the data bound nothing this way: the ends are infinite.
+  """
   from scipy import stats
   rng = np.random.default_rng(seed)
   centre = (fitted.huber if solver == "huber" else fitted.least_squares).theta
@@ -117,21 +122,30 @@ def subsample(fitted: Fit, level: float = 0.95, draws: int = 200, seed: int = 0,
   theta_BP = []
   for _ in range(draws):
     chosen = rng.choice(labels, m, replace=False)
-    theta_BP.append(_on_part(whole, np.isin(fitted.cells.architecture, chosen), centre, solver))
+    theta_P = _on_part(whole, np.isin(fitted.cells.architecture, chosen), centre, solver)
+    if theta_P is not None:
+      theta_BP.append(theta_P)
+  without = draws - len(theta_BP)
+  method = f"{solver}, rescaled subsamples" + (
+      f", of which {without} of {draws} do not identify it" if without else "")
   scale = np.sqrt(m / (len(labels) - m))
   with np.errstate(over="ignore"):  # a subsample that ran off leaves the interval infinite
-    error_P = scale * np.sqrt(np.mean((np.array(theta_BP) - centre)**2, axis=0))
+    error_P = (np.full(len(centre), np.inf) if without > MOST_WITHOUT * draws else
+               scale * np.sqrt(np.mean((np.array(theta_BP) - centre)**2, axis=0)))
   df = degrees_of_freedom(len(fitted.cells), len(fitted.parameters), len(labels))
   width_P = stats.t.ppf((1 + level) / 2, df) * error_P
   return {name: Interval(float(centre[p]), float(centre[p] - width_P[p]),
-                         float(centre[p] + width_P[p]), level,
-                         f"{solver}, rescaled subsamples")
+                         float(centre[p] + width_P[p]), level, method)
           for p, name in enumerate(fitted.parameters)}
 
 
-def _on_part(whole: Problem, part: np.ndarray, centre: np.ndarray, solver: str) -> np.ndarray:
+def _on_part(whole: Problem, part: np.ndarray, centre: np.ndarray,
+             solver: str) -> np.ndarray | None:
+  """theta [P] of some of the cells; None where these do not identify the form."""
   problem = Problem(whole.form, whole.m_KNP[:, part], whole.y_N[part])
   phi = problem.to_phi @ centre
+  if np.linalg.matrix_rank(problem.jacobian(phi)) < len(phi):
+    return None  # least squares would answer with the smallest slopes that fit
   if solver == "huber":
     return problem.to_theta @ solvers.huber_from(problem, phi, max_iterations=500)[0]
   return problem.to_theta @ solvers.least_squares(problem, phi)

@@ -108,6 +108,11 @@ class Law:
     """The project's words that the answer depends on, e.g. n_total, tokens."""
     return tuple(dict.fromkeys(word for variable in self.variables for word in variable.sees))
 
+  @property
+  def on_record(self) -> bool:
+    """Whether a range of every variable is on record: else `inside` may say too much."""
+    return all((v.low, v.high) != (None, None) for v in self.variables)
+
   def require_sees(self, word: str) -> None:
     """Raises FieldError where the law has no variable for `word`, e.g. granularity."""
     if word not in self.sees:

@@ -21,6 +21,32 @@ _QUANTILES = (np.arange(1000) + 0.5) / 1000
 
 
 @dataclasses.dataclass(frozen=True)
+class Margin:
+  """What an equivalence test takes for no effect; by default what experiments/study plans.
+
+  Attributes:
+    percent: of the loss, up or down,
+    fold: where a variable grows so many fold.
+  """
+
+  percent: float = 0.25
+  fold: float = 8.0
+
+  def __post_init__(self):
+    require(1 < self.fold < np.inf, "fold", self.fold, "must be a finite number above 1")
+    require(0 < self.percent < 100, "margin_percent", self.percent,
+            "must be above 0 and below 100")
+
+  @property
+  def slope(self) -> float:
+    """The same in units of a coefficient: of ln L, for each unit of ln x."""
+    return slope_of(self.percent, self.fold)
+
+  def __str__(self) -> str:
+    return f"{self.percent:g} % of the loss where a variable grows {self.fold:g}-fold"
+
+
+@dataclasses.dataclass(frozen=True)
 class Power:
   """What a design can say about one coefficient, in units of the coefficient.
 
@@ -41,6 +67,9 @@ class Power:
   detectable: float
   margin: float
   at_margin: float
+
+
+MARGIN = Margin()
 
 
 def power_of(design: Design, noise: Noise, margin: float) -> list[Power]:

@@ -3,12 +3,21 @@
 import collections
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from moe_jax.errors import FieldError
 from moe_jax.laws.cells import Cells
-from moe_jax.laws.table import ARCHITECTURE, DETAILS, RECIPE, UNUSED, Row
+from moe_jax.laws.table import (
+    ARCHITECTURE,
+    DETAILS,
+    RECIPE,
+    RECIPE_HASH,
+    UNUSED,
+    Row,
+    differing,
+)
 
 _COLUMNS = (*ARCHITECTURE, "tokens")
 
@@ -34,7 +43,7 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
     raise FieldError("results", source, f"has one architecture ({rows[0]['cell']}): a law "
                      "needs several")
   for group in groups.values():
-    _check_repeats(group, source)
+    check_repeats(group, source)
   noise, df = _seed_noise(groups)
   kept = {}
   for key, group in groups.items():
@@ -59,14 +68,20 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
                              unused=tuple(unused))
 
 
-def _check_repeats(group: list[Row], source: str) -> None:
-  """Runs of one architecture and length must differ in seed and learning rate alone."""
-  for column in (*RECIPE, *DETAILS):
-    values = sorted({str(row.get(column)) for row in group})
-    if len(values) > 1:
-      raise FieldError("results", source, f"{group[0]['cell']} and {group[-1]['cell']} are "
-                       f"of one architecture but differ in {column} ({', '.join(values)}); "
-                       f"choose with --where={column}={values[0]}")
+def check_repeats(group: Sequence[Row], source: str) -> None:
+  """Raises FieldError where runs of one architecture and length are no repeats.
+
+  They may differ in seed and learning rate alone.
+  """
+  for column in differing(group, (*RECIPE, *DETAILS)):
+    cells: dict[str, str] = {}
+    for row in group:
+      cells.setdefault(str(row.get(column)), row["cell"])
+    values = sorted(cells)
+    what = "their recipe, in what is no column but in " if column == RECIPE_HASH else ""
+    raise FieldError("results", source, f"{cells[values[0]]} and {cells[values[1]]} are "
+                     f"of one architecture but differ in {what}{column} ({', '.join(values)}); "
+                     f"choose with --where={column}={values[0]}")
 
 
 def _name(group: list[Row]) -> str:
@@ -132,7 +147,7 @@ def _notes(rows, groups, kept, noise, df, unused) -> list[str]:
   found.append(f"noise between seeds: {100 * noise:.2g} % of the loss ({df} degrees of "
                "freedom)" if df else "no cell has two seeds: noise is not separated from "
                "lack of fit")
-  varied = [c for c in RECIPE if len({str(row.get(c)) for row in rows}) > 1]
+  varied = differing(rows, RECIPE)
   if varied:
     found.append(f"the recipe varies between cells in {', '.join(varied)}: the law takes "
                  "that for an effect of shape")

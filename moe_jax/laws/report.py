@@ -17,7 +17,7 @@ def report(found: Analysis) -> list[str]:
   lines += _titled("trust", trust_lines(found))
   if found.rivals:
     lines += _titled("rival forms", rival_lines(found))
-    lines += _titled(f"claims of arXiv 2601.08215, margin {found.margin:g} a unit of ln",
+    lines += _titled(f"claims of arXiv 2601.08215 by {found.claims_law}, margin {found.margin}",
                      _claim_lines(found))
   return lines
 
@@ -55,7 +55,7 @@ def quality_lines(fitted: Fit) -> list[str]:
   se = fitted.cells.loss_se / fitted.cells.loss
   seeds = np.nanmean(se) if np.isfinite(se).any() else np.nan
   if seeds > 0:
-    ratio = fitted.least_squares.rmse / seeds
+    ratio = fitted.scatter / seeds  # not the rmse: a fit takes P degrees of freedom
     lines.append(f"residuals are {ratio:.2g} times the noise between seeds"
                  + (": the form misses something real" if ratio > 2 else ""))
   return lines
@@ -85,7 +85,7 @@ def _range_line(fitted: Fit, p: int, parts: list[LeftOut]) -> str:
 def extrapolation_line(part: LeftOut, fitted: Fit) -> str:
   """How well the cells that were held out are predicted."""
   if part.error is None:
-    return f"extrapolation to {part.what}: none, {part.refusal}"
+    return f"no extrapolation: {part.refusal}"
   mean, rmse = np.mean(part.error), np.sqrt(np.mean(part.error**2))
   return (f"extrapolation to {part.what} ({len(part.error)} cells held out): error "
           f"{100 * mean:+.3g} % of the loss on average, median size "
@@ -154,7 +154,8 @@ def _claim_lines(found: Analysis) -> list[str]:
     if claim.interval is not None:
       lines += [f"  {claim.interval}",
                 f"  equivalence: 90 % interval [{claim.equivalence.low:+.4g}, "
-                f"{claim.equivalence.high:+.4g}] against the margin of {found.margin:g}"]
+                f"{claim.equivalence.high:+.4g}] against ±{found.margin.slope:.3g}, which "
+                f"is {found.margin}"]
     lines.append(f"  {claim.sentence}")
   sentences = ((found.mechanism,) if isinstance(found.mechanism, str)
                else found.mechanism.sentences)

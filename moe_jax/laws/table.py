@@ -28,7 +28,10 @@ SAME = ("evaluation", "corpus", "tokenizer", "seq_len", "data_fingerprint")
 RECIPE = ("batch_tokens", "schedule", "warmup_steps", "decay_fraction", "weight_decay",
           "dispatch", "capacity_factor", "routing_group_tokens", "norm_topk_prob", "router",
           "bias_update_rate", "jitter", "drop_order", "balance_coef", "z_coef", "compute_dtype",
-          "mask_documents")
+          "mask_documents", "vocab_size", "tie_embeddings", "qk_norm", "init_from")
+# Of the whole recipe, also of what is no column: evaluate.results.recipe_hash. Older tables have
+# none.
+RECIPE_HASH = "recipe_hash"
 DETAILS = ("n_heads", "n_kv_heads", "head_dim", "n_shared_experts", "n_dense_layers", "d_dense")
 UNUSED = "_unused"  # why a row is no part of the fit; absent from the rows that are
 _FINISHED = "finished"
@@ -128,6 +131,12 @@ def _check_same(rows: list[Row], path: str) -> None:
                        f"with --where={column}={values[0]}")
 
 
+def differing(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+  """The columns in which rows differ; RECIPE_HASH where they differ in no column of these."""
+  found = [name for name in columns if len({str(row.get(name)) for row in rows}) > 1]
+  return found or [RECIPE_HASH] * (len({str(row.get(RECIPE_HASH)) for row in rows}) > 1)
+
+
 def _check_row(row: Row, path: str) -> None:
   """Turns the numbers of a row into floats, or marks it as one without a result."""
   at = f"line {row['_line']} (cell {row['cell']})"
@@ -161,7 +170,8 @@ def _check_duplicates(rows: list[Row], path: str) -> None:
   seen: dict[tuple, Row] = {}
   for row in rows:
     key = tuple(row.get(name) for name in
-                (*ARCHITECTURE, "tokens", "learning_rate", *_SEEDS, *RECIPE, *DETAILS))
+                (*ARCHITECTURE, "tokens", "learning_rate", *_SEEDS, *RECIPE, RECIPE_HASH,
+                 *DETAILS))
     if key in seen:
       raise FieldError("results", path, f"lines {seen[key]['_line']} and {row['_line']} "
                        f"(cells {seen[key]['cell']} and {row['cell']}) are the same run "

@@ -34,8 +34,14 @@ class LeftOut:
 def leave_out(fitted: Fit, out: np.ndarray, what: str) -> LeftOut:
   """Refits without the cells of a mask, and predicts them."""
   cells = fitted.cells
+  rest = cells.take(~out)
   try:
-    theta = refit(fitted, cells.take(~out))
+    # What hardly varies in the rest has a slope there, which is one of noise.
+    refused = identify(fitted.form, rest).refused
+    if refused:
+      return _impossible(what, f"the rest do not identify {', '.join(refused)}: "
+                         + "; ".join(dict.fromkeys(refused.values())), out)
+    theta = refit(fitted, rest)
   except FieldError as error:
     return _impossible(what, error.accepted, out)
   left = cells.take(out)
@@ -67,16 +73,7 @@ def extrapolate(fitted: Fit, column: str) -> LeftOut:
   out = logs > logs.max() - _SAME_SIZE
   if out.all():
     return LeftOut(f"the largest {column}", None, None, f"{column} has one value")
-  what = f"{column} {np.exp(logs.max()):.4g}"
-  # What hardly varies in the rest has a slope there, which is one of noise.
-  try:
-    refused = identify(fitted.form, fitted.cells.take(~out)).refused
-  except FieldError as error:
-    return _impossible(what, error.accepted, out)
-  if refused:
-    return _impossible(what, f"the rest do not identify {', '.join(refused)}: "
-                       + "; ".join(dict.fromkeys(refused.values())), out)
-  return leave_out(fitted, out, what)
+  return leave_out(fitted, out, f"{column} {np.exp(logs.max()):.4g}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from etils import epath
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.config import RunConfig, identity_hash
 from moe_jax.errors import FieldError, require
-from moe_jax.evaluate.results import Row, facts, rows_of
+from moe_jax.evaluate.results import Row, facts, recipe_hash, rows_of
 from moe_jax.evaluate.text import HELDOUT
 from moe_jax.grid import Grid
 from moe_jax.run_dir import RunDir, write_bytes, write_json, write_text
@@ -155,16 +155,18 @@ def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Ro
     return rows
   status = run.read_status()
   return [{"experiment": experiment, "cell": name, "identity": identity_hash(config),
-           "evaluation": HELDOUT, **facts(config), "tokens": config.train.steps
-           * config.batch_tokens, "state": status.get("state", NOT_RUN),
-           "step": status.get("step"), "steps": config.train.steps, "loss": None,
-           "commit": status.get("commit"), "device_kind": status.get("device_kind"),
+           "recipe_hash": recipe_hash(config), "evaluation": HELDOUT, **facts(config),
+           "tokens": config.train.steps * config.batch_tokens,
+           "state": status.get("state", NOT_RUN), "step": status.get("step"),
+           "steps": config.train.steps, "loss": None, "commit": status.get("commit"),
+           "device_kind": status.get("device_kind"),
            "error": " ".join((status.get("error") or "").split()) or None}]
 
 
 def training_drop_rate(run: RunDir, config: RunConfig) -> float | None:
   """Mean share of assignments that were dropped after warm-up, a branch's trunk included.
 
+  Of the steps in the metrics alone: those that were logged, in a record thinned to POINTS of them.
   None: it is not known, of a part of the training at least.
   """
   branch = config.train.branch_step or 0

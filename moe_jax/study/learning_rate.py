@@ -5,7 +5,8 @@
     python -m moe_jax.study.learning_rate --results=runs/study-rate-check/results.csv \\
         --check=experiments/study/rates.json
 
-A sweep whose best rate is at its edge is refused with the rates to add. --check holds a law
+A sweep whose best rate is at its edge, or is not bounded by the noise between seeds, is refused
+with the rates to add. --check holds a law
 that was fitted before against sweeps at other cells.
 """
 

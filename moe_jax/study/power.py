@@ -14,6 +14,7 @@ from moe_jax.laws.fit import fit
 from moe_jax.laws.forms import FORMS, Form, form_for
 from moe_jax.laws.identify import Identified, identify
 from moe_jax.laws.information import Design, Noise, design_of
+from moe_jax.laws.power import MARGIN, Margin
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.table import read_results
 from moe_jax.study import noise as noise_lib
@@ -32,18 +33,16 @@ _SEED_SD = flags.DEFINE_float("seed_sd", None, "Standard deviation of ln L betwe
 _ARCHITECTURE_SD = flags.DEFINE_float(
     "architecture_sd", None, "The same of what the form does not know of an architecture; "
     f"default: from the residuals, else {ARCHITECTURE_SD}.")
-_FOLD = flags.DEFINE_float("fold", 8.0, "Effects are told as percent of the loss where a "
+_FOLD = flags.DEFINE_float("fold", MARGIN.fold, "Effects are told as percent of the loss where a "
                            "variable grows so many fold.")
-_MARGIN = flags.DEFINE_float("margin_percent", 0.25, "Margin of the equivalence test, in "
-                             "percent of the loss over --fold.")
+_MARGIN = flags.DEFINE_float("margin_percent", MARGIN.percent, "Margin of the equivalence "
+                             "test, in percent of the loss over --fold.")
 
 
 def main(overrides: list[str]) -> None:
   require((_CONFIG.value is None) != (_RESULTS.value is None), "config", _CONFIG.value,
           "give one of --config, an experiment file, and --results")
-  require(_FOLD.value > 1, "fold", _FOLD.value, "must be above 1")
-  require(0 < _MARGIN.value < 100, "margin_percent", _MARGIN.value, "must be above 0 and "
-          "below 100")
+  margin = Margin(_MARGIN.value, _FOLD.value)
   if _RESULTS.value is None:
     cells = not_yet_run(cli.selected_cells(_CONFIG.value, overrides), _WITHOUT.value)
     noise = noise_lib.given(_SEED_SD.value, _ARCHITECTURE_SD.value)
@@ -53,7 +52,7 @@ def main(overrides: list[str]) -> None:
     cells = to_cells(read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value),
                      _RESULTS.value)
     found, design, noise = measured(cells, _LAW.value, _SEED_SD.value, _ARCHITECTURE_SD.value)
-  print("\n".join(report(cells, found, design, noise, _FOLD.value, _MARGIN.value)))
+  print("\n".join(report(cells, found, design, noise, margin)))
 
 
 def planned(cells: Cells, law: str) -> tuple[Identified, Design]:
@@ -70,18 +69,18 @@ def measured(cells: Cells, law: str, seed_sd: float | None = None,
   return fitted.identified, design_of(fitted.form, cells, fitted.least_squares.theta), noise
 
 
-def report(cells: Cells, found: Identified, design: Design, noise: Noise, fold: float,
-           margin_percent: float) -> list[str]:
+def report(cells: Cells, found: Identified, design: Design, noise: Noise,
+           margin: Margin) -> list[str]:
   """The lines that the command prints."""
-  margin = power.slope_of(margin_percent, fold)
+  fold = margin.fold
   repeated = Design(design.parameters, design.x_NP, design.architecture_N, 2 * design.seeds_N)
-  twice = {p.parameter: p for p in power.power_of(repeated, noise, margin)}
+  twice = {p.parameter: p for p in power.power_of(repeated, noise, margin.slope)}
   lines = [*cells.notes, f"noise: {noise}", *found.lines(),
            f"two-sided tests at 5 %, {100 * power.POWER:.0f} % power; effects in percent of the "
            f"loss where the variable grows {fold:g}-fold"]
   rows = [("coefficient", "of ln", "df", "95 % interval", "detectable", "twice the seeds",
-           "shown absent below", f"chance for {margin_percent:g} %")]
-  for one in power.power_of(design, noise, margin):
+           "shown absent below", f"chance for {margin.percent:g} %")]
+  for one in power.power_of(design, noise, margin.slope):
     variable = _variable(found.form, one.parameter)
     if variable is not None:
       half, least, with_two, absent = (

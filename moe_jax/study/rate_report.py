@@ -15,7 +15,9 @@ def optima_of(sweeps: Sequence[rates.Sweep], seed_sd: float, source: str) -> lis
   optima, refused = [], []
   for sweep in sweeps:
     try:
-      optima.append(rates.optimum(sweep, seed_sd))
+      one = rates.optimum(sweep, seed_sd)
+      rates.require_bounded(one, seed_sd)  # it would count in the law as much as the others
+      optima.append(one)
     except FieldError as error:
       refused.append(f"{error.value} {error.accepted}")
   require(not refused, "results", source, "; ".join(refused))
@@ -74,6 +76,6 @@ def as_dict(found: rates.RateFit, table: bytes) -> dict:
                           for name, value in found.errors.items()},
       "optima": [{
           "cell": one.sweep.cell, **one.sweep.variables, "rate": one.rate,
-          "interval": [one.low, one.high] if math.isfinite(one.high) else None,
+          "interval": [one.low, one.high],
           "by_the_law": found.fitted(one), "runs": list(one.sweep.identities)}
                  for one in found.optima]}

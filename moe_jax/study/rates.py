@@ -16,6 +16,7 @@ import numpy as np
 from moe_jax.arch import count
 from moe_jax.arch.architecture import Architecture
 from moe_jax.errors import FieldError, require
+from moe_jax.laws.reduce import check_repeats
 from moe_jax.laws.table import ARCHITECTURE, UNUSED, Row
 from moe_jax.text import short
 
@@ -104,13 +105,18 @@ def read(path: str | os.PathLike, field: str = "rates") -> Rates:
 
 
 def sweeps_of(rows: Sequence[Row], source: str) -> list[Sweep]:
-  """The architectures with several rates, in the order of the table. Raises FieldError."""
+  """The architectures with several rates, in the order of the table.
+
+  Raises:
+    FieldError: there is none; runs of one that differ in more than seed and learning rate.
+  """
   groups: dict[tuple, list[Row]] = collections.defaultdict(list)
   for row in rows:
     groups[tuple(row[name] for name in (*ARCHITECTURE, "tokens"))].append(row)
   found = []
   for group in groups.values():
     if len({row["learning_rate"] for row in group}) > 1:
+      check_repeats([row for row in group if UNUSED not in row], source)
       found.append(_sweep(group))
   require(bool(found), "results", source, "has no architecture with several learning rates")
   return found
@@ -140,8 +146,8 @@ def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
     seed_sd: standard deviation of ln L between seeds.
 
   Raises:
-    FieldError: the best rate is at an edge, or the curve has no minimum within the sweep; says
-      which rates to add.
+    FieldError: the best rate is at an edge, or the curve has no minimum within the rates around
+      it; says which rates to add.
   """
   rates, n = sweep.rates, len(sweep.rates)
   if n < 3:
@@ -157,12 +163,16 @@ def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
   solve_PN = np.linalg.pinv(x_NP)
   c = solve_PN @ sweep.log_loss[part]
   covariance_PP = seed_sd**2 * solve_PN @ np.diag(1 / sweep.seeds[part]) @ solve_PN.T
-  vertex = -c[1] / (2 * c[2]) if c[2] > 0 else math.inf
-  if not u_N[0] < vertex < u_N[-1]:
-    at = 0 if vertex < 0 else n - 1
-    raise _edge(sweep, at, step) if c[2] > 0 else FieldError(
-        "results", str(sweep), f"its losses at {n} rates have no minimum: add "
-        f"{_number(rates[0] / step)} and {_number(rates[-1] * step)}")
+  if c[2] <= 0:
+    raise FieldError("results", str(sweep), f"its losses at {n} rates have no minimum: add "
+                     + _on_either_side(sweep, step))
+  vertex = -c[1] / (2 * c[2])
+  if not u_N[0] < vertex < u_N[-1]:  # the best rate is no edge: these losses are no parabola
+    between = np.sqrt(rates[best - 1:best + 1] * rates[best:best + 2])
+    raise FieldError("results", str(sweep), f"is best at {_number(rates[best])}, but the parabola "
+                     f"through the rates around it is lowest outside {_number(rates[part][0])} to "
+                     f"{_number(rates[part][-1])}: add {_number(between[0])} and "
+                     f"{_number(between[1])}, or seeds")
   gradient_P = np.array([0, -1 / (2 * c[2]), c[1] / (2 * c[2]**2)])
   half = _QUANTILE * math.sqrt(gradient_P @ covariance_PP @ gradient_P)
   if c[2] <= _QUANTILE * math.sqrt(covariance_PP[2, 2]):
@@ -185,6 +195,20 @@ def _edge(sweep: Sweep, at: int, step: float) -> FieldError:
   return FieldError("results", str(sweep), f"is best at the {'lowest' if lowest else 'highest'} "
                     f"of {len(sweep.rates)} rates, {_number(rate)}, {why}: add "
                     + " and ".join(map(_number, sorted(add))))
+
+
+def require_bounded(one: Optimum, seed_sd: float) -> None:
+  """Raises FieldError where noise could have put an optimum anywhere; says which rates to add."""
+  sweep = one.sweep
+  if not math.isfinite(one.high):
+    step = math.exp(np.diff(np.log(sweep.rates)).mean())
+    raise FieldError("results", str(sweep), f"is best at {_number(one.rate)}, which noise of "
+                     f"{100 * seed_sd:.2g} % between seeds does not bound: add "
+                     f"{_on_either_side(sweep, step)}, or seeds")
+
+
+def _on_either_side(sweep: Sweep, step: float) -> str:
+  return f"{_number(sweep.rates[0] / step)} and {_number(sweep.rates[-1] * step)}"
 
 
 def _number(rate: float) -> str:

@@ -6,16 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.config import RunConfig, identity
+from moe_jax.config import RunConfig
 from moe_jax.errors import FieldError, did_you_mean
-from moe_jax.evaluate.results import facts
+from moe_jax.evaluate.results import facts, same_in_repeats
 from moe_jax.grid import Cell
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.table import ARCHITECTURE
 
 COLUMNS = (*ARCHITECTURE, "tokens")
-# What may differ between repeats. A branch has the result of the run done alone.
-_REPEATS = ("seed_init", "seed_data", "train.learning_rate", "train.branch_from")
 
 
 def variables(config: RunConfig) -> dict[str, float]:
@@ -75,5 +73,5 @@ def _check_same(cells: Sequence[Cell], prefix: str) -> None:
 
 
 def _held(config: RunConfig, prefix: str) -> dict[str, Any]:
-  return {path: value for path, value in identity(config).items()
-          if path.startswith(prefix) and path not in _REPEATS}
+  return {path: value for path, value in same_in_repeats(config).items()
+          if path.startswith(prefix)}

@@ -5,8 +5,10 @@ import pytest
 
 from moe_jax.design.answer import TIE, front
 from moe_jax.design.ask import Question, ask
+from moe_jax.design.files import as_dict
 from moe_jax.design.front import pareto_front
 from moe_jax.design.published import PUBLISHED
+from moe_jax.design.report import best_table, is_inside
 from moe_jax.design.space import Space
 from moe_jax.laws.fit import fit
 from moe_jax.laws.reduce import to_cells
@@ -34,6 +36,17 @@ def test_the_best_has_the_lowest_score_within_the_budgets(asked):
     assert asked.found.scores[row, r.best] <= r.score + TIE
     assert asked.regret(r.best, row) == pytest.approx(0, abs=TIE)
     assert all(asked.regret(int(i), row) >= 0 for i in within[:50])
+
+
+def test_inside_what_is_not_on_record_is_not_said(asked):
+  marks = {True: "", None: "?", False: "*"}
+  inside = {r.judge.name: is_inside(asked, r, r.best) for r in asked.recommendations}
+  assert inside["zhao"] is None and inside["ling"] is None and inside["krajewski"] is not None
+  last = {row[0]: row[-1] for row in best_table(asked).rows}
+  for row, r in enumerate(asked.recommendations):
+    text = r.judge.text(asked.found.scores[row, r.best])
+    assert last[r.judge.name] == text + marks[inside[r.judge.name]]
+    assert as_dict(QUESTION, asked, 0.0)["laws"][row]["inside"] is inside[r.judge.name]
 
 
 def test_ties_go_to_the_least_memory(asked):

@@ -10,6 +10,7 @@ from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.registry import LAWS
 from moe_jax.laws.shape import Shape
 from tests.laws.results_file import TRUTH, rows_of
+from tests.laws.validate_test import one_of_another_size
 
 MANY = Shape(n_layers=np.array([8, 12, 30]), d_model=np.array([512, 1024, 2048]), d_expert=256,
              n_exp=np.array([8, 64, 256]), n_topk=np.array([2, 8, 1]), n_heads=8, head_dim=64)
@@ -73,6 +74,14 @@ def test_the_jackknife_is_near_the_covariance_of_least_squares(cells):
   covariance, df = jackknife(found)
   assert df == len(cells) - 1
   np.testing.assert_allclose(np.sqrt(np.diag(covariance)), plain, rtol=0.6)
+
+
+def test_a_covariance_without_the_architecture_that_matters_most_is_refused(cells):
+  found = fit(one_of_another_size(cells), "paper")
+  with pytest.raises(FieldError, match="paper': has no covariance: without .* the form cannot "
+                     "be fitted: the rest do not identify a: ln n_total hardly varies") as refused:
+    fitted(found, 9e9)
+  assert "\n" not in str(refused.value)
 
 
 def test_slack_covers_what_the_fit_gets_wrong():

@@ -87,6 +87,23 @@ def test_each_finished_cell_once_and_again_when_its_checkpoint_changes(out):
   assert "step 6" in said[0] and said[1].endswith("was evaluated before")
 
 
+def test_documents_that_are_gone_or_damaged_are_made_again(out):
+  cells = cells_of()
+  for cell in cells:
+    finish(out, cell)
+  evaluate(cells, out)
+  pair = tuple(cell.name for cell in cells)
+  told = compare.compare(out, cells, pair, "heldout")
+  files = [RunDir.of(out, cell).documents("heldout") for cell in cells]
+  files[0].unlink()
+  files[1].write_bytes(files[1].read_bytes()[:100])
+  with pytest.raises(FieldError, match="whose heldout.npz is missing or damaged: evaluate it"):
+    compare.compare(out, cells, pair, "heldout")
+  said, failed = evaluate(cells, out)
+  assert not failed and not any(line.endswith("was evaluated before") for line in said)
+  assert compare.compare(out, cells, pair, "heldout") == told
+
+
 def test_another_content_of_the_same_step_is_evaluated_again(out):
   """As after a last checkpoint that was damaged and made once more."""
   cells = cells_of()

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import shutil
 
 import pytest
@@ -39,6 +40,30 @@ def test_a_row_holds_what_a_fit_needs(tmp_path):
       "commit": "abc", "routing_group_tokens": 16}
   assert expected.items() <= row.items()
   assert "load" not in row
+
+
+def changed(config, section, **fields):
+  return dataclasses.replace(config, **{section: dataclasses.replace(
+      getattr(config, section), **fields)})
+
+
+def test_a_recipe_is_all_but_shape_length_rate_and_seeds(tmp_path):
+  (cell,) = cells_of(seeds=1)
+  config, recipe = cell.config, results.recipe_hash(cell.config)
+  for other in (dataclasses.replace(config, seed_init=7, seed_data=7),
+                changed(config, "train", steps=8, learning_rate=0.5),
+                changed(config, "arch", n_exp=4, d_model=32, d_expert=16),
+                changed(config, "execution", microbatches=2)):
+    assert results.recipe_hash(other) == recipe
+  for section, fields in (
+      ("train", {"beta2": 0.99}), ("train", {"eps": 1e-6}), ("train", {"clip_norm": 2.0}),
+      ("train", {"final_learning_rate_fraction": 0.1}), ("train", {"init_from": "old/dense@7"}),
+      ("model", {"rope_theta": 5e5}), ("model", {"norm_eps": 1e-5}),
+      ("arch", {"tie_embeddings": not config.arch.tie_embeddings}), ("arch", {"qk_norm": "none"})):
+    assert results.recipe_hash(changed(config, section, **fields)) != recipe, fields
+  leave(tmp_path, cell)
+  (row,), _ = results.collect(tmp_path, "small")
+  assert row["recipe_hash"] == recipe
 
 
 def test_the_file_is_made_from_all_that_is_on_disk(tmp_path):

@@ -11,9 +11,11 @@ import pytest
 from experiments.study import arms, plan
 from moe_jax.grid import load_grid, select
 from moe_jax.laws.analysis import analyse
+from moe_jax.laws.fit import fit
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.table import read_results
 from moe_jax.study import foresight, rates
+from moe_jax.study.noise import ARCHITECTURE_SD, SEED_SD
 from tests.experiment_files import ROOT
 
 RESULTS = pathlib.Path(plan.RESULTS)
@@ -100,6 +102,14 @@ def test_its_rivals_are_as_told():
     for law, words in said.items():
       assert words.split()[-2] == f"{100 * rivals[law].n_exp_rmse:.2f}"
       assert words in " ".join(STUDY.split())
+
+
+def test_its_scatter_is_as_told():
+  fitted = fit(to_cells(read_results(RESULTS / "rehearsal.csv")), "paper-curved")
+  df = len(fitted.cells) - len(fitted.parameters)
+  assumed = math.hypot(SEED_SD, ARCHITECTURE_SD)
+  assert (f"scatter by {100 * fitted.scatter:.2f} % of the loss ({df} degrees of freedom), where "
+          f"the power calculation assumes {100 * assumed:.2f} %") in " ".join(STUDY.split())
 
 
 def test_what_was_dropped_is_as_told():

@@ -6,9 +6,13 @@ import pytest
 from moe_jax.errors import FieldError
 from moe_jax.laws import claims
 from moe_jax.laws.cells import Cells
+from moe_jax.laws.power import MARGIN, Margin
 from moe_jax.laws.reduce import to_cells
+from tests.experiment_files import ROOT
 from tests.laws.identify_test import fixed_active
 from tests.laws.results_file import rows_of
+
+STUDY = ROOT / "experiments" / "study"
 
 
 def grid(c=0.02, b_minus_c=0.01, noise=0.001, seed=0, n=40, heads=None, granularity=None):
@@ -28,7 +32,7 @@ def grid(c=0.02, b_minus_c=0.01, noise=0.001, seed=0, n=40, heads=None, granular
                   n_exp=n_exp, n_topk=n_topk, n_total=n_total, n_active=n_active)
 
 
-def verdicts(cells, margin=claims.MARGIN):
+def verdicts(cells, margin=MARGIN):
   return {claim.parameter: claim for claim in claims.assess(cells, margin)}
 
 
@@ -47,8 +51,21 @@ def test_the_opposite_is_shown():
 def test_none_within_the_margin():
   claim = verdicts(grid(b_minus_c=0.0, noise=3e-4, seed=3))["b_minus_c"]
   assert claim.verdict == claims.EQUIVALENT
-  assert -claim.margin < claim.equivalence.low < claim.equivalence.high < claim.margin
+  margin = claim.margin.slope
+  assert -margin < claim.equivalence.low < claim.equivalence.high < margin
   assert "no effect beyond the margin" in claim.sentence
+
+
+def test_the_margin_is_that_of_the_studys_plan():
+  assert MARGIN.slope == pytest.approx(np.log(1.0025) / np.log(8))
+  plan = " ".join((STUDY / "README.md").read_text().split())
+  assert f"margin: {MARGIN.percent:g} % of the loss over an eightfold n_exp" in plan
+  # Of 0.15 % a unit of ln is 0.31 % over eightfold: no longer none.
+  cells = grid(b_minus_c=0.0015, noise=1e-4)
+  assert verdicts(cells)["b_minus_c"].verdict == claims.SHOWN
+  assert "smaller than the margin" not in verdicts(cells)["b_minus_c"].sentence
+  assert "margin of 0.4 % of the loss where a variable grows 8-fold" in verdicts(
+      cells, Margin(0.4))["b_minus_c"].sentence
 
 
 def test_undecided_is_not_none():
@@ -58,7 +75,7 @@ def test_undecided_is_not_none():
 
 
 def test_shown_but_below_the_margin():
-  claim = verdicts(grid(c=0.02), margin=0.1)["c"]
+  claim = verdicts(grid(c=0.02), Margin(20.0, 8.0))["c"]
   assert claim.verdict == claims.SHOWN and "smaller than the margin" in claim.sentence
 
 
@@ -72,11 +89,6 @@ def test_equivalence_intervals_are_narrower_than_the_two_sided_ones():
   for claim in claims.assess(grid()):
     assert claim.interval.low < claim.equivalence.low < claim.equivalence.high
     assert claim.equivalence.high < claim.interval.high
-
-
-def test_a_margin_of_nothing():
-  with pytest.raises(FieldError, match="margin=0"):
-    claims.assess(grid(), margin=0)
 
 
 def test_a_plain_grid_breaks_no_tie():

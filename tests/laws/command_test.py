@@ -36,7 +36,8 @@ def test_a_report(tmp_path):
     (["--results=nope.csv"], "error: --results='nope.csv': cannot be read"),
     (["--results={path}", "--law=papr"], "error: --law='papr': did you mean 'paper"),
     (["--results={path}", "--where=state=running"], "error: --where='state=running'"),
-    (["--results={path}", "--margin=-1"], "error: --margin=-1.0: must be a finite number above 0"),
+    (["--results={path}", "--margin_percent=-1"],
+     "error: --margin_percent=-1.0: must be above 0 and below 100"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, line):
   path = write(tmp_path, rows_of(learning_rates=1))

@@ -1,5 +1,7 @@
 """Intervals have the width that theory gives them where theory knows it."""
 
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -108,3 +110,17 @@ def test_the_intervals_of_other_forms_and_grids_cover_too(law, scenario, grids):
   for name, (share, n) in quoted.items():
     noise = 3 * np.sqrt(0.95 * 0.05 / n)
     assert n >= 0.9 * grids and abs(share - 0.95) <= noise + 0.005, (name, share, n)
+
+
+@pytest.mark.parametrize("others,bounded", [(1, False), (2, True)])
+@pytest.mark.parametrize("solver", ["least squares", "huber"])
+def test_subsamples_that_do_not_identify_the_form_are_counted(others, bounded, solver):
+  """One size and a few of another: subsamples of the one alone say nothing of a."""
+  rng, n = np.random.default_rng(0), 20
+  sizes = np.where(np.arange(n) < others, 6e6, 2e6)
+  n_exp = 2.0**rng.integers(3, 8, n)
+  fitted = fit(Cells.of(np.exp(3 - 0.09 * np.log(sizes) + 0.002 * rng.standard_normal(n)),
+                        n_total=sizes, n_exp=n_exp, n_topk=2.0**rng.integers(0, 3, n)), "paper")
+  found = intervals.subsample(fitted, draws=200, solver=solver)["a"]
+  assert re.search(r"of which \d+ of 200 do not identify it", found.method)
+  assert np.isfinite([found.low, found.high]).all() == bounded

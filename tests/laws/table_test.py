@@ -143,9 +143,9 @@ def test_what_is_left_out_on_purpose_is_listed_too(tmp_path):
 
 
 @pytest.mark.parametrize("column,value", [("corpus", "gcide"), ("tokenizer", "bpe-512"),
-                                          ("evaluation", "early")])
+                                          ("evaluation", "early"), ("data_fingerprint", "b")])
 def test_mixed_data_sets(tmp_path, column, value):
-  rows = [row | {"tokenizer": "bytes"} for row in rows_of(**ONE_RATE)]
+  rows = [row | {"tokenizer": "bytes", "data_fingerprint": "a"} for row in rows_of(**ONE_RATE)]
   rows[0][column] = value
   line = refusal(tmp_path, rows)
   first = min(value, rows[1][column])
@@ -183,3 +183,26 @@ def test_runs_that_differ_in_recipe_are_no_repeats(tmp_path):
   rows = [row | {"weight_decay": 0.1} for row in rows]
   line = refusal(tmp_path, rows + [rows[0] | {"weight_decay": 0.2}])
   assert "differ in weight_decay" in line
+
+
+@pytest.mark.parametrize("column,value", [("init_from", "old/dense@7"), ("vocab_size", 512),
+                                          ("tie_embeddings", True), ("qk_norm", "none")])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_a_run_is_and_begins_from_is_recipe(tmp_path, column, value, seed):
+  rows = [row | {"init_from": "", "vocab_size": 264, "tie_embeddings": False, "qk_norm": "head"}
+          for row in rows_of(**ONE_RATE)]
+  other = rows[0] | {column: value, "cell": "other", "seed_init": seed}
+  line = refusal(tmp_path, rows + [other])
+  assert f"are of one architecture but differ in {column} (" in line
+  assert rows[0]["cell"] in line and "other" in line
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_no_column_is_recipe_too(tmp_path, seed):
+  rows = [row | {"recipe_hash": "aaa"} for row in rows_of(**ONE_RATE)]
+  line = refusal(tmp_path, rows + [rows[0] | {"recipe_hash": "bbb", "seed_init": seed}])
+  assert "differ in their recipe, in what is no column but in recipe_hash (aaa, bbb)" in line
+  assert "choose with --where=recipe_hash=aaa" in line
+  rows[3]["recipe_hash"] = "bbb"  # between cells it is said
+  notes = " ".join(to_cells(read_results(write(tmp_path, rows))).notes)
+  assert "the recipe varies between cells in recipe_hash:" in notes

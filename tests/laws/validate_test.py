@@ -10,6 +10,7 @@ from moe_jax.laws import validate
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import fit
 from moe_jax.laws.reduce import to_cells
+from moe_jax.laws.report import extrapolation_line
 from tests.laws.fit_test import PLANTED, grid_of_runs
 from tests.laws.results_file import rows_of
 
@@ -51,7 +52,8 @@ def test_extrapolation_holds_out_the_largest_or_says_why_not(cells):
       cells.columns["sparsity"] == cells.columns["sparsity"].max())
   two = cells.take((cells.columns["n_exp"] == 8) | (cells.columns["n_exp"] == 16))
   part = validate.extrapolate(fit(two, "paper"), "n_exp")
-  assert part.error is None and "do not identify" in part.refusal
+  assert part.error is None and extrapolation_line(part, fitted).startswith(
+      "no extrapolation: without n_exp 16 the form cannot be fitted: ")
 
 
 def test_sizes_that_hardly_differ_are_extrapolated_from_by_nothing(cells):
@@ -60,6 +62,20 @@ def test_sizes_that_hardly_differ_are_extrapolated_from_by_nothing(cells):
   near = dataclasses.replace(cells, columns=cells.columns | {"n_total": sizes})
   part = validate.extrapolate(fit(near, "paper"), "n_total")
   assert part.error is None and "do not identify a: ln n_total hardly varies" in part.refusal
+
+
+def test_one_of_another_size_is_not_left_out_at_face_value(cells):
+  """Sizes met to a per cent and one other: all that is known of a hangs on that one."""
+  parts = validate.leave_one_architecture_out(fit(one_of_another_size(cells), "paper"))
+  (part,) = [part for part in parts if part.theta is None]
+  assert part.what == cells.names[0] and part.error is None
+  assert "do not identify a: ln n_total hardly varies" in part.refusal
+
+
+def one_of_another_size(cells):
+  sizes = np.resize([2.0e6, 2.01e6, 2.02e6], len(cells))
+  sizes[0] = 6e6
+  return dataclasses.replace(cells, columns=cells.columns | {"n_total": sizes})
 
 
 def test_a_bend_shows_in_extrapolation():

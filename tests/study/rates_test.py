@@ -68,6 +68,29 @@ def test_an_edge_is_refused_with_the_rates_to_add(off, curvature, says):
         f"add {highest * 2**0.5:.4g} and {highest * 2:.4g}")
 
 
+def test_a_best_rate_inside_whose_parabola_is_lowest_outside_is_no_edge():
+  """A cliff on one side, and noise on the other."""
+  rows = rows_of(steps=(-3, -2, -1, 0, 1, 2, 3), off=0)
+  for row, log_loss in zip(rows, (0.508, 0.512, 0.513, 0.514, 0.4999, 0.5, 0.5), strict=True):
+    row["loss"] = math.exp(log_loss)
+  (sweep,) = rates.sweeps_of(rows, "here")
+  best = sweep.rates[4]
+  with pytest.raises(FieldError) as refused:
+    rates.optimum(sweep, 0.002)
+  assert refused.value.accepted.startswith(f"is best at {best:.4g}, but the parabola")
+  assert refused.value.accepted.endswith(
+      f"add {best / 2**0.25:.4g} and {best * 2**0.25:.4g}, or seeds")
+
+
+def test_an_optimum_that_noise_does_not_bound_is_no_part_of_the_law():
+  sweeps = [sweep_of(), sweep_of(n_exp=64, curvature=0.001)]
+  with pytest.raises(FieldError, match="which noise of 0.2 % between seeds does not bound: "
+                     "add .* and .*, or seeds$") as refused:
+    rate_report.optima_of(sweeps, 0.002, "here")
+  assert "e64" in str(refused.value) and "e8-" not in str(refused.value)
+  assert len(rate_report.optima_of(sweeps, 1e-5, "here")) == 2
+
+
 def test_next_to_one_that_diverged_the_rate_between_is_asked_for():
   rows = rows_of(off=1.5)
   rows[-1][UNUSED] = "diverged"
@@ -75,6 +98,13 @@ def test_next_to_one_that_diverged_the_rate_between_is_asked_for():
   between = math.sqrt(rows[-1]["learning_rate"] * rows[-2]["learning_rate"])
   with pytest.raises(FieldError, match=f"which has no loss: add {between:.4g}$"):
     rates.optimum(sweep, 0.002)
+
+
+def test_runs_of_several_recipes_are_no_sweep():
+  rows = rows_of()
+  rows[0]["recipe_hash"] = "another"
+  with pytest.raises(FieldError, match="differ in their recipe"):
+    rates.sweeps_of(rows, "here")
 
 
 def test_corners_of_one_size_do_not_tell_sizes_apart():

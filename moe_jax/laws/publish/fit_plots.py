@@ -221,8 +221,8 @@ def claims_figure(found: Analysis):
                      if found.claims else "the claims are about a log-log form")
   figure = style.new_figure(1.5 + 0.62 * len(shown), 7.5)
   axes = figure.subplots()
-  axes.axvspan(-found.margin, found.margin, color="#dcdcdc", linewidth=0, zorder=0,
-               label=f"margin of equivalence, ±{found.margin:g}")
+  axes.axvspan(-found.margin.slope, found.margin.slope, color="#dcdcdc", linewidth=0, zorder=0,
+               label=f"margin of equivalence, {found.margin}")
   axes.axvline(0, color="black", linewidth=0.9)
   for row, claim in enumerate(shown):
     wide, narrow = claim.interval, claim.equivalence

@@ -14,6 +14,7 @@ from moe_jax.laws import report
 from moe_jax.laws.analysis import Analysis
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.claims import EQUIVALENT, OPPOSITE, REFUSED, SHOWN, UNDECIDED
+from moe_jax.laws.forms import form_for
 from moe_jax.laws.prediction import reference
 from moe_jax.laws.publish import fit_plots, grid_plots
 from moe_jax.laws.publish.page import Section, fingerprint
@@ -27,10 +28,8 @@ from moe_jax.laws.publish.tables import (
     run_table,
     trust_table,
 )
+from moe_jax.laws.registry.chinchilla import TOKENS_PER_PARAMETER
 
-# Compute-optimal training sees about 20 tokens a parameter (Chinchilla, arXiv 2203.15556). Far
-# below that, architectures differ in how fast they begin to learn, not in what they can learn.
-_TOKENS_PER_PARAMETER = 20
 _VERDICTS = {SHOWN: "In these data, yes.", OPPOSITE: "In these data, the opposite.",
              EQUIVALENT: "In these data there is no effect that matters.",
              UNDECIDED: "Undecided.", REFUSED: "Cannot be said."}
@@ -52,9 +51,7 @@ def lead_of(found: Analysis) -> list[str]:
       "(sparsity s = n_exp / n_topk), and a core of l layers of width d that is the smaller the "
       "more experts must fit. Which cut learns best?",
       "arXiv 2601.08215 answers that at given tokens the loss follows N_total and s, and that at "
-      "equal N_total and s more experts are slightly worse. This report holds both claims "
-      f"against {fit_plots.cells_described(cells)}, with the law "
-      f"{found.fitted.identified.asked.formula}."]
+      f"equal N_total and s more experts are slightly worse. {_what_is_done(found)}"]
   lines += [f"- {line}" for line in cautions(cells)]
   for claim, question in zip(found.claims, ("Does sparsity hurt?", "Do more experts hurt, at "
                                             "equal N_total and sparsity?"), strict=False):
@@ -62,12 +59,24 @@ def lead_of(found: Analysis) -> list[str]:
   return lines
 
 
+def _what_is_done(found: Analysis) -> str:
+  asked, cells = found.fitted.identified.asked, found.cells
+  data = fit_plots.cells_described(cells)
+  if not found.claims:
+    return (f"This report fits another law to {data}, {asked.formula}; both claims are about a "
+            "log-log law, so that they are not tested here.")
+  text = (f"This report holds both claims against {data}, with the law "
+          f"{form_for(found.claims_law, cells).formula}.")
+  return text + ("" if asked.name == found.claims_law else
+                 f" All else in it is of the law {asked.formula}.")
+
+
 def cautions(cells: Cells) -> list[str]:
   """What a reader must bear in mind before any number."""
   found = []
   if {"tokens", "n_total"} <= set(cells.columns):
     share = float(np.max(cells.columns["tokens"] / cells.columns["n_total"]))
-    if share < _TOKENS_PER_PARAMETER:
+    if share < TOKENS_PER_PARAMETER:
       found.append(f"Caution: at most {share:.2g} training tokens for each parameter. Models "
                    "that are trained so briefly differ in how fast they begin to learn; they "
                    "prove the method and not the law.")
@@ -218,15 +227,16 @@ def _claims(found: Analysis) -> Section:
            "the tie. Whether this one does:", *[f"- {line}" for line in mechanism]]
   rows = [(c.name, c.parameter, c.verdict,
            *((c.interval.estimate, c.interval.low, c.interval.high, c.equivalence.low,
-              c.equivalence.high) if c.interval else (None,) * 5), c.margin)
+              c.equivalence.high) if c.interval else (None,) * 5), c.margin.slope)
           for c in found.claims]
   table = Table(("claim", "coefficient", "verdict", "estimate", "95 % low", "95 % high",
                  "90 % low", "90 % high", "margin"), tuple(rows))
   return _drawn(
       "claims", "The claims of arXiv 2601.08215", text,
       "Both claims say that a slope is above 0. Where the 95 % interval lies to the right of 0 the "
-      "claim is shown; where the 90 % interval lies within the grey margin, an effect that "
-      "matters is excluded; where neither is so the data do not decide.",
+      "claim is shown; where the 90 % interval lies within the grey margin "
+      f"({found.margin}), an effect that matters is excluded; where neither is so the data do "
+      "not decide.",
       fit_plots.claims_figure, found, table=table)
 
 

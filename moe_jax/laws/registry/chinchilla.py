@@ -11,6 +11,10 @@ from numpy.typing import ArrayLike
 
 from moe_jax.laws.law import LOSS, Assumption, Law, Variable, tokens_variable
 
+# Compute-optimal training sees about so many tokens a parameter. Far below that, architectures
+# differ in how fast they begin to learn, not in what they can learn.
+TOKENS_PER_PARAMETER = 20
+
 
 def loss(N: ArrayLike, D: ArrayLike, A: float, B: float, E: float, alpha: float,
          beta: float) -> np.ndarray:

@@ -24,18 +24,6 @@ def dense_loss(N: ArrayLike, D: ArrayLike) -> np.ndarray:
   return 0.47 + 16.3 / N**0.126 + 26.7 / D**0.127
 
 
-def total_of_active(n_active: ArrayLike, expansion: float = 64) -> np.ndarray:
-  """N of a model whose active part is 12 d² n_blocks: (8 E + 4) / 12 times as much."""
-  return np.asarray(n_active, float) * (8 * expansion + 4) / 12
-
-
-def flops(n_active: ArrayLike, D: ArrayLike, G: ArrayLike, expansion: float = 64) -> np.ndarray:
-  """Training FLOPs (12 d² c_f + d E G c_r) D n_blocks, c_f 6, c_r 14, d = 64 n_blocks."""
-  n_blocks = np.cbrt(np.asarray(n_active, float) / (12 * 64**2))
-  d = 64 * n_blocks
-  return (12 * d**2 * 6 + d * expansion * np.asarray(G) * 14) * D * n_blocks
-
-
 def _close(x: ArrayLike, y: ArrayLike) -> np.ndarray:
   return np.abs(np.asarray(x, float) - y) <= 0.05 * np.asarray(y)
 
