@@ -43,7 +43,7 @@ class Plan:
     result: what worker.compile_cell returned; empty if it failed.
     error: why there is no result, in one line; empty if there is one.
     needs: bytes a device that a program too large asked for; None otherwise.
-    there: bytes a device that it could have had, which is less than the chip's; None otherwise.
+    there: bytes a device that the compiler said it could have had; None where it said nothing.
     remedy: overrides under which it fits, if it does not and one was found.
   """
 
@@ -58,8 +58,8 @@ class Plan:
 
   @property
   def hbm_there(self) -> float:
-    """Bytes of a device."""
-    return self.there or self.topology.hardware.device_hbm_bytes
+    """Bytes of a device that a program can have: less than the chip's."""
+    return self.there or self.topology.hardware.program_hbm_bytes
 
   @property
   def hbm_needed(self) -> float | None:

@@ -59,7 +59,7 @@ def layouts(config: RunConfig, topology: Topology) -> list[Layout]:
   found = [Layout(changed, coarse.device_bytes(changed, topology),
                   coarse.step_seconds(changed, topology))
            for changed in _allowed(config, topology)]
-  there = _SLACK * topology.hardware.device_hbm_bytes
+  there = _SLACK * topology.hardware.program_hbm_bytes
   return sorted(found, key=lambda layout: (layout.bytes > there,
                                            layout.bytes if layout.bytes > there else 0,
                                            layout.seconds, layout.bytes))

@@ -56,8 +56,8 @@ def test_a_program_that_is_too_large_says_by_how_much():
                remedy="--config.execution.remat=full")
   assert found.fits is False and found.seconds is None and found.usd(1.0) is None
   line = cells.verdict(found)
-  assert "needs 100.00 GiB of 95, 5.00 too many" in line
-  assert found.hbm_left == -5 * 2**30
+  assert "needs 100.00 GiB of 95.74, 4.26 too many" in line
+  assert found.hbm_left == pytest.approx(-4.26 * 2**30)
   assert line.endswith("fits with --config.execution.remat=full")
 
 
@@ -82,6 +82,14 @@ def test_what_does_not_fit_by_a_little_is_told_by_what_xla_lets_a_program_have()
   found = cells._plan_of("cell", config(), topology.parse("v5litepod-8"), result)
   assert found.fits is False
   assert "needs 15.90 GiB of 15.75, 0.15 too many" in cells.verdict(found)
+
+
+def test_what_fits_is_judged_by_what_a_program_can_have():
+  """Not by what the chip has: between the two XLA refuses."""
+  memory = RESULT["memory"] | {"arguments": 15.9 * 2**30, "temporaries": 0}
+  found = plan(topology=topology.parse("v5litepod-8"), result=RESULT | {"memory": memory})
+  assert found.fits is False and found.hbm_there == 15.75 * 2**30
+  assert found.hbm_left == pytest.approx(-0.15 * 2**30)
 
 
 @given(st.sampled_from(["none", "dots", "full"]), st.sampled_from([1, 2, 4]),
@@ -128,12 +136,12 @@ def test_what_cannot_save_enough_is_not_compiled(tmp_path, monkeypatch):
 
   def compiled(name, changed, where, out):
     tried.append(changed.execution)
-    return cells.Plan(name, changed, where, {}, "too large", 2.0 * where.hardware.hbm_bytes)
+    return cells.Plan(name, changed, where, {}, "too large", 2.0 * where.hardware.program_hbm_bytes)
 
   monkeypatch.setattr(cells, "plan_config", compiled)
   base = config(2048)
   base = dataclasses.replace(base, execution=dataclasses.replace(base.execution, remat="full"))
-  there = V5P.hardware.hbm_bytes
+  there = V5P.hardware.program_hbm_bytes
   monkeypatch.setattr(cells.coarse, "device_bytes",
                       lambda changed, where: 8 * there / changed.execution.microbatches)
   for missing, counts in ((0.1, [2]), (5.0, [4]), (7.6, [32]), (100.0, [])):
@@ -289,7 +297,7 @@ def test_tables_hold_every_plan():
            plan(cell="bad", result={}, error="a reason")]
   rows = [table.row(found, 4.2) for found in plans]
   assert [flat["fits"] for flat in rows] == [True, False, None]
-  assert rows[0]["all-gather[fsdp]_bytes"] == 5 and rows[0]["hbm_left"] == 80 * 2**30
+  assert rows[0]["all-gather[fsdp]_bytes"] == 5 and rows[0]["hbm_left"] == 80.74 * 2**30
   (moved,) = (list(column.cells) for column in table.collectives(plans).columns[1:2])
   assert moved == ["all-gather over fsdp"]
   text = table.csv_text(rows)

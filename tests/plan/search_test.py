@@ -48,7 +48,7 @@ def test_the_coarse_model_knows_what_saves_memory_and_what_it_costs():
 def test_what_cannot_fit_comes_last():
   where = topology.parse("v5litepod-8")
   found = search.layouts(REFERENCE.config, where)
-  there = 1.25 * where.hardware.device_hbm_bytes
+  there = 1.25 * where.hardware.program_hbm_bytes
   fitting = [layout.bytes <= there for layout in found]
   assert fitting == sorted(fitting, reverse=True) and True in fitting and False in fitting
 
