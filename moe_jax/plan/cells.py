@@ -63,8 +63,9 @@ class Plan:
 
   @property
   def hbm_needed(self) -> float | None:
-    """Bytes on a device: arguments, temporaries, what is not donated, and the program."""
-    return sum(self.result["memory"].values()) if self.result else self.needs
+    """Bytes on a device of arguments, temporaries and outputs at the moment of most: what XLA
+    holds against what it lets a program have, whether it then refuses or compiles."""
+    return self.result["memory"]["peak"] if self.result else self.needs
 
   @property
   def hbm_left(self) -> float | None:

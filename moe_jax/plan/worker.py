@@ -107,7 +107,9 @@ def _compiled(lowered, topology: Topology, programs: str | None) -> dict[str, An
   if kept:
     # What is not there, or not whole, is compiled.
     with contextlib.suppress(OSError, EOFError, zlib.error, ValueError):
-      return json.loads(gzip.decompress(kept.read_bytes()))
+      known = json.loads(gzip.decompress(kept.read_bytes()))
+      if "error" in known or "peak" in known["memory"]:  # once it was not asked for
+        return known
   began = time.monotonic()
   try:
     compiled = lowered.compile()
@@ -132,15 +134,22 @@ def _program_key(lowered, topology: Topology) -> str:
 
 
 def _memory(stats) -> dict[str, int]:
-  """Bytes on one device. Donated arguments are not counted twice."""
-  return {"arguments": stats.argument_size_in_bytes,
+  """Bytes on one device. Donated arguments are not counted twice.
+
+  `peak` is what is needed. The others are parts that do not add up to it: XLA packs temporaries
+  no tighter than it has to, so that their sum can pass its limit in a program that it compiles.
+  """
+  return {"peak": stats.peak_memory_in_bytes, "arguments": stats.argument_size_in_bytes,
           "temporaries": stats.temp_size_in_bytes,
           "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
           "code": stats.generated_code_size_in_bytes}
 
 
 def _memory_asked(message: str) -> dict[str, float]:
-  """What a program that does not fit would need, out of XLA's words; it has two ways to say it."""
+  """What a program that does not fit would need, out of XLA's words; it has two ways to say it.
+
+  "HLO temporaries" of the second counts arguments and outputs, too: the peak of `_memory`.
+  """
   size = r"([0-9.]+)([KMGT])"
   found = (re.search(rf"Used {size} of {size} hbm", message)
            or re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message))

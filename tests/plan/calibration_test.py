@@ -59,7 +59,7 @@ def test_estimate_over_measurement(tmp_path, monkeypatch):
   where = topology.parse("v5p-64")
   kept = tmp_path / "_plans" / f"{cells._key(config, where)}.json"
   kept.parent.mkdir()
-  kept.write_text(json.dumps({"seconds": 4.0, "memory": {"arguments": 1}, "compile_seconds": 1}))
+  kept.write_text(json.dumps({"seconds": 4.0, "memory": {"peak": 1}, "compile_seconds": 1}))
   (row,) = calibration.compare([point], str(tmp_path))
   assert row["measured_seconds"] == pytest.approx(config.batch_tokens / 64_000)
   assert row["ratio"] == pytest.approx(4.0 * 64_000 / config.batch_tokens)

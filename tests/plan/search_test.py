@@ -77,7 +77,7 @@ def test_a_cell_without_any_layout_is_its_own_row_and_the_others_are_searched():
   def plan_cells(variants):
     compiled.extend(variants)
     return [cells.Plan(cell.name, cell.config, where,
-                       {"seconds": 1.0 + i, "memory": {"arguments": 1}})
+                       {"seconds": 1.0 + i, "memory": {"peak": 1}})
             for i, cell in enumerate(variants)]
 
   plans, chosen, words = search.recommend([odd, REFERENCE], where, 2, plan_cells)
@@ -89,7 +89,7 @@ def test_a_cell_without_any_layout_is_its_own_row_and_the_others_are_searched():
 
 def plan(layout, seconds, gib):
   where = topology.parse("v5p-64")
-  result = {"seconds": seconds, "memory": {"arguments": gib * 2**30}} if seconds else {}
+  result = {"seconds": seconds, "memory": {"peak": gib * 2**30}} if seconds else {}
   return cells.Plan("cell", layout.config, where, result, error="" if seconds else "failed")
 
 
