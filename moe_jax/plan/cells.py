@@ -1,6 +1,7 @@
 """Plans the cells of a grid, several at once, each in a process of its own. No JAX here."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -29,6 +30,9 @@ from moe_jax.plan.topology import Topology
 from moe_jax.run_dir import reaching, read_json, write_json
 
 _GIB = 2**30
+# As the C++ library, the system, Python, LLVM and tcmalloc say it.
+_NO_MEMORY = ("bad_alloc|annot allocate memory|MemoryError|LLVM ERROR: out of memory|"
+              "Unable to allocate")
 _LEAST_SAVED = 0.5  # of what is missing, by a guess: a change that saves less is not tried
 
 
@@ -311,15 +315,18 @@ def _valid(config: RunConfig, topology: Topology, tried) -> Iterator[tuple[str, 
 def _compile(config: RunConfig, topology: Topology, hlo: str | None,
              programs: str) -> dict[str, Any]:
   """Runs the worker; whatever happens to it is a result."""
-  with tempfile.TemporaryDirectory() as folder:
-    request, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
-    request.write_text(json.dumps({
-        "config": config_lib.to_dict(config), "topology": topology.name,
-        "slices": topology.n_slices, "hlo": hlo, "programs": programs}))
-    code, stderr = _workers.run([sys.executable, "-m", "moe_jax.plan.worker",
-                                 os.fspath(request), os.fspath(answer)])
-    if answer.exists():
-      return json.loads(answer.read_text())
+  try:
+    with tempfile.TemporaryDirectory() as folder:
+      request, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
+      request.write_text(json.dumps({
+          "config": config_lib.to_dict(config), "topology": topology.name,
+          "slices": topology.n_slices, "hlo": hlo, "programs": programs}))
+      code, stderr = _workers.run([sys.executable, "-m", "moe_jax.plan.worker",
+                                   os.fspath(request), os.fspath(answer)])
+      with contextlib.suppress(FileNotFoundError, ValueError):  # it ended before it had written
+        return json.loads(answer.read_text())
+  except OSError as error:  # no memory, no process or no disk is left for one more
+    return {"error": f"the compiler cannot be run: {error.strerror or error}"}
   return {"error": _why_it_ended(code, stderr)}
 
 
@@ -357,9 +364,8 @@ _workers = _Workers()
 
 def _why_it_ended(returncode: int, stderr: str) -> str:
   """One line for a worker that left no answer."""
-  if returncode == -9 or re.search("bad_alloc|annot allocate memory|MemoryError", stderr):
-    return ("the compiler ran out of this machine's memory, or was killed; fewer at once "
-            "(--parallel) or a larger machine may do")
+  if returncode in (-9, 137) or re.search(_NO_MEMORY, stderr):
+    return worker.OUT_OF_MEMORY
   said = [line for line in stderr.splitlines() if line.strip()]
   return f"the compiler ended with {returncode}: " + (
       " ".join(said[-1].split())[:300] if said else "it said nothing")

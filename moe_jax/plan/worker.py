@@ -33,6 +33,9 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
                "TF_CPP_MIN_LOG_LEVEL": "3",
                "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
 
+OUT_OF_MEMORY = ("the compiler ran out of this machine's memory, or was killed; fewer at once "
+                 "(--parallel) or a larger machine may do")
+
 # v4's two cores are one device to JAX on real slices; libtpu's default here is two.
 _CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 
@@ -45,7 +48,7 @@ def main(request_path: str, result_path: str) -> None:
     result = compile_cell(config, topology, request["hlo"], request["programs"])
   except Exception as error:  # the parent shows one line a cell, whatever went wrong
     result = {"error": one_line(error)} | _memory_asked(str(error))
-  pathlib.Path(result_path).write_text(json.dumps(result))
+  write_bytes(epath.Path(result_path), json.dumps(result).encode())
 
 
 def tpu_devices(topology: Topology) -> list:
@@ -162,6 +165,8 @@ def _memory_asked(message: str) -> dict[str, float]:
 
 def one_line(error: Exception) -> str:
   """An error on one line, cut before it becomes a page."""
+  if isinstance(error, MemoryError):  # which says nothing
+    return OUT_OF_MEMORY
   text = " ".join(str(error).split())
   return (text if len(text) <= 300 else text[:300] + " ...") or type(error).__name__
 

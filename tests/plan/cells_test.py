@@ -2,9 +2,12 @@
 
 import concurrent.futures
 import dataclasses
+import errno
 import gzip
 import importlib.util
 import json
+import os
+import pathlib
 import sys
 import time
 
@@ -182,12 +185,41 @@ def test_what_a_worker_dies_of_is_one_line_and_not_kept(tmp_path):
 
 @pytest.mark.parametrize("code, said, answer", [
     (-9, "", "ran out of this machine's memory"),
+    (137, "", "this machine's memory"), (-6, "LLVM ERROR: out of memory", "this machine's memory"),
+    (1, "tcmalloc.cc:290] Unable to allocate 4096", "this machine's memory"),
     (-6, "F1126 elf_reader.cc:309] mmap: Cannot allocate memory [12]", "this machine's memory"),
     (1, "Traceback\n  a line\nTypeError:  two\twords\n\n", "ended with 1: TypeError: two words"),
     (-11, "", "ended with -11: it said nothing")])
 def test_a_worker_without_an_answer_is_one_line(code, said, answer):
   line = cells._why_it_ended(code, said)
   assert answer in line and "\n" not in line
+
+
+def test_what_a_worker_finds_no_memory_for_is_told_alike():
+  assert worker.one_line(MemoryError()) == cells._why_it_ended(-9, "")
+
+
+@pytest.mark.parametrize("answer", ["", '{"memory": {"argum'])
+def test_a_broken_answer_is_that_cells_row(tmp_path, monkeypatch, answer):
+  class Workers:
+    def run(self, command):
+      pathlib.Path(command[-1]).write_text(answer)
+      return -11, "last words"
+
+  monkeypatch.setattr(cells, "_workers", Workers())
+  found = cells.plan_config("cell", config(), V5P, tmp_path)
+  assert found.fits is None and found.error == "the compiler ended with -11: last words"
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOMEM, errno.ENOSPC])
+def test_a_worker_that_cannot_be_started_is_that_cells_row(tmp_path, monkeypatch, code):
+  def popen(*_, **__):
+    raise OSError(code, os.strerror(code))
+
+  monkeypatch.setattr(cells.subprocess, "Popen", popen)
+  found = cells.plan_config("cell", config(), V5P, tmp_path)
+  assert found.fits is None
+  assert found.error == f"the compiler cannot be run: {os.strerror(code)}"
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"memory": {}}', '{"error": "gone"}',
