@@ -49,6 +49,7 @@ class Plan:
     needs: bytes a device that a program too large asked for; None otherwise.
     there: bytes a device that the compiler said it could have had; None where it said nothing.
     remedy: overrides under which it fits, if it does not and one was found.
+    remedy_seconds: estimated time of a step with them.
   """
 
   cell: str
@@ -59,6 +60,7 @@ class Plan:
   needs: float | None = None
   there: float | None = None
   remedy: str = ""
+  remedy_seconds: float | None = None
 
   @property
   def hbm_there(self) -> float:
@@ -84,7 +86,7 @@ class Plan:
 
   @property
   def seconds(self) -> float | None:
-    """Estimated time of a step: a lower bound."""
+    """Estimated time of a step: XLA's estimate plus what the model prices, uncalibrated."""
     return self.result.get("seconds")
 
   @property
@@ -102,9 +104,11 @@ class Plan:
 
   @property
   def chip_hours(self) -> float | None:
-    """Of all its steps; a branch begins where its trunk has got to."""
+    """Of all its steps, with its remedy if it needs one; a branch begins where its trunk has got
+    to. None where it does not fit and nothing is known to help."""
     steps = self.config.train.steps - (self.config.train.branch_step or 0)
-    return self.seconds and self.seconds * steps * self.topology.chips / 3600
+    seconds = self.seconds if self.fits else self.remedy_seconds
+    return seconds and seconds * steps * self.topology.chips / 3600
 
   def usd(self, usd_per_chip_hour: float | None) -> float | None:
     """What its steps cost; None without a price."""
@@ -145,7 +149,7 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
     nonlocal done
     plan = plan_config(cell.name, cell.config, topology, out, hlo_out)
     if plan.fits is False and remedies:
-      plan = dataclasses.replace(plan, remedy=_find_remedy(plan, out))
+      plan = _with_remedy(plan, out)
     with lock:
       done += 1
       say(f"[{done}/{len(cells)}] {cell.name}: {verdict(plan)}")
@@ -228,8 +232,9 @@ def verdict(plan: Plan) -> str:
   if not plan.fits:
     line = (f"does not fit: needs {plan.hbm_needed / _GIB:.2f} GiB of {plan.hbm_there / _GIB:.4g}"
             f", {-plan.hbm_left / _GIB:.2f} too many")
-    return line + (f"; fits with {plan.remedy}" if plan.remedy else "")
-  return (f"fits in {plan.hbm_needed / _GIB:.1f} of {plan.hbm_there / _GIB:.4g} GiB, at least "
+    line += f"; fits with {plan.remedy}" if plan.remedy else ""
+    return line + (f", {plan.remedy_seconds * 1e3:.1f} ms a step" if plan.remedy_seconds else "")
+  return (f"fits in {plan.hbm_needed / _GIB:.1f} of {plan.hbm_there / _GIB:.4g} GiB, estimated "
           f"{plan.seconds * 1e3:.1f} ms a step, compiled in {plan.result['compile_seconds']:.0f} s")
 
 
@@ -250,12 +255,17 @@ def check_libtpu(topology: Topology) -> None:
                        f"{found['jax']} wants libtpu{wanted.specifier}: {command}")
 
 
-def _find_remedy(plan: Plan, out: str | os.PathLike) -> str:
-  """Overrides under which the cell fits; empty if none of a few does."""
-  for overrides, config in _promising(plan):
-    if plan_config(plan.cell, config, plan.topology, out).fits:
-      return overrides
-  return ""
+def _with_remedy(plan: Plan, out: str | os.PathLike) -> Plan:
+  """The plan, and overrides under which the cell fits; none if none of a few does.
+
+  Guessed to be fastest first: the first that fits is taken, and the others are not compiled.
+  """
+  for overrides, config in sorted(_promising(plan), key=lambda change: coarse.step_seconds(
+      change[1], plan.topology)):
+    other = plan_config(plan.cell, config, plan.topology, out)
+    if other.fits:
+      return dataclasses.replace(plan, remedy=overrides, remedy_seconds=other.seconds)
+  return plan
 
 
 def _promising(plan: Plan) -> Iterator[tuple[str, RunConfig]]:

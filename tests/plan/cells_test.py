@@ -57,12 +57,14 @@ def test_what_a_plan_derives():
 
 def test_a_program_that_is_too_large_says_by_how_much():
   found = plan(result={}, error="RESOURCE_EXHAUSTED", needs=100 * 2**30,
-               remedy="--config.execution.remat=full")
-  assert found.fits is False and found.seconds is None and found.usd(1.0) is None
+               remedy="--config.execution.remat=full", remedy_seconds=0.75)
+  assert found.fits is False and found.seconds is None
+  assert found.chip_hours == pytest.approx(1.5 * plan().chip_hours)  # it runs with its remedy
+  assert dataclasses.replace(found, remedy="", remedy_seconds=None).usd(1.0) is None
   line = cells.verdict(found)
   assert "needs 100.00 GiB of 95.74, 4.26 too many" in line
   assert found.hbm_left == pytest.approx(-4.26 * 2**30)
-  assert line.endswith("fits with --config.execution.remat=full")
+  assert line.endswith("fits with --config.execution.remat=full, 750.0 ms a step")
 
 
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
@@ -151,8 +153,26 @@ def test_what_cannot_save_enough_is_not_compiled(tmp_path, monkeypatch):
   for missing, counts in ((0.1, [2]), (5.0, [4]), (7.6, [32]), (100.0, [])):
     tried.clear()
     found = plan(config=base, result={}, error="too large", needs=(1 + missing) * there)
-    assert cells._find_remedy(found, tmp_path) == ""
+    assert cells._with_remedy(found, tmp_path) == found
     assert [execution.microbatches for execution in tried] == counts
+
+
+def test_the_remedy_that_is_guessed_to_be_fastest_is_tried_first(tmp_path, monkeypatch):
+  changes = [(f"m{times}", dataclasses.replace(config(2048), execution=dataclasses.replace(
+      config().execution, microbatches=times))) for times in (2, 4, 8)]
+  tried = []
+
+  def compiled(name, changed, where, out):
+    tried.append(changed.execution.microbatches)
+    result = RESULT | {"seconds": 0.7} if changed.execution.microbatches < 8 else {}
+    return cells.Plan(name, changed, where, result, "" if result else "x", 1e12)
+
+  monkeypatch.setattr(cells, "plan_config", compiled)
+  monkeypatch.setattr(cells, "_promising", lambda _: iter(changes))
+  monkeypatch.setattr(cells.coarse, "step_seconds",
+                      lambda changed, where: -changed.execution.microbatches)
+  found = cells._with_remedy(plan(result={}, error="too large", needs=1e12), tmp_path)
+  assert tried == [8, 4] and (found.remedy, found.remedy_seconds) == ("m4", 0.7)
 
 
 def test_a_batch_that_does_not_divide_is_that_cells_row(tmp_path):
@@ -338,7 +358,12 @@ def test_tables_hold_every_plan():
   json.dumps(rows)
   assert table.table(plans, 4.2).row_count == 3
   words = table.summary(plans, 4.2)
-  assert words.startswith("1 of 3 cells planned on v5p-16") and "lower bound" in words
+  assert words.startswith("1 of 3 cells planned on v5p-16 (2 left out of the sum): ")
+  assert "uncalibrated" in words and "at least" not in words
+  plans[1] = dataclasses.replace(plans[1], remedy="x", remedy_seconds=0.5)
+  assert table.summary(plans, 4.2).startswith(
+      "2 of 3 cells planned on v5p-16 (1 with the remedy under which it fits, 1 left out of the "
+      f"sum): {2 * plans[0].chip_hours:.4g} chip-hours")
   assert "USD" not in table.summary(plans, None)
 
 
@@ -357,5 +382,10 @@ def test_sizes_have_a_line_each():
   assert columns["step ms"] == ["100 to 300", "200", ""]
   assert columns["chip-hours"] == ["40", "20", "0"]
   assert columns["USD"] == ["168", "84", ""]
+  remedied = list(rows((30, 0.1, True), (31, None, False), (99, 0.2, True)))
+  remedied[1]["chip_hours"] = 7
+  (hours,) = (list(column.cells) for column in table.by_size(remedied).columns
+              if column.header == "chip-hours")
+  assert hours == ["17", "20"]
   assert table.by_size(list(rows((30, 0.1, True), (31, 0.1, True)))) is None
   assert table.by_size(list(rows((30, 0.1, True), (60, 0.1, True)))) is None
