@@ -36,6 +36,9 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
 OUT_OF_MEMORY = ("the compiler ran out of this machine's memory, or was killed; fewer at once "
                  "(--parallel) or a larger machine may do")
 
+# Variables of JAX about caches, messages and the platform, which ENVIRONMENT sets.
+_NOT_OF_THE_PROGRAM = "CACHE|LOG|TRACEBACK|DEBUG|PROFILE|EXPLAIN|^JAX_PLATFORMS$"
+
 # v4's two cores are one device to JAX on real slices; libtpu's default here is two.
 _CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 
@@ -172,9 +175,11 @@ def one_line(error: Exception) -> str:
 
 
 def compiler_flags() -> list[str]:
-  """What the environment tells the compiler."""
-  return [f"{name}={os.environ[name]}" for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
-          if os.environ.get(name)]
+  """What the environment tells the compiler, and JAX of the program that it is to make."""
+  return [f"{name}={os.environ[name]}" for name in sorted(os.environ)
+          if os.environ[name] and (name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+                                   or name.startswith("JAX_")
+                                   and not re.search(_NOT_OF_THE_PROGRAM, name))]
 
 
 def versions() -> dict[str, str | None]:

@@ -342,7 +342,15 @@ def test_a_plan_is_named_by_all_that_decides_it(monkeypatch):
             cells._key(config(), topology.parse("v5p-16", 2))]
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_a=1")
   others.append(cells._key(config(), V5P))
-  assert len({a, *others}) == 6
+  monkeypatch.delenv("LIBTPU_INIT_ARGS")
+  for name in ("JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64"):
+    monkeypatch.setenv(name, "1")
+    others.append(cells._key(config(), V5P))
+    monkeypatch.delenv(name)
+  assert len({a, *others}) == 8
+  for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PLATFORMS", "JAX_LOGGING_LEVEL"):
+    monkeypatch.setenv(name, "another")
+  assert cells._key(config(), V5P) == a
 
 
 def test_tables_hold_every_plan():
