@@ -8,7 +8,7 @@ from moe_jax.arch import count
 from moe_jax.config import resolve_mesh
 from moe_jax.errors import FieldError
 from moe_jax.grid import select
-from moe_jax.plan import calibration, cells, topology
+from moe_jax.plan import calibrate, calibration, cells, topology
 from moe_jax.run_dir import RunDir
 
 
@@ -49,6 +49,11 @@ def test_a_run_that_was_measured_elsewhere_is_refused(tmp_path, status, message)
   path, _ = run(tmp_path, **status)
   with pytest.raises(FieldError, match=message):
     calibration.of_run(path, "v5p-64", 1)
+
+
+def test_overrides_are_refused():
+  with pytest.raises(FieldError, match=r"^config\.bogus='3': is not a flag of this command"):
+    calibrate.main(["--config.bogus=3"])
 
 
 def test_estimate_over_measurement(tmp_path, monkeypatch):
