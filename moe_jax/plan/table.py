@@ -119,6 +119,8 @@ def summary(plans: Sequence[Plan], price: float | None) -> str:
 
 def memory_profile(plan: Plan) -> str:
   """The largest buffers alive when most memory is needed, a line each."""
+  if not plan.result:
+    return f"{plan.cell}: XLA gives no buffers of a program that it has not compiled"
   lines = [f"{plan.cell}: the largest buffers alive when most memory is needed"]
   for buffer in plan.result.get("largest", ()):
     where = buffer["source"].rpartition("moe_jax/")[2] or buffer["op_name"]

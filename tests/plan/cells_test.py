@@ -106,7 +106,9 @@ def test_remedies_are_valid_and_save(remat, microbatches, mesh, batch_size):
   base = dataclasses.replace(base, execution=dataclasses.replace(
       base.execution, remat=remat, microbatches=microbatches, mesh=mesh))
   resolve_mesh(base, V5P.devices)
-  for words, changed in cells.changes_that_save(base, V5P):
+  changes = list(cells.changes_that_save(base, V5P))
+  assert changes
+  for words, changed in changes:
     resolve_mesh(changed, V5P.devices)
     assert changed != base and changed.execution.remat == "full"
     assert changed.execution.microbatches >= microbatches
@@ -373,6 +375,15 @@ def test_tables_hold_every_plan():
       "2 of 3 cells planned on v5p-16 (1 with the remedy under which it fits, 1 left out of the "
       f"sum): {2 * plans[0].chip_hours:.4g} chip-hours")
   assert "USD" not in table.summary(plans, None)
+
+
+def test_a_memory_profile_lists_buffers_or_says_why_there_are_none():
+  buffer = {"bytes": 3 * 2**20, "shape": "f32[9]", "op_name": "op", "source": "/x/moe_jax/a.py:7"}
+  first, second = table.memory_profile(plan(result=RESULT | {"largest": [buffer]})).splitlines()
+  assert first.startswith("cell: the largest") and second.split() == [
+      "3.0", "MiB", "f32[9]", "a.py:7"]
+  refused = plan(result={}, error="too large", needs=1e12)
+  assert table.memory_profile(refused).startswith("cell: XLA gives no buffers")
 
 
 def test_sizes_have_a_line_each():
