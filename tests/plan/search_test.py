@@ -61,6 +61,13 @@ def test_candidates_differ_in_expert_parallelism():
     assert cell.config is layout.config and cell.name.startswith(REFERENCE.name)
 
 
+def test_one_chip_has_as_many_candidates():
+  """All have the one size of the expert axis that there is."""
+  where = topology.parse("v5litepod-1")
+  labels = [layout.label for layout, _ in search.candidates(REFERENCE, where, tries=4)]
+  assert labels == [layout.label for layout in search.layouts(REFERENCE.config, where)[:4]]
+
+
 def test_a_cell_without_any_layout_says_why():
   odd = dataclasses.replace(REFERENCE, config=dataclasses.replace(
       REFERENCE.config, train=dataclasses.replace(REFERENCE.config.train, batch_size=3)))
