@@ -241,6 +241,7 @@ def verdict(plan: Plan) -> str:
 def check_libtpu(topology: Topology) -> None:
   """Raises FieldError if libtpu is missing or is not the version that this JAX asks for."""
   import importlib.metadata
+  import importlib.util
 
   from packaging.requirements import Requirement
   found = worker.versions()
@@ -253,6 +254,10 @@ def check_libtpu(topology: Topology) -> None:
     if wanted.name == "libtpu" and not wanted.specifier.contains(found["libtpu"]):
       raise FieldError("topology", topology.name, f"libtpu {found['libtpu']} is installed, jax "
                        f"{found['jax']} wants libtpu{wanted.specifier}: {command}")
+  package = importlib.util.find_spec("libtpu")
+  if package is None or package.origin is None:  # a folder without code, or nothing but its record
+    raise FieldError("topology", topology.name, f"libtpu {found['libtpu']} is recorded as "
+                     f"installed, without its files: {command} --force-reinstall")
 
 
 def _with_remedy(plan: Plan, out: str | os.PathLike) -> Plan:

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import errno
 import gzip
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -195,6 +196,17 @@ def test_another_libtpu_than_jax_wants_is_refused(monkeypatch):
   versions = worker.versions() | {"libtpu": "0.0.1"}
   monkeypatch.setattr(worker, "versions", lambda: versions)
   with pytest.raises(FieldError, match=r"libtpu 0.0.1.*wants libtpu==.*pip install"):
+    cells.check_libtpu(V5P)
+
+
+def test_a_record_of_libtpu_without_its_files_is_refused(tmp_path, monkeypatch):
+  (wanted,) = [text for text in importlib.metadata.requires("jax") if text.startswith("libtpu")]
+  version = wanted.partition(";")[0].partition("==")[2].strip().replace("*", "0")
+  versions = worker.versions() | {"libtpu": version}
+  monkeypatch.setattr(worker, "versions", lambda: versions)
+  (tmp_path / "libtpu").mkdir()
+  monkeypatch.syspath_prepend(str(tmp_path))  # found first, and without code
+  with pytest.raises(FieldError, match=r"without its files: pip install 'jax\[tpu.*reinstall"):
     cells.check_libtpu(V5P)
 
 
