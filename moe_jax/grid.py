@@ -264,8 +264,9 @@ def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, .
   Raises:
     FieldError: the file, the cell, a field or a value is refused.
   """
-  path, _, named = spec.partition(":")
-  wanted = named.split(",") if named else []
+  path, colon, named = spec.partition(":")
+  wanted = named.split(",") if colon else []
+  require(all(wanted), "config", spec, "must be FILE, FILE:CELL or FILE:CELL,CELL: a name is empty")
   grid = load_grid(path)
   changes = changes or {}
   if wanted:

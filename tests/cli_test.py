@@ -77,6 +77,7 @@ def test_a_command_gets_its_cells_and_gives_its_exit_code(command, tmp_path):
     (["--config=TINY", "--config.train.steps", "7"], "'7': not a flag"),
     (["--config=TINY", "--config.arch.n_topk=9"],
      "--config.arch.n_topk=9: must be at most n_exp, which is 4"),
+    (["--config=TINY:"], ":': must be FILE, FILE:CELL or FILE:CELL,CELL: a name is empty"),
     (["--config=TINY:l2-d32"], "no such cell; did you mean"),
     (["--config=nowhere.py"], "--config='nowhere.py': no such experiment file"),
 ])

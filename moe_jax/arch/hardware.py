@@ -10,6 +10,10 @@ A TPU's clock is its published peak over what its matrix units do in a cycle (v4
 units of 128 x 128, v5e four, v6e four of 256 x 256, tpu7x eight). A chip's share of the
 data-centre network is that of "How To Scale Your Model" (jax-ml.github.io/scaling-book); for
 v4 and tpu7x it is taken as that of the nearest generation.
+
+Of a TPU's memory a program can have what the compiler leaves it, which is not the published
+figure: it is read off libtpu 0.0.42.1's own refusal, "exceeds available HBM (15.75G)", of a
+program that is too large for each kind (tests/plan/limit_test.py asks again).
 """
 
 import dataclasses
@@ -37,6 +41,7 @@ class Hardware:
     clock_hz: of a TPU, to turn XLA's cycles into time; None for a GPU.
     dcn_bytes_per_second: a chip's share of the network between TPU slices; None for a GPU.
     usd_per_chip_hour: see PRICES_AS_OF.
+    program_hbm_bytes: of one JAX device of a TPU, what a program can have; None for a GPU.
   """
 
   name: str
@@ -49,6 +54,7 @@ class Hardware:
   clock_hz: float | None = None
   dcn_bytes_per_second: float | None = None
   usd_per_chip_hour: float | None = None
+  program_hbm_bytes: float | None = None
 
   @property
   def device_bf16_flops(self) -> float:
@@ -73,15 +79,19 @@ class Hardware:
 
 HARDWARE = {chip.name: chip for chip in (
     Hardware("v4", 275e12, 32 * _GIB, 1200e9, 270e9, ("TPU v4",), clock_hz=1.05e9,
-             dcn_bytes_per_second=6.25e9, usd_per_chip_hour=3.22),
+             dcn_bytes_per_second=6.25e9, usd_per_chip_hour=3.22,
+             program_hbm_bytes=30.75 * _GIB),
     Hardware("v5e", 197e12, 16 * _GIB, 820e9, 200e9, ("TPU v5 lite", "TPU v5e"), clock_hz=1.5e9,
-             dcn_bytes_per_second=3.125e9, usd_per_chip_hour=1.20),
+             dcn_bytes_per_second=3.125e9, usd_per_chip_hour=1.20,
+             program_hbm_bytes=15.75 * _GIB),
     Hardware("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, ("TPU v5", "TPU v5p"), clock_hz=1.75e9,
-             dcn_bytes_per_second=6.25e9, usd_per_chip_hour=4.20),
+             dcn_bytes_per_second=6.25e9, usd_per_chip_hour=4.20,
+             program_hbm_bytes=95.74 * _GIB),
     Hardware("v6e", 918e12, 32 * _GIB, 1640e9, 400e9, ("TPU v6 lite", "TPU v6e"),
-             clock_hz=1.75e9, dcn_bytes_per_second=12.5e9, usd_per_chip_hour=2.70),
+             clock_hz=1.75e9, dcn_bytes_per_second=12.5e9, usd_per_chip_hour=2.70,
+             program_hbm_bytes=31.25 * _GIB),
     Hardware("tpu7x", 2307e12, 192 * _GIB, 7400e9, 600e9, ("TPU7x",), devices_per_chip=2,
-             clock_hz=2.2e9, dcn_bytes_per_second=12.5e9),
+             clock_hz=2.2e9, dcn_bytes_per_second=12.5e9, program_hbm_bytes=94.75 * _GIB),
     Hardware("a100-80", 312e12, 80e9, 2040e9, 300e9, ("NVIDIA A100-SXM4-80GB",)),
     Hardware("h100", 989e12, 80e9, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",)),
     Hardware("h200", 989e12, 141e9, 4800e9, 450e9, ("NVIDIA H200",)),

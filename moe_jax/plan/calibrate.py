@@ -24,8 +24,9 @@ _OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments; plans a
 _JSON = flags.DEFINE_string("json", None, "File for the figures as JSON.")
 
 
-def main(_) -> int:
+def main(overrides: list[str]) -> int:
   from moe_jax.plan import calibration
+  cli.no_overrides(overrides)
   require((_RUN.value is None) == (_TOPOLOGY.value is None), "topology", _TOPOLOGY.value,
           "goes with --run: the slice on which the run was measured")
   cli.require_file("json", _JSON.value)

@@ -1,6 +1,7 @@
 """Plans the cells of a grid, several at once, each in a process of its own. No JAX here."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -29,6 +30,9 @@ from moe_jax.plan.topology import Topology
 from moe_jax.run_dir import reaching, read_json, write_json
 
 _GIB = 2**30
+# As the C++ library, the system, Python, LLVM and tcmalloc say it.
+_NO_MEMORY = ("bad_alloc|annot allocate memory|MemoryError|LLVM ERROR: out of memory|"
+              "Unable to allocate")
 _LEAST_SAVED = 0.5  # of what is missing, by a guess: a change that saves less is not tried
 
 
@@ -43,8 +47,9 @@ class Plan:
     result: what worker.compile_cell returned; empty if it failed.
     error: why there is no result, in one line; empty if there is one.
     needs: bytes a device that a program too large asked for; None otherwise.
-    there: bytes a device that it could have had, which is less than the chip's; None otherwise.
+    there: bytes a device that the compiler said it could have had; None where it said nothing.
     remedy: overrides under which it fits, if it does not and one was found.
+    remedy_seconds: estimated time of a step with them.
   """
 
   cell: str
@@ -55,16 +60,18 @@ class Plan:
   needs: float | None = None
   there: float | None = None
   remedy: str = ""
+  remedy_seconds: float | None = None
 
   @property
   def hbm_there(self) -> float:
-    """Bytes of a device."""
-    return self.there or self.topology.hardware.device_hbm_bytes
+    """Bytes of a device that a program can have: less than the chip's."""
+    return self.there or self.topology.hardware.program_hbm_bytes
 
   @property
   def hbm_needed(self) -> float | None:
-    """Bytes on a device: arguments, temporaries, what is not donated, and the program."""
-    return sum(self.result["memory"].values()) if self.result else self.needs
+    """Bytes on a device of arguments, temporaries and outputs at the moment of most: what XLA
+    holds against what it lets a program have, whether it then refuses or compiles."""
+    return self.result["memory"]["peak"] if self.result else self.needs
 
   @property
   def hbm_left(self) -> float | None:
@@ -79,7 +86,7 @@ class Plan:
 
   @property
   def seconds(self) -> float | None:
-    """Estimated time of a step: a lower bound."""
+    """Estimated time of a step: XLA's estimate plus what the model prices, uncalibrated."""
     return self.result.get("seconds")
 
   @property
@@ -97,9 +104,11 @@ class Plan:
 
   @property
   def chip_hours(self) -> float | None:
-    """Of all its steps; a branch begins where its trunk has got to."""
+    """Of all its steps, with its remedy if it needs one; a branch begins where its trunk has got
+    to. None where it does not fit and nothing is known to help."""
     steps = self.config.train.steps - (self.config.train.branch_step or 0)
-    return self.seconds and self.seconds * steps * self.topology.chips / 3600
+    seconds = self.seconds if self.fits else self.remedy_seconds
+    return seconds and seconds * steps * self.topology.chips / 3600
 
   def usd(self, usd_per_chip_hour: float | None) -> float | None:
     """What its steps cost; None without a price."""
@@ -140,7 +149,7 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
     nonlocal done
     plan = plan_config(cell.name, cell.config, topology, out, hlo_out)
     if plan.fits is False and remedies:
-      plan = dataclasses.replace(plan, remedy=_find_remedy(plan, out))
+      plan = _with_remedy(plan, out)
     with lock:
       done += 1
       say(f"[{done}/{len(cells)}] {cell.name}: {verdict(plan)}")
@@ -223,14 +232,16 @@ def verdict(plan: Plan) -> str:
   if not plan.fits:
     line = (f"does not fit: needs {plan.hbm_needed / _GIB:.2f} GiB of {plan.hbm_there / _GIB:.4g}"
             f", {-plan.hbm_left / _GIB:.2f} too many")
-    return line + (f"; fits with {plan.remedy}" if plan.remedy else "")
-  return (f"fits in {plan.hbm_needed / _GIB:.1f} of {plan.hbm_there / _GIB:.4g} GiB, at least "
+    line += f"; fits with {plan.remedy}" if plan.remedy else ""
+    return line + (f", {plan.remedy_seconds * 1e3:.1f} ms a step" if plan.remedy_seconds else "")
+  return (f"fits in {plan.hbm_needed / _GIB:.1f} of {plan.hbm_there / _GIB:.4g} GiB, estimated "
           f"{plan.seconds * 1e3:.1f} ms a step, compiled in {plan.result['compile_seconds']:.0f} s")
 
 
 def check_libtpu(topology: Topology) -> None:
   """Raises FieldError if libtpu is missing or is not the version that this JAX asks for."""
   import importlib.metadata
+  import importlib.util
 
   from packaging.requirements import Requirement
   found = worker.versions()
@@ -243,14 +254,23 @@ def check_libtpu(topology: Topology) -> None:
     if wanted.name == "libtpu" and not wanted.specifier.contains(found["libtpu"]):
       raise FieldError("topology", topology.name, f"libtpu {found['libtpu']} is installed, jax "
                        f"{found['jax']} wants libtpu{wanted.specifier}: {command}")
+  package = importlib.util.find_spec("libtpu")
+  if package is None or package.origin is None:  # a folder without code, or nothing but its record
+    raise FieldError("topology", topology.name, f"libtpu {found['libtpu']} is recorded as "
+                     f"installed, without its files: {command} --force-reinstall")
 
 
-def _find_remedy(plan: Plan, out: str | os.PathLike) -> str:
-  """Overrides under which the cell fits; empty if none of a few does."""
-  for overrides, config in _promising(plan):
-    if plan_config(plan.cell, config, plan.topology, out).fits:
-      return overrides
-  return ""
+def _with_remedy(plan: Plan, out: str | os.PathLike) -> Plan:
+  """The plan, and overrides under which the cell fits; none if none of a few does.
+
+  Guessed to be fastest first: the first that fits is taken, and the others are not compiled.
+  """
+  for overrides, config in sorted(_promising(plan), key=lambda change: coarse.step_seconds(
+      change[1], plan.topology)):
+    other = plan_config(plan.cell, config, plan.topology, out)
+    if other.fits:
+      return dataclasses.replace(plan, remedy=overrides, remedy_seconds=other.seconds)
+  return plan
 
 
 def _promising(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
@@ -310,15 +330,18 @@ def _valid(config: RunConfig, topology: Topology, tried) -> Iterator[tuple[str, 
 def _compile(config: RunConfig, topology: Topology, hlo: str | None,
              programs: str) -> dict[str, Any]:
   """Runs the worker; whatever happens to it is a result."""
-  with tempfile.TemporaryDirectory() as folder:
-    request, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
-    request.write_text(json.dumps({
-        "config": config_lib.to_dict(config), "topology": topology.name,
-        "slices": topology.n_slices, "hlo": hlo, "programs": programs}))
-    code, stderr = _workers.run([sys.executable, "-m", "moe_jax.plan.worker",
-                                 os.fspath(request), os.fspath(answer)])
-    if answer.exists():
-      return json.loads(answer.read_text())
+  try:
+    with tempfile.TemporaryDirectory() as folder:
+      request, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
+      request.write_text(json.dumps({
+          "config": config_lib.to_dict(config), "topology": topology.name,
+          "slices": topology.n_slices, "hlo": hlo, "programs": programs}))
+      code, stderr = _workers.run([sys.executable, "-m", "moe_jax.plan.worker",
+                                   os.fspath(request), os.fspath(answer)])
+      with contextlib.suppress(FileNotFoundError, ValueError):  # it ended before it had written
+        return json.loads(answer.read_text())
+  except OSError as error:  # no memory, no process or no disk is left for one more
+    return {"error": f"the compiler cannot be run: {error.strerror or error}"}
   return {"error": _why_it_ended(code, stderr)}
 
 
@@ -356,9 +379,8 @@ _workers = _Workers()
 
 def _why_it_ended(returncode: int, stderr: str) -> str:
   """One line for a worker that left no answer."""
-  if returncode == -9 or re.search("bad_alloc|annot allocate memory|MemoryError", stderr):
-    return ("the compiler ran out of this machine's memory, or was killed; fewer at once "
-            "(--parallel) or a larger machine may do")
+  if returncode in (-9, 137) or re.search(_NO_MEMORY, stderr):
+    return worker.OUT_OF_MEMORY
   said = [line for line in stderr.splitlines() if line.strip()]
   return f"the compiler ended with {returncode}: " + (
       " ".join(said[-1].split())[:300] if said else "it said nothing")

@@ -59,7 +59,7 @@ def layouts(config: RunConfig, topology: Topology) -> list[Layout]:
   found = [Layout(changed, coarse.device_bytes(changed, topology),
                   coarse.step_seconds(changed, topology))
            for changed in _allowed(config, topology)]
-  there = _SLACK * topology.hardware.device_hbm_bytes
+  there = _SLACK * topology.hardware.program_hbm_bytes
   return sorted(found, key=lambda layout: (layout.bytes > there,
                                            layout.bytes if layout.bytes > there else 0,
                                            layout.seconds, layout.bytes))
@@ -68,8 +68,8 @@ def layouts(config: RunConfig, topology: Topology) -> list[Layout]:
 def candidates(cell: Cell, topology: Topology, tries: int) -> list[tuple[Layout, Cell]]:
   """The `tries` most promising layouts, as cells that can be planned.
 
-  At most half of them share the size of the `expert` axis, so that the compiler's verdict
-  compares what the model is least sure of.
+  At most half of them share the size of the `expert` axis where it has several, so that the
+  compiler's verdict compares what the model is least sure of.
 
   Raises:
     FieldError: the cell allows no layout on these devices.
@@ -88,6 +88,7 @@ def candidates(cell: Cell, topology: Topology, tries: int) -> list[tuple[Layout,
     if taken[expert] < max(1, tries // 2):
       taken[expert] += 1
       chosen.append(layout)
+  chosen += [layout for layout in ranked if layout not in chosen]  # too few sizes to share them
   return [(layout, dataclasses.replace(cell, name=f"{cell.name} {layout.label}",
                                        config=layout.config)) for layout in chosen[:tries]]
 

@@ -92,7 +92,7 @@ def by_size(rows: Sequence[dict[str, Any]]) -> rich.table.Table | None:
       ends = list(dict.fromkeys(format(end(values), form) for end in (min, max))) if values else []
       return " to ".join(ends)
 
-    hours, usd = (sum(flat[name] or 0 for flat in timed) for name in ("chip_hours", "usd"))
+    hours, usd = (sum(flat[name] or 0 for flat in group) for name in ("chip_hours", "usd"))
     shown.add_row(short(sum(flat["n_total"] for flat in group) / len(group)), str(len(group)),
                   str(sum(bool(flat["fits"]) for flat in group)),
                   span("hbm_needed", 1 / _GIB, ".1f", group), span("step_seconds", 1e3, ".0f"),
@@ -102,19 +102,25 @@ def by_size(rows: Sequence[dict[str, Any]]) -> rich.table.Table | None:
 
 def summary(plans: Sequence[Plan], price: float | None) -> str:
   """What the grid costs, and how far that can be trusted."""
-  timed = [plan for plan in plans if plan.seconds]
-  hours = sum(plan.chip_hours for plan in timed)
+  priced = [plan for plan in plans if plan.chip_hours is not None]
+  remedied = sum(not plan.fits for plan in priced)
+  hours = sum(plan.chip_hours for plan in priced)
   label = plans[0].topology.label
-  line = (f"{len(timed)} of {len(plans)} cells planned on {label}: at least {hours:,.4g} "
-          "chip-hours")
+  line = f"{len(priced)} of {len(plans)} cells planned on {label}"
+  told = [f"{remedied} with the remedy under which it fits"] if remedied else []
+  if len(priced) < len(plans):
+    told.append(f"{len(plans) - len(priced)} left out of the sum")
+  line += (f" ({', '.join(told)})" if told else "") + f": {hours:,.4g} chip-hours"
   if price is not None:
     line += f", USD {hours * price:,.0f} at {price:g} a chip-hour"
-  return (line + ". Times are XLA's estimates plus what this model prices: a lower bound until "
-          f"calibrated. Default prices: {PRICES_AS_OF}.")
+  return (line + ". Times are XLA's estimates plus what this model prices, uncalibrated. "
+          f"Default prices: {PRICES_AS_OF}.")
 
 
 def memory_profile(plan: Plan) -> str:
   """The largest buffers alive when most memory is needed, a line each."""
+  if not plan.result:
+    return f"{plan.cell}: XLA gives no buffers of a program that it has not compiled"
   lines = [f"{plan.cell}: the largest buffers alive when most memory is needed"]
   for buffer in plan.result.get("largest", ()):
     where = buffer["source"].rpartition("moe_jax/")[2] or buffer["op_name"]
@@ -130,6 +136,7 @@ def row(plan: Plan, price: float | None) -> dict[str, Any]:
       "topology": plan.topology.label, "chips": plan.topology.chips,
       "n_total": count.n_total(arch), "n_active": count.n_active(arch),
       "fits": plan.fits, "error": plan.error, "remedy": plan.remedy,
+      "remedy_seconds": plan.remedy_seconds,
       "hbm_needed": plan.hbm_needed, "hbm_there": plan.hbm_there, "hbm_left": plan.hbm_left,
       **{f"hbm_{name}": value for name, value in result.get("memory", {}).items()},
       **{f"mesh_{axis}": size for axis, size in result.get("mesh", {}).items()},

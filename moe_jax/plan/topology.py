@@ -17,7 +17,7 @@ _SHAPES_2D = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8
               128: (8, 16), 256: (16, 16)}
 _SHAPES_3D = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4),
               128: (4, 4, 8), 256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16),
-              2048: (8, 16, 16), 4096: (16, 16, 16)}
+              2048: (8, 16, 16), 4096: (16, 16, 16), 6144: (16, 16, 24)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Family:
 _FAMILIES = {
     "v4": _Family("v4", 2, _SHAPES_3D, 2048),
     "v5litepod": _Family("v5e", 1, _SHAPES_2D, 256),
-    "v5p": _Family("v5p", 2, _SHAPES_3D, 4096),
+    "v5p": _Family("v5p", 2, _SHAPES_3D, 6144),
     "v6e": _Family("v6e", 1, _SHAPES_2D, 256),
     "tpu7x": _Family("tpu7x", 2, _SHAPES_3D, 4096),
 }
@@ -92,12 +92,14 @@ def parse(name: str, n_slices: int = 1) -> Topology:
   and tpu7x (two a chip), chips for v5litepod and v6e.
 
   Raises:
-    FieldError: no such slice (the nearest are named), or fewer than one slice.
+    FieldError: no such slice in the table (the nearest are named), or fewer than one slice.
   """
   require(n_slices >= 1, "slices", n_slices, "must be at least 1")
   prefix, _, number = name.rpartition("-")
   family = _FAMILIES.get(prefix)
   if family is not None and number.isascii() and number.isdigit():
+    require(not number.startswith("0"), "topology", name, "must be a name as gcloud has it, whose "
+            "number begins with no zero")
     chips, rest = divmod(int(number), family.units_per_chip)
     if not rest and chips in family.shapes and chips <= family.max_chips:
       return Topology(name, HARDWARE[family.hardware], family.shapes[chips], n_slices)
@@ -105,8 +107,8 @@ def parse(name: str, n_slices: int = 1) -> Topology:
              if chips <= family.max_chips]
     below = [size for size in sizes if size < int(number)][-1:]
     above = [size for size in sizes if size > int(number)][:1]
-    raise FieldError("topology", name, "no such slice; the nearest are " + " and ".join(
-        f"{prefix}-{size}" for size in below + above))
+    raise FieldError("topology", name, "not in the table of slices; the nearest are "
+                     + " and ".join(f"{prefix}-{size}" for size in below + above))
   lower = name.lower()
   if lower.startswith("v5e-"):  # what the chip is called, but not the slice
     lower = lower.replace("v5e", "v5litepod")

@@ -33,6 +33,12 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
                "TF_CPP_MIN_LOG_LEVEL": "3",
                "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
 
+OUT_OF_MEMORY = ("the compiler ran out of this machine's memory, or was killed; fewer at once "
+                 "(--parallel) or a larger machine may do")
+
+# Variables of JAX about caches, messages and the platform, which ENVIRONMENT sets.
+_NOT_OF_THE_PROGRAM = "CACHE|LOG|TRACEBACK|DEBUG|PROFILE|EXPLAIN|^JAX_PLATFORMS$"
+
 # v4's two cores are one device to JAX on real slices; libtpu's default here is two.
 _CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 
@@ -45,7 +51,7 @@ def main(request_path: str, result_path: str) -> None:
     result = compile_cell(config, topology, request["hlo"], request["programs"])
   except Exception as error:  # the parent shows one line a cell, whatever went wrong
     result = {"error": one_line(error)} | _memory_asked(str(error))
-  pathlib.Path(result_path).write_text(json.dumps(result))
+  write_bytes(epath.Path(result_path), json.dumps(result).encode())
 
 
 def tpu_devices(topology: Topology) -> list:
@@ -107,7 +113,9 @@ def _compiled(lowered, topology: Topology, programs: str | None) -> dict[str, An
   if kept:
     # What is not there, or not whole, is compiled.
     with contextlib.suppress(OSError, EOFError, zlib.error, ValueError):
-      return json.loads(gzip.decompress(kept.read_bytes()))
+      known = json.loads(gzip.decompress(kept.read_bytes()))
+      if "error" in known or "peak" in known["memory"]:  # once it was not asked for
+        return known
   began = time.monotonic()
   try:
     compiled = lowered.compile()
@@ -132,15 +140,22 @@ def _program_key(lowered, topology: Topology) -> str:
 
 
 def _memory(stats) -> dict[str, int]:
-  """Bytes on one device. Donated arguments are not counted twice."""
-  return {"arguments": stats.argument_size_in_bytes,
+  """Bytes on one device. Donated arguments are not counted twice.
+
+  `peak` is what is needed. The others are parts that do not add up to it: XLA packs temporaries
+  no tighter than it has to, so that their sum can pass its limit in a program that it compiles.
+  """
+  return {"peak": stats.peak_memory_in_bytes, "arguments": stats.argument_size_in_bytes,
           "temporaries": stats.temp_size_in_bytes,
           "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
           "code": stats.generated_code_size_in_bytes}
 
 
 def _memory_asked(message: str) -> dict[str, float]:
-  """What a program that does not fit would need, out of XLA's words; it has two ways to say it."""
+  """What a program that does not fit would need, out of XLA's words; it has two ways to say it.
+
+  "HLO temporaries" of the second counts arguments and outputs, too: the peak of `_memory`.
+  """
   size = r"([0-9.]+)([KMGT])"
   found = (re.search(rf"Used {size} of {size} hbm", message)
            or re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message))
@@ -153,14 +168,18 @@ def _memory_asked(message: str) -> dict[str, float]:
 
 def one_line(error: Exception) -> str:
   """An error on one line, cut before it becomes a page."""
+  if isinstance(error, MemoryError):  # which says nothing
+    return OUT_OF_MEMORY
   text = " ".join(str(error).split())
   return (text if len(text) <= 300 else text[:300] + " ...") or type(error).__name__
 
 
 def compiler_flags() -> list[str]:
-  """What the environment tells the compiler."""
-  return [f"{name}={os.environ[name]}" for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
-          if os.environ.get(name)]
+  """What the environment tells the compiler, and JAX of the program that it is to make."""
+  return [f"{name}={os.environ[name]}" for name in sorted(os.environ)
+          if os.environ[name] and (name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+                                   or name.startswith("JAX_")
+                                   and not re.search(_NOT_OF_THE_PROGRAM, name))]
 
 
 def versions() -> dict[str, str | None]:

@@ -8,7 +8,7 @@ from moe_jax.arch import count
 from moe_jax.config import resolve_mesh
 from moe_jax.errors import FieldError
 from moe_jax.grid import select
-from moe_jax.plan import calibration, cells, topology
+from moe_jax.plan import calibrate, calibration, cells, topology
 from moe_jax.run_dir import RunDir
 
 
@@ -51,6 +51,11 @@ def test_a_run_that_was_measured_elsewhere_is_refused(tmp_path, status, message)
     calibration.of_run(path, "v5p-64", 1)
 
 
+def test_overrides_are_refused():
+  with pytest.raises(FieldError, match=r"^config\.bogus='3': is not a flag of this command"):
+    calibrate.main(["--config.bogus=3"])
+
+
 def test_estimate_over_measurement(tmp_path, monkeypatch):
   """What an earlier plan said of the cell is read, so that no compiler is needed."""
   path, config = run(tmp_path)
@@ -59,7 +64,7 @@ def test_estimate_over_measurement(tmp_path, monkeypatch):
   where = topology.parse("v5p-64")
   kept = tmp_path / "_plans" / f"{cells._key(config, where)}.json"
   kept.parent.mkdir()
-  kept.write_text(json.dumps({"seconds": 4.0, "memory": {"arguments": 1}, "compile_seconds": 1}))
+  kept.write_text(json.dumps({"seconds": 4.0, "memory": {"peak": 1}, "compile_seconds": 1}))
   (row,) = calibration.compare([point], str(tmp_path))
   assert row["measured_seconds"] == pytest.approx(config.batch_tokens / 64_000)
   assert row["ratio"] == pytest.approx(4.0 * 64_000 / config.batch_tokens)

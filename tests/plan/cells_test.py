@@ -2,9 +2,13 @@
 
 import concurrent.futures
 import dataclasses
+import errno
 import gzip
+import importlib.metadata
 import importlib.util
 import json
+import os
+import pathlib
 import sys
 import time
 
@@ -22,7 +26,8 @@ from tests.small import small_config
 
 V5P = topology.parse("v5p-16")
 RESULT = {"mesh": {"data": 8, "fsdp": 1, "expert": 1}, "compile_seconds": 2.0,
-          "memory": {"arguments": 10 * 2**30, "temporaries": 5 * 2**30, "outputs": 0, "code": 0},
+          "memory": {"peak": 15 * 2**30, "arguments": 10 * 2**30,
+                     "temporaries": 6 * 2**30, "outputs": 0, "code": 0},
           "seconds": 0.5, "estimated_seconds": 0.4, "priced_seconds": 0.1,
           "estimated_cycles": 7e8, "flops": 10**12, "parts": dict.fromkeys(cost.PARTS, 0.0),
           "collectives": [{"kind": "all-gather", "axes": "fsdp", "bytes": 5,
@@ -42,7 +47,7 @@ def plan(**changes) -> cells.Plan:
 
 def test_what_a_plan_derives():
   found = plan()
-  assert found.fits and found.hbm_needed == 15 * 2**30
+  assert found.fits and found.hbm_needed == 15 * 2**30  # which is not the sum of its parts
   assert found.tokens_per_second == pytest.approx(found.config.batch_tokens / 0.5)
   assert found.chip_hours == pytest.approx(0.5 * found.config.train.steps * 8 / 3600)
   assert found.usd(4.2) == pytest.approx(4.2 * found.chip_hours)
@@ -53,12 +58,14 @@ def test_what_a_plan_derives():
 
 def test_a_program_that_is_too_large_says_by_how_much():
   found = plan(result={}, error="RESOURCE_EXHAUSTED", needs=100 * 2**30,
-               remedy="--config.execution.remat=full")
-  assert found.fits is False and found.seconds is None and found.usd(1.0) is None
+               remedy="--config.execution.remat=full", remedy_seconds=0.75)
+  assert found.fits is False and found.seconds is None
+  assert found.chip_hours == pytest.approx(1.5 * plan().chip_hours)  # it runs with its remedy
+  assert dataclasses.replace(found, remedy="", remedy_seconds=None).usd(1.0) is None
   line = cells.verdict(found)
-  assert "needs 100.00 GiB of 95, 5.00 too many" in line
-  assert found.hbm_left == -5 * 2**30
-  assert line.endswith("fits with --config.execution.remat=full")
+  assert "needs 100.00 GiB of 95.74, 4.26 too many" in line
+  assert found.hbm_left == pytest.approx(-4.26 * 2**30)
+  assert line.endswith("fits with --config.execution.remat=full, 750.0 ms a step")
 
 
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
@@ -84,6 +91,14 @@ def test_what_does_not_fit_by_a_little_is_told_by_what_xla_lets_a_program_have()
   assert "needs 15.90 GiB of 15.75, 0.15 too many" in cells.verdict(found)
 
 
+def test_what_fits_is_judged_by_what_a_program_can_have():
+  """Not by what the chip has: between the two XLA refuses."""
+  memory = RESULT["memory"] | {"peak": 15.9 * 2**30}
+  found = plan(topology=topology.parse("v5litepod-8"), result=RESULT | {"memory": memory})
+  assert found.fits is False and found.hbm_there == 15.75 * 2**30
+  assert found.hbm_left == pytest.approx(-0.15 * 2**30)
+
+
 @given(st.sampled_from(["none", "dots", "full"]), st.sampled_from([1, 2, 4]),
        st.sampled_from([MeshConfig(), MeshConfig(fsdp=2), MeshConfig(data=8), MeshConfig(4, 2)]),
        st.sampled_from([32, 64]))
@@ -92,7 +107,9 @@ def test_remedies_are_valid_and_save(remat, microbatches, mesh, batch_size):
   base = dataclasses.replace(base, execution=dataclasses.replace(
       base.execution, remat=remat, microbatches=microbatches, mesh=mesh))
   resolve_mesh(base, V5P.devices)
-  for words, changed in cells.changes_that_save(base, V5P):
+  changes = list(cells.changes_that_save(base, V5P))
+  assert changes
+  for words, changed in changes:
     resolve_mesh(changed, V5P.devices)
     assert changed != base and changed.execution.remat == "full"
     assert changed.execution.microbatches >= microbatches
@@ -128,19 +145,37 @@ def test_what_cannot_save_enough_is_not_compiled(tmp_path, monkeypatch):
 
   def compiled(name, changed, where, out):
     tried.append(changed.execution)
-    return cells.Plan(name, changed, where, {}, "too large", 2.0 * where.hardware.hbm_bytes)
+    return cells.Plan(name, changed, where, {}, "too large", 2.0 * where.hardware.program_hbm_bytes)
 
   monkeypatch.setattr(cells, "plan_config", compiled)
   base = config(2048)
   base = dataclasses.replace(base, execution=dataclasses.replace(base.execution, remat="full"))
-  there = V5P.hardware.hbm_bytes
+  there = V5P.hardware.program_hbm_bytes
   monkeypatch.setattr(cells.coarse, "device_bytes",
                       lambda changed, where: 8 * there / changed.execution.microbatches)
   for missing, counts in ((0.1, [2]), (5.0, [4]), (7.6, [32]), (100.0, [])):
     tried.clear()
     found = plan(config=base, result={}, error="too large", needs=(1 + missing) * there)
-    assert cells._find_remedy(found, tmp_path) == ""
+    assert cells._with_remedy(found, tmp_path) == found
     assert [execution.microbatches for execution in tried] == counts
+
+
+def test_the_remedy_that_is_guessed_to_be_fastest_is_tried_first(tmp_path, monkeypatch):
+  changes = [(f"m{times}", dataclasses.replace(config(2048), execution=dataclasses.replace(
+      config().execution, microbatches=times))) for times in (2, 4, 8)]
+  tried = []
+
+  def compiled(name, changed, where, out):
+    tried.append(changed.execution.microbatches)
+    result = RESULT | {"seconds": 0.7} if changed.execution.microbatches < 8 else {}
+    return cells.Plan(name, changed, where, result, "" if result else "x", 1e12)
+
+  monkeypatch.setattr(cells, "plan_config", compiled)
+  monkeypatch.setattr(cells, "_promising", lambda _: iter(changes))
+  monkeypatch.setattr(cells.coarse, "step_seconds",
+                      lambda changed, where: -changed.execution.microbatches)
+  found = cells._with_remedy(plan(result={}, error="too large", needs=1e12), tmp_path)
+  assert tried == [8, 4] and (found.remedy, found.remedy_seconds) == ("m4", 0.7)
 
 
 def test_a_batch_that_does_not_divide_is_that_cells_row(tmp_path):
@@ -164,6 +199,17 @@ def test_another_libtpu_than_jax_wants_is_refused(monkeypatch):
     cells.check_libtpu(V5P)
 
 
+def test_a_record_of_libtpu_without_its_files_is_refused(tmp_path, monkeypatch):
+  (wanted,) = [text for text in importlib.metadata.requires("jax") if text.startswith("libtpu")]
+  version = wanted.partition(";")[0].partition("==")[2].strip().replace("*", "0")
+  versions = worker.versions() | {"libtpu": version}
+  monkeypatch.setattr(worker, "versions", lambda: versions)
+  (tmp_path / "libtpu").mkdir()
+  monkeypatch.syspath_prepend(str(tmp_path))  # found first, and without code
+  with pytest.raises(FieldError, match=r"without its files: pip install 'jax\[tpu.*reinstall"):
+    cells.check_libtpu(V5P)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is there")
 def test_what_a_worker_dies_of_is_one_line_and_not_kept(tmp_path):
   found = cells.plan_config("cell", config(), V5P, tmp_path)
@@ -173,12 +219,41 @@ def test_what_a_worker_dies_of_is_one_line_and_not_kept(tmp_path):
 
 @pytest.mark.parametrize("code, said, answer", [
     (-9, "", "ran out of this machine's memory"),
+    (137, "", "this machine's memory"), (-6, "LLVM ERROR: out of memory", "this machine's memory"),
+    (1, "tcmalloc.cc:290] Unable to allocate 4096", "this machine's memory"),
     (-6, "F1126 elf_reader.cc:309] mmap: Cannot allocate memory [12]", "this machine's memory"),
     (1, "Traceback\n  a line\nTypeError:  two\twords\n\n", "ended with 1: TypeError: two words"),
     (-11, "", "ended with -11: it said nothing")])
 def test_a_worker_without_an_answer_is_one_line(code, said, answer):
   line = cells._why_it_ended(code, said)
   assert answer in line and "\n" not in line
+
+
+def test_what_a_worker_finds_no_memory_for_is_told_alike():
+  assert worker.one_line(MemoryError()) == cells._why_it_ended(-9, "")
+
+
+@pytest.mark.parametrize("answer", ["", '{"memory": {"argum'])
+def test_a_broken_answer_is_that_cells_row(tmp_path, monkeypatch, answer):
+  class Workers:
+    def run(self, command):
+      pathlib.Path(command[-1]).write_text(answer)
+      return -11, "last words"
+
+  monkeypatch.setattr(cells, "_workers", Workers())
+  found = cells.plan_config("cell", config(), V5P, tmp_path)
+  assert found.fits is None and found.error == "the compiler ended with -11: last words"
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOMEM, errno.ENOSPC])
+def test_a_worker_that_cannot_be_started_is_that_cells_row(tmp_path, monkeypatch, code):
+  def popen(*_, **__):
+    raise OSError(code, os.strerror(code))
+
+  monkeypatch.setattr(cells.subprocess, "Popen", popen)
+  found = cells.plan_config("cell", config(), V5P, tmp_path)
+  assert found.fits is None
+  assert found.error == f"the compiler cannot be run: {os.strerror(code)}"
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"memory": {}}', '{"error": "gone"}',
@@ -281,7 +356,15 @@ def test_a_plan_is_named_by_all_that_decides_it(monkeypatch):
             cells._key(config(), topology.parse("v5p-16", 2))]
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_a=1")
   others.append(cells._key(config(), V5P))
-  assert len({a, *others}) == 6
+  monkeypatch.delenv("LIBTPU_INIT_ARGS")
+  for name in ("JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64"):
+    monkeypatch.setenv(name, "1")
+    others.append(cells._key(config(), V5P))
+    monkeypatch.delenv(name)
+  assert len({a, *others}) == 8
+  for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PLATFORMS", "JAX_LOGGING_LEVEL"):
+    monkeypatch.setenv(name, "another")
+  assert cells._key(config(), V5P) == a
 
 
 def test_tables_hold_every_plan():
@@ -289,7 +372,7 @@ def test_tables_hold_every_plan():
            plan(cell="bad", result={}, error="a reason")]
   rows = [table.row(found, 4.2) for found in plans]
   assert [flat["fits"] for flat in rows] == [True, False, None]
-  assert rows[0]["all-gather[fsdp]_bytes"] == 5 and rows[0]["hbm_left"] == 80 * 2**30
+  assert rows[0]["all-gather[fsdp]_bytes"] == 5 and rows[0]["hbm_left"] == 80.74 * 2**30
   (moved,) = (list(column.cells) for column in table.collectives(plans).columns[1:2])
   assert moved == ["all-gather over fsdp"]
   text = table.csv_text(rows)
@@ -297,8 +380,22 @@ def test_tables_hold_every_plan():
   json.dumps(rows)
   assert table.table(plans, 4.2).row_count == 3
   words = table.summary(plans, 4.2)
-  assert words.startswith("1 of 3 cells planned on v5p-16") and "lower bound" in words
+  assert words.startswith("1 of 3 cells planned on v5p-16 (2 left out of the sum): ")
+  assert "uncalibrated" in words and "at least" not in words
+  plans[1] = dataclasses.replace(plans[1], remedy="x", remedy_seconds=0.5)
+  assert table.summary(plans, 4.2).startswith(
+      "2 of 3 cells planned on v5p-16 (1 with the remedy under which it fits, 1 left out of the "
+      f"sum): {2 * plans[0].chip_hours:.4g} chip-hours")
   assert "USD" not in table.summary(plans, None)
+
+
+def test_a_memory_profile_lists_buffers_or_says_why_there_are_none():
+  buffer = {"bytes": 3 * 2**20, "shape": "f32[9]", "op_name": "op", "source": "/x/moe_jax/a.py:7"}
+  first, second = table.memory_profile(plan(result=RESULT | {"largest": [buffer]})).splitlines()
+  assert first.startswith("cell: the largest") and second.split() == [
+      "3.0", "MiB", "f32[9]", "a.py:7"]
+  refused = plan(result={}, error="too large", needs=1e12)
+  assert table.memory_profile(refused).startswith("cell: XLA gives no buffers")
 
 
 def test_sizes_have_a_line_each():
@@ -316,5 +413,10 @@ def test_sizes_have_a_line_each():
   assert columns["step ms"] == ["100 to 300", "200", ""]
   assert columns["chip-hours"] == ["40", "20", "0"]
   assert columns["USD"] == ["168", "84", ""]
+  remedied = list(rows((30, 0.1, True), (31, None, False), (99, 0.2, True)))
+  remedied[1]["chip_hours"] = 7
+  (hours,) = (list(column.cells) for column in table.by_size(remedied).columns
+              if column.header == "chip-hours")
+  assert hours == ["17", "20"]
   assert table.by_size(list(rows((30, 0.1, True), (31, 0.1, True)))) is None
   assert table.by_size(list(rows((30, 0.1, True), (60, 0.1, True)))) is None

@@ -48,7 +48,7 @@ def test_the_coarse_model_knows_what_saves_memory_and_what_it_costs():
 def test_what_cannot_fit_comes_last():
   where = topology.parse("v5litepod-8")
   found = search.layouts(REFERENCE.config, where)
-  there = 1.25 * where.hardware.device_hbm_bytes
+  there = 1.25 * where.hardware.program_hbm_bytes
   fitting = [layout.bytes <= there for layout in found]
   assert fitting == sorted(fitting, reverse=True) and True in fitting and False in fitting
 
@@ -59,6 +59,13 @@ def test_candidates_differ_in_expert_parallelism():
   assert len({layout.config.execution.mesh.expert for layout, _ in tried}) >= 2
   for layout, cell in tried:
     assert cell.config is layout.config and cell.name.startswith(REFERENCE.name)
+
+
+def test_one_chip_has_as_many_candidates():
+  """All have the one size of the expert axis that there is."""
+  where = topology.parse("v5litepod-1")
+  labels = [layout.label for layout, _ in search.candidates(REFERENCE, where, tries=4)]
+  assert labels == [layout.label for layout in search.layouts(REFERENCE.config, where)[:4]]
 
 
 def test_a_cell_without_any_layout_says_why():
@@ -77,7 +84,7 @@ def test_a_cell_without_any_layout_is_its_own_row_and_the_others_are_searched():
   def plan_cells(variants):
     compiled.extend(variants)
     return [cells.Plan(cell.name, cell.config, where,
-                       {"seconds": 1.0 + i, "memory": {"arguments": 1}})
+                       {"seconds": 1.0 + i, "memory": {"peak": 1}})
             for i, cell in enumerate(variants)]
 
   plans, chosen, words = search.recommend([odd, REFERENCE], where, 2, plan_cells)
@@ -89,7 +96,7 @@ def test_a_cell_without_any_layout_is_its_own_row_and_the_others_are_searched():
 
 def plan(layout, seconds, gib):
   where = topology.parse("v5p-64")
-  result = {"seconds": seconds, "memory": {"arguments": gib * 2**30}} if seconds else {}
+  result = {"seconds": seconds, "memory": {"peak": gib * 2**30}} if seconds else {}
   return cells.Plan("cell", layout.config, where, result, error="" if seconds else "failed")
 
 

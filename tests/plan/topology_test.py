@@ -11,6 +11,7 @@ from moe_jax.plan import topology
     ("v5p-8", 4, 4, (2, 2, 1)),
     ("v5p-64", 32, 32, (2, 4, 4)),
     ("v5p-2048", 1024, 1024, (8, 8, 16)),
+    ("v5p-12288", 6144, 6144, (16, 16, 24)),
     ("v5litepod-16", 16, 16, (4, 4)),
     ("v6e-256", 256, 256, (16, 16)),
     ("tpu7x-8", 4, 8, (2, 2, 1)),
@@ -23,8 +24,9 @@ def test_names_count_what_gcloud_counts(name, chips, devices, shape):
 @given(st.sampled_from(topology.names()), st.integers(1, 4))
 def test_every_name_parses(name, n_slices):
   found = topology.parse(name, n_slices)
-  units = int(name.rpartition("-")[2])
-  assert found.chips in (units * n_slices, units * n_slices // 2)
+  prefix, _, number = name.rpartition("-")
+  cores = {"v4": 2, "v5p": 2, "tpu7x": 2, "v5litepod": 1, "v6e": 1}[prefix]
+  assert found.chips * cores == int(number) * n_slices
   assert found.label == (name if n_slices == 1 else f"{name}x{n_slices}")
 
 
@@ -40,9 +42,15 @@ def test_every_name_parses(name, n_slices):
     ("", "e.g. v5p-64"),
 ])
 def test_an_unknown_slice_is_answered_with_the_nearest(name, offered):
-  with pytest.raises(FieldError, match="no such slice") as error:
+  with pytest.raises(FieldError, match="no such slice|table of slices") as error:
     topology.parse(name)
   assert offered in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["v5p-064", "v6e-016", "v4-0"])
+def test_a_number_that_begins_with_zero_is_refused(name):
+  with pytest.raises(FieldError, match=f"{name}.*no zero"):
+    topology.parse(name)
 
 
 def test_no_slices_is_refused():
