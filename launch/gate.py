@@ -85,7 +85,7 @@ def _refuse(plans: Sequence[Plan], out: str) -> None:
 
 def _bill(plans: Sequence[Plan], topology: Topology, price: float | None) -> str:
   hours = sum(plan.chip_hours for plan in plans)
-  line = f"{len(plans)} planned cells take at least {hours:,.4g} chip-hours of {topology.label}"
+  line = f"{len(plans)} planned cells take an estimated {hours:,.4g} chip-hours of {topology.label}"
   usd = topology.hardware.usd_per_chip_hour if price is None else price
   if usd is None:
     return f"{line}; it has no public price: --usd_per_chip_hour=N gives the bill"

@@ -77,7 +77,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     try:
       left = flags.FLAGS(rest)
     except flags.Error as error:
-      _fail(" ".join(str(error).split()))
+      _fail(_in_our_words(error))
     if len(left) > 1:
       _fail(f"{left[1]!r}: not a flag; every argument is --NAME=VALUE")
     return left
@@ -120,10 +120,32 @@ def no_overrides(overrides: Sequence[str]) -> None:
     raise FieldError(field, value, "is not a flag of this command")
 
 
+def _in_our_words(error: flags.Error) -> str:
+  """What absl refuses: the flag, its value, and what is accepted."""
+  if isinstance(error, flags.UnrecognizedFlagError):
+    ours = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+    return f"--{error.flagname}: no such flag; {did_you_mean(error.flagname, ours, cutoff=0.6)}"
+  text = " ".join(str(error).split())
+  found = re.match(r"flag --(\w+)=(.*?): (.*)", text)
+  if not found or found[1] not in flags.FLAGS:
+    return text
+  name, value, why = found.groups()
+  parser = flags.FLAGS[name].parser
+  if "value other than None" in why:
+    return f"--{name}: is needed: {flags.FLAGS[name].help.partition('. ')[0]}"
+  options = ("true", "false") if parser.flag_type() == "bool" else getattr(
+      parser, "enum_values", ())
+  accepted = " or ".join(options) or parser.syntactic_help
+  shown = value if re.fullmatch(r"-?[0-9.]+", value) else repr(value)
+  return f"--{name}={shown}: " + (f"must be {accepted}" if accepted else why)
+
+
 def require_file(flag: str, path: str | None) -> None:
   """Raises FieldError where no file can be made at `path`: before the work, not after it."""
   if path is None:
     return
+  if not path:
+    raise FieldError(flag, path, "must be the name of a file")
   folder = os.path.dirname(path) or "."
   if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
     raise FieldError(flag, path, "must name a file in a folder that can be written")

@@ -225,7 +225,8 @@ def load_grid(path: str) -> Grid:
   """
   file = pathlib.Path(path)
   if file.suffix != ".py" or not file.is_file():
-    beside = [str(p) for p in file.parent.glob("*.py") if p.stem != "__init__"]
+    folder = file.parent if path.endswith(".py") else pathlib.Path("experiments")
+    beside = [str(p) for p in folder.glob("*.py") if p.stem != "__init__"]
     raise FieldError("config", path, "no such experiment file"
                      + ("; " + did_you_mean(path, beside) if beside else ""))
   module_name = "experiment_" + re.sub(r"\W", "_", str(file.resolve()))

@@ -49,6 +49,8 @@ from moe_jax import cli
 
 _CONFIG = cli.define_config_flag()
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "How many.", lower_bound=1)
+_LOUD = flags.DEFINE_bool("loud", False, "Whether.")
+_HOW = flags.DEFINE_enum("how", "well", ("well", "better"), "How.")
 
 def main(overrides):
   print([cell.name for cell in cli.selected_cells(_CONFIG.value, overrides)])
@@ -67,10 +69,12 @@ def test_a_command_gets_its_cells_and_gives_its_exit_code(command, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "--config"),
-    (["--confg=x.py"], "Unknown command line flag 'confg'. Did you mean: config"),
-    (["--config=TINY", "--parallel=x"], "flag --parallel=x: invalid literal for int"),
-    (["--config=TINY", "--parallel=0"], "flag --parallel=0: 0 is not"),
+    ([], "--config: is needed: Experiment file"),
+    (["--confg=x.py"], "--confg: no such flag; did you mean 'config'"),
+    (["--config=TINY", "--parallel=x"], "--parallel='x': must be a positive integer"),
+    (["--config=TINY", "--parallel=0"], "--parallel=0: must be a positive integer"),
+    (["--config=TINY", "--loud=perhaps"], "--loud='perhaps': must be true or false"),
+    (["--config=TINY", "--how=ill"], "--how='ill': must be well or better"),
     (["--config=TINY", "train"], "'train': not a flag"),
     (["--config=TINY", "--config.train.stepz=1"], "did you mean 'config.train.steps'"),
     (["--config=TINY", "--config.train.steps"], "needs a value"),
@@ -80,6 +84,7 @@ def test_a_command_gets_its_cells_and_gives_its_exit_code(command, tmp_path):
     (["--config=TINY:"], ":': must be FILE, FILE:CELL or FILE:CELL,CELL: a name is empty"),
     (["--config=TINY:l2-d32"], "no such cell; did you mean"),
     (["--config=nowhere.py"], "--config='nowhere.py': no such experiment file"),
+    (["--config=README.md"], "no such experiment file; one of experiments/balancing.py, "),
 ])
 def test_bad_input_ends_in_one_line_and_exit_code_2(command, tmp_path, arguments, message):
   file = write_tiny(tmp_path)

@@ -42,7 +42,7 @@ def main(overrides: list[str]) -> int:
     require(flag.value >= 1, flag.name, flag.value, "must be at least 1")
   price = topology.hardware.usd_per_chip_hour if _PRICE.value is None else _PRICE.value
   if price is not None and not (math.isfinite(price) and price >= 0):
-    raise FieldError("usd_per_chip_hour", price, "must be 0 or more")
+    raise FieldError("usd_per_chip_hour", price, "must be a finite number, 0 or more")
   for flag in (_CSV, _JSON):
     cli.require_file(flag.name, flag.value)
   cells = cli.selected_cells(_CONFIG.value, overrides)

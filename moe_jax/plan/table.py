@@ -113,8 +113,8 @@ def summary(plans: Sequence[Plan], price: float | None) -> str:
   line += (f" ({', '.join(told)})" if told else "") + f": {hours:,.4g} chip-hours"
   if price is not None:
     line += f", USD {hours * price:,.0f} at {price:g} a chip-hour"
-  return (line + ". Times are XLA's estimates plus what this model prices, uncalibrated. "
-          f"Default prices: {PRICES_AS_OF}.")
+  return (line + ". Times are XLA's estimates plus what this model prices: meant as a lower bound, "
+          f"uncalibrated. Default prices: {PRICES_AS_OF}.")
 
 
 def memory_profile(plan: Plan) -> str:

@@ -19,7 +19,7 @@ from tests.launch.branch_test import SOURCE
 
 V6E = topology.parse("v6e-8")
 _GIB = 2**30
-_FITS = {"memory": {"arguments": 10 * _GIB, "temporaries": 5 * _GIB}, "seconds": 1.5,
+_FITS = {"memory": {"peak": 15 * _GIB}, "seconds": 1.5,
          "compile_seconds": 2.0}
 _PLANNING = ("python", "-m", "moe_jax.plan")
 
@@ -43,7 +43,7 @@ def test_the_bill_is_that_of_the_planned_steps(jobs, out):
     _know(job, _FITS, out)
   hours = 3 * 20 * 1.5 * 8 / 3600
   (line,) = gate.notes(jobs, V6E, out, None, _PLANNING)
-  assert line == (f"3 planned cells take at least {hours:,.4g} chip-hours of v6e-8: "
+  assert line == (f"3 planned cells take an estimated {hours:,.4g} chip-hours of v6e-8: "
                   f"${hours * 2.7:.2f} at $2.7 a chip-hour, on demand, by a 2026 catalogue "
                   "snapshot")
   (line,) = gate.notes(jobs, V6E, out, 1.0, _PLANNING)
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_refused_with_what_would(jobs, out):
   _know(jobs[0], _FITS, out)
   for job in jobs[1:]:
     _know(job, {"error": "RESOURCE_EXHAUSTED", "hbm_needed": 40.5 * _GIB}, out)
-  wanted = f"topology='v6e-8': {BASE}-s1 does not fit: needs 40.50 GiB of 32, 8.50 too many"
+  wanted = f"topology='v6e-8': {BASE}-s1 does not fit: needs 40.50 GiB of 31.25, 9.25 too many"
   with pytest.raises(FieldError, match=wanted + r" \(and 1 more\); --plan=ignore"):
     gate.notes(jobs, V6E, out, None, _PLANNING)
   flags, smaller = next(cells.changes_that_save(jobs[1].cell.config, V6E))
@@ -74,8 +74,8 @@ def test_what_does_not_fit_is_refused_with_what_would(jobs, out):
 
 
 def test_a_program_that_compiles_and_is_too_large_is_refused_too(jobs, out):
-  _know(jobs[0], _FITS | {"memory": {"arguments": 33 * _GIB}}, out)
-  with pytest.raises(FieldError, match="needs 33.00 GiB of 32"):
+  _know(jobs[0], _FITS | {"memory": {"peak": 33 * _GIB}}, out)
+  with pytest.raises(FieldError, match="needs 33.00 GiB of 31.25"):
     gate.notes(jobs, V6E, out, None, _PLANNING)
 
 
@@ -95,7 +95,7 @@ def test_a_branch_costs_the_steps_that_it_takes_itself(tmp_path, out):
   steps = sum(job.cell.config.train.steps - (job.cell.config.train.branch_step or 0)
               for job in jobs)
   (line,) = gate.notes(jobs, V6E, out, None, _PLANNING)
-  assert f"at least {steps * 1.5 * 8 / 3600:,.4g} chip-hours" in line
+  assert f"an estimated {steps * 1.5 * 8 / 3600:,.4g} chip-hours" in line
 
 
 def test_what_cannot_be_split_over_the_gpus_is_refused(jobs):
@@ -123,7 +123,7 @@ def test_submit_refuses_in_one_line_unless_told_otherwise(tmp_path, out):
   _know(jobs[1], {"error": "RESOURCE_EXHAUSTED", "hbm_needed": 40 * _GIB}, out)
   done = _submit(spec, out)
   assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-  assert f"--topology='v6e-8': {BASE}-s1 does not fit: needs 40.00 GiB of 32" in done.stderr
+  assert f"--topology='v6e-8': {BASE}-s1 does not fit: needs 40.00 GiB of 31.25" in done.stderr
   assert not (tmp_path / "runs" / "tiny").exists()
   done = _submit(spec, out, "--plan=ignore", "--dry_run")
   assert (done.returncode, done.stderr) == (0, "")

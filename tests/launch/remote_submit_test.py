@@ -66,7 +66,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, spec, backend):
     ("gcloud", ["--project=p", "--zones=us-east5-b", "--topology=tpu7x-64"],
      "is not served by queued resources: --backend=gke"),
     ("gcloud", ["--project=p", "--zones=us-east5-b", "--topology=v6e-12"],
-     "no such slice; the nearest are v6e-8 and v6e-16"),
+     "not in the table of slices; the nearest are v6e-8 and v6e-16"),
     ("gcloud", ["--project=p", "--zones=us-east5-b", "--topology=v6e-8", "--slices=0"],
      "--slices=0: must be at least 1"),
     ("gcloud", ["--project=p", "--zones=us-east5-b", "--topology=v6e-8", "--capacity=free"],

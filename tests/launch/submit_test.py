@@ -83,9 +83,9 @@ def test_one_cell_can_be_submitted(tmp_path, spec):
     (["--config.train.stepz=9"], "did you mean 'config.train.steps'"),
     (["--config.seed_init=1"], "two cells have this name"),
     (["--config.arch.d_model=33"], "--config.arch.d_model=33: must be a multiple of n_heads"),
-    (["--backend=locl"], "--backend=locl"),
+    (["--backend=locl"], "--backend='locl': must be gcloud or gke or local or slurm"),
     (["--parallel=0"], "--parallel=0"),
-    (["--paralel=2"], "Unknown command line flag 'paralel'. Did you mean: parallel"),
+    (["--paralel=2"], "--paralel: no such flag; did you mean 'parallel'"),
 ])
 def test_bad_input_is_one_line_before_anything_is_written(tmp_path, spec, arguments, message):
   done = run_module("-m", "launch.submit", f"--config={spec}", f"--out={tmp_path / 'runs'}",
