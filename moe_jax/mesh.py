@@ -45,11 +45,14 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
                         data, fsdp, expert)
     if order is not None:
       return Mesh(np.array(devices)[order], MESH_AXES, axis_types=types)
+  # An axis may need a part of one of the torus: 8 chips of 4 x 4.
   if n_slices == 1:
-    return jax.make_mesh((data, fsdp, expert), MESH_AXES, devices=devices, axis_types=types)
-  laid_out = mesh_utils.create_hybrid_device_mesh(
-      (data // n_slices, fsdp, expert), (n_slices, 1, 1), devices,
-      allow_split_physical_axes=True)
+    laid_out = mesh_utils.create_device_mesh((data, fsdp, expert), devices,
+                                             allow_split_physical_axes=True)
+  else:
+    laid_out = mesh_utils.create_hybrid_device_mesh(
+        (data // n_slices, fsdp, expert), (n_slices, 1, 1), devices,
+        allow_split_physical_axes=True)
   return Mesh(laid_out, MESH_AXES, axis_types=types)
 
 

@@ -84,6 +84,36 @@ def test_it_is_not_compiled_twice(planned):
   assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
 
 
+def test_it_shows_its_text_and_what_fills_the_memory(planned):
+  folder, _, _ = planned
+  done = run_module("-m", "moe_jax.plan", f"--config={folder / 'tiny.py'}:l2-d128-f64-e8-k2",
+                    "--topology=v5litepod-8", f"--out={folder / 'runs'}", "--memory_profile",
+                    f"--hlo_out={folder / 'hlo'}", timeout=300, **libtpu.environment())
+  assert done.returncode == 0, done.stderr
+  (text,) = (folder / "hlo").iterdir()
+  assert text.name == "l2-d128-f64-e8-k2.v5litepod-8.hlo.txt"
+  assert hlo.parse(text.read_text()).entry
+  listed = done.stdout.partition("the largest buffers alive")[2].splitlines()[1:]
+  sizes = [float(found[1]) for line in listed
+           if (found := re.match(r" +([0-9.]+) MiB  \w+\[", line))]
+  assert len(sizes) > 5 and sizes == sorted(sizes, reverse=True)
+  assert len(list((folder / "runs" / "_plans" / "programs").iterdir())) == 1  # not compiled again
+
+
+def test_a_search_recommends_the_fastest_of_what_it_compiles(planned):
+  folder, _, _ = planned
+  done = run_module("-m", "moe_jax.plan", f"--config={folder / 'tiny.py'}:l2-d128-f64-e8-k2",
+                    "--topology=v5litepod-8", f"--out={folder / 'runs'}", "--search", "--tries=2",
+                    f"--json={folder / 'search.json'}", timeout=500, **libtpu.environment())
+  assert done.returncode == 0, done.stderr
+  rows = json.loads((folder / "search.json").read_text())
+  assert len(rows) == 2 and all(row["fits"] for row in rows)
+  best = min(rows, key=lambda row: row["step_seconds"])
+  said = re.search(r"^l2-d128-f64-e8-k2: ([0-9.]+) ms a step with (.*)$", done.stdout, re.M)
+  assert float(said[1]) == pytest.approx(1e3 * best["step_seconds"], abs=0.05)
+  assert f"--config.execution.mesh.expert={best['mesh_expert']} " in said[2]
+
+
 def test_the_kept_module_reads_as_a_fresh_one(tmp_path):
   """The format that the fast tests rely on is still what libtpu writes."""
   fresh = run_module("-c", "import os; from moe_jax.plan import worker; "
