@@ -2,7 +2,6 @@
 priced. No JAX: plans are files that `python -m moe_jax.plan` wrote on this machine.
 """
 
-import dataclasses
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -77,7 +76,7 @@ def _refuse(plans: Sequence[Plan], out: str) -> None:
     return
   first = plans[0]
   if first.fits is False:
-    first = dataclasses.replace(first, remedy=cells_lib.known_remedy(first, out))
+    first = cells_lib.with_known_remedy(first, out)
   others = f" (and {len(plans) - 1} more)" if len(plans) > 1 else ""
   raise FieldError("topology", first.topology.label, f"{first.cell} {cells_lib.verdict(first)}"
                    f"{others}; --plan=ignore submits it all the same")

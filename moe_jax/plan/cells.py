@@ -1,7 +1,6 @@
 """Plans the cells of a grid, several at once, each in a process of its own. No JAX here."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,10 +8,7 @@ import itertools
 import json
 import os
 import pathlib
-import re
-import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,14 +21,11 @@ from moe_jax.arch import count
 from moe_jax.config import RunConfig, resolve_mesh
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.grid import Cell
-from moe_jax.plan import coarse, worker
+from moe_jax.plan import coarse, compilers, worker
 from moe_jax.plan.topology import Topology
 from moe_jax.run_dir import reaching, read_json, write_json
 
 _GIB = 2**30
-# As the C++ library, the system, Python, LLVM and tcmalloc say it.
-_NO_MEMORY = ("bad_alloc|annot allocate memory|MemoryError|LLVM ERROR: out of memory|"
-              "Unable to allocate")
 _LEAST_SAVED = 0.5  # of what is missing, by a guess: a change that saves less is not tried
 
 
@@ -160,7 +153,7 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
       return list(pool.map(one, cells))
     except BaseException:  # a compiler hears of no interruption before it is done, in minutes
       pool.shutdown(wait=False, cancel_futures=True)
-      _workers.kill()
+      compilers.kill()
       raise
 
 
@@ -173,7 +166,8 @@ def plan_config(name: str, config: RunConfig, topology: Topology, out: str | os.
   hlo = None
   if hlo_out:
     hlo = os.fspath(pathlib.Path(hlo_out, f"{name}.{topology.label}.hlo.txt").absolute())
-  result = _compile(config, topology, hlo, os.fspath(epath.Path(out) / "_plans" / "programs"))
+  result = compilers.compile_apart(config, topology, hlo,
+                                   os.fspath(epath.Path(out) / "_plans" / "programs"))
   if "error" not in result or "hbm_needed" in result:
     try:
       write_json(_cached(config, topology, out), result)
@@ -205,13 +199,15 @@ def _read_result(path: epath.Path) -> dict[str, Any] | None:
   return result if whole else None
 
 
-def known_remedy(plan: Plan, out: str | os.PathLike) -> str:
-  """Overrides under which an earlier plan saw the cell fit; empty if there are none."""
-  for overrides, config in changes_that_save(plan.config, plan.topology):
-    other = known_plan(plan.cell, config, plan.topology, out)
-    if other is not None and other.fits:
-      return overrides
-  return ""
+def with_known_remedy(plan: Plan, out: str | os.PathLike) -> Plan:
+  """The plan, with the overrides under which earlier plans saw the cell fit and be fastest."""
+  known = [(overrides, known_plan(plan.cell, config, plan.topology, out))
+           for overrides, config in changes_that_save(plan.config, plan.topology)]
+  fitting = [(overrides, other) for overrides, other in known if other is not None and other.fits]
+  if not fitting:
+    return plan
+  overrides, other = min(fitting, key=lambda pair: pair[1].seconds)
+  return dataclasses.replace(plan, remedy=overrides, remedy_seconds=other.seconds)
 
 
 def _plan_of(name: str, config: RunConfig, topology: Topology, result: dict[str, Any]) -> Plan:
@@ -325,65 +321,6 @@ def _valid(config: RunConfig, topology: Topology, tried) -> Iterator[tuple[str, 
                 for axis, size in dataclasses.asdict(changes["mesh"]).items()
                 if size != getattr(config.execution.mesh, axis)}
     yield " ".join(f"--config.execution.{name}={value}" for name, value in flags.items()), changed
-
-
-def _compile(config: RunConfig, topology: Topology, hlo: str | None,
-             programs: str) -> dict[str, Any]:
-  """Runs the worker; whatever happens to it is a result."""
-  try:
-    with tempfile.TemporaryDirectory() as folder:
-      request, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
-      request.write_text(json.dumps({
-          "config": config_lib.to_dict(config), "topology": topology.name,
-          "slices": topology.n_slices, "hlo": hlo, "programs": programs}))
-      code, stderr = _workers.run([sys.executable, "-m", "moe_jax.plan.worker",
-                                   os.fspath(request), os.fspath(answer)])
-      with contextlib.suppress(FileNotFoundError, ValueError):  # it ended before it had written
-        return json.loads(answer.read_text())
-  except OSError as error:  # no memory, no process or no disk is left for one more
-    return {"error": f"the compiler cannot be run: {error.strerror or error}"}
-  return {"error": _why_it_ended(code, stderr)}
-
-
-class _Workers:
-  """The worker processes that this one waits for, in its threads."""
-
-  def __init__(self):
-    self._lock, self._running, self._killed = threading.Lock(), set(), False
-
-  def run(self, command: Sequence[str]) -> tuple[int, str]:
-    """(exit code, standard error). Raises CancelledError after `kill`."""
-    with self._lock:
-      if self._killed:
-        raise concurrent.futures.CancelledError
-      process = subprocess.Popen(command, env=os.environ | worker.ENVIRONMENT, text=True,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-      self._running.add(process)
-    _, stderr = process.communicate()
-    with self._lock:
-      self._running.remove(process)
-      if self._killed:
-        raise concurrent.futures.CancelledError
-    return process.returncode, stderr
-
-  def kill(self) -> None:
-    """Ends them all, and begins no more."""
-    with self._lock:
-      self._killed = True
-      for process in self._running:
-        process.kill()
-
-
-_workers = _Workers()
-
-
-def _why_it_ended(returncode: int, stderr: str) -> str:
-  """One line for a worker that left no answer."""
-  if returncode in (-9, 137) or re.search(_NO_MEMORY, stderr):
-    return worker.OUT_OF_MEMORY
-  said = [line for line in stderr.splitlines() if line.strip()]
-  return f"the compiler ended with {returncode}: " + (
-      " ".join(said[-1].split())[:300] if said else "it said nothing")
 
 
 @functools.cache

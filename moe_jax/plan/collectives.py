@@ -18,10 +18,11 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.plan.hlo import Computation, Instruction
+from moe_jax.plan.hlo import Computation, Instruction, Module
 from moe_jax.plan.topology import Topology
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
@@ -54,6 +55,35 @@ def kind_of(instruction: Instruction) -> str | None:
   """Which collective it is, also where it is the start of an asynchronous one."""
   opcode = instruction.opcode.removesuffix("-start")
   return opcode if opcode in KINDS else None
+
+
+class FusedTransfer(NamedTuple):
+  """One end of a collective that XLA:TPU begins in one fusion and awaits in another.
+
+  Attributes:
+    starts: whether it is the beginning.
+    chain: what names both ends within their computation.
+    computation: of the fusion.
+    collective: the same at both ends.
+  """
+
+  starts: bool
+  chain: str
+  computation: Computation
+  collective: Instruction
+
+
+def fused_transfer(module: Module, fusion: Instruction) -> FusedTransfer | None:
+  """None for every other instruction."""
+  if fusion.opcode != "fusion":
+    return None
+  inside = module.computations[fusion.called("calls")]
+  target = re.search(r'custom_call_target="AsyncCollective(Start|Done)"', inside.root.attributes)
+  if target is None:
+    return None
+  collective = next(i for i in inside.instructions if kind_of(i))
+  chain = re.search(r'chain_id="(\d+)"', collective.attributes)
+  return FusedTransfer(target[1] == "Start", chain[1], inside, collective)
 
 
 def moved_bytes(kind: str, computation: Computation, instruction: Instruction) -> int:

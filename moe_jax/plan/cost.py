@@ -18,7 +18,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from moe_jax.plan import collectives, hlo
 from moe_jax.plan.collectives import Devices
@@ -194,7 +193,7 @@ class _Walk:
       elif instruction.opcode == "send" and _rendezvous(instruction):
         item = self._between_slices(computation, instruction, times)
         clock.begin(_rendezvous(instruction), item, item.seconds / times, "network")
-      elif fused := _fused_transfer(self.module, instruction):
+      elif fused := collectives.fused_transfer(self.module, instruction):
         # A collective in two fusions: neither is more than the word to the links.
         if fused.starts:
           item = self._collective(fused.computation, fused.collective, times)
@@ -330,35 +329,6 @@ class _Walk:
           op_name = inner.op_name or op_name
     return Item(instruction.name, op_name, part_of(op_name, bool(flops)), times,
                 seconds * times, priced, flops * times)
-
-
-class _FusedTransfer(NamedTuple):
-  """One end of a collective that XLA:TPU begins in one fusion and awaits in another.
-
-  Attributes:
-    starts: whether it is the beginning.
-    chain: what names both ends within their computation.
-    computation: of the fusion.
-    collective: the same at both ends.
-  """
-
-  starts: bool
-  chain: str
-  computation: Computation
-  collective: Instruction
-
-
-def _fused_transfer(module: Module, fusion: Instruction) -> _FusedTransfer | None:
-  """None for every other instruction."""
-  if fusion.opcode != "fusion":
-    return None
-  inside = module.computations[fusion.called("calls")]
-  target = re.search(r'custom_call_target="AsyncCollective(Start|Done)"', inside.root.attributes)
-  if target is None:
-    return None
-  collective = next(i for i in inside.instructions if collectives.kind_of(i))
-  chain = re.search(r'chain_id="(\d+)"', collective.attributes)
-  return _FusedTransfer(target[1] == "Start", chain[1], inside, collective)
 
 
 def _rendezvous(transfer: Instruction) -> str:

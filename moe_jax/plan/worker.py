@@ -39,6 +39,8 @@ OUT_OF_MEMORY = ("the compiler ran out of this machine's memory, or was killed; 
 # Variables of JAX about caches, messages and the platform, which ENVIRONMENT sets.
 _NOT_OF_THE_PROGRAM = "CACHE|LOG|TRACEBACK|DEBUG|PROFILE|EXPLAIN|^JAX_PLATFORMS$"
 
+_RECORD = 2  # what is kept of a program: another number where that is more or means another thing
+
 # v4's two cores are one device to JAX on real slices; libtpu's default here is two.
 _CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 
@@ -113,9 +115,7 @@ def _compiled(lowered, topology: Topology, programs: str | None) -> dict[str, An
   if kept:
     # What is not there, or not whole, is compiled.
     with contextlib.suppress(OSError, EOFError, zlib.error, ValueError):
-      known = json.loads(gzip.decompress(kept.read_bytes()))
-      if "error" in known or "peak" in known["memory"]:  # once it was not asked for
-        return known
+      return json.loads(gzip.decompress(kept.read_bytes()))
   began = time.monotonic()
   try:
     compiled = lowered.compile()
@@ -134,7 +134,7 @@ def _program_key(lowered, topology: Topology) -> str:
   because the cost model reads them; lines of source do not."""
   from moe_jax.train.step import TPU_OPTIONS
   scopes = re.findall(r'loc\("([^"]+)"\(', lowered.as_text(debug_info=True))
-  told = json.dumps([lowered.as_text(), scopes, topology.label, TPU_OPTIONS, versions(),
+  told = json.dumps([_RECORD, lowered.as_text(), scopes, topology.label, TPU_OPTIONS, versions(),
                      *compiler_flags()])
   return hashlib.sha256(told.encode()).hexdigest()[:20]
 

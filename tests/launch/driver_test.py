@@ -1,31 +1,21 @@
 """The driver over a fake cloud by a virtual clock: every way a slice can end, nothing leaked,
 nothing used that is not counted."""
 
-import dataclasses
 import errno
 import itertools
 import json
-import re
 
 import pytest
 
-from launch import cloud, driver, lease, remote, slices
-from launch.backends import gcloud
+from launch import cloud, driver, lease, slices
 from launch.code import Code
 from launch.remote import Answer
 from launch.slices import Policy
-from moe_jax.errors import DamagedFile, FieldError
+from moe_jax.errors import DamagedFile
 from moe_jax.run_dir import reaching
-from tests.experiment_files import run_module
-from tests.launch.world import QUICK, World
+from tests.launch.world import PREEMPTED, QUICK, World, first
 
 _CODE = Code("c", "a" * 64, "e.py", b"")
-_PREEMPTED = [*QUICK, (200, "SUSPENDING", "SERVICE", None), (220, "SUSPENDED", "SERVICE", None)]
-
-
-def _first(timeline, then=QUICK):
-  """A timeline for the first resource, another for those after it."""
-  return lambda name, zone, attempt: timeline if attempt == 1 else then
 
 
 def test_slices_are_asked_for_worked_on_and_deleted(tmp_path):
@@ -37,7 +27,7 @@ def test_slices_are_asked_for_worked_on_and_deleted(tmp_path):
 
 
 def test_a_preempted_slice_is_deleted_and_asked_for_again(tmp_path):
-  world = World(tmp_path, _first(_PREEMPTED))
+  world = World(tmp_path, first(PREEMPTED))
   assert world.drive()
   world.check()
   (record,) = world.records()
@@ -46,7 +36,7 @@ def test_a_preempted_slice_is_deleted_and_asked_for_again(tmp_path):
 
 
 def test_what_a_user_suspended_is_not_brought_back(tmp_path):
-  world = World(tmp_path, _first([*QUICK, (200, "SUSPENDED", "USER", None)]))
+  world = World(tmp_path, first([*QUICK, (200, "SUSPENDED", "USER", None)]))
   assert not world.drive()
   world.check()
   (record,) = world.records()
@@ -72,7 +62,7 @@ def test_what_somebody_deleted_is_not_brought_back(tmp_path):
     [(30, "FAILED", "SERVICE", "There is no more capacity in the zone us-east5-b")],
     [(30, "WAITING_FOR_RESOURCES", None, None)]])
 def test_a_zone_without_room_is_left_for_another(tmp_path, timeline):
-  world = World(tmp_path, _first(timeline))
+  world = World(tmp_path, first(timeline))
   assert world.drive()
   world.check()
   (record,) = world.records()
@@ -177,7 +167,7 @@ def test_a_damaged_record_is_one_line_and_nothing_is_done(tmp_path, content):
 
 def test_a_disk_that_is_full_for_a_while_costs_time_alone(tmp_path, monkeypatch):
   """What could not be written down is not done, and nothing is forgotten."""
-  world, real, full = World(tmp_path, _first(_PREEMPTED)), driver.write_json, [0]
+  world, real, full = World(tmp_path, first(PREEMPTED)), driver.write_json, [0]
 
   def write(path, value):
     full[0] += 1
@@ -232,7 +222,7 @@ def test_answers_that_say_nothing_change_nothing(tmp_path, fault):
       return _FAULTS[fault]
     return None
 
-  world = World(tmp_path, _first(_PREEMPTED), every_third, cells=4, slices=2)
+  world = World(tmp_path, first(PREEMPTED), every_third, cells=4, slices=2)
   world.unwatched = 300.0  # an interval whose end was not seen counts to the next look
   assert world.drive()
   world.check()
@@ -316,7 +306,7 @@ def test_a_driver_killed_anywhere_is_followed_by_another(tmp_path, when):
   for n in range(1, 100):
     folder = tmp_path / str(n)
     folder.mkdir()
-    world, count = World(folder, _first(_PREEMPTED)), itertools.count(1)
+    world, count = World(folder, first(PREEMPTED)), itertools.count(1)
     run, say = world.cloud.run, world.say
 
     def deadly_run(command, run=run, count=count, n=n):
@@ -383,99 +373,3 @@ def test_two_drivers_never_both_act(tmp_path):
   assert len(refused) > 10
   assert "drives this experiment" in refused[0]
   world.check()
-
-
-def test_submitting_again_submits_nothing_twice(tmp_path):
-  world = World(tmp_path)
-  before = world.records()
-  world.want()
-  assert world.records() == before
-  assert world.drive()
-  world.want()  # all is done: there is nothing to ask for
-  assert world.drive()
-  assert world.cloud.created == 1
-
-
-def test_a_cell_is_never_two_slices(tmp_path):
-  world = World(tmp_path, cells=4, slices=2)
-  with pytest.raises(FieldError, match="is trained by slice tiny-0-.*launch.cancel it first"):
-    world.plan = gcloud.plan(world.jobs, dataclasses.replace(world.options, slices=1),
-                             _CODE, world.out)
-    world.want()
-
-
-def test_cancelling_deletes_whatever_there_is(tmp_path):
-  world = World(tmp_path, cells=4, slices=2)
-
-  def sleep(seconds):
-    world.sleep(seconds)
-    if world.ticks == 5:
-      for share in world.plan.slices:
-        (world.folder / share.name / "cancel").touch()
-
-  assert not world.driver(sleep).drive()
-  world.check()
-  assert {record.state for record in world.records()} == {slices.CANCELLED}
-
-
-def test_ctrl_c_says_what_still_runs_and_costs(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(driver.signal, "signal", lambda *_: None)
-  world = World(tmp_path)
-
-  def sleep(seconds):
-    world.sleep(seconds)
-    if world.records()[0].held_seconds > 100:
-      raise KeyboardInterrupt
-
-  assert driver.drive(world.folder, world.cloud.run, clock=world.cloud.clock, sleep=sleep,
-                      say=world.said.append) == 130
-  _, stops, one, total, *hints = capsys.readouterr().out.split("\n")
-  assert stops == "the launcher stops; what runs goes on:"
-  assert one.startswith(f"{world.plan.slices[0].name}: active, ") and "at most $" in one
-  assert total.startswith("1 slices, at most $")
-  which = f"--out={world.out} --experiment=tiny"
-  assert hints[:2] == [f"to watch again: python -m launch.watch {which}",
-                       f"to end all: python -m launch.cancel {which}"]
-  assert world.drive()  # the lease was let go
-  world.check()
-
-
-# Before anything is created
-
-
-@pytest.mark.parametrize("wrong, message", [
-    ("accelerator-types", "v6e-8 in us-east5-b: ERROR: .*NOT_FOUND: no such accelerator"),
-    ("nothing", "--out=.* cannot be written: ")])
-def test_what_can_be_checked_is_checked_first(tmp_path, capsys, wrong, message):
-  world = World(tmp_path, on_command=lambda command: Answer(
-      1, "", "ERROR: (gcloud) NOT_FOUND: no such accelerator") if wrong in command else None)
-  out = world.out
-  if wrong == "nothing":
-    out = str(tmp_path / "file")
-    (tmp_path / "file").touch()
-  assert gcloud.submit(world.plan, world.jobs, world.options, _CODE, out, world.cloud.run) == 1
-  assert re.search(f"nothing was created: {message}", capsys.readouterr().out)
-  assert world.cloud.created == 0
-
-
-def test_a_bucket_elsewhere_is_warned_of(tmp_path, capsys, monkeypatch):
-  world = World(tmp_path, on_command=lambda command: Answer(0, '{"location": "US-EAST5"}', ""))
-  monkeypatch.setattr(remote, "why_not_writable", lambda out: None)
-  assert driver.preflight(world.options, "gs://bucket/runs", world.cloud.run) is None
-  said = capsys.readouterr().out
-  assert "which is not europe-west4-a's region: traffic between them is charged" in said
-  assert "us-east5-b's" not in said
-  world.cloud._on_command = lambda command: Answer(0, "{}", "")
-  assert driver.preflight(world.options, "gs://bucket/runs", world.cloud.run) is None
-  assert "the bucket is in a region that gcloud does not tell" in capsys.readouterr().out
-
-
-def test_the_account_is_shown_with_the_status(tmp_path):
-  world = World(tmp_path, _first(_PREEMPTED))
-  assert world.drive()
-  done = run_module("-m", "launch.status", f"--config={tmp_path / 'tiny.py'}",
-                    f"--out={world.out}")
-  (record,) = world.records()
-  hours = record.held_seconds / 3600 * 8
-  assert f"{record.name}: done, {hours:.1f} chip-hours, at most ${hours * 2.7:.2f}" in done.stdout
-  assert "1 preemptions" in done.stdout

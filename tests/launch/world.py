@@ -19,6 +19,12 @@ from tests.launch.fake_cloud import FakeCloud
 ZONES = ("us-east5-b", "europe-west4-a")
 WORK_SECONDS = 600.0  # of active machines that a slice's cells take
 QUICK = [(30, "PROVISIONING", None, None), (60, "ACTIVE", None, None)]
+PREEMPTED = [*QUICK, (200, "SUSPENDING", "SERVICE", None), (220, "SUSPENDED", "SERVICE", None)]
+
+
+def first(timeline, then=QUICK):
+  """A timeline for the first resource, another for those after it."""
+  return lambda name, zone, attempt: timeline if attempt == 1 else then
 
 
 class World:
