@@ -1,6 +1,7 @@
 """python -m moe_jax.train --config=experiments/quickstart.py:CELL --out=runs
 
-Several cells, where --config.execution.population allows it, train together or one after another.
+FILE:CELL,CELL trains several one after another; those of one shape train together where
+--config.execution.population allows it.
 A run of many processes is this command in each of them. On Cloud TPU, GKE and SLURM they find one
 another; elsewhere --coordinator_address, --num_processes and --process_id say where they are.
 """
@@ -33,11 +34,12 @@ def main(overrides: list[str]) -> int:
   logging.set_verbosity(logging.WARNING)  # Orbax tells every file at INFO
   cells = cli.selected_cells(_CONFIG.value, overrides)
   groups = deal(cells)
-  if len(cells) != 1 and max(cell.config.execution.population for cell in cells) == 1:
-    raise FieldError("config", _CONFIG.value, f"selects {len(cells)} cells and trains one: "
-                     "add :CELL, or use launch.submit for all; --config.execution.population=8 "
-                     "trains up to 8 of one shape together. Cells: "
-                     + ", ".join(cell.name for cell in cells))
+  if (len(cells) != 1 and ":" not in _CONFIG.value
+      and max(cell.config.execution.population for cell in cells) == 1):
+    raise FieldError("config", _CONFIG.value, f"has {len(cells)} cells and names none: "
+                     "add :CELL or :CELL,CELL, or use launch.submit for all; "
+                     "--config.execution.population=8 trains up to 8 of one shape together. "
+                     "Cells: " + ", ".join(cell.name for cell in cells))
   arguments = cluster.meeting(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
                               os.environ)
   profile_steps = _profile_steps(_PROFILE.value, cells[0].config.train.steps)

@@ -80,6 +80,7 @@ def test_a_planted_effect_is_found_as_often_as_stated(tokens, seeds, least):
   form = form_for("paper", plan)
   design = design_of(form, plan)
   stated = power_at(design, noise)
+  margin = power.Margin(power.percent_over(stated.margin, 8), 8)
   truth = dict.fromkeys(form.parameters, 0.05) | {"c0": 3.0}
   verdicts = {}
   for effect in (stated.detectable, 0.0):
@@ -87,7 +88,7 @@ def test_a_planted_effect_is_found_as_often_as_stated(tokens, seeds, least):
     errors = drawn(plan, noise, np.random.default_rng(1), 400)
     verdicts[effect] = [
         next(claim.verdict for claim in claims.assess(_with(plan, design.x_NP @ theta + error),
-                                                      stated.margin)
+                                                      margin)
              if claim.parameter == "b_minus_c") for error in errors]
   found = np.mean([v == claims.SHOWN for v in verdicts[stated.detectable]])
   false = np.mean([v in (claims.SHOWN, claims.OPPOSITE) for v in verdicts[0.0]])

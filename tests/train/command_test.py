@@ -1,0 +1,25 @@
+"""`python -m moe_jax.train` as a user, and a sitting of the study, starts it."""
+
+from tests.experiment_files import BASE, run_module, write_tiny
+
+BOTH = BASE, f"{BASE}-s1"
+
+
+def test_all_cells_of_a_file_are_not_trained_by_mistake(tmp_path):
+  file, out = write_tiny(tmp_path), tmp_path / "runs"
+  done = run_module("-m", "moe_jax.train", f"--config={file}", f"--out={out}")
+  assert done.returncode == 2 and not out.exists()
+  assert done.stderr.startswith(f"error: --config='{file}': has 2 cells and names none: add :CELL")
+  assert done.stderr.count("\n") == 1 and done.stderr.endswith(", ".join(BOTH) + "\n")
+
+
+def test_cells_that_are_named_train_one_after_another(tmp_path):
+  """Whatever the population: so does a sitting one run at a time, or again after its memory ran
+  out."""
+  file, out = write_tiny(tmp_path, steps=3), tmp_path / "runs"
+  done = run_module("-m", "moe_jax.train", f"--config={file}:{','.join(BOTH)}", f"--out={out}",
+                    "--config.execution.population=1", XLA_FLAGS="")
+  assert done.returncode == 0, done.stderr
+  assert {folder.name for folder in (out / "tiny").iterdir()} == set(BOTH)
+  assert all((folder / "status.json").read_text().count("finished") for folder
+             in (out / "tiny").iterdir())
