@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.model import splash
+from moe_jax.model import flash, splash
 from moe_jax.products import einsum, precision_of, turned
 
 _CPU_BLOCKS = 4  # parts of the queries: 4 leave out 3/8 of all scores, 8 would leave out 7/16
@@ -28,6 +28,8 @@ def attend(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
     return _by_query_blocks(query_BSHh, key_BSKh, value_BSKh, segments_BS)
   if platform == "tpu" and splash.suits(query_BSHh):
     return splash.splash_attention(query_BSHh, key_BSKh, value_BSKh, segments_BS, mesh)
+  if platform == "gpu" and flash.suits(query_BSHh):
+    return flash.flash_attention(query_BSHh, key_BSKh, value_BSKh, segments_BS, mesh)
   return plain_attention(query_BSHh, key_BSKh, value_BSKh, segments_BS, mesh)
 
 

@@ -1,0 +1,52 @@
+"""Flash attention on GPUs: JAX's Pallas kernel (Triton), which never holds the scores.
+
+cuDNN's kernel is known to be faster, but what JAX 0.10.2 lets through to it does not do here: of
+documents a mask [B, 1, S, S], whose gradient is computed for nothing, and under `jax.vmap`, which a
+population is, neither that mask nor grouped queries pass. Here documents' numbers are compared tile
+by tile. No attention has been timed on a GPU yet: `python -m benchmarks.attention` is what does it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu import attention as pallas
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.mesh import BATCH_AXES
+
+_TILE = 128  # queries and keys in a tile of the forward pass
+_MOST_WIDTH = 128  # of a head, so that tiles fit into the memory of a multiprocessor
+
+
+def suits(query_BSHh: jax.Array) -> bool:
+  """Whether the kernel takes them: whole tiles, and a type that it multiplies as it says."""
+  _, seq_len, _, h = query_BSHh.shape
+  return seq_len % _TILE == 0 and h <= _MOST_WIDTH and query_BSHh.dtype == jnp.bfloat16
+
+
+def flash_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
+                    segments_BS: jax.Array | None, mesh: Mesh,
+                    interpret: bool = False) -> jax.Array:
+  """Causal attention within segments, out_BSHh.
+
+  Args:
+    query_BSHh: H query heads, a multiple of the K key heads; B split over the whole mesh.
+    key_BSKh: keys.
+    value_BSKh: values.
+    segments_BS: int32, attention stays among positions of equal numbers; None: everywhere.
+    mesh: where it runs.
+    interpret: run the kernel's program step by step on any device, for tests.
+  """
+  sharded = P(BATCH_AXES)
+
+  @functools.partial(jax.shard_map, mesh=mesh, check_vma=False, out_specs=sharded,
+                     in_specs=(sharded,) * 4)
+  def on_device(query_bSHh, key_bSKh, value_bSKh, segments_bS):
+    group = query_bSHh.shape[2] // key_bSKh.shape[2]
+    key_bSHh, value_bSHh = (jnp.repeat(x, group, axis=2) for x in (key_bSKh, value_bSKh))
+    return pallas.mha(query_bSHh, key_bSHh, value_bSHh, segments_bS,
+                      sm_scale=query_bSHh.shape[3]**-0.5, causal=True, interpret=interpret)
+
+  return on_device(query_BSHh, key_BSKh, value_BSKh, segments_BS)
