@@ -7,7 +7,6 @@ expert weights is gathered over `fsdp` just before it is used.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -61,7 +60,7 @@ SAVED = "rows"  # name of the rows that experts received, for what remat keeps
 
 # Groups of experts of a device that travel apart. More of them overlap better, and are a longer
 # program.
-_EXCHANGES = 8
+_MOST_EXCHANGES = 8
 
 # For each assignment; see _packs. Between what was measured, on two cores: 1.25 and 2.
 _SLOTS_TO_PACK = 1.5
@@ -106,11 +105,11 @@ class Semantics(NamedTuple):
 
 
 def swiglu(x_ERD: jax.Array, weight_ER: jax.Array | None = None, *, experts: Experts,
-           platform: str = "") -> jax.Array:
+           platform: str) -> jax.Array:
   """Runs each expert on its rows, in the type of the rows; float32 is meant as it says.
 
   With weights, each row of the result is times its weight. The platform of the devices decides how
-  it is done, where one is given.
+  it is done.
   """
   matmul = cpu_matmul if platform == "cpu" else functools.partial(
       jnp.matmul, precision=precision_of(x_ERD.dtype, platform))
@@ -278,15 +277,20 @@ def _run_experts(x_ERD: jax.Array, weight_ER: jax.Array | None, experts: Experts
   if n_devices == 1:
     return swiglu(_saved(x_ERD), weight_ER, experts=experts, platform=platform)
   n_here = experts.w_gate_EDF.shape[0]
-  split = functools.partial(jnp.split, indices_or_sections=math.gcd(n_here, _EXCHANGES))
+  split = functools.partial(jnp.split, indices_or_sections=n_exchanges(n_here))
   there = functools.partial(_exchange, n_devices=n_devices)
-  weights = [None] * math.gcd(n_here, _EXCHANGES) if weight_ER is None else split(
+  weights = [None] * n_exchanges(n_here) if weight_ER is None else split(
       there(weight_ER[..., None])[..., 0])
   outputs = []
   for x_PRD, weight_eR, *part in zip(split(x_ERD), weights, *map(split, experts), strict=True):
     y_eRD = swiglu(_saved(there(x_PRD)), weight_eR, experts=Experts(*part), platform=platform)
     outputs.append(_exchange(y_eRD, n_devices, back=True))
   return jnp.concatenate(outputs)
+
+
+def n_exchanges(n_here: int) -> int:
+  """How many groups of equal size the experts of a device travel in."""
+  return max(n for n in range(1, _MOST_EXCHANGES + 1) if n_here % n == 0)
 
 
 def _exchange(x: jax.Array, n_devices: int, back: bool = False) -> jax.Array:

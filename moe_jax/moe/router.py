@@ -11,8 +11,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 # Name of who goes where: experts of tokens, slots. Whatever else remat computes again, these it
-# keeps: a few integers a token, and sorts to find them again.
+# keeps: they are a few integers a token, and finding them again would take sorts.
 SAVED = "route"
+
+# Sigmoids, unlike a softmax, may all be 0 in float32: their weights then are, and not NaN. Its
+# square, which the gradient divides by, is a number of float32, too.
+_NO_SCORE = 1e-15
 
 
 class Routing(NamedTuple):
@@ -116,8 +120,9 @@ def sigmoid_top_k(logit_TE: jax.Array, bias_E: jax.Array, n_topk: int,
   expert_TK = _highest(score_TE + bias_E, n_topk)
   weight_TK = of_chosen(score_TE, expert_TK)
   if norm_topk_prob:
-    weight_TK /= weight_TK.sum(-1, keepdims=True)
-  return Routing(expert_TK, weight_TK, score_TE / score_TE.sum(-1, keepdims=True), logit_TE)
+    weight_TK /= weight_TK.sum(-1, keepdims=True) + _NO_SCORE
+  prob_TE = score_TE / (score_TE.sum(-1, keepdims=True) + _NO_SCORE)
+  return Routing(expert_TK, weight_TK, prob_TE, logit_TE)
 
 
 def _highest(score_TE: jax.Array, n_topk: int) -> jax.Array:

@@ -89,7 +89,7 @@ class Checkpointer:
     if step == self._manager.latest_step():
       return
     if not self._space_checked and jax.process_index() == 0:
-      files.check_free_space(self._run_dir, state, self._keep)
+      files.check_free_space({self._run_dir: self._keep}, state)
     self._space_checked = True
     self._writing = step
     with self._one_line():

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,34 +63,34 @@ def content_hash(run_dir: RunDir, step: int) -> str | None:
   return hashlib.sha256(json.dumps(of_the_model, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_free_space(run_dir: RunDir, state: Any, keep: int) -> None:
-  """Refuses a run whose checkpoints cannot fit on the (local) disk.
+def check_free_space(keep: Mapping[RunDir, int], state: Any) -> None:
+  """Refuses runs that train side by side and whose checkpoints cannot fit on the (local) disk.
 
-  While one is written, `keep` older ones are still there. What this run's checkpoints
-  already take counts as free.
+  While one is written, those that are kept are still there. What these runs' checkpoints already
+  take counts as free.
 
   Args:
-    run_dir: of the run; on an object store nothing is checked.
-    state: arrays or jax.ShapeDtypeStruct.
-    keep: checkpoints that are kept.
+    keep: of each run, how many checkpoints are kept; on an object store nothing is checked.
+    state: of one of them: arrays or jax.ShapeDtypeStruct.
 
   Raises:
     FieldError: names what is needed and what is free.
   """
-  directory = folder_of(run_dir)
-  if not run_dir_lib.is_local(directory):
+  folders = [folder_of(run_dir) for run_dir in keep]
+  if not folders or not run_dir_lib.is_local(folders[0]):
     return
   each = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
              for leaf in jax.tree.leaves(state))
-  needed = each * (keep + 1)
-  taken = 0
-  if directory.exists():
-    taken = sum(file.stat().length for file in run_dir_lib.files_below(directory))
-  existing = next(path for path in (directory, *directory.parents) if path.exists())
+  number = sum(keep.values()) + len(keep)
+  taken = sum(file.stat().length for folder in folders if folder.exists()
+              for file in run_dir_lib.files_below(folder))
+  existing = next(path for path in (folders[0], *folders[0].parents) if path.exists())
   free = shutil.disk_usage(existing).free + taken
-  if needed > free:
-    raise FieldError("out", str(run_dir.path), f"needs {_size(needed)} for {keep + 1} "
-                     f"checkpoints of {_size(each)}, and {_size(free)} are free")
+  if each * number > free:
+    first, *others = (os.fspath(run_dir.path) for run_dir in keep)
+    raise FieldError("out", first, (f"and {len(others)} more together " if others else "")
+                     + f"needs {_size(each * number)} for {number} checkpoints of {_size(each)}, "
+                     f"and {_size(free)} are free")
 
 
 def folder_of(run_dir: RunDir) -> epath.Path:

@@ -42,6 +42,7 @@ from moe_jax.train.throughput import peak_flops
 from moe_jax.train.trunk import find_trunk
 from moe_jax.train.warm_start import find_source
 
+_ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the checkout, where there is one
 _SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
 
 
@@ -87,8 +88,7 @@ def train_together(cells: Sequence[Cell], out: str | os.PathLike,
   with contextlib.ExitStack() as locks:
     for cell in cells if first else ():
       locks.enter_context(RunDir.of(out, cell).lock())
-    todo = processes.from_first(
-        lambda: [i for i, cell in enumerate(cells) if not _is_finished(cell, out, mesh)])
+    todo = processes.from_first(lambda: _claim_unfinished(cells, out, mesh))
     if not todo:
       return 0
     for i in todo:
@@ -134,21 +134,28 @@ def _require_same_everywhere(cells: Sequence[Cell], prepared: PreparedData) -> N
            prepared.fingerprint, "number of devices": jax.local_device_count()})
 
 
-def _is_finished(cell: Cell, out: str | os.PathLike, mesh) -> bool:
-  """Whether there is nothing left to do; if there is, the directory is claimed for it."""
-  run_dir, execution = RunDir.of(out, cell), cell.config.execution
-  if run_dir.read_status().get("state") == run_dir_lib.FINISHED:
-    lost = lost_end(run_dir, run_dir.read_status().get("step", cell.config.train.steps))
-    print(f"{run_dir.path} is finished already" if lost is None
-          else f"{run_dir.path} was finished, but {lost}", flush=True)
-    if lost is None:
-      return True
-  trunk = find_trunk(out, cell)
-  check_free_space(run_dir, step_lib.abstract_state(cell.config, mesh),
-                   execution.keep_checkpoints + len(execution.keep_steps))
-  source = None if trunk else find_source(run_dir, cell.config)
-  run_dir.claim(cell, trunk and trunk.record, source and source.record)
-  return False
+def _claim_unfinished(cells: Sequence[Cell], out: str | os.PathLike, mesh) -> list[int]:
+  """Which cells have something left to do; their directories are claimed for them."""
+  todo = {i: RunDir.of(out, cell) for i, cell in enumerate(cells) if not _is_finished(cell, out)}
+  check_free_space({run_dir: cells[i].config.execution.keep_checkpoints
+                    + len(cells[i].config.execution.keep_steps) for i, run_dir in todo.items()},
+                   step_lib.abstract_state(cells[0].config, mesh))
+  for i, run_dir in todo.items():
+    trunk = find_trunk(out, cells[i])
+    source = None if trunk else find_source(run_dir, cells[i].config)
+    run_dir.claim(cells[i], trunk and trunk.record, source and source.record)
+  return list(todo)
+
+
+def _is_finished(cell: Cell, out: str | os.PathLike) -> bool:
+  """Whether there is nothing left to do; says so, or what was finished and is lost."""
+  run_dir = RunDir.of(out, cell)
+  if run_dir.read_status().get("state") != run_dir_lib.FINISHED:
+    return False
+  lost = lost_end(run_dir, run_dir.read_status().get("step", cell.config.train.steps))
+  print(f"{run_dir.path} is finished already" if lost is None
+        else f"{run_dir.path} was finished, but {lost}", flush=True)
+  return lost is None
 
 
 def _progress(members: Sequence[Member]) -> Progress:
@@ -291,10 +298,8 @@ def _heartbeat(members: Sequence[Member]) -> Iterator[None]:
         try:
           member.beat()
         except Exception as error:
-          # A full disk, a bucket that is busy: the next may pass. Without any, the run would be
-          # taken for dead, and another trainer might write into it.
-          if not run_dir_lib.is_of_storage(error):
-            raise
+          # A full disk, a bucket that is busy: the next may pass. Whatever it is, without any
+          # the run would be taken for dead, and another trainer might write into it.
           if not told:
             logging.warning("%s cannot be told that it lives: %s", member.run_dir.path,
                             " ".join(str(error).split()))
@@ -346,9 +351,11 @@ def git_commit() -> str | None:
   """The commit of this code, with `+` if files differ from it; outside a checkout what the
   launcher that sent the code says, or None."""
   def git(*arguments):
-    return subprocess.run(["git", *arguments], cwd=pathlib.Path(__file__).parent, text=True,
+    return subprocess.run(["git", *arguments], cwd=_ROOT, text=True,
                           capture_output=True, check=True).stdout.strip()
   try:
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    if pathlib.Path(git("rev-parse", "--show-toplevel")) == _ROOT:  # and no checkout around it
+      return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
   except (OSError, subprocess.CalledProcessError):
-    return os.environ.get("MOE_JAX_COMMIT")
+    pass
+  return os.environ.get("MOE_JAX_COMMIT")

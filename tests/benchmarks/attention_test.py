@@ -15,7 +15,7 @@ def test_each_way_is_near_the_exact_one_and_timed():
   assert "2 x 16 tokens, 2 heads of 8" in table and list(found["ways"]) == ["plain", "ours"]
   for name, way in found["ways"].items():
     assert f" {name} " in table and 0 < way["error"] < 2**-6
-    assert 0 < way["forward_ms"] and 0 < way["gradients_ms"]
+    assert way["forward_ms"] > 0 and way["gradients_ms"] > 0
     # Two products of scores forward and five backward, half of each: 7 B H S^2 h.
     assert way["of_the_product"] == pytest.approx(
         7 * 2 * 2 * 16**2 * 8 / (way["gradients_ms"] / 1e3) / found["product_flops"])

@@ -1,5 +1,5 @@
-"""The kernel's own program, interpreted, against JAX's attention, and as it is lowered for a GPU: on
-one it has never run here."""
+"""The kernel's own program, interpreted, against JAX's attention, and what is lowered for a GPU.
+It has never run on one here."""
 
 import jax
 import jax.numpy as jnp

@@ -8,8 +8,11 @@ import pytest
 
 from moe_jax.mesh import make_mesh
 from moe_jax.model import attention, functional, init
-from moe_jax.moe.expert_parallel import Experts, Semantics, moe_layer, swiglu
+from moe_jax.moe import expert_parallel
+from moe_jax.moe.expert_parallel import Experts, Semantics, moe_layer
 from tests.small import ARCH, small_config
+
+swiglu = functools.partial(expert_parallel.swiglu, platform="cpu")
 
 
 def build(config):

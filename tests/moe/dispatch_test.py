@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.moe import dispatch, router
-from moe_jax.moe.expert_parallel import Experts, Semantics, moe_layer, swiglu
+from moe_jax.moe import dispatch, expert_parallel, router
+from moe_jax.moe.expert_parallel import Experts, Semantics, moe_layer
+
+swiglu = functools.partial(expert_parallel.swiglu, platform="cpu")
 
 # (groups, tokens in a group, experts, n_topk, capacity): few shapes, so that each compiles once,
 # and many assignments.

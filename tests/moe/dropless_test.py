@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.moe import dispatch, dropless, grouped_matmul
-from moe_jax.moe.expert_parallel import Experts, Semantics, grouped_swiglu, moe_layer, swiglu
+from moe_jax.moe import dispatch, dropless, expert_parallel, grouped_matmul
+from moe_jax.moe.expert_parallel import Experts, Semantics, grouped_swiglu, moe_layer
 from moe_jax.moe.router import Routing
+
+swiglu = functools.partial(expert_parallel.swiglu, platform="cpu")
 
 # (tokens, experts, n_topk): a prime number of tokens, n_topk = n_exp, one token.
 SHAPES = [(101, 9, 4), (37, 5, 5), (1, 4, 1)]

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from moe_jax.mesh import MESH_AXES
-from moe_jax.moe import expert_choice
-from moe_jax.moe.expert_parallel import Experts, Semantics, moe_layer, sharded_moe_layer, swiglu
+from moe_jax.moe import expert_choice, expert_parallel
+from moe_jax.moe.expert_parallel import Experts, Semantics, moe_layer, sharded_moe_layer
 from moe_jax.moe.router import balance_loss, router_metrics
+
+swiglu = functools.partial(expert_parallel.swiglu, platform="cpu")
 
 N_EXP, N_TOPK, GROUP = 6, 2, 12
 CAPACITY = GROUP * N_TOPK // N_EXP

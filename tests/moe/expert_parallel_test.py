@@ -49,6 +49,11 @@ def value_and_grads(shape, semantics, dtype=jnp.float32, inputs=layer):
   return jax.device_get((y_BSD, sums, grads))
 
 
+@pytest.mark.parametrize("n_here, n", [(1, 1), (6, 6), (8, 8), (9, 3), (11, 1), (12, 6), (64, 8)])
+def test_experts_travel_in_as_many_equal_groups_as_there_can_be(n_here, n):
+  assert expert_parallel.n_exchanges(n_here) == n
+
+
 @pytest.fixture
 def padded(monkeypatch):
   """Empty slots are multiplied, too, as on accelerators, however many they are."""

@@ -87,6 +87,17 @@ def test_sigmoid_routing_is_the_formula_forward_and_backward(norm, seed, shape):
   np.testing.assert_allclose(routing.prob_TE.sum(1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_scores_that_are_all_zero_in_float32_are_no_nan(norm):
+  """A softmax keeps its largest; sigmoids of logits far below zero are 0, all of them."""
+  def total(logit_TE):
+    routing = router.sigmoid_top_k(logit_TE, jnp.zeros(4), 2, norm)
+    return routing.weight_TK.sum() + (routing.prob_TE**2).sum()
+
+  value, grad_TE = jax.value_and_grad(total)(jnp.full((3, 4), -120.0))
+  assert value == 0 and jnp.isfinite(grad_TE).all()
+
+
 def test_the_bias_decides_who_is_chosen_and_not_the_weights():
   logit_TE = jnp.array([[2.0, 1.0, 0.0, -3.0]])
   routing = router.sigmoid_top_k(logit_TE, jnp.array([0.0, 0.0, 0.0, 5.0]), 2, True)

@@ -3,21 +3,25 @@
 import time
 import types
 
+import pytest
+
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.train import loop
 from tests.experiment_files import run_module
 
 
-def test_a_bucket_that_is_busy_for_once_does_not_end_the_heartbeat(run_dir, monkeypatch, caplog):
-  """What gcsfs raises is no OSError; a run that fell silent would be taken for dead."""
+@pytest.mark.parametrize("error", [
+    type("HttpError", (Exception,), {"__module__": "gcsfs.retry"}), TypeError])
+def test_what_goes_wrong_for_once_does_not_end_the_heartbeat(error, run_dir, monkeypatch, caplog):
+  """What gcsfs raises is no OSError, and whatever else it is: a run that fell silent would be
+  taken for dead, and its directory given to another trainer."""
   monkeypatch.setattr(run_dir_lib, "HEARTBEAT_SECONDS", 0.01)
-  out_of_reach = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
   member, beats = types.SimpleNamespace(run_dir=run_dir), []
 
   def beat():
     beats.append(None)
     if 2 <= len(beats) <= 4:
-      raise out_of_reach("try again\nlater")
+      raise error("try again\nlater")
 
   member.beat = beat
   with caplog.at_level("WARNING", "absl"), loop._heartbeat([member]):

@@ -93,5 +93,20 @@ def test_own_checkpoints_count_as_free_space(run_dir, monkeypatch):
   monkeypatch.setattr(checkpoint_files.shutil, "disk_usage",
                       lambda _: type("Usage", (), {"free": 3 * 2**20 - 10_000}))
   with pytest.raises(FieldError, match="3.15 MB"):
-    checkpoint_files.check_free_space(RunDir(run_dir.path.parent / "other"), state, keep=2)
-  checkpoint_files.check_free_space(run_dir, state, keep=2)
+    checkpoint_files.check_free_space({RunDir(run_dir.path.parent / "other"): 2}, state)
+  checkpoint_files.check_free_space({run_dir: 2}, state)
+
+
+def test_runs_that_train_side_by_side_need_room_for_all_of_them(tmp_path, monkeypatch):
+  runs = [RunDir(tmp_path / name) for name in ("a", "b")]
+  for free, fits in ((4 * 2**20, True), (4 * 2**20 - 1, False)):
+    monkeypatch.setattr(checkpoint_files.shutil, "disk_usage",
+                        lambda _, free=free: type("Usage", (), {"free": free}))
+    for run_dir in runs:
+      checkpoint_files.check_free_space({run_dir: 1}, noise(0, 1))
+    if fits:
+      checkpoint_files.check_free_space(dict.fromkeys(runs, 1), noise(0, 1))
+      continue
+    with pytest.raises(FieldError, match="and 1 more together needs 4.19 MB for 4 checkpoints "
+                       "of 1.05 MB, and 4.19 MB are free"):
+      checkpoint_files.check_free_space(dict.fromkeys(runs, 1), noise(0, 1))

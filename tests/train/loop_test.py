@@ -267,6 +267,21 @@ def test_the_last_good_checkpoint_is_looked_up_and_not_computed(runner, undistur
   assert "loss is nan at step 8: stopped; the last good checkpoint is that of step 7" in err
 
 
+def test_the_commit_is_of_this_code_and_of_no_checkout_around_it(tmp_path, monkeypatch):
+  for arguments in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q",
+                                     "--allow-empty", "-m", "theirs"]):
+    subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+  monkeypatch.setenv("MOE_JAX_COMMIT", "sent")
+  monkeypatch.setattr(loop, "_ROOT", tmp_path)
+  assert len(loop.git_commit()) == 12
+  (tmp_path / "edited").touch()
+  assert loop.git_commit().endswith("+")
+  installed = tmp_path / ".venv" / "site-packages"
+  installed.mkdir(parents=True)
+  monkeypatch.setattr(loop, "_ROOT", installed)
+  assert loop.git_commit() == "sent"
+
+
 def test_a_profile_on_request(runner):
   code, _, err = runner.run("--profile_steps=2:3")
   assert code == 0, err
