@@ -29,7 +29,7 @@ from benchmarks.iso_solver import machine
 from moe_jax import cli
 from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.memory import use_huge_pages
-from moe_jax.mesh import MESH_AXES
+from moe_jax.mesh import MESH_AXES, platform_of
 from moe_jax.model.attend import attend, plain_attention
 
 _ROWS, _SEQ_LEN, _HEADS, _WIDTH = (
@@ -49,7 +49,7 @@ def ways(mesh: jax.sharding.Mesh) -> dict[str, Attention]:
   """All that might run on the mesh's device, by name."""
   found = {"plain": functools.partial(plain_attention, mesh=mesh),
            "ours": functools.partial(attend, mesh=mesh)}
-  if mesh.devices.flat[0].platform != "gpu":
+  if platform_of(mesh) != "gpu":
     return found
   found[WITHOUT_DOCUMENTS] = lambda query, key, value, _: _cudnn(query, key, value)
   found["cuDNN, documents as a mask"] = lambda query, key, value, segments_BS: _cudnn(

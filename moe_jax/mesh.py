@@ -120,3 +120,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def mesh_size(mesh: Mesh) -> int:
   return math.prod(mesh.shape.values())
+
+
+def platform_of(mesh: Mesh) -> str:
+  """`cpu`, `gpu` or `tpu`: decides how a thing is done, not what comes out."""
+  return mesh.devices.flat[0].platform

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from moe_jax.mesh import platform_of
+
 _FEW_ROWS = 64  # not measured: a batch of decoding is below, one of training far above
 
 
@@ -35,7 +37,7 @@ def turned(x: jax.Array) -> jax.Array:
   """x with its last two axes swapped, in memory too: a first factor to multiply with.
 
   Swapped alone, it would become a product of a transposed factor again; the barrier keeps it from
-  that, and the axis of one in front of it from being looked through.
+  that, and the leading axis of one keeps XLA from seeing through the barrier.
   """
   return jax.lax.optimization_barrier(x[None].swapaxes(-1, -2))[0]
 
@@ -49,7 +51,7 @@ def multiply(x: jax.Array, w: jax.Array, mesh: Mesh, axes: int = 1) -> jax.Array
     mesh: of devices whose platform decides how it is done.
     axes: how many.
   """
-  platform = mesh.devices.flat[0].platform
+  platform = platform_of(mesh)
   if platform != "cpu":
     return jnp.tensordot(x, w, axes, precision=precision_of(x.dtype, platform))
   inner = math.prod(w.shape[:axes])
@@ -60,9 +62,10 @@ def multiply(x: jax.Array, w: jax.Array, mesh: Mesh, axes: int = 1) -> jax.Array
 def multiply_each(x: jax.Array, weights: Sequence[jax.Array], mesh: Mesh) -> list[jax.Array]:
   """`multiply` by several weights; on a CPU as one product, which reads x once.
 
-  Few rows are not, as in decoding: there laying the weights side by side would be most of the work.
+  Few rows, as in decoding, are multiplied by one weight at a time: there laying the weights side by
+  side would be most of the work.
   """
-  if mesh.devices.flat[0].platform != "cpu" or x.size // x.shape[-1] < _FEW_ROWS:
+  if platform_of(mesh) != "cpu" or x.size // x.shape[-1] < _FEW_ROWS:
     return [multiply(x, w, mesh) for w in weights]
   y = multiply(x, jnp.concatenate([w.reshape(len(w), -1) for w in weights], axis=1), mesh)
   ends = itertools.accumulate(w.size // len(w) for w in weights[:-1])

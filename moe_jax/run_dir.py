@@ -1,6 +1,6 @@
 """The run directory `<out>/<experiment>/<cell>/`: the one place that knows file names. No JAX.
 
-    config.json                       once, before the first step
+    config.json                       before the first step
     status.json                       by the trainer: state, step, heartbeat, error
     metrics/<attempt>-<first step>.jsonl   a file a checkpoint interval; each attempt its own
     checkpoints/<step>/               Orbax; checksums/<step>.json lists a hash for each file
@@ -167,14 +167,18 @@ class RunDir:
     return cls(root / cell.experiment / cell.name)
 
   @classmethod
+  def named(cls, out: str | os.PathLike, run: str) -> "RunDir":
+    """The directory of another's RUN, which is EXPERIMENT/CELL under the root `out`, or a path."""
+    is_path = run.startswith(("/", "./", "../")) or run.count("/") > 1
+    return cls(epath.Path(run) if is_path else epath.Path(out) / run)
+
+  @classmethod
   def trunk_of(cls, out: str | os.PathLike, cell: Cell) -> "RunDir | None":
     """The directory of the run that a cell branches from; None if it does not."""
     run = cell.config.train.branch_run
     if run is None:
       return None
-    if run.startswith(("/", "./", "../")) or run.count("/") > 1:
-      return cls(epath.Path(run))
-    return cls(epath.Path(out) / run if "/" in run else epath.Path(out) / cell.experiment / run)
+    return cls.named(out, run if "/" in run else f"{cell.experiment}/{run}")
 
   @property
   def checkpoints(self) -> epath.Path:
@@ -248,20 +252,19 @@ class RunDir:
 
   def read_branched_from(self) -> dict[str, Any] | None:
     """`run`, `identity` and `step` of the trunk's checkpoint that a branch began with."""
-    return (read_json(self.path / "config.json") or {}).get("branched_from")
+    return (self._stored() or {}).get("branched_from")
 
   def read_began_from(self) -> dict[str, Any] | None:
     """`run`, `identity`, `step` and `checkpoint` of what a run took its first parameters from."""
-    return (read_json(self.path / "config.json") or {}).get("began_from")
+    return (self._stored() or {}).get("began_from")
 
   def read_identity(self) -> str | None:
     """The hash of the identity that the run began with, as it was written; None where none is."""
-    stored = read_json(self.path / "config.json")
-    return stored.get("identity") if isinstance(stored, dict) else None
+    return (self._stored() or {}).get("identity")
 
   def read_config(self) -> RunConfig | None:
     """The configuration the run began with, or None before it began."""
-    stored = read_json(self.path / "config.json")
+    stored = self._stored()
     if stored is None:
       return None
     try:
@@ -269,6 +272,14 @@ class RunDir:
     except (FieldError, KeyError, TypeError) as error:
       raise DamagedFile("out", str(self.path / "config.json"),
                         f"is not a run configuration: {error}") from None
+
+  def _stored(self) -> dict[str, Any] | None:
+    """config.json, or None before the run began. Raises DamagedFile."""
+    path = self.path / "config.json"
+    stored = read_json(path)
+    if not isinstance(stored, dict | None):
+      raise DamagedFile("out", str(path), f"is not a run configuration: {type(stored).__name__}")
+    return stored
 
   # status.json
 
@@ -375,7 +386,7 @@ class RunDir:
   # eval/
 
   def write_eval(self, name: str, result: Mapping[str, Any], step: int | None = None) -> None:
-    """Of the newest checkpoint, or of that of `step`."""
+    """Keeps an evaluation of the newest checkpoint, or of that of `step`."""
     write_json(self._evals(step) / f"{name}.json", dict(result))
 
   def read_eval(self, name: str, step: int | None = None) -> Any:

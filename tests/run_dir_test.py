@@ -257,6 +257,15 @@ def test_a_status_of_wrong_types_is_damaged(run_dir, wrong):
     run_dir.read_status()
 
 
+@pytest.mark.parametrize("read", [RunDir.read_config, RunDir.read_identity,
+                                  RunDir.read_branched_from, RunDir.read_began_from])
+def test_a_configuration_that_is_none_is_damage_to_every_reader(run_dir, read):
+  assert read(run_dir) is None
+  run_dir_lib.write_json(run_dir.path / "config.json", ["neither"])
+  with pytest.raises(FieldError, match=r"config\.json'?: is not a run configuration: list"):
+    read(run_dir)
+
+
 def test_a_directory_where_a_file_belongs_is_damage(run_dir):
   (run_dir.path / "config.json").mkdir(parents=True)
   with pytest.raises(FieldError, match="a directory where a file belongs"):

@@ -12,7 +12,7 @@ from moe_jax.config import MeshConfig, RunConfig, TrainConfig, resolve_mesh
 from moe_jax.data.loader import Batch
 from moe_jax.errors import FieldError
 from moe_jax.fields import override
-from moe_jax.mesh import batch_sharding, replicated
+from moe_jax.mesh import batch_sharding, mesh_size, platform_of, replicated
 from moe_jax.model import functional, observed
 from moe_jax.model.cross_entropy import token_scores
 from moe_jax.moe.router import RouterSums
@@ -98,9 +98,8 @@ class Forward:
 
   def dropless(self, batch: Batch) -> Output:
     """With every token at all of its experts, whatever the dispatch of training."""
-    devices = self._mesh.devices
-    return self._run_in_parts(
-        dropping_nothing(self._config, devices.flat[0].platform, devices.size), batch)
+    return self._run_in_parts(dropping_nothing(
+        self._config, platform_of(self._mesh), mesh_size(self._mesh)), batch)
 
   def _run_in_parts(self, config: RunConfig, batch: Batch) -> Output:
     rows = config.train.batch_size

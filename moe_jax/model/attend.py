@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from moe_jax.mesh import platform_of
 from moe_jax.model import flash, splash
 from moe_jax.products import einsum, precision_of, turned
 
@@ -23,7 +24,7 @@ def attend(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
       no such limit.
     mesh: of devices whose platform decides how it is done; B is split over it.
   """
-  platform = mesh.devices.flat[0].platform
+  platform = platform_of(mesh)
   if platform == "cpu":
     return _by_query_blocks(query_BSHh, key_BSKh, value_BSKh, segments_BS)
   if platform == "tpu" and splash.suits(query_BSHh):
@@ -46,7 +47,7 @@ def plain_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.
 def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, mesh: Mesh,
                           **which) -> jax.Array:
   """JAX's own, of float32 as it says; `which` are its mask and is_causal."""
-  precision = precision_of(query.dtype, mesh.devices.flat[0].platform)
+  precision = precision_of(query.dtype, platform_of(mesh))
   # It takes no precision; from a context its gradient has it, too.
   told = contextlib.nullcontext() if precision is None else jax.default_matmul_precision("highest")
   with told:

@@ -32,8 +32,8 @@ def rotate(x_BSHh: jax.Array, theta: float, position_BS: jax.Array | None = None
   if position_BS is None:
     position_BS = jnp.arange(seq_len)[None]
   frequency = theta ** (-jnp.arange(0, h, 2, dtype=jnp.float32) / h)
-  angle_BS1h = position_BS.astype(jnp.float32)[..., None, None] * frequency
-  cos, sin = jnp.cos(angle_BS1h), jnp.sin(angle_BS1h)
+  angle_BS1r = position_BS.astype(jnp.float32)[..., None, None] * frequency
+  cos, sin = jnp.cos(angle_BS1r), jnp.sin(angle_BS1r)
   first, second = jnp.split(x_BSHh.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
   return turned.astype(x_BSHh.dtype)
@@ -63,7 +63,10 @@ class Attention(nnx.Module):
       self.query_norm_Hh, self.key_norm_Kh = init.ones(heads, h), init.ones(kv_heads, h)
 
   def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, gather, mesh: Mesh) -> jax.Array:
-    """Attends within documents; `gather` makes a weight ready to multiply (gather_whole)."""
+    """Attends, within documents if data.mask_documents.
+
+    `gather` makes a weight ready to multiply (gather_whole).
+    """
     query_BSHh, key_BSKh, value_BSKh = self.project(x_BSD, gather, mesh)
     with jax.named_scope("attention"):
       segments_BS = segments_BS if self.config.data.mask_documents else None

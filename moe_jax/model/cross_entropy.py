@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.mesh import BATCH_AXES
+from moe_jax.mesh import BATCH_AXES, platform_of
 from moe_jax.products import einsum, precision_of
 
 # Bytes of float32 logits at a time on a device. A CPU wants them in its cache; a matrix unit
@@ -72,7 +72,7 @@ class _Chunks(NamedTuple):
 
 def _chunks(x_bSD: jax.Array, targets_bS: jax.Array, vocab_size: int, mesh: Mesh) -> _Chunks:
   n_tokens = targets_bS.size
-  limit = _CHUNK_BYTES.get(mesh.devices.flat[0].platform, _CHUNK_BYTES_ACCELERATOR)
+  limit = _CHUNK_BYTES.get(platform_of(mesh), _CHUNK_BYTES_ACCELERATOR)
   least = -(-n_tokens * vocab_size * 4 // limit)
   # Of equal length where less than twice as many make it so: then the tokens stay where they lie.
   n_chunks = next((n for n in range(least, 2 * least) if n_tokens % n == 0), least)
@@ -84,7 +84,7 @@ def _chunks(x_bSD: jax.Array, targets_bS: jax.Array, vocab_size: int, mesh: Mesh
 
 
 def _precision(head_DV, mesh):
-  return precision_of(head_DV.dtype, mesh.devices.flat[0].platform)
+  return precision_of(head_DV.dtype, platform_of(mesh))
 
 
 def _nll(x_RD, target_R, head_DV, precision):

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.config import RunConfig
-from moe_jax.mesh import param_spec, replicated
+from moe_jax.mesh import param_spec, platform_of, replicated
 from moe_jax.model.transformer import RouterState, Transformer
 from moe_jax.moe.router import RouterSums
 
@@ -58,7 +58,7 @@ def init_params(config: RunConfig, mesh: Mesh) -> Params:
   """
   # LLVM takes ten seconds to optimise the random-number loops, which run once: 12.8 s of
   # compilation become 1.3 s.
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  on_cpu = platform_of(mesh) == "cpu"
   options = {"xla_backend_optimization_level": 0} if on_cpu else None
   return lower_init_params(config, mesh).compile(options)(np.int32(config.seed_init))
 

@@ -16,7 +16,9 @@ in width. On top of that:
   of a softmax is large, nearly n_exp / sqrt(n_topk), and the output grows as the router
   sharpens: one more reason to normalise.
 * Router. Variance a tenth (Switch, arXiv 2101.03961, section 2.4): near-uniform at the start.
-* Embedding: 1/sqrt(d_model), which is also right for a tied output head.
+* Embedding: 1/sqrt(d_model), as nanodo has it, which is also right for a tied output head. So a
+  token enters the residual stream with a norm of 1 whatever the width, and what layers add to it,
+  whose entries have one size, weighs more where a model is wide.
 * Norm scales: 1.
 """
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
-from moe_jax.mesh import batch_sharding, replicated
+from moe_jax.mesh import batch_sharding, platform_of, replicated
 from moe_jax.model import init, splash
 from moe_jax.model.attention import Attention, rms_norm
 from moe_jax.model.embedding import look_up
@@ -207,7 +207,7 @@ class Transformer(nnx.Module):
 def logits(x: jax.Array, head_DV: jax.Array, mesh: Mesh) -> jax.Array:
   """The product of what `before_head` gives, in float32."""
   return einsum("...d,dv->...v", x, head_DV,
-                precision=precision_of(x.dtype, mesh.devices.flat[0].platform))
+                precision=precision_of(x.dtype, platform_of(mesh)))
 
 
 def _stack(config: RunConfig, dense: bool, n_layers: int, rngs: nnx.Rngs) -> Block:

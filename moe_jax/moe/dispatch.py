@@ -1,14 +1,15 @@
 """Dispatch: send each token to its experts and bring the weighted outputs back.
 
-One signature, several implementations, one truth:
+Several implementations, one truth:
 
     dispatch(x_TD, routing, run_experts) -> (y_TD, dropped_T)
 
 `run_experts(x_ERD, weight_ER=None)` maps rows, R for each expert, to outputs of the same shape,
 times the weight of each row where there are weights; it knows the experts and where they live
-(see expert_parallel.py). `dropped_T` counts each token's
-assignments that found no slot. Everything is index-based: no [T, E, C] tensor exists, so the
-cost of dispatch follows the rows that move, T*K*D, and not the number of experts.
+(see expert_parallel.py). Where experts have unequal numbers of rows (dropless.py), it is
+`run_groups(x_SD, weight_S, size_E)`, on the rows of one expert after another. `dropped_T` counts
+each token's assignments that found no slot. Everything is index-based: no [T, E, C] tensor exists,
+so the cost of dispatch follows the rows that move, T*K*D, and not the number of experts.
 """
 
 import fractions

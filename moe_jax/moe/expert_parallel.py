@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.mesh import BATCH_AXES, DATA, EXPERT, FSDP, param_spec
+from moe_jax.mesh import BATCH_AXES, DATA, EXPERT, FSDP, param_spec, platform_of
 from moe_jax.moe.dispatch import (
     RunExperts,
     capacity_dispatch,
@@ -261,7 +261,7 @@ def _packs(semantics: Semantics, n_exp: int, mesh: Mesh) -> bool:
   if semantics.capacity is None or semantics.router == "expert_choice":
     return False
   slots, assigned = semantics.capacity * n_exp, semantics.group_tokens * semantics.n_topk
-  return (mesh.devices.flat[0].platform == "cpu" and mesh.shape[EXPERT] == 1
+  return (platform_of(mesh) == "cpu" and mesh.shape[EXPERT] == 1
           and slots >= _SLOTS_TO_PACK * assigned)
 
 
@@ -273,7 +273,7 @@ def _run_experts(x_ERD: jax.Array, weight_ER: jax.Array | None, experts: Experts
   Each such group travels by an exchange of its own, which neither needs its rows in another
   order nor leaves them in one, and the next can travel while one is multiplied.
   """
-  platform, n_devices = mesh.devices.flat[0].platform, mesh.shape[EXPERT]
+  platform, n_devices = platform_of(mesh), mesh.shape[EXPERT]
   if n_devices == 1:
     return swiglu(_saved(x_ERD), weight_ER, experts=experts, platform=platform)
   n_here = experts.w_gate_EDF.shape[0]
@@ -309,7 +309,7 @@ def _saved(x_eRD: jax.Array) -> jax.Array:
 def _run_groups(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, experts: Experts,
                 n_topk: int, mesh: Mesh) -> jax.Array:
   """Rows of one device, sorted by expert, through experts of all devices along `expert`."""
-  platform, n_devices = mesh.devices.flat[0].platform, mesh.shape[EXPERT]
+  platform, n_devices = platform_of(mesh), mesh.shape[EXPERT]
   if n_devices == 1:
     return grouped_swiglu(_saved(x_SD), weight_S, size_E, experts, platform)
   plan = plan_exchange(jax.lax.all_gather(size_E, EXPERT), jax.lax.axis_index(EXPERT))

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.config import TrainConfig
-from moe_jax.train.numbers import OptimizerNumbers
+from moe_jax.train.hyperparams import OptimizerHyperparams
 
 
 def learning_rate_schedule(train: TrainConfig,
-                           numbers: OptimizerNumbers | None = None) -> optax.Schedule:
+                           hyperparams: OptimizerHyperparams | None = None) -> optax.Schedule:
   """Step (counted from 0) -> learning rate.
 
   Warm-up rises linearly to the peak and its first step is not 0. `wsd` then stays there and
@@ -21,9 +21,10 @@ def learning_rate_schedule(train: TrainConfig,
 
   Args:
     train: says which schedule.
-    numbers: its numbers, where they are arguments of a compiled step; those of `train` if None.
+    hyperparams: its numbers, where they are arguments of a compiled step; those of `train` if
+      None.
   """
-  peak, end, warmup, begin, length, _ = numbers or OptimizerNumbers.of(train)
+  peak, end, warmup, begin, length, _ = hyperparams or OptimizerHyperparams.of(train)
 
   def schedule(step):
     rise = jnp.minimum((step + 1) / (warmup + 1), 1)
@@ -46,16 +47,16 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(train: TrainConfig,
-                   numbers: OptimizerNumbers | None = None) -> optax.GradientTransformation:
+                   hyperparams: OptimizerHyperparams | None = None) -> optax.GradientTransformation:
   """Clip by global norm, Adam in float32, decoupled weight decay, learning rate.
 
   Args:
     train: of the run.
-    numbers: as for learning_rate_schedule.
+    hyperparams: as for learning_rate_schedule.
   """
-  numbers = numbers or OptimizerNumbers.of(train)
+  hyperparams = hyperparams or OptimizerHyperparams.of(train)
   return optax.chain(
       optax.clip_by_global_norm(train.clip_norm),
       optax.scale_by_adam(train.beta1, train.beta2, train.eps),
-      optax.add_decayed_weights(numbers.weight_decay, decay_mask),
-      optax.scale_by_learning_rate(learning_rate_schedule(train, numbers)))
+      optax.add_decayed_weights(hyperparams.weight_decay, decay_mask),
+      optax.scale_by_learning_rate(learning_rate_schedule(train, hyperparams)))

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
 from moe_jax.errors import require
-from moe_jax.mesh import mesh_size, replicated
+from moe_jax.mesh import mesh_size, platform_of, replicated
 from moe_jax.population import shape_of
 from moe_jax.train import step as step_lib
-from moe_jax.train.numbers import Numbers
+from moe_jax.train.hyperparams import Hyperparams
 from moe_jax.train.step import Batch, Metrics, State
 
 
@@ -34,20 +34,20 @@ def require_mesh(n_members: int, mesh: Mesh) -> None:
 
 @functools.lru_cache(maxsize=4)
 def compiled_step(shape: RunConfig, mesh: Mesh, n_members: int) -> jax.stages.Compiled:
-  """The step of `n_members` runs of a shape (shape_of): of their states, batches and numbers.
+  """The step of `n_members` runs of a shape (shape_of): of their states, batches and hyperparams.
   The states that are given to it are donated."""
   if n_members == 1:
     return step_lib.lower_train_step(shape, mesh).compile()
 
-  def step(state, batch, numbers):
-    return step_lib.train_step(state, batch, numbers, shape, mesh)
+  def step(state, batch, hyperparams):
+    return step_lib.train_step(state, batch, hyperparams, shape, mesh)
 
   each = (step_lib.abstract_state(shape, mesh), step_lib.abstract_batch(shape, mesh),
-          Numbers.of(shape))
+          Hyperparams.of(shape))
   together = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
       (n_members, *leaf.shape), leaf.dtype, sharding=replicated(mesh)), each)
   all_steps = jax.vmap(step)
-  if mesh.devices.flat[0].platform == "cpu":  # one after another: batched, it takes longer
+  if platform_of(mesh) == "cpu":  # one after another: batched, it takes longer
     all_steps = functools.partial(_one_after_another, step)
   return jax.jit(all_steps, donate_argnums=0,
                  out_shardings=replicated(mesh)).lower(*together).compile()
@@ -64,9 +64,9 @@ class Population:
     """`configs` are of one shape (moe_jax.population.require_one_shape)."""
     self._config, self._mesh, self._n = configs[0], mesh, len(configs)
     self._compiled = compiled_step(shape_of(self._config), mesh, self._n)
-    numbers = [Numbers.of(config) for config in configs]
-    self._numbers = jax.device_put(
-        numbers[0] if self._n == 1 else jax.tree.map(lambda *each: np.stack(each), *numbers),
+    each = [Hyperparams.of(config) for config in configs]
+    self._hyperparams = jax.device_put(
+        each[0] if self._n == 1 else jax.tree.map(lambda *values: np.stack(values), *each),
         replicated(mesh))
     here = replicated(mesh)
     self._stack = jax.jit(lambda *states: jax.tree.map(lambda *x: jnp.stack(x), *states),
@@ -76,7 +76,7 @@ class Population:
 
   def step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
     """One step of every member. `state` is donated."""
-    return self._compiled(state, batch, self._numbers)
+    return self._compiled(state, batch, self._hyperparams)
 
   def join(self, states: Sequence[State]) -> State:
     """The state of all from that of each."""

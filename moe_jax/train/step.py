@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
-from moe_jax.mesh import batch_sharding, local_rows, replicated
+from moe_jax.mesh import batch_sharding, local_rows, platform_of, replicated
 from moe_jax.model import functional
 from moe_jax.model.cross_entropy import summed_nll
 from moe_jax.moe.router import (
@@ -21,7 +21,7 @@ from moe_jax.moe.router import (
     z_loss,
 )
 from moe_jax.population import shape_of
-from moe_jax.train.numbers import Numbers
+from moe_jax.train.hyperparams import Hyperparams
 from moe_jax.train.optimizer import learning_rate_schedule, make_optimizer
 
 # {"params", "mu", "nu": trees of the same shape; "router": what routers carry beside their
@@ -95,14 +95,14 @@ def put_batch(batch: dict[str, Any], config: RunConfig, mesh: Mesh) -> Batch:
 
 def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh: Mesh,
                router: functional.Router | None = None, step: jax.Array | None = None,
-               numbers: Numbers | None = None
+               hyperparams: Hyperparams | None = None
                ) -> tuple[jax.Array, tuple[Metrics, RouterSums | None]]:
   """Mean loss in nats per token, with the router's losses, over the global batch.
 
   The total is cross-entropy + balance_coef * sum over layers of the balance loss
   + z_coef * sum over layers of the z-loss. Beside it stand metrics and the router's sums by
   layer (None where every layer is dense). `step` decides the router's jitter, None means none.
-  `numbers` are those of `config` if None.
+  `hyperparams` are those of `config` if None.
 
   With microbatches, each is a rematerialised part of one function: the forward pass goes
   over all of them first, because the balance loss multiplies two sums over the global
@@ -111,7 +111,7 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
   loss would train another model.
   """
 
-  numbers = numbers or Numbers.of(config)
+  hyperparams = hyperparams or Hyperparams.of(config)
 
   def run(batch_BS, noise_key_B):
     model = functional.merged(config, params, router)
@@ -121,7 +121,7 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
       nll = summed_nll(x_BSD, head_DV, batch_BS["targets"], mesh)
     return nll, sums
 
-  parts = batch, None if step is None else _noise_keys(config, numbers.seed_init, step)
+  parts = batch, None if step is None else _noise_keys(config, hyperparams.seed_init, step)
   if config.execution.microbatches == 1:
     nll, sums = run(*jax.tree.map(lambda x_MB: x_MB[0], parts))
   else:
@@ -129,7 +129,7 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
     parts = jax.lax.map(lambda part: run(*part), parts)
     nll, sums = jax.tree.map(lambda x: x.sum(0), parts)
 
-  total, metrics = _with_router_losses(nll / config.batch_tokens, sums, numbers)
+  total, metrics = _with_router_losses(nll / config.batch_tokens, sums, hyperparams)
   return total, (metrics, sums)
 
 
@@ -147,59 +147,62 @@ def _noise_keys(config: RunConfig, seed_init: jax.Array, step: jax.Array) -> jax
 
 
 def _with_router_losses(loss: jax.Array, sums: RouterSums | None,
-                        numbers: Numbers) -> tuple[jax.Array, Metrics]:
+                        hyperparams: Hyperparams) -> tuple[jax.Array, Metrics]:
   if sums is None:  # every layer is dense
     return loss, {"loss": loss}
   balance_L, z_L = balance_loss(sums), z_loss(sums)
-  total = loss + numbers.balance_weight * balance_L.sum() + numbers.z_weight * z_L.sum()
+  total = loss + hyperparams.balance_weight * balance_L.sum() + hyperparams.z_weight * z_L.sum()
   return total, {"loss": loss, "balance_loss": balance_L.mean(), "z_loss": z_L.mean(),
                  **router_metrics(sums)}
 
 
-def train_step(state: State, batch: Batch, numbers: Numbers, config: RunConfig,
+def train_step(state: State, batch: Batch, hyperparams: Hyperparams, config: RunConfig,
                mesh: Mesh) -> tuple[State, Metrics]:
   """One optimizer step. Metrics are scalars of the global batch, before the update.
 
-  What `numbers` hold is taken from there; `config` may say otherwise (population.shape_of).
+  What `hyperparams` hold is taken from there; `config` may say otherwise (population.shape_of).
   """
-  optimizer = make_optimizer(config.train, numbers.optimizer)
+  optimizer = make_optimizer(config.train, hyperparams.optimizer)
   params, router = state["params"], state["router"]
   (_, (metrics, sums)), grads = jax.value_and_grad(batch_loss, has_aux=True)(
-      params, batch, config, mesh, router, state["step"], numbers)
+      params, batch, config, mesh, router, state["step"], hyperparams)
   opt_state = optax.tree.set(optimizer.init(params), mu=state["mu"], nu=state["nu"],
                              count=state["step"])
   with jax.named_scope("optimizer"):
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
   metrics |= {"grad_norm": optax.tree.norm(grads),
-              "learning_rate": learning_rate_schedule(config.train, numbers.optimizer)(
+              "learning_rate": learning_rate_schedule(config.train, hyperparams.optimizer)(
                   state["step"])}
   router = jax.tree.map(lambda bias_LE: balanced_bias(
-      bias_LE, sums.assigned_E, numbers.bias_update_rate), router)
+      bias_LE, sums.assigned_E, hyperparams.bias_update_rate), router)
   return {"params": params, "router": router,
           "mu": optax.tree.get(opt_state, "mu"), "nu": optax.tree.get(opt_state, "nu"),
           "step": state["step"] + 1}, metrics
 
 
 def lower_train_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
-  """The step for a mesh, of devices that are there or not, ready to compile: of state, batch and
-  numbers. The state that is given to it is donated. What `moe_jax.plan` compiles is this."""
+  """The step for a mesh, of devices that are there or not, ready to compile.
+
+  It takes state, batch and hyperparameters. The state that is given to it is donated. What
+  `moe_jax.plan` compiles is this.
+  """
   shape, state = shape_of(config), abstract_state(config, mesh)
-  numbers = jax.tree.map(lambda number: jax.ShapeDtypeStruct(
-      (), number.dtype, sharding=replicated(mesh)), Numbers.of(config))
+  hyperparams = jax.tree.map(lambda number: jax.ShapeDtypeStruct(
+      (), number.dtype, sharding=replicated(mesh)), Hyperparams.of(config))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-  def step(state, batch, numbers):
-    return train_step(state, batch, numbers, shape, mesh)
+  def step(state, batch, hyperparams):
+    return train_step(state, batch, hyperparams, shape, mesh)
 
-  options = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
+  options = TPU_OPTIONS if platform_of(mesh) == "tpu" else None
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
-                 compiler_options=options).lower(state, abstract_batch(config, mesh), numbers)
+                 compiler_options=options).lower(state, abstract_batch(config, mesh), hyperparams)
 
 
 def compile_train_step(config: RunConfig, mesh: Mesh) -> Callable[[State, Batch],
                                                                   tuple[State, Metrics]]:
   """The compiled step, with the numbers of `config`."""
   compiled = lower_train_step(config, mesh).compile()
-  numbers = jax.device_put(Numbers.of(config), replicated(mesh))
-  return lambda state, batch: compiled(state, batch, numbers)
+  hyperparams = jax.device_put(Hyperparams.of(config), replicated(mesh))
+  return lambda state, batch: compiled(state, batch, hyperparams)

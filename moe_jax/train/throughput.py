@@ -55,7 +55,10 @@ class Throughput:
     self._speeds: list[dict[str, float]] = []
 
   def look(self, step: int, drop_rate: float = 0.0) -> dict[str, float]:
-    """`tokens_per_second` and `mfu` since the last look; {} where no step lies between."""
+    """`tokens_per_second` and `mfu` since the last look; {} where no step lies between.
+
+    `drop_rate`, of this step, stands for all since then.
+    """
     now = time.perf_counter()
     (last_step, last_time), self._last = self._last or (step, now), (step, now)
     if step == last_step:

@@ -8,7 +8,6 @@ import dataclasses
 from typing import Any
 
 import jax
-from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,7 +15,6 @@ from moe_jax import config as config_lib
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.config import RunConfig
 from moe_jax.errors import FieldError, require
-from moe_jax.mesh import MESH_AXES
 from moe_jax.model import functional, upcycle
 from moe_jax.run_dir import RunDir
 from moe_jax.train import step as step_lib
@@ -54,8 +52,8 @@ class Source:
       del state["params"], state["router"]  # make room
       abstract = functional.abstract_model(config, mesh)
       return state | restore_model(self.run_dir, abstract, self.step)[1]
-    abstract = jax.tree.map(lambda leaf: _placed(leaf, mesh), functional.abstract_params(
-        self.config, _one_device_mesh()))
+    abstract = jax.tree.map(lambda leaf: _placed(leaf, mesh),
+                            functional.abstract_params(self.config, mesh))
     _, dense, _ = restore_model(self.run_dir, {"params": abstract}, self.step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state["params"])
     grown = jax.jit(lambda dense, fresh: upcycle.upcycled(dense, fresh, config),
@@ -86,13 +84,11 @@ def find_source(run_dir: RunDir, config: RunConfig) -> Source | None:
   train = config.train
   if train.init_from is None or checkpoint_steps(run_dir):
     return None
-  run = train.init_run
-  elsewhere = run.startswith(("/", "./", "../")) or run.count("/") > 1
-  there = RunDir(epath.Path(run) if elsewhere else run_dir.path.parent.parent / run)
+  there = RunDir.named(run_dir.path.parent.parent, train.init_run)
   theirs = there.read_config()
   require(theirs is not None, FIELD, train.init_from, f"there is no run at {there.path}: train "
           "it first" + (", or import it with python -m moe_jax.export --from=hf"
-                        if run.startswith("hf/") else ""))
+                        if train.init_run.startswith("hf/") else ""))
   try:
     require_fit(config, theirs)
   except FieldError as error:
@@ -149,11 +145,6 @@ def _function(config: RunConfig, upcycled: bool) -> dict[str, Any]:
     fields |= {"arch.d_dense": arch.dense_width if arch.n_dense_layers else None,
                "moe.router": config.moe.router, "moe.norm_topk_prob": config.moe.norm_topk_prob}
   return fields
-
-
-def _one_device_mesh() -> Mesh:
-  return jax.make_mesh((1,) * len(MESH_AXES), MESH_AXES, devices=jax.local_devices()[:1],
-                       axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""The numbers of a run that its compiled step takes as arguments.
+"""The hyperparameters of a run that its compiled step takes as arguments.
 
 So cells of one shape (moe_jax/population.py) that differ in them share one compiled step, and one
 that trains many cells together takes an array of each.
@@ -14,7 +14,7 @@ from moe_jax.config import RunConfig, TrainConfig
 Number = jax.Array | np.generic
 
 
-class OptimizerNumbers(NamedTuple):
+class OptimizerHyperparams(NamedTuple):
   """Of the optimizer; see optimizer.py.
 
   Attributes:
@@ -34,14 +34,14 @@ class OptimizerNumbers(NamedTuple):
   weight_decay: Number
 
   @classmethod
-  def of(cls, train: TrainConfig) -> "OptimizerNumbers":
+  def of(cls, train: TrainConfig) -> "OptimizerHyperparams":
     begin = train.stable_steps if train.schedule == "wsd" else train.warmup_steps
     return cls(*map(np.float32, (
         train.learning_rate, train.learning_rate * train.final_learning_rate_fraction,
         train.warmup_steps, begin, max(train.steps - begin, 1), train.weight_decay)))
 
 
-class Numbers(NamedTuple):
+class Hyperparams(NamedTuple):
   """Of a whole step.
 
   Attributes:
@@ -55,11 +55,11 @@ class Numbers(NamedTuple):
   balance_weight: Number
   z_weight: Number
   bias_update_rate: Number
-  optimizer: OptimizerNumbers
+  optimizer: OptimizerHyperparams
 
   @classmethod
-  def of(cls, config: RunConfig) -> "Numbers":
+  def of(cls, config: RunConfig) -> "Hyperparams":
     moe = config.moe
     return cls(np.int32(config.seed_init), np.float32(moe.balance_weight),
                np.float32(moe.z_weight), np.float32(moe.bias_update_rate),
-               OptimizerNumbers.of(config.train))
+               OptimizerHyperparams.of(config.train))
