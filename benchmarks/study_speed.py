@@ -31,9 +31,10 @@ SHAPES = ((64, 32, 2.0), (64, 4, 2.0))
 TOGETHER = 3
 
 
-def speeds(steps: int) -> tuple[dict[tuple[int, int], float], list[tuple[str, ...]]]:
-  """((size, 1 or TOGETHER) -> tokens/s, the mean over SHAPES; rows of a table)."""
-  found, rows = {}, [("size", "cell", "together", "step [ms]", "tokens/s", "compilation [s]")]
+def speeds(steps: int) -> dict[tuple[int, int], float]:
+  """(size, 1 or TOGETHER) -> tokens/s, the mean over SHAPES. Prints what it measures, at once."""
+  found = {}
+  _print("size", "cell", "together", "step [ms]", "tokens/s", "compilation [s]")
   for size in (arms.SIZES[0], arms.SIZES[-1]):
     seconds: dict[int, list[float]] = {1: [], TOGETHER: []}  # for a token
     for shape in SHAPES:
@@ -42,15 +43,19 @@ def speeds(steps: int) -> tuple[dict[tuple[int, int], float], list[tuple[str, ..
       name = f"l{arch.n_layers}-d{arch.d_model}-f{arch.d_expert}-e{arch.n_exp}-k{arch.n_topk}"
       for row in measure(config, [1, TOGETHER], steps, passes=2):
         if "error" in row:
-          rows.append((str(size), name, str(row["population"]), row["error"], "", ""))
+          _print(str(size), name, str(row["population"]), row["error"], "", "")
           continue
         seconds[row["population"]].append(1 / row["tokens_per_second"])
-        rows.append((str(size), name, str(row["population"]), f"{row['step_ms']:.1f}",
-                     f"{row['tokens_per_second']:,.0f}", f"{row['compile_seconds']:.0f}"))
+        _print(str(size), name, str(row["population"]), f"{row['step_ms']:.1f}",
+               f"{row['tokens_per_second']:,.0f}", f"{row['compile_seconds']:.0f}")
     for together, each in seconds.items():
       each = each or seconds[1]  # where no population fits, its runs are trained alone
       found[size, together] = len(each) / sum(each)
-  return found, rows
+  return found
+
+
+def _print(size: str, cell: str, *others: str) -> None:
+  print(f"{size:>8}  {cell:<22}" + "".join(f"{other:>17}" for other in others), flush=True)
 
 
 def minutes(grid: str, known: dict[tuple[int, int], float]) -> float:
@@ -72,8 +77,7 @@ def main(overrides: list[str]) -> None:
   cli.no_overrides(overrides)
   require(_MINUTES.value is None or _MINUTES.value > 0, "study_minutes", _MINUTES.value,
           "must be above 0")
-  known, rows = speeds(_STEPS.value)
-  print("\n".join(aligned(rows, left=2)))
+  known = speeds(_STEPS.value)
   there = [grid for grid in plan.GRIDS if (plan.FOLDER / f"{grid}.py").exists()]
   of_grid = {grid: minutes(grid, known) for grid in there}
   print("\n".join(aligned([(grid, f"{value:.1f} min") for grid, value in of_grid.items()])))

@@ -9,7 +9,7 @@ run again. Cells of one shape are a unit: one process trains them, several at a 
 --population allows, and another evaluates them, while --parallel other units are at work. On the
 same machine the next sitting goes on where this one stopped; from one machine to the next only
 whole runs are carried, as a checkpoint is larger than all that is kept of a run, so a unit that
-would not end in time is not begun.
+would not end in time is not begun unless the device would be idle.
 
 --config.execution.PATH=VALUE is passed on. A unit whose training runs out of memory is tried once
 more, one run at a time with --config.execution.remat=full.

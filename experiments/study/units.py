@@ -1,5 +1,6 @@
 """What a sitting works on: cells of one shape at a time, several such units side by side."""
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -20,6 +21,7 @@ from moe_jax.study.candidates import flops
 
 TO_SAVE_SECONDS = 20.0  # that trainers have for a checkpoint when the time is up
 _POLL_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 @dataclasses.dataclass
@@ -62,12 +64,14 @@ def units_of(cells: Sequence[Cell], is_done: Callable[[Cell], bool]) -> list[Uni
 
 
 def is_done(cell: Cell, *roots: str) -> bool:
-  """Whether a cell has a result, or diverged, under one of the roots."""
+  """Whether a cell has a result, or diverged, or its trunk did, under one of the roots."""
   for root in roots:
-    run = RunDir.of(root, cell)
+    run, trunk = RunDir.of(root, cell), RunDir.trunk_of(root, cell)
     try:
       if run.check_identity(cell) and (kept.progress(run) == kept.EVALUATED
                                        or run.read_status().get("state") == DIVERGED):
+        return True
+      if trunk is not None and trunk.read_status().get("state") == DIVERGED:
         return True
     except FieldError as error:
       print(f"{cell.name}: {error}", flush=True)
@@ -92,6 +96,12 @@ def command_of(unit: Unit, out: str, population: int) -> list[str]:
   names = ",".join(cell.selector.rpartition(":")[2] for cell in wanted)
   return [sys.executable, "-m", f"moe_jax.{unit.stage}", f"--config={spec}:{names}",
           f"--out={out}", f"--config.execution.population={population}", *unit.overrides]
+
+
+def _end_with_the_sitting() -> None:
+  """In a new process: one that outlived a killed sitting would keep its run and the device."""
+  if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Sitting:
@@ -136,13 +146,17 @@ class Sitting:
     return seconds * max(1.0, ours / its)
 
   def _next(self) -> Unit | None:
-    """Takes the first that should end in time."""
+    """Takes one that was begun before, or should end in time; any where all would idle else."""
     left = self._deadline - time.monotonic()
-    for unit in self._waiting:
-      if self.expected(unit) <= left:
-        self._waiting.remove(unit)
-        return unit
-    return None
+    begun = [unit for unit in self._waiting if self._is_begun(unit)]
+    timely = [unit for unit in self._waiting if self.expected(unit) <= left]
+    unit = next(iter(begun + timely + ([] if self._working else self._waiting)), None)
+    if unit is not None:
+      self._waiting.remove(unit)
+    return unit
+
+  def _is_begun(self, unit: Unit) -> bool:
+    return any(RunDir.of(self._out, cell).has_checkpoint() for cell in unit.cells)
 
   def _start(self, unit: Unit) -> None:
     unit.began = unit.began or time.monotonic()
@@ -156,7 +170,8 @@ class Sitting:
       unit.log_from = file.tell()
       unit.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file,
                                       stderr=subprocess.STDOUT, env=environment,
-                                      start_new_session=True)
+                                      start_new_session=True,
+                                      preexec_fn=_end_with_the_sitting)
     self._working.append(unit)
 
   def _reap(self) -> None:
@@ -170,7 +185,8 @@ class Sitting:
         unit.overrides += ("--config.execution.population=1", "--config.execution.remat=full")
         print(f"{unit.name}: out of memory; once more, one run at a time", flush=True)
         self._start(unit)
-      elif unit.stage == "train" and any(is_trained(cell, self._out) for cell in unit.cells):
+      elif unit.stage == "train" and any(is_trained(cell, self._out) for cell in unit.cells
+                                         if cell.config.train.decay_fraction):
         unit.stage = "evaluate"
         self._start(unit)
       else:

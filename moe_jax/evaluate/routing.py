@@ -47,14 +47,21 @@ class RoutingCounts:
     self._sum("entropy_LG", count(lambda i: domain_T, g, lambda i: entropy_LT[i]))
     self._sum("dropped_LG", count(lambda i: np.repeat(domain_T, n_topk), g,
                                   lambda i: dropped_LTK[i]))
-    self._sum("pair_LEE", count(
-        lambda i: expert_LTK[i][:, :, None] * e + expert_LTK[i][:, None], e * e)
-        .reshape(n_layers, e, e))
+    self._sum("pair_LEE", np.stack([self._pairs(expert_TK) for expert_TK in expert_LTK]))
     if n_layers * v * e <= _MOST_COUNTS:
       self._sum("token_LVE", count(lambda i: token_T[:, None] * e + expert_LTK[i], v * e)
                 .reshape(n_layers, v, e))
     if self._keep:
       self._kept.append(np.sort(expert_LTK, axis=-1).astype(np.int16))
+
+  def _pairs(self, expert_TK: np.ndarray) -> np.ndarray:
+    """pair_EE: tokens at both of two experts. One product, which counts exactly in float32, and not
+    n_topk^2 pairs a token."""
+    n_tokens, e = len(expert_TK), self._n_exp
+    place_TK = np.arange(n_tokens)[:, None] * e + expert_TK
+    chosen_TE = np.bincount(place_TK.ravel(), minlength=n_tokens * e).reshape(n_tokens, e)
+    chosen_TE = chosen_TE.astype(np.float32)
+    return (chosen_TE.T @ chosen_TE).astype(np.int64)
 
   def _sum(self, name: str, value: np.ndarray) -> None:
     self._sums[name] = self._sums[name] + value if name in self._sums else value

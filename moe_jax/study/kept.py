@@ -154,13 +154,18 @@ def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Ro
   if rows:
     return rows
   status = run.read_status()
+  error = " ".join((status.get("error") or "").split()) or None
+  if not status and config.train.branch_run:
+    trunk = RunDir(run.path.parent / config.train.branch_run).read_status()
+    if trunk.get("state") == run_dir_lib.DIVERGED:
+      error = f"its trunk {config.train.branch_run} diverged"
   return [{"experiment": experiment, "cell": name, "identity": identity_hash(config),
            "recipe_hash": recipe_hash(config), "evaluation": HELDOUT, **facts(config),
            "tokens": config.train.steps * config.batch_tokens,
            "state": status.get("state", NOT_RUN), "step": status.get("step"),
            "steps": config.train.steps, "loss": None, "commit": status.get("commit"),
            "device_kind": status.get("device_kind"),
-           "error": " ".join((status.get("error") or "").split()) or None}]
+           "error": error}]
 
 
 def training_drop_rate(run: RunDir, config: RunConfig) -> float | None:

@@ -8,9 +8,10 @@ import zipfile
 
 import pytest
 
-from experiments.study import units
-from moe_jax.grid import Cell
+from experiments.study import plan, units
+from moe_jax.grid import Cell, select
 from moe_jax.run_dir import RunDir
+from moe_jax.study import kept
 from tests.experiment_files import ROOT
 from tests.study import planted
 
@@ -156,11 +157,71 @@ def test_a_machine_that_is_taken_away_has_saved_and_packed(tmp_path, number, cod
 
 
 def test_time_is_kept(tmp_path, monkeypatch):
-  """Who is at work when it is up gets SIGTERM; what would not end in time is not begun."""
+  """Who is at work when it is up gets SIGTERM; what would not end in time is begun alone, and only
+  where the device would be idle."""
   began = time.monotonic()
   made = sitting(tmp_path, monkeypatch, lambda unit: "exec sleep 60", minutes=0.02)
   assert time.monotonic() - began < 10
   assert not made.done and len(made.left) == 3
   (tmp_path / "_sitting" / "seconds.json").write_text("[[1e6, 3.0]]")
-  made = sitting(tmp_path, monkeypatch, lambda unit: pytest.fail("was begun"), minutes=0.03)
-  assert len(made.left) == 3
+  begun = []
+  made = sitting(tmp_path, monkeypatch, lambda unit: begun.append(unit.name) or "exec sleep 60",
+                 minutes=0.03)
+  assert begun == [CELLS[0].name] and len(made.left) == 3
+
+
+def test_what_was_begun_goes_on_first_however_long_it_takes(tmp_path, monkeypatch):
+  (tmp_path / "_sitting").mkdir()
+  (tmp_path / "_sitting" / "seconds.json").write_text("[[1e6, 3.0]]")
+  (RunDir.of(tmp_path, CELLS[2]).checkpoints / "5").mkdir(parents=True)
+  begun = []
+  sitting(tmp_path, monkeypatch, lambda unit: begun.append(unit.name) or "exec sleep 60",
+          minutes=0.03)
+  assert begun == [CELLS[2].name]
+
+
+def test_no_trainer_outlives_a_sitting_that_was_killed(tmp_path):
+  """It would hold its run's directory and the device, and the next sitting would fail on it."""
+  logs = tmp_path / "runs" / "_sitting"
+  process = subprocess.Popen(
+      [sys.executable, "-c", STAND_IN, "--grids=rehearsal", f"--out={tmp_path / 'runs'}",
+       f"--kept={tmp_path / 'none'}"], cwd=ROOT)
+  deadline = time.monotonic() + 60
+
+  def said(word):
+    assert time.monotonic() < deadline
+    return sum(word in file.read_text() for file in logs.glob("*.txt"))
+
+  while said("begun") < 3:
+    assert process.poll() is None
+    time.sleep(0.02)
+  process.kill()
+  process.wait()
+  while said("saved") < 3:
+    time.sleep(0.02)
+
+
+def test_branches_of_a_trunk_that_diverged_are_not_trained_again(tmp_path):
+  cells = select(str(plan.FOLDER / "small.py"))
+  branch = next(cell for cell in cells if cell.config.train.branch_run)
+  trunk = next(cell for cell in cells if cell.name == branch.config.train.branch_run)
+  planted.write_run(tmp_path, trunk.experiment, trunk.name, trunk.config, None)
+  run = RunDir.of(tmp_path, trunk)
+  assert not units.is_done(branch, str(tmp_path))
+  run.write_status(run.read_status() | {"state": "diverged"})
+  assert units.is_done(branch, str(tmp_path))
+  grid = plan.grids()[branch.experiment]
+  row = next(row for _, row in kept.table(tmp_path, grid) if row["cell"] == branch.name)
+  assert row["state"] == kept.NOT_RUN and row["error"] == f"its trunk {trunk.name} diverged"
+
+
+def test_what_failed_is_told_where_only_the_trunk_was_trained(tmp_path, monkeypatch):
+  cells = select(str(plan.FOLDER / "small.py"))
+  (unit, *_) = units.units_of(cells, lambda cell: False)
+  trunk = next(cell for cell in unit.cells if not cell.config.train.decay_fraction)
+  planted.write_run(tmp_path, trunk.experiment, trunk.name, trunk.config, None)
+  monkeypatch.setattr(units, "command_of", lambda unit, *_: [
+      "sh", "-c", f"echo {unit.stage} failed; exit 1"])
+  made = units.Sitting([unit], str(tmp_path), 1, 8, time.monotonic() + 60)
+  made.run()
+  assert made.failed == [f"{unit.name}: train ended with code 1: train failed"]
