@@ -66,10 +66,11 @@ _SLOT_BYTES = 2**30
 def dropping_nothing(config: RunConfig, platform: str, n_devices: int) -> RunConfig:
   """`config` with a dispatch that drops nothing on such devices, and the batch that suits it.
 
-  On a GPU the products of the dropless dispatch are a loop over blocks of rows, one after another:
-  thousands of small kernels where experts are small. There each expert has a slot for every token
-  of a sequence, most of them empty: n_exp / n_topk times the work, in one product, for as many
-  sequences at a time as memory bears.
+  On a GPU the products of the dropless dispatch are in float32 a loop over blocks of rows, one
+  after another, thousands of small kernels where experts are small; those of bfloat16 have kernels
+  that were never held against anything on a device, and a loss is what all else rests on. There
+  each expert has a slot for every token of a sequence, most of them empty: n_exp / n_topk times the
+  work, in one product, for as many sequences at a time as memory bears.
   """
   if platform != "gpu":
     return override(config, {"moe.dispatch": "dropless"})

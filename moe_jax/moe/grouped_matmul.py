@@ -5,9 +5,10 @@ number of experts nor the size of the array that holds the rows.
 
 Groups follow one another in the order of the experts, without gaps, and at least SPARE_ROWS
 rows that belong to nobody follow the last. On TPU XLA's `ragged_dot` has a kernel for the
-product of the rows. For the gradient of the matrices it has none there, and none at all on CPU
-and NVIDIA GPUs (JAX 0.10.2): it would multiply every row for every expert. There a loop goes
-over blocks of rows of one expert each.
+product of the rows. For the gradient of the matrices it has none there, and none at all on NVIDIA
+GPUs (JAX 0.10.2): it would multiply every row for every expert. On GPUs bfloat16 has kernels of our
+own (grouped_triton.py); all else is a loop over blocks of rows of one expert each. On CPUs a whole
+feed-forward layer is one such loop (swiglu_blocks.py).
 
 For NVIDIA GPUs this is read in what XLA compiles for an H100, which need not be there: with
 jax-cuda12-plugin and nvidia-cuda-nvcc-cu12 installed, JAX_PLATFORMS=cpu, autotuning off and
@@ -19,10 +20,11 @@ where SPEC is XLA's h100_sxm.txtpb without what this version does not read (rate
 `ragged_dot` of 8192 rows of bfloat16 and 64 matrices of [1024, 512] becomes one dense product,
 [8192, 65536] times [65536, 512]: 64 times the FLOPs, and 1 GiB of temporary memory. Both
 gradients are as dense, in 1.5 GiB; XLA's two experimental flags for `ragged_dot` changed nothing
-there. The loop takes 5.5 MiB and multiplies about half a block of each expert for nothing.
+there. Our kernels take no memory but their results and multiply about half a block of each expert
+for nothing; ptxas says that they use Hopper's products (wgmma), load ahead and spill no register.
 Neither has been timed. Pallas' `ragged_dot_mgpu`, which JAX brings as an example, is not used: it
-is written for Hopper's products (wgmma), has no gradient, wants tiles chosen by hand, unrolls a
-loop over the groups and imports JAX's test utilities.
+has no gradient, wants tiles chosen by hand, unrolls a loop over the groups and imports JAX's test
+utilities.
 """
 
 import functools
@@ -31,11 +33,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.moe import grouped_triton
 from moe_jax.products import precision_of
 
-# Rows in a block. CPU: from 32 to 128 it makes no difference that stands out. TPU and GPU: not
-# measured; a block must be worth reading and writing the sum of a matrix's gradient.
-_BLOCK_ROWS = {"cpu": 64, "gpu": 256, "tpu": 512}
+# Rows in a block of the loop. Not measured; a block must be worth reading and writing the sum of a
+# matrix's gradient.
+_BLOCK_ROWS = {"gpu": 256, "tpu": 512}
 
 # So that the last block of a group may reach past the end of it.
 SPARE_ROWS = max(_BLOCK_ROWS.values())
@@ -51,7 +54,7 @@ def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, size_E: jax.Array, platfor
     w_EDF: matrices, of the type of the rows; on a mesh, varying over the axes that the rows
       vary over.
     size_E: int32, rows in each group.
-    platform: of the devices (`jax.Device.platform`), which decides how it is done.
+    platform: of the devices, `gpu` or `tpu`, which decides how it is done.
     usual_rows: how many rows there are in all groups on average, where x_SD has room for more;
       only plans read it.
 
@@ -61,6 +64,10 @@ def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, size_E: jax.Array, platfor
   """
   if platform == "tpu":
     return jax.lax.ragged_dot(x_SD, w_EDF, size_E, precision=precision_of(x_SD.dtype, platform))
+  if _has_kernels(x_SD, platform):
+    blocks = blocks_of(x_SD.shape[0], size_E, grouped_triton.ROWS)
+    return grouped_triton.multiply_rows(x_SD, w_EDF, blocks.expert_J, blocks.start_J,
+                                        blocks.inside_J)
   return _each_block(x_SD, w_EDF, size_E, platform, usual_rows)
 
 
@@ -71,17 +78,23 @@ def _grouped_matmul_fwd(x_SD, w_EDF, size_E, platform, usual_rows):
 def _grouped_matmul_bwd(platform, usual_rows, residuals, dy_SF):
   x_SD, w_EDF, size_E = residuals
   dx_SD = grouped_matmul(dy_SF, w_EDF.swapaxes(1, 2), size_E, platform, usual_rows)
+  if _has_kernels(x_SD, platform):
+    return dx_SD, grouped_triton.sum_of_outer_products(x_SD, dy_SF, size_E), None
   return dx_SD, _sum_of_outer_products(x_SD, dy_SF, size_E, platform, usual_rows), None
 
 
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
+def _has_kernels(x_SD: jax.Array, platform: str) -> bool:
+  return platform == "gpu" and x_SD.dtype == jnp.bfloat16
+
+
 class Blocks(NamedTuple):
   """J blocks, each of one expert's rows.
 
   Attributes:
-    n_used: how many there are; the arrays are longer.
+    n_used: how many there are; the arrays are longer, and what is behind them has no rows inside.
     rows: rows in a block.
     expert_J: whose they are.
     start_J: the first row.
@@ -103,6 +116,7 @@ def blocks_of(n_rows: int, size_E: jax.Array, rows: int) -> Blocks:
   end_E = jnp.cumsum(n_blocks_E)
   j_J = jnp.arange(n_rows // rows + len(size_E))
   expert_J = jnp.searchsorted(end_E, j_J, side="right", method="scan_unrolled")
+  expert_J = jnp.minimum(expert_J, len(size_E) - 1)
   done_J = (j_J - (end_E - n_blocks_E)[expert_J]) * rows
   start_J = (jnp.cumsum(size_E) - size_E)[expert_J] + done_J
   return Blocks(end_E[-1], rows, expert_J, start_J, size_E[expert_J] - done_J, len(size_E))
@@ -119,7 +133,6 @@ def _over_blocks(blocks: Blocks, usual_rows: int, body, start):
 def _each_block(x_SD, w_EDF, size_E, platform, usual_rows):
   """Multiplies each block with its expert's matrix."""
   blocks = blocks_of(x_SD.shape[0], size_E, _BLOCK_ROWS[platform])
-  dtype, (x_SD, w_EDF) = x_SD.dtype, _in_loop_type(platform, x_SD, w_EDF)
 
   def multiply(j, y_SF):
     start, w_DF = blocks.start_J[j], w_EDF[blocks.expert_J[j]]
@@ -129,13 +142,12 @@ def _each_block(x_SD, w_EDF, size_E, platform, usual_rows):
     return jax.lax.dynamic_update_slice_in_dim(y_SF, y_RF, start, axis=0)
 
   zeros_SF = jnp.zeros_like(x_SD, shape=(x_SD.shape[0], w_EDF.shape[2]))
-  return _over_blocks(blocks, usual_rows or x_SD.shape[0], multiply, zeros_SF).astype(dtype)
+  return _over_blocks(blocks, usual_rows or x_SD.shape[0], multiply, zeros_SF)
 
 
 def _sum_of_outer_products(x_SD, dy_SF, size_E, platform, usual_rows):
   """dw_EDF, summed over an expert's rows in float32."""
   blocks = blocks_of(x_SD.shape[0], size_E, _BLOCK_ROWS[platform])
-  dtype, (x_SD, dy_SF) = x_SD.dtype, _in_loop_type(platform, x_SD, dy_SF)
 
   def add(j, dw_EDF):
     inside_R1 = (jnp.arange(blocks.rows) < blocks.inside_J[j])[:, None]
@@ -148,10 +160,5 @@ def _sum_of_outer_products(x_SD, dy_SF, size_E, platform, usual_rows):
 
   shape = (size_E.shape[0], x_SD.shape[1], dy_SF.shape[1])
   zeros_EDF = jnp.zeros_like(x_SD, shape=shape, dtype=jnp.float32)
-  return _over_blocks(blocks, usual_rows or x_SD.shape[0], add, zeros_EDF).astype(dtype)
-
-
-def _in_loop_type(platform, *arrays):
-  # XLA's CPU compiler does everything in float32 and converts before and after. In a loop that
-  # would be the whole array each time round.
-  return [x.astype(jnp.float32) for x in arrays] if platform == "cpu" else arrays
+  dw_EDF = _over_blocks(blocks, usual_rows or x_SD.shape[0], add, zeros_EDF)
+  return dw_EDF.astype(x_SD.dtype)

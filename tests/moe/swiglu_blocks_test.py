@@ -11,8 +11,8 @@ N_ROWS, D, F = sum(SIZES), 6, 4
 
 
 def separate_products(x_SD, weight_S, w_gate_up_EDH, w_down_EFD, size_E):
-  gate_SF, up_SF = jnp.split(grouped_matmul(x_SD, w_gate_up_EDH, size_E, "cpu"), 2, axis=-1)
-  y_SD = grouped_matmul(jax.nn.silu(gate_SF) * up_SF, w_down_EFD, size_E, "cpu")
+  gate_SF, up_SF = jnp.split(grouped_matmul(x_SD, w_gate_up_EDH, size_E, "tpu"), 2, axis=-1)
+  y_SD = grouped_matmul(jax.nn.silu(gate_SF) * up_SF, w_down_EFD, size_E, "tpu")
   return weight_S[:, None] * y_SD
 
 

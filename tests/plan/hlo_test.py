@@ -83,11 +83,11 @@ def test_a_loop_that_depends_on_data_is_refused():
 
 
 def test_a_loop_over_blocks_says_how_long_it_usually_is():
-  """128 of 300 rows are in use, two blocks of 64, and one block more is begun by two experts."""
+  """512 of 900 rows are in use, two blocks of 256, and one block more is begun by two experts."""
   def f(x_SD, w_EDF, size_E):
-    return grouped_matmul(x_SD, w_EDF, size_E, "cpu", usual_rows=128)
+    return grouped_matmul(x_SD, w_EDF, size_E, "gpu", usual_rows=512)
 
-  module = compiled(f, jnp.ones((300, 8)), jnp.ones((2, 8, 4)), jnp.array([100, 28]))
+  module = compiled(f, jnp.ones((900, 8)), jnp.ones((2, 8, 4)), jnp.array([400, 112]))
   assert [module.trip_count(loop) for loop in loops(module)] == [3]
 
 

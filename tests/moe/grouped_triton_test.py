@@ -1,0 +1,67 @@
+"""The kernels' own programs, interpreted, against a product for each group, and what is lowered for
+a GPU. They have never run on one here."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.mesh import DATA, MESH_AXES
+from moe_jax.moe import grouped_triton as gt
+from moe_jax.moe.grouped_matmul import SPARE_ROWS, blocks_of, grouped_matmul
+
+
+def groups(sizes, d, f, dtype=jnp.float32):
+  """x_SD, w_EDF, dy_SF, size_E; NaN where no group has rows."""
+  rng, n_rows = np.random.default_rng(0), sum(sizes) + SPARE_ROWS
+  shapes = (n_rows, d), (len(sizes), d, f), (n_rows, f)
+  x_SD, w_EDF, dy_SF = (rng.normal(size=shape) for shape in shapes)
+  x_SD[sum(sizes):] = dy_SF[sum(sizes):] = np.nan
+  return *(jnp.asarray(x, dtype) for x in (x_SD, w_EDF, dy_SF)), jnp.asarray(sizes, jnp.int32)
+
+
+# More than a block and nothing; whole blocks; one row of a matrix narrower than any tile; nothing.
+@pytest.mark.parametrize("sizes, d, f", [([130, 0, 257, 1, 40], 100, 72), ([128, 256], 64, 256),
+                                         ([0, 1, 0], 5, 3), ([0, 0], 64, 128)])
+def test_equals_a_product_for_each_group(sizes, d, f):
+  x_SD, w_EDF, dy_SF, size_E = groups(sizes, d, f)
+  blocks = blocks_of(len(x_SD), size_E, gt.ROWS)
+  y_SF = gt.multiply_rows(x_SD, w_EDF, blocks.expert_J, blocks.start_J, blocks.inside_J,
+                          interpret=True)
+  dw_EDF = gt.sum_of_outer_products(x_SD, dy_SF, size_E, interpret=True)
+  x_SD, w_EDF, dy_SF = (np.float64(x) for x in (x_SD, w_EDF, dy_SF))
+  for e, end in enumerate(np.cumsum(sizes)):
+    rows = slice(end - sizes[e], end)
+    np.testing.assert_allclose(y_SF[rows], x_SD[rows] @ w_EDF[e], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(dw_EDF[e], x_SD[rows].T @ dy_SF[rows], rtol=1e-5, atol=1e-4)
+  np.testing.assert_array_equal(y_SF[sum(sizes):], 0)
+
+
+@pytest.mark.parametrize("where", ["alone", "population", "mesh"])
+def test_a_gpu_gets_them_for_bfloat16_forward_and_backward(where):
+  """Also under vmap, and where each device has rows of its own."""
+  *arrays, size_E = groups([130, 0, 100], 64, 48, jnp.bfloat16)
+
+  def grads(x_SD, w_EDF, dy_SF):
+    _, back = jax.vjp(lambda x, w: grouped_matmul(x, w, size_E, "gpu"), x_SD, w_EDF)
+    return back(dy_SF)
+
+  if where == "population":
+    grads, arrays = jax.vmap(grads), [jnp.stack([x, x]) for x in arrays]
+  if where == "mesh":
+    mesh = jax.make_mesh((2, 1, 1), MESH_AXES, devices=jax.devices()[:2],
+                         axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    spec = jax.P(DATA)
+    grads = jax.shard_map(grads, mesh=mesh, in_specs=spec, out_specs=spec)
+    arrays = [jnp.concatenate([x, x]) for x in arrays]
+  lower = functools.partial(jax.jit(grads).trace(*arrays).lower, lowering_platforms=("cuda",))
+  assert lower().as_text().count("__gpu$xla.gpu.triton") == 2  # of x and of w
+
+
+def test_float32_is_left_to_products_that_round_nothing():
+  *arrays, size_E = groups([130, 0, 100], 64, 48)
+  lowered = jax.jit(lambda x, w, _: grouped_matmul(x, w, size_E, "gpu")).trace(*arrays).lower(
+      lowering_platforms=("cuda",)).as_text()
+  assert "triton" not in lowered and "HIGHEST" in lowered
