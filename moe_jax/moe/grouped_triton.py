@@ -5,7 +5,6 @@ of programs that run side by side: a block and some columns each. Compiled by XL
 without one; neither has been timed.
 """
 
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
