@@ -2,7 +2,10 @@
 
     python -m benchmarks.population
     python -m benchmarks.population --population_model=bytes-5m --population_sizes=1,2,4,8,16,32
+    python -m benchmarks.population --population_model=reference --population_sizes=1 \
+        --config.moe.dispatch=dropless
 
+--config.PATH=VALUE changes the model: what dispatch, what it saves for the backward pass.
 Whole steps as the trainer takes them: batches are put on the device, metrics are fetched. Sizes
 take turns, so that all see the same machine, and the fastest pass of each counts. `of the peak`
 counts active FLOPs against the fastest large matrix product of this device in the type of the
@@ -19,12 +22,12 @@ import numpy as np
 from absl import flags
 
 from benchmarks.iso_solver import machine
-from experiments import quickstart
+from experiments import quickstart, reference
 from moe_jax import cli
 from moe_jax.arch import count
 from moe_jax.config import Architecture, DataConfig, MoEConfig, RunConfig, TrainConfig
 from moe_jax.design.sheet import Sheet, print_sheet
-from moe_jax.errors import require
+from moe_jax.errors import FieldError, require
 from moe_jax.fields import override
 from moe_jax.mesh import make_mesh
 from moe_jax.train.population import Population
@@ -33,15 +36,19 @@ from moe_jax.train.step import init_state
 _SIZES = flags.DEFINE_list("population_sizes", ["1", "2", "4", "8"], "Members; 1 comes first.")
 _STEPS = flags.DEFINE_integer("population_steps", 5, "Steps in a pass.")
 _PASSES = flags.DEFINE_integer("population_passes", 3, "Passes of which the fastest counts.")
-_MODEL = flags.DEFINE_enum("population_model", "quickstart", ["quickstart", "bytes-5m"],
-                           "The cheapest cell of the quickstart, or 5M active parameters on bytes "
-                           "as in the study.")
+_MODEL = flags.DEFINE_enum("population_model", "quickstart",
+                           ["quickstart", "bytes-5m", "reference"], "The cheapest cell of the "
+                           "quickstart, 5M active parameters on bytes as in the study, or "
+                           "experiments/reference.py with 8 sequences.")
 
 
 def model(name: str) -> RunConfig:
   """The configuration that all members share, but for seeds and learning rates."""
   if name == "quickstart":
     return min(quickstart.get_grid().cells, key=lambda config: count.n_active(config.arch))
+  if name == "reference":
+    return override(reference.RECIPE, {"execution.mesh.fsdp": 1, "execution.mesh.expert": 1,
+                                       "train.batch_size": 8})
   return RunConfig(
       arch=Architecture(n_layers=8, d_model=256, d_expert=128, n_exp=16, n_topk=4, n_heads=4),
       moe=MoEConfig(capacity_factor=2.0, routing_group_tokens=128 * 256),
@@ -124,13 +131,17 @@ def measure(config: RunConfig, sizes: list[int], steps: int, passes: int) -> lis
   return rows + [{"population": size, "error": "out of memory"} for size in lost]
 
 
-def main(_) -> None:
+def main(overrides: list[str]) -> None:
   sizes = [int(text) if text.isdecimal() else 0 for text in _SIZES.value]
   require(sizes[:1] == [1] and min(sizes) >= 1, "population_sizes", ",".join(_SIZES.value),
           "must be whole numbers above 0, and begin with 1")
   for flag in (_STEPS, _PASSES):
     require(flag.value >= 1, flag.name, flag.value, "must be at least 1")
-  config = model(_MODEL.value)
+  changes = dict(map(cli.parse_override, overrides))
+  try:
+    config = override(model(_MODEL.value), changes)
+  except FieldError as error:
+    raise error.under("config") from None
   rows = measure(config, sizes, _STEPS.value, _PASSES.value)
   sheet = Sheet(f"{_MODEL.value}: {count.n_active(config.arch):,} active parameters, "
                 f"{config.train.batch_size} x {config.data.seq_len} tokens a member, "
@@ -146,6 +157,7 @@ def main(_) -> None:
   print_sheet(sheet)
   print(json.dumps({"machine": machine(), "jax": jax.__version__,
                     "device": jax.devices()[0].device_kind, "model": _MODEL.value,
+                    "changes": overrides,
                     "rows": rows}, indent=2))
 
 

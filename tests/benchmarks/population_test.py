@@ -1,7 +1,22 @@
 import pytest
 
 from benchmarks import population
+from moe_jax.config import resolve_mesh
+from tests.experiment_files import run_module
 from tests.small import small_config
+
+
+@pytest.mark.parametrize("name", ["quickstart", "bytes-5m", "reference"])
+def test_every_model_is_of_one_device(name):
+  assert resolve_mesh(population.model(name), 1, 1) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("change, said", [("moe.dispatch=drop", "moe.dispatch='drop': must be"),
+                                          ("arch.n_topk=999", "arch.n_topk=999: must")])
+def test_a_change_that_is_none_is_refused_before_anything_is_compiled(change, said):
+  done = run_module("-m", "benchmarks.population", f"--config.{change}")
+  assert done.returncode == 2 and done.stderr.startswith(f"error: --config.{said}")
+  assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
