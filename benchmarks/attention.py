@@ -122,7 +122,7 @@ def main(_) -> None:
       made, figures[name] = compiled(way, arrays,
                                      without if name == WITHOUT_DOCUMENTS else with_documents)
     except Exception as refused:  # whatever a library refuses or dies of is its row
-      figures[name] = {"refused": str(refused).strip().splitlines()[0][:100]}
+      figures[name] = {"refused": (str(refused).strip() or repr(refused)).splitlines()[0][:100]}
       continue
     programs |= {(name, which): program for which, program in made.items()}
   fastest = dict.fromkeys(programs, math.inf)

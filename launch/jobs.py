@@ -87,7 +87,7 @@ class Job:
 
   def missing_trunk(self) -> RunDir | None:
     """The run it branches from, while that has not saved the step where this one begins."""
-    trunk = RunDir.trunk_of(self.run_dir.path.parent.parent, self.cell)
+    trunk = self.run_dir.trunk(self.cell.config)
     if (trunk is None or trunk.has_checkpoint(self.cell.config.train.branch_step)
         or self.run_dir.has_checkpoint()):
       return None
@@ -150,7 +150,7 @@ def require_trunks(jobs: Sequence[Job]) -> None:
   """
   ours = {job.run_dir for job in jobs}
   for job in jobs:
-    if RunDir.trunk_of(job.run_dir.path.parent.parent, job.cell) in ours:
+    if job.run_dir.trunk(job.cell.config) in ours:
       continue
     if (trunk := job.missing_trunk()) is not None:
       raise FieldError("config", job.name, f"branches from {trunk.path.parent.name}/"

@@ -100,7 +100,7 @@ def work_of(share: Share, code: Code, out: str, backend: str, hosts: int = 1,
            for job in share.jobs}
   here = {job.run_dir: job.name for job in share.jobs}
   trunks = {job.name: (here[trunk], job.cell.config.train.branch_step) for job in share.jobs
-            if (trunk := RunDir.trunk_of(out, job.cell)) in here}
+            if (trunk := job.run_dir.trunk(job.cell.config)) in here}
   groups = tuple(tuple(cell.name for cell in group)
                  for group in population.deal([job.cell for job in share.jobs]))
   return Work(share.name, share.jobs[0].cell.experiment, out, cells, hosts, secrets or {},

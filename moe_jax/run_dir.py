@@ -172,13 +172,14 @@ class RunDir:
     is_path = run.startswith(("/", "./", "../")) or run.count("/") > 1
     return cls(epath.Path(run) if is_path else epath.Path(out) / run)
 
-  @classmethod
-  def trunk_of(cls, out: str | os.PathLike, cell: Cell) -> "RunDir | None":
-    """The directory of the run that a cell branches from; None if it does not."""
-    run = cell.config.train.branch_run
+  def trunk(self, config: RunConfig) -> "RunDir | None":
+    """The directory of the run that this one, of that configuration, branches from; None if it
+    does not."""
+    run = config.train.branch_run
     if run is None:
       return None
-    return cls.named(out, run if "/" in run else f"{cell.experiment}/{run}")
+    root, experiment = self.path.parent.parent, self.path.parent.name
+    return RunDir.named(root, run if "/" in run else f"{experiment}/{run}")
 
   @property
   def checkpoints(self) -> epath.Path:

@@ -296,8 +296,8 @@ class ExecutionConfig:
     mesh: how devices are laid out.
     remat: what the backward pass recomputes: `none`, `dots` (all but the dense projections;
       attention scores and routed experts are computed again), `rows` (all but what is
-      expensive to recompute: the rows that experts received and, where a kernel makes it, the
-      output of attention)
+      expensive to recompute: the rows that experts received and, on a TPU, the output of
+      attention)
       or `full` (each layer from its input and where its tokens go).
     microbatches: parts the global batch is split into, one after another, to save memory.
       The result does not change; one more forward pass is paid when above 1.

@@ -1,6 +1,5 @@
 """What a sitting works on: cells of one shape at a time, several such units side by side."""
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -21,7 +20,10 @@ from moe_jax.study.candidates import flops
 
 TO_SAVE_SECONDS = 20.0  # that trainers have for a checkpoint when the time is up
 _POLL_SECONDS = 0.2
-_PR_SET_PDEATHSIG = 1  # of Linux' prctl
+# Runs the command behind it such that the kernel ends it with SIGTERM when the sitting is no more:
+# a trainer that outlived a killed sitting would keep its run and the device. 1: PR_SET_PDEATHSIG.
+_ENDS_WITH_US = ("import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
+                 "os.execvp(sys.argv[1], sys.argv[1:])")
 
 
 @dataclasses.dataclass
@@ -64,14 +66,14 @@ def units_of(cells: Sequence[Cell], is_done: Callable[[Cell], bool]) -> list[Uni
 
 
 def is_done(cell: Cell, *roots: str) -> bool:
-  """Whether a cell has a result, or diverged, or its trunk did, under one of the roots."""
+  """Whether a cell has a result under one of the roots, or diverged, or its trunk did before it."""
   for root in roots:
-    run, trunk = RunDir.of(root, cell), RunDir.trunk_of(root, cell)
+    run = RunDir.of(root, cell)
     try:
       if run.check_identity(cell) and (kept.progress(run) == kept.EVALUATED
                                        or run.read_status().get("state") == DIVERGED):
         return True
-      if trunk is not None and trunk.read_status().get("state") == DIVERGED:
+      if kept.lost_trunk(run, cell.config) is not None:
         return True
     except FieldError as error:
       print(f"{cell.name}: {error}", flush=True)
@@ -96,12 +98,6 @@ def command_of(unit: Unit, out: str, population: int) -> list[str]:
   names = ",".join(cell.selector.rpartition(":")[2] for cell in wanted)
   return [sys.executable, "-m", f"moe_jax.{unit.stage}", f"--config={spec}:{names}",
           f"--out={out}", f"--config.execution.population={population}", *unit.overrides]
-
-
-def _end_with_the_sitting() -> None:
-  """In a new process: one that outlived a killed sitting would keep its run and the device."""
-  if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Sitting:
@@ -161,6 +157,7 @@ class Sitting:
   def _start(self, unit: Unit) -> None:
     unit.began = unit.began or time.monotonic()
     command = command_of(unit, self._out, self._population)
+    ours = [sys.executable, "-c", _ENDS_WITH_US] if sys.platform == "linux" else []
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / self._parallel:.2f}", **os.environ}
     log = unit.log(self._out)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -168,10 +165,9 @@ class Sitting:
       file.write(f"==== {shlex.join(command)}\n".encode())
       file.flush()
       unit.log_from = file.tell()
-      unit.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file,
+      unit.process = subprocess.Popen([*ours, *command], stdin=subprocess.DEVNULL, stdout=file,
                                       stderr=subprocess.STDOUT, env=environment,
-                                      start_new_session=True,
-                                      preexec_fn=_end_with_the_sitting)
+                                      start_new_session=True)
     self._working.append(unit)
 
   def _reap(self) -> None:

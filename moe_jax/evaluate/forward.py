@@ -68,9 +68,9 @@ def dropping_nothing(config: RunConfig, platform: str, n_devices: int) -> RunCon
 
   On a GPU the products of the dropless dispatch are in float32 a loop over blocks of rows, one
   after another, thousands of small kernels where experts are small; those of bfloat16 have kernels
-  that were never held against anything on a device, and a loss is what all else rests on. There
-  each expert has a slot for every token of a sequence, most of them empty: n_exp / n_topk times the
-  work, in one product, for as many sequences at a time as memory bears.
+  of our own, which were never held against anything on a device. There each expert has a slot for
+  every token of a sequence, most of them empty: n_exp / n_topk times the work, in one product, for
+  as many sequences at a time as memory bears.
   """
   if platform != "gpu":
     return override(config, {"moe.dispatch": "dropless"})

@@ -1,9 +1,9 @@
 """Flash attention on GPUs: JAX's Pallas kernel (Triton), which never holds the scores.
 
-cuDNN's kernel is known to be faster, but what JAX 0.10.2 lets through to it does not do here: of
-documents a mask [B, 1, S, S], whose gradient is computed for nothing, and under `jax.vmap`, which a
-population is, neither that mask nor grouped queries pass. Here documents' numbers are compared tile
-by tile. No attention has been timed on a GPU yet: `python -m benchmarks.attention` is what does it.
+cuDNN's kernel is known to be faster, but what JAX 0.10.2 lets through to it of documents does not
+do here: a mask [B, 1, S, S], whose gradient is computed for nothing, and which does not pass under
+`jax.vmap`, which a population is. Here documents' numbers are compared tile by tile. No attention
+has been timed on a GPU yet: `python -m benchmarks.attention` is what does it.
 """
 
 import functools

@@ -20,11 +20,11 @@ where SPEC is XLA's h100_sxm.txtpb without what this version does not read (rate
 `ragged_dot` of 8192 rows of bfloat16 and 64 matrices of [1024, 512] becomes one dense product,
 [8192, 65536] times [65536, 512]: 64 times the FLOPs, and 1 GiB of temporary memory. Both
 gradients are as dense, in 1.5 GiB; XLA's two experimental flags for `ragged_dot` changed nothing
-there. Our kernels take no memory but their results and multiply about half a block of each expert
-for nothing; ptxas says that they use Hopper's products (wgmma), load ahead and spill no register.
-Neither has been timed. Pallas' `ragged_dot_mgpu`, which JAX brings as an example, is not used: it
-has no gradient, wants tiles chosen by hand, unrolls a loop over the groups and imports JAX's test
-utilities.
+there. Our kernels take no memory but their results, and the matrices once more, transposed for the
+gradient of the rows; they multiply about half a block of each expert for nothing. ptxas says that
+they use Hopper's products (wgmma), load ahead and spill no register. Nothing has been timed.
+Pallas' `ragged_dot_mgpu`, which JAX brings as an example, is not used: it has no gradient, wants
+tiles chosen by hand, unrolls a loop over the groups and imports JAX's test utilities.
 """
 
 import functools

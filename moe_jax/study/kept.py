@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from moe_jax import run_dir as run_dir_lib
+from moe_jax.branch import require_trunk
 from moe_jax.config import RunConfig, identity_hash
 from moe_jax.errors import FieldError, require
 from moe_jax.evaluate.results import Row, facts, recipe_hash, rows_of
@@ -155,10 +156,8 @@ def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Ro
     return rows
   status = run.read_status()
   error = " ".join((status.get("error") or "").split()) or None
-  if not status and config.train.branch_run:
-    trunk = RunDir(run.path.parent / config.train.branch_run).read_status()
-    if trunk.get("state") == run_dir_lib.DIVERGED:
-      error = f"its trunk {config.train.branch_run} diverged"
+  if not status and (trunk := lost_trunk(run, config)) is not None:
+    error = f"its trunk {trunk.path.name} diverged"
   return [{"experiment": experiment, "cell": name, "identity": identity_hash(config),
            "recipe_hash": recipe_hash(config), "evaluation": HELDOUT, **facts(config),
            "tokens": config.train.steps * config.batch_tokens,
@@ -166,6 +165,23 @@ def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Ro
            "steps": config.train.steps, "loss": None, "commit": status.get("commit"),
            "device_kind": status.get("device_kind"),
            "error": error}]
+
+
+def lost_trunk(run: RunDir, config: RunConfig) -> RunDir | None:
+  """The trunk of a branch that can never begin: it diverged before it was there. None otherwise.
+
+  Raises:
+    FieldError: the trunk's files are damaged, or it is another one than the branch is meant for.
+  """
+  trunk = run.trunk(config)
+  if trunk is None:
+    return None
+  status, theirs = trunk.read_status(), trunk.read_config()
+  if (status.get("state") != run_dir_lib.DIVERGED or theirs is None
+      or status.get("step", 0) >= config.train.branch_step):
+    return None
+  require_trunk(config, theirs)
+  return trunk
 
 
 def training_drop_rate(run: RunDir, config: RunConfig) -> float | None:
@@ -177,7 +193,7 @@ def training_drop_rate(run: RunDir, config: RunConfig) -> float | None:
   branch = config.train.branch_step or 0
   parts = [[record for record in run.read_metrics() if record["step"] > branch]]
   if branch:
-    trunk = RunDir(run.path.parent / config.train.branch_run)
+    trunk = run.trunk(config)
     parts.append([record for record in trunk.read_metrics() if record["step"] <= branch])
   if not all(parts):
     return None

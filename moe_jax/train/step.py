@@ -202,7 +202,7 @@ def lower_train_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 def compile_train_step(config: RunConfig, mesh: Mesh) -> Callable[[State, Batch],
                                                                   tuple[State, Metrics]]:
-  """The compiled step, with the numbers of `config`."""
+  """The compiled step, with the hyperparameters of `config`."""
   compiled = lower_train_step(config, mesh).compile()
   hyperparams = jax.device_put(Hyperparams.of(config), replicated(mesh))
   return lambda state, batch: compiled(state, batch, hyperparams)

@@ -52,8 +52,9 @@ def find_trunk(out: str | os.PathLike, cell: Cell) -> Trunk | None:
   Raises:
     FieldError: there is no such run or checkpoint, or the cell cannot branch from it.
   """
-  trunk_dir = RunDir.trunk_of(out, cell)
-  if trunk_dir is None or checkpoint_steps(RunDir.of(out, cell)):
+  run_dir = RunDir.of(out, cell)
+  trunk_dir = run_dir.trunk(cell.config)
+  if trunk_dir is None or checkpoint_steps(run_dir):
     return None
   field, reference = "config.train.branch_from", cell.config.train.branch_from
   config = trunk_dir.read_config()

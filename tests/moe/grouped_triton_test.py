@@ -39,14 +39,36 @@ def test_equals_a_product_for_each_group(sizes, d, f):
   np.testing.assert_array_equal(y_SF[sum(sizes):], 0)
 
 
+def test_bfloat16_is_rounded_once_in_a_population_too():
+  """As a step of several runs takes them: each with groups of its own, gradients by vmap."""
+  sizes = [130, 0, 100], [7, 223, 0]
+  x_PSD, w_PEDF, dy_PSF, size_PE = map(jnp.stack, zip(*(
+      groups(each, 64, 48, jnp.bfloat16) for each in sizes), strict=True))
+
+  def both(x_SD, w_EDF, dy_SF, size_E):
+    blocks = blocks_of(len(x_SD), size_E, gt.ROWS)
+    return (gt.multiply_rows(x_SD, w_EDF, blocks.expert_J, blocks.start_J, blocks.inside_J,
+                             interpret=True),
+            gt.sum_of_outer_products(x_SD, dy_SF, size_E, interpret=True))
+
+  y_PSF, dw_PEDF = jax.vmap(both)(x_PSD, w_PEDF, dy_PSF, size_PE)
+  x_PSD, w_PEDF, dy_PSF = (np.float64(x) for x in (x_PSD, w_PEDF, dy_PSF))
+  for p, each in enumerate(sizes):
+    for e, end in enumerate(np.cumsum(each)):
+      rows = slice(end - each[e], end)
+      for ours, truth in ((y_PSF[p, rows], x_PSD[p, rows] @ w_PEDF[p, e]),
+                          (dw_PEDF[p, e], x_PSD[p, rows].T @ dy_PSF[p, rows])):
+        np.testing.assert_allclose(np.float64(ours), truth, rtol=2**-8, atol=1e-4)
+
+
 @pytest.mark.parametrize("where", ["alone", "population", "mesh"])
 def test_a_gpu_gets_them_for_bfloat16_forward_and_backward(where):
   """Also under vmap, and where each device has rows of its own."""
   *arrays, size_E = groups([130, 0, 100], 64, 48, jnp.bfloat16)
 
   def grads(x_SD, w_EDF, dy_SF):
-    _, back = jax.vjp(lambda x, w: grouped_matmul(x, w, size_E, "gpu"), x_SD, w_EDF)
-    return back(dy_SF)
+    y_SF, back = jax.vjp(lambda x, w: grouped_matmul(x, w, size_E, "gpu"), x_SD, w_EDF)
+    return y_SF, *back(dy_SF)
 
   if where == "population":
     grads, arrays = jax.vmap(grads), [jnp.stack([x, x]) for x in arrays]
@@ -57,7 +79,9 @@ def test_a_gpu_gets_them_for_bfloat16_forward_and_backward(where):
     grads = jax.shard_map(grads, mesh=mesh, in_specs=spec, out_specs=spec)
     arrays = [jnp.concatenate([x, x]) for x in arrays]
   lower = functools.partial(jax.jit(grads).trace(*arrays).lower, lowering_platforms=("cuda",))
-  assert lower().as_text().count("__gpu$xla.gpu.triton") == 2  # of x and of w
+  lowered = lower().as_text()
+  # The product, and the gradients of rows and matrices.
+  assert lowered.count("grouped_rows") >= 2 and lowered.count("__gpu$xla.gpu.triton") == 3
 
 
 def test_float32_is_left_to_products_that_round_nothing():
