@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments.study import arms, plan
 from moe_jax.grid import load_grid, select
@@ -19,11 +20,17 @@ from moe_jax.study.noise import ARCHITECTURE_SD, SEED_SD
 from tests.experiment_files import ROOT
 
 RESULTS = pathlib.Path(plan.RESULTS)
-WHOLE = RESULTS / "study-rehearsal" / "results.csv"
-PREDICTIONS = plan.FOLDER / "rehearsal_predictions.csv"
-STUDY = (plan.FOLDER / "README.md").read_text()
+STUDY = " ".join((plan.FOLDER / "README.md").read_text().split())
+FIRST, AGAIN = STUDY.split("### Again, without drops")
 FRONT = " ".join((ROOT / "README.md").read_text().split())
 NO_TWO = "l6-d144-f72-e8-k4", "l6-d144-f72-e8-k2"
+
+
+def whole(experiment):
+  return RESULTS / experiment / "results.csv"
+
+
+CAPACITY, DROPLESS = whole("study-rehearsal"), whole("study-rehearsal-dropless")
 
 
 def dropped(rows):
@@ -31,13 +38,14 @@ def dropped(rows):
           if float(row["training_drop_rate"]) >= plan.STATISTICS["study"].most_dropped]
 
 
-def test_its_tables_are_made_of_its_runs(tmp_path):
+def test_their_tables_are_made_of_their_runs(tmp_path):
   shutil.copytree(RESULTS, tmp_path / "results")
   tables = [file.relative_to(RESULTS) for file in RESULTS.rglob("*.csv")]
-  assert len(tables) == 2
+  assert len(tables) == 4
   for table in tables:
     (tmp_path / "results" / table).unlink()
-  assert "study-rehearsal: 32 finished" in plan.write_tables(tmp_path / "results", plan.grids())
+  lines = plan.write_tables(tmp_path / "results", plan.grids())
+  assert {"study-rehearsal: 32 finished", "study-rehearsal-dropless: 44 finished"} <= set(lines)
   for table in tables:
     assert (tmp_path / "results" / table).read_bytes() == (RESULTS / table).read_bytes()
 
@@ -67,16 +75,30 @@ def test_a_run_that_dropped_too_much_counts_in_no_table(tmp_path, monkeypatch):
     assert "of assignments dropped" in (tmp_path / "results" / name).read_text()
 
 
-@pytest.mark.parametrize("table, law, leave_out, names", [
-    ("rehearsal.csv", "paper-curved", lambda rows: (), ("c", "b_minus_c", "a", "q")),
-    ("rehearsal.csv", "paper-curved", lambda rows: NO_TWO, ("b_minus_c",)),
-    ("rehearsal.csv", "paper", dropped, ("b_minus_c", "c")),
-    ("study-rehearsal/results.csv", "experts-or-core", lambda rows: (), ("more_experts", "core"))])
-def test_its_slopes_are_those_that_are_told(table, law, leave_out, names):
+def no_two(rows):
+  """And none of their seeds."""
+  return [row["cell"] for row in rows if row["cell"].startswith(NO_TWO)]
+
+
+def nothing(rows):
+  del rows
+  return ()
+
+
+@pytest.mark.parametrize("told, table, law, leave_out, names", [
+    (FIRST, "rehearsal.csv", "paper-curved", nothing, ("c", "b_minus_c", "a", "q")),
+    (FIRST, "rehearsal.csv", "paper-curved", no_two, ("b_minus_c",)),
+    (FIRST, "rehearsal.csv", "paper", dropped, ("b_minus_c", "c")),
+    (FIRST, "study-rehearsal/results.csv", "experts-or-core", nothing, ("more_experts", "core")),
+    (AGAIN, "rehearsal_dropless.csv", "paper-curved", nothing, ("c", "b_minus_c", "a", "q")),
+    (AGAIN, "rehearsal_dropless.csv", "paper-curved", no_two, ("b_minus_c",)),
+    (AGAIN, "study-rehearsal-dropless/results.csv", "experts-or-core", nothing,
+     ("more_experts", "core"))])
+def test_slopes_are_those_that_are_told(told, table, law, leave_out, names):
   rows = read_results(RESULTS / table)
   cells = to_cells(read_results(RESULTS / table, without=leave_out(rows)))
   found = analyse(cells, law)
-  assert f"({len(cells)})" in STUDY
+  assert f"({len(found.fitted.cells)})" in told
   for name in names:
     interval = found.headline[name]
     values = interval.estimate, interval.low, interval.high
@@ -86,52 +108,109 @@ def test_its_slopes_are_those_that_are_told(table, law, leave_out, names):
       percent = [f"{100 * math.expm1(sign * value * math.log(2)):+.2f}" for value in values]
       percent[1:] = sorted((end.lstrip("+") for end in percent[1:]), key=float)
       row += " {} % [{}, {}] |".format(*(text.replace("-", "−") for text in percent))
-    assert row in STUDY, row
-    if law == "paper-curved" and name != "a" and name != "q":
+    assert row in told, row
+    if leave_out is nothing and (name == "b_minus_c" or name == "c" and told is AGAIN):
       assert "{} % [{}, {}]".format(percent[0].lstrip("+"), *percent[1:]) in FRONT
 
 
-def test_its_rivals_are_as_told():
-  for table, said in (("rehearsal.csv", {"total-active": "N_active) 0.87 %", "paper":
-                                         "curvature 0.86 %", "paper-curved": "law 0.89 %",
-                                         "total-sparsity": "s) 0.97 %"}),
-                      ("study-rehearsal/results.csv",
-                       {"total-active": "has 1.00 %", "paper-curved": "law 0.74 %"})):
-    rivals = {one.law: one for one in analyse(
-        to_cells(read_results(RESULTS / table)), "paper-curved", draws=99).rivals}
-    for law, words in said.items():
-      assert words.split()[-2] == f"{100 * rivals[law].n_exp_rmse:.2f}"
-      assert words in " ".join(STUDY.split())
+@pytest.mark.parametrize("told, table, said", [
+    (FIRST, "rehearsal.csv", {"total-active": "N_active) 0.87 %", "paper": "curvature 0.86 %",
+                              "paper-curved": "law 0.89 %", "total-sparsity": "s) 0.97 %"}),
+    (FIRST, "study-rehearsal/results.csv", {"total-active": "has 1.00 %",
+                                            "paper-curved": "law 0.74 %"}),
+    (AGAIN, "rehearsal_dropless.csv", {"total-active": "N_active) 1.08 %",
+                                       "paper": "curvature 0.92 %", "paper-curved": "law 0.85 %",
+                                       "total-sparsity": "s) 0.94 %"})])
+def test_rivals_are_as_told(told, table, said):
+  rivals = {one.law: one for one in analyse(
+      to_cells(read_results(RESULTS / table)), "paper-curved", draws=99).rivals}
+  for law, words in said.items():
+    assert words.split()[-2] == f"{100 * rivals[law].n_exp_rmse:.2f}"
+    assert words in told
 
 
-def test_its_scatter_is_as_told():
-  fitted = fit(to_cells(read_results(RESULTS / "rehearsal.csv")), "paper-curved")
-  df = len(fitted.cells) - len(fitted.parameters)
+def test_the_scatter_is_as_told():
+  first, again = (fit(to_cells(read_results(RESULTS / table)), "paper-curved")
+                  for table in ("rehearsal.csv", "rehearsal_dropless.csv"))
+  df = len(first.cells) - len(first.parameters)
   assumed = math.hypot(SEED_SD, ARCHITECTURE_SD)
-  assert (f"scatter by {100 * fitted.scatter:.2f} % of the loss ({df} degrees of freedom), where "
-          f"the power calculation assumes {100 * assumed:.2f} %") in " ".join(STUDY.split())
+  assert (f"scatter by {100 * first.scatter:.2f} % of the loss ({df} degrees of freedom), where "
+          f"the power calculation assumes {100 * assumed:.2f} %") in FIRST
+  assert f"The residuals scatter by {100 * again.scatter:.2f} %" in AGAIN
+
+
+def test_seeds_lie_as_far_apart_as_told():
+  losses = {}
+  for row in read_results(DROPLESS):
+    losses.setdefault(row["cell"].partition("-s")[0], []).append(float(row["loss"]))
+  repeated = {cell: found for cell, found in losses.items() if len(found) > 1}
+  df = sum(len(found) - 1 for found in repeated.values())
+  variance = sum(np.var(np.log(found), ddof=1) * (len(found) - 1)
+                 for found in repeated.values()) / df
+  sd = 100 * math.sqrt(variance)
+  assert len(repeated) == 4 and f"{sd:.2f} % of the loss ({df} degrees of freedom)" in AGAIN
+  assert f"assumes {100 * SEED_SD:.1f} % for runs" in AGAIN
+  assert f"seeds alone lie {sd:.1f} %" in FRONT
+  found = repeated["l6-d144-f72-e8-k4"]
+  assert f"has seeds from {min(found):.3f} to {max(found):.3f}" in AGAIN
+
+
+def test_what_drops_were_part_of_is_as_told():
+  """By pairs of one seed, with and without them: least squares of the difference of ln L."""
+  before, after = ({row["cell"]: row for row in read_results(table)}
+                   for table in (CAPACITY, DROPLESS))
+  pairs = [(before[cell], after[cell]) for cell in before]
+  assert f"of the {len(pairs)} pairs of one seed" in AGAIN
+  gain_N = np.log([float(with_drops["loss"]) / float(without["loss"])
+                   for with_drops, without in pairs])
+  x_NP = np.array([[1.0, math.log(float(row["n_exp"])), math.log(float(row["sparsity"]))]
+                   for row, _ in pairs])
+  beta_P, (squares,), *_ = np.linalg.lstsq(x_NP, gain_N)
+  df = len(pairs) - 3
+  error = math.sqrt(squares / df * np.linalg.inv(x_NP.T @ x_NP)[1, 1])
+  ends = (beta_P[1] + side * stats.t.ppf(0.975, df) * error for side in (-1, 1))
+  assert "by {:.4f} [{:.4f}, {:.4f}] of ln L per ln n_exp".format(beta_P[1], *ends) in AGAIN
 
 
 def test_what_was_dropped_is_as_told():
-  rows = read_results(WHOLE)
-  assert f"{len(dropped(rows))} of {len(rows)} drop more" in " ".join(STUDY.split())
+  rows = read_results(CAPACITY)
+  assert f"{len(dropped(rows))} of {len(rows)} drop more" in FIRST
   assert max(float(row["training_drop_rate"]) for row in rows) == pytest.approx(0.05, abs=0.005)
+  assert all(float(row["training_drop_rate"]) == 0 for row in read_results(DROPLESS))
 
 
-def test_its_predictions_are_those_of_the_runs_before_them():
-  predictions = foresight.read(str(PREDICTIONS))
+def test_the_first_predictions_are_those_of_the_runs_before_them():
+  predictions = foresight.read(str(plan.FOLDER / "rehearsal_predictions.csv"))
   names = [one["cell"] for one in predictions]
   made = foresight.predict(select(f"{plan.FOLDER / 'rehearsal.py'}:{','.join(names)}"),
-                           read_results(WHOLE, without=names), "paper-curved")
-  for ours, theirs in zip(made.rows, predictions, strict=True):
+                           read_results(CAPACITY, without=names), "paper-curved")
+  _require_equal(made.rows, predictions)
+
+
+def test_the_second_predictions_are_those_of_the_first_rehearsal():
+  predictions = foresight.read(str(plan.FOLDER / "rehearsal_dropless_predictions.csv"))
+  made = foresight.predict(select(str(plan.FOLDER / "rehearsal_dropless.py")),
+                           read_results(CAPACITY), "paper-curved")
+  _require_equal(made.rows, predictions)
+
+
+def _require_equal(made, predictions):
+  for ours, theirs in zip(made, predictions, strict=True):
     assert (ours["cell"], ours["identity"]) == (theirs["cell"], theirs["identity"])
     assert float(ours["predicted"]) == pytest.approx(theirs["predicted"], abs=1e-6)
 
 
-def test_its_predictions_turned_out_as_told():
-  compared = foresight.compare(foresight.read(str(PREDICTIONS)), read_results(WHOLE))
-  assert len(compared.measured) == 14 and compared.covered == 11
-  assert all(error < 0 for error in compared.errors)
-  median = f"{100 * np.median(np.abs(compared.errors)):.1f} %"
-  assert f"median error {median}" in STUDY and f"missed by {median} (median)" in FRONT
-  assert f"mean −{-100 * np.mean(compared.errors):.1f} %" in STUDY
+def test_the_predictions_turned_out_as_told():
+  first = foresight.compare(foresight.read(str(plan.FOLDER / "rehearsal_predictions.csv")),
+                            read_results(CAPACITY))
+  assert len(first.measured) == 14 and first.covered == 11
+  assert all(error < 0 for error in first.errors)
+  assert f"median error {100 * np.median(np.abs(first.errors)):.1f} %" in FIRST
+  assert f"mean −{-100 * np.mean(first.errors):.1f} %" in FIRST
+  again = foresight.compare(
+      foresight.read(str(plan.FOLDER / "rehearsal_dropless_predictions.csv")),
+      read_results(DROPLESS))
+  median = 100 * np.median(np.abs(again.errors))
+  assert f"median error {median:.2f} %" in AGAIN and f"missed by {median:.1f} % (median)" in FRONT
+  assert f"mean −{-100 * np.mean(again.errors):.1f} %, {again.covered} of 44" in AGAIN
+  assert f"{again.covered} lie in their interval" in FRONT
