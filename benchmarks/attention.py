@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.experimental.pallas.ops.gpu import attention as pallas
 
 from benchmarks.iso_solver import machine
 from moe_jax import cli
 from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.memory import use_huge_pages
 from moe_jax.mesh import MESH_AXES, platform_of
+from moe_jax.model import flash
 from moe_jax.model.attend import attend, plain_attention
 
 _ROWS, _SEQ_LEN, _HEADS, _WIDTH = (
@@ -54,18 +54,19 @@ def ways(mesh: jax.sharding.Mesh) -> dict[str, Attention]:
   found[WITHOUT_DOCUMENTS] = lambda query, key, value, _: _cudnn(query, key, value)
   found["cuDNN, documents as a mask"] = lambda query, key, value, segments_BS: _cudnn(
       query, key, value, mask=(segments_BS[:, :, None] == segments_BS[:, None, :])[:, None])
-  for queries, keys in _TILES:
-    sizes = pallas.BlockSizes(128, 128, queries, keys, keys, queries)
-    found[f"Pallas, {queries} x {keys}"] = functools.partial(_pallas, sizes)
+  for tile in _TILES if flash.kernel() else ():
+    found["Pallas, {} x {}".format(*tile)] = functools.partial(_pallas, tile)
   return found
 
 
 _cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
 
 
-def _pallas(sizes, query_BSHh, key_BSHh, value_BSHh, segments_BS):
-  return pallas.mha(query_BSHh, key_BSHh, value_BSHh, segments_BS, causal=True,
-                    sm_scale=query_BSHh.shape[3]**-0.5, block_sizes=sizes)
+def _pallas(tile, query_BSHh, key_BSHh, value_BSHh, segments_BS):
+  queries, keys = tile
+  sizes = flash.kernel().BlockSizes(128, 128, queries, keys, keys, queries)
+  return flash.kernel().mha(query_BSHh, key_BSHh, value_BSHh, segments_BS, causal=True,
+                            sm_scale=query_BSHh.shape[3]**-0.5, block_sizes=sizes)
 
 
 def inputs(rows: int, seq_len: int, heads: int, width: int) -> list[jax.Array]:

@@ -7,7 +7,8 @@ Groups follow one another in the order of the experts, without gaps, and at leas
 rows that belong to nobody follow the last. On TPU XLA's `ragged_dot` has a kernel for the
 product of the rows. For the gradient of the matrices it has none there, and none at all on NVIDIA
 GPUs (JAX 0.10.2): it would multiply every row for every expert. On GPUs bfloat16 has kernels of our
-own (grouped_triton.py); all else is a loop over blocks of rows of one expert each. On CPUs a whole
+own (grouped_triton.py; JAX 0.11 announces that it will part with Triton, and one without it takes
+what else there is); all else is a loop over blocks of rows of one expert each. On CPUs a whole
 feed-forward layer is one such loop (swiglu_blocks.py).
 
 For NVIDIA GPUs this is read in what XLA compiles for an H100, which need not be there: with
@@ -28,12 +29,12 @@ tiles chosen by hand, unrolls a loop over the groups and imports JAX's test util
 """
 
 import functools
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe import grouped_triton
 from moe_jax.products import precision_of
 
 # Rows in a block of the loop. Not measured; a block must be worth reading and writing the sum of a
@@ -64,10 +65,9 @@ def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, size_E: jax.Array, platfor
   """
   if platform == "tpu":
     return jax.lax.ragged_dot(x_SD, w_EDF, size_E, precision=precision_of(x_SD.dtype, platform))
-  if _has_kernels(x_SD, platform):
-    blocks = blocks_of(x_SD.shape[0], size_E, grouped_triton.ROWS)
-    return grouped_triton.multiply_rows(x_SD, w_EDF, blocks.expert_J, blocks.start_J,
-                                        blocks.inside_J)
+  if (kernels := _kernels(x_SD, platform)) is not None:
+    blocks = blocks_of(x_SD.shape[0], size_E, kernels.ROWS)
+    return kernels.multiply_rows(x_SD, w_EDF, blocks.expert_J, blocks.start_J, blocks.inside_J)
   return _each_block(x_SD, w_EDF, size_E, platform, usual_rows)
 
 
@@ -78,16 +78,23 @@ def _grouped_matmul_fwd(x_SD, w_EDF, size_E, platform, usual_rows):
 def _grouped_matmul_bwd(platform, usual_rows, residuals, dy_SF):
   x_SD, w_EDF, size_E = residuals
   dx_SD = grouped_matmul(dy_SF, w_EDF.swapaxes(1, 2), size_E, platform, usual_rows)
-  if _has_kernels(x_SD, platform):
-    return dx_SD, grouped_triton.sum_of_outer_products(x_SD, dy_SF, size_E), None
+  if (kernels := _kernels(x_SD, platform)) is not None:
+    return dx_SD, kernels.sum_of_outer_products(x_SD, dy_SF, size_E), None
   return dx_SD, _sum_of_outer_products(x_SD, dy_SF, size_E, platform, usual_rows), None
 
 
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
-def _has_kernels(x_SD: jax.Array, platform: str) -> bool:
-  return platform == "gpu" and x_SD.dtype == jnp.bfloat16
+def _kernels(x_SD: jax.Array, platform: str) -> ModuleType | None:
+  """grouped_triton.py, where it suits and this version of JAX can import it."""
+  if platform != "gpu" or x_SD.dtype != jnp.bfloat16:
+    return None
+  try:
+    from moe_jax.moe import grouped_triton
+  except ImportError:
+    return None
+  return grouped_triton
 
 
 class Blocks(NamedTuple):

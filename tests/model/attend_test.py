@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax.mesh import MESH_AXES
 from moe_jax.model.attend import attend, plain_attention
+from tests.model.attention_cases import require_equal
 
 CPU = jax.make_mesh((1, 1, 1), MESH_AXES, devices=jax.devices()[:1],
                     axis_types=(jax.sharding.AxisType.Auto,) * 3)
@@ -26,17 +27,8 @@ def test_the_cpus_way_is_jaxs_forward_and_gradient(seq_len, n_kv, masked):
   arrays, segments_BS, weight = inputs(seq_len, n_kv, jnp.float32)
   segments_BS = segments_BS if masked else None
 
-  def run(attention):
-    def loss(*arrays):
-      out = attention(*arrays, segments_BS)
-      return (out * weight).sum(), out
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
-
-  (_, out), grads = run(functools.partial(attend, mesh=CPU))
-  (_, true_out), true_grads = run(functools.partial(plain_attention, mesh=CPU))
-  np.testing.assert_allclose(out, true_out, rtol=1e-5, atol=1e-6)
-  for grad, true_grad in zip(grads, true_grads, strict=True):
-    np.testing.assert_allclose(grad, true_grad, rtol=1e-5, atol=2e-6)
+  require_equal(functools.partial(attend, mesh=CPU), functools.partial(plain_attention, mesh=CPU),
+                arrays, segments_BS, weight, 2e-6)
 
 
 def test_bfloat16_stays_near_the_exact_result():

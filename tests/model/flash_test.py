@@ -1,6 +1,8 @@
 """The kernel's own program, interpreted, against JAX's attention, and what is lowered for a GPU.
 It has never run on one here."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from moe_jax.mesh import MESH_AXES
 from moe_jax.model import attend, flash
+from tests.model.attention_cases import require_equal
 
 
 def mesh_of(shape):
@@ -29,17 +32,9 @@ def test_it_is_attention_forward_and_gradient(masked, shape, h):
   (*arrays, weight), segments_BS = inputs(h)
   segments_BS = segments_BS if masked else None
 
-  def run(attention):
-    def loss(*arrays):
-      out = attention(*arrays, segments_BS)
-      return (out * weight).sum(), out
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
-
-  (_, out), grads = run(lambda *arrays: flash.flash_attention(*arrays, mesh, interpret=True))
-  (_, true_out), true_grads = run(lambda *arrays: attend.plain_attention(*arrays, mesh))
-  np.testing.assert_allclose(out, true_out, rtol=1e-5, atol=1e-5)
-  for grad, true_grad in zip(grads, true_grads, strict=True):
-    np.testing.assert_allclose(grad, true_grad, rtol=1e-4, atol=1e-4)
+  require_equal(lambda *arrays: flash.flash_attention(*arrays, mesh, interpret=True),
+                lambda *arrays: attend.plain_attention(*arrays, mesh),
+                arrays, segments_BS, weight, 1e-5)
 
 
 @pytest.mark.parametrize("population", [False, True])
@@ -57,6 +52,15 @@ def test_a_gpu_gets_it_forward_and_backward(population):
   lowered = jax.jit(grads).trace(*everything).lower(lowering_platforms=("cuda",)).as_text()
   assert lowered.count("__gpu$xla.gpu.triton") == 3  # forward; what is common to a row; backward
   assert "256x256x" not in lowered and "x256x256" not in lowered  # no scores of a sequence
+
+
+def test_a_jax_without_triton_has_plain_attention(monkeypatch):
+  monkeypatch.setitem(sys.modules, "jax.experimental.pallas.ops.gpu", None)
+  flash.kernel.cache_clear()
+  try:
+    assert not flash.suits(jax.ShapeDtypeStruct((2, 256, 4, 64), "bfloat16"))
+  finally:
+    flash.kernel.cache_clear()
 
 
 @pytest.mark.parametrize("platform, shape, dtype, used", [

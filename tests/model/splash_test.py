@@ -9,6 +9,7 @@ import pytest
 from moe_jax.mesh import MESH_AXES
 from moe_jax.model import splash
 from moe_jax.model.attend import plain_attention
+from tests.model.attention_cases import require_equal
 
 
 @pytest.mark.parametrize("masked, shape, h", [(True, (1, 1, 1), splash.LANES),
@@ -26,18 +27,9 @@ def test_it_is_attention_forward_and_gradient(masked, shape, h):
   weight = jax.random.normal(keys[3], query_BSHh.shape)
   segments_BS = jnp.sort(jax.random.randint(keys[4], (2, seq_len), 0, 3)) if masked else None
 
-  def run(attention):
-    def loss(*arrays):
-      out = attention(*arrays, segments_BS)
-      return (out * weight).sum(), out
-    with_grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-    return jax.jit(with_grads)(query_BSHh, key_BSKh, value_BSKh)
-
-  (_, out), grads = run(lambda *arrays: splash.splash_attention(*arrays, mesh, interpret=True))
-  (_, true_out), true_grads = run(lambda *arrays: plain_attention(*arrays, mesh))
-  np.testing.assert_allclose(out, true_out, rtol=1e-5, atol=1e-5)
-  for grad, true_grad in zip(grads, true_grads, strict=True):
-    np.testing.assert_allclose(grad, true_grad, rtol=1e-4, atol=1e-4)
+  require_equal(lambda *arrays: splash.splash_attention(*arrays, mesh, interpret=True),
+                lambda *arrays: plain_attention(*arrays, mesh),
+                (query_BSHh, key_BSKh, value_BSKh), segments_BS, weight, 1e-5)
 
 
 @pytest.mark.parametrize("seq_len, h, dtype, whole", [

@@ -2,12 +2,14 @@
 a GPU. They have never run on one here."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import moe
 from moe_jax.mesh import DATA, MESH_AXES
 from moe_jax.moe import grouped_triton as gt
 from moe_jax.moe.grouped_matmul import SPARE_ROWS, blocks_of, grouped_matmul
@@ -82,6 +84,15 @@ def test_a_gpu_gets_them_for_bfloat16_forward_and_backward(where):
   lowered = lower().as_text()
   # The product, and the gradients of rows and matrices.
   assert lowered.count("grouped_rows") >= 2 and lowered.count("__gpu$xla.gpu.triton") == 3
+
+
+def test_a_jax_without_triton_has_the_loop(monkeypatch):
+  monkeypatch.setitem(sys.modules, "moe_jax.moe.grouped_triton", None)
+  monkeypatch.delattr(moe, "grouped_triton")
+  *arrays, size_E = groups([130, 0, 100], 64, 48, jnp.bfloat16)
+  lowered = jax.jit(lambda x, w, _: grouped_matmul(x, w, size_E, "gpu")).trace(*arrays).lower(
+      lowering_platforms=("cuda",)).as_text()
+  assert "triton" not in lowered and "while" in lowered
 
 
 def test_float32_is_left_to_products_that_round_nothing():
