@@ -81,8 +81,8 @@ def _call(instance: Any, column: int) -> str:
   """`Name(field=value, ...)` that begins at a column; wrapped under its bracket."""
   start = f"{type(instance).__name__}("
   if not isinstance(instance, RunConfig):
-    return _wrapped(start, [f"{name}={_value(value, 0)}" for name, value in
-                            _changed(instance).items()], ")", column)
+    parts = [f"{name}={_value(value, 0)}" for name, value in _changed(instance).items()]
+    return _wrapped(start, parts, "),", column)[:-1]  # with room for what comes after it
   parts = [f"    {name}=" + _value(value, len(name) + 5)
            for name, value in _changed(instance).items()]
   return start + "\n" + ",\n".join(parts) + ")"

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import ExecutionConfig, MeshConfig
@@ -28,6 +28,7 @@ def loaded(folder, grid):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 9), st.floats(1e-7, 1), st.sampled_from([None, 3_000_000]),
        st.sampled_from(["a@9", "it's \"x\"@12", None]), st.lists(st.integers(1, 9), max_size=15))
+@example(0, 4.500672648000426e-05, None, None, [])  # a line that is full before its last comma
 def test_the_same_grid_comes_back(tmp_path_factory, seed, rate, n_total, branch, keep):
   changed = dataclasses.replace(
       RECIPE, seed_init=seed + 1,
