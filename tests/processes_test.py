@@ -92,8 +92,8 @@ def test_what_differs_is_named_and_nobody_goes_on():
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_error_on_one_ends_all_with_its_line_and_code(who):
   done = ended(start(f"""
-processes.from_first(lambda: 0)
 with processes.told_of_the_end(lambda line: print("told:", line, flush=True)):
+  processes.require_same({{}})  # all listen by then
   if me == {who}: raise FieldError("x", 1, "is bad")
   wait()""", 2))
   assert [code for code, _, _ in done] == [2, 2]

@@ -51,7 +51,7 @@ def test_equals_a_product_for_each_group(platform, sizes, seed):
     for ours, truth in ((y_SF[rows], x_SD[rows] @ w_EDF[e]),
                         (dx_SD[rows], dy_SF[rows] @ w_EDF[e].T),
                         (dw_EDF[e], x_SD[rows].T @ dy_SF[rows])):
-      np.testing.assert_allclose(ours, truth, rtol=1e-5, atol=1e-5)
+      np.testing.assert_allclose(ours, truth, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
