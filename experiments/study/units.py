@@ -20,10 +20,12 @@ from moe_jax.study.candidates import flops
 
 TO_SAVE_SECONDS = 20.0  # that trainers have for a checkpoint when the time is up
 _POLL_SECONDS = 0.2
-# Runs the command behind it such that the kernel ends it with SIGTERM when the sitting is no more:
-# a trainer that outlived a killed sitting would keep its run and the device. 1: PR_SET_PDEATHSIG.
+# Runs the command behind it such that the kernel ends it with SIGTERM when the sitting, whose
+# number comes first, is no more: a trainer that outlived a killed sitting would keep its run and
+# the device. 1 is PR_SET_PDEATHSIG; that the sitting has gone before is told by its number.
 _ENDS_WITH_US = ("import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
-                 "os.execvp(sys.argv[1], sys.argv[1:])")
+                 "os.getppid() == int(sys.argv[1]) or sys.exit('the sitting is no more'); "
+                 "os.execvp(sys.argv[2], sys.argv[2:])")
 
 
 @dataclasses.dataclass
@@ -157,7 +159,8 @@ class Sitting:
   def _start(self, unit: Unit) -> None:
     unit.began = unit.began or time.monotonic()
     command = command_of(unit, self._out, self._population)
-    ours = [sys.executable, "-c", _ENDS_WITH_US] if sys.platform == "linux" else []
+    ours = ([sys.executable, "-c", _ENDS_WITH_US, str(os.getpid())]
+            if sys.platform == "linux" else [])
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / self._parallel:.2f}", **os.environ}
     log = unit.log(self._out)
     log.parent.mkdir(parents=True, exist_ok=True)

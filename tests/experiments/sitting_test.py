@@ -138,7 +138,7 @@ def test_a_machine_that_is_taken_away_has_saved_and_packed(tmp_path, number, cod
        f"--kept={tmp_path / 'none'}", f"--pack={packed.parent}"], cwd=ROOT)
 
   def said(word):
-    return sum(word in file.read_text() for file in logs.glob("*.txt"))
+    return sum(word in file.read_text().splitlines() for file in logs.glob("*.txt"))
 
   def wait_for(condition):
     deadline = time.monotonic() + 60
@@ -191,7 +191,7 @@ def test_no_trainer_outlives_a_sitting_that_was_killed(tmp_path):
 
   def said(word):
     assert time.monotonic() < deadline
-    return sum(word in file.read_text() for file in logs.glob("*.txt"))
+    return sum(word in file.read_text().splitlines() for file in logs.glob("*.txt"))
 
   try:
     while said("begun") < 3:
