@@ -40,6 +40,7 @@ class Unit:
   began: float = 0.0
   log_from: int = 0  # where its log is that of the attempt at work, not of an earlier one
   retried: bool = False
+  resumes: bool = False  # whether an earlier sitting began it
 
   @property
   def flops(self) -> float:
@@ -108,7 +109,9 @@ class Sitting:
   def __init__(self, units: Sequence[Unit], out: str, parallel: int, population: int,
                deadline: float, keep: Callable[[], None] = lambda: None):
     """`keep` is called whenever a unit is done; `deadline` is of time.monotonic()."""
-    self._waiting, self._working = list(units), []
+    for unit in units:
+      unit.resumes = any(RunDir.of(out, cell).has_checkpoint() for cell in unit.cells)
+    self._waiting, self._working = sorted(units, key=lambda unit: not unit.resumes), []
     self._out, self._parallel, self._population = out, parallel, population
     self._deadline, self._keep = deadline, keep
     self._seconds = self._read_seconds()
@@ -146,15 +149,14 @@ class Sitting:
   def _next(self) -> Unit | None:
     """Takes one that was begun before, or should end in time; any where all would idle else."""
     left = self._deadline - time.monotonic()
-    begun = [unit for unit in self._waiting if self._is_begun(unit)]
-    timely = [unit for unit in self._waiting if self.expected(unit) <= left]
-    unit = next(iter(begun + timely + ([] if self._working else self._waiting)), None)
-    if unit is not None:
-      self._waiting.remove(unit)
+    found = [unit for unit in self._waiting if unit.resumes or self.expected(unit) <= left]
+    if not found and not self._working:
+      found = self._waiting
+    if not found:
+      return None
+    unit = found[0]
+    self._waiting.remove(unit)
     return unit
-
-  def _is_begun(self, unit: Unit) -> bool:
-    return any(RunDir.of(self._out, cell).has_checkpoint() for cell in unit.cells)
 
   def _start(self, unit: Unit) -> None:
     unit.began = unit.began or time.monotonic()

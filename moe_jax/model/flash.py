@@ -42,16 +42,7 @@ def suits(query_BSHh: jax.Array) -> bool:
 def flash_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
                     segments_BS: jax.Array | None, mesh: Mesh,
                     interpret: bool = False) -> jax.Array:
-  """Causal attention within segments, out_BSHh.
-
-  Args:
-    query_BSHh: H query heads, a multiple of the K key heads; B split over the whole mesh.
-    key_BSKh: keys.
-    value_BSKh: values.
-    segments_BS: int32, attention stays among positions of equal numbers; None: everywhere.
-    mesh: where it runs.
-    interpret: run the kernel's program step by step on any device, for tests.
-  """
+  """Causal attention within segments, out_BSHh: arguments and result of splash.splash_attention."""
   sharded = P(BATCH_AXES)
 
   @functools.partial(jax.shard_map, mesh=mesh, check_vma=False, out_specs=sharded,

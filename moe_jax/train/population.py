@@ -34,8 +34,8 @@ def require_mesh(n_members: int, mesh: Mesh) -> None:
 
 @functools.lru_cache(maxsize=4)
 def compiled_step(shape: RunConfig, mesh: Mesh, n_members: int) -> jax.stages.Compiled:
-  """The step of `n_members` runs of a shape (shape_of): of their states, batches and hyperparams.
-  The states that are given to it are donated."""
+  """The step of `n_members` runs of a shape (shape_of): of their states, batches and
+  hyperparameters. The states that are given to it are donated."""
   if n_members == 1:
     return step_lib.lower_train_step(shape, mesh).compile()
 
