@@ -170,13 +170,14 @@ def test_time_is_kept(tmp_path, monkeypatch):
   assert begun == [CELLS[0].name] and len(made.left) == 3
 
 
-def test_what_was_begun_goes_on_first_however_long_it_takes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("seconds", ["[]", "[[1e6, 3.0]]"])  # all should end in time, and none
+def test_what_was_begun_goes_on_first_however_long_it_takes(tmp_path, monkeypatch, seconds):
   (tmp_path / "_sitting").mkdir()
-  (tmp_path / "_sitting" / "seconds.json").write_text("[[1e6, 3.0]]")
+  (tmp_path / "_sitting" / "seconds.json").write_text(seconds)
   (RunDir.of(tmp_path, CELLS[2]).checkpoints / "5").mkdir(parents=True)
   begun = []
   sitting(tmp_path, monkeypatch, lambda unit: begun.append(unit.name) or "exec sleep 60",
-          minutes=0.03)
+          minutes=0.03, parallel=1)
   assert begun == [CELLS[2].name]
 
 
