@@ -17,7 +17,7 @@ FOLDER = pathlib.Path(__file__).parent
 RESULTS = str(FOLDER / "results")
 # In the order in which they run; the trial's file is made when the law has been fitted.
 GRIDS = ("pilots", "rate_check", "small", "large", "capacity", "trial")
-REHEARSALS = ("rehearsal", "rehearsal_dropless")  # small ones, which are no part of the study
+REHEARSALS = ("rehearsal", "rehearsal_dropless", "rehearsal_tenth")  # no part of the study
 
 
 class Statistic(NamedTuple):
@@ -30,7 +30,8 @@ class Statistic(NamedTuple):
 # A rehearsal is mostly the time in which a router learns to balance, and all of it counts.
 STATISTICS = {"study": Statistic("results.csv", 0.001),
               "study-rehearsal": Statistic("rehearsal.csv", 1.0),
-              "study-rehearsal-dropless": Statistic("rehearsal_dropless.csv", 1.0)}
+              "study-rehearsal-dropless": Statistic("rehearsal_dropless.csv", 1.0),
+              "study-rehearsal-tenth": Statistic("rehearsal_tenth.csv", 1.0)}
 
 
 def grids() -> dict[str, Grid]:

@@ -3,8 +3,7 @@
 For two processors and an hour: one length, no branches, small batches, one of the corpora.
 """
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from experiments.study import arms
 from moe_jax.config import RunConfig
@@ -34,7 +33,6 @@ def first_rate(n_total: int, *shape) -> RunConfig:
   return arms.at_rate(arms.cell(n_total, *shape), arms.LEARNING_RATES[n_total])
 
 
-def rehearsal(name: str, cells: Sequence[RunConfig], short: dict) -> Grid:
+def rehearsal(name: str, cells: Iterable[RunConfig], short: dict) -> Grid:
   """Cells of the study with fields of theirs set, and the recipe likewise."""
-  whole = Grid(name, override(arms.RECIPE, short), tuple(cells))
-  return dataclasses.replace(whole, cells=whole.override(short).cells)
+  return Grid(name, override(arms.RECIPE, short), tuple(override(cell, short) for cell in cells))
