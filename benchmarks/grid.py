@@ -23,9 +23,10 @@ from typing import Any
 from absl import flags
 
 from benchmarks.iso_solver import machine
-from moe_jax import cli, run_dir
+from moe_jax import cli
 from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.errors import require
+from moe_jax.files import read_json
 from moe_jax.grid import Cell
 from moe_jax.run_dir import RunDir
 
@@ -61,7 +62,7 @@ def _seconds(module: str, *arguments: str) -> float:
 def of_cell(cell: Cell, out: str) -> dict[str, float]:
   """Where the seconds of a cell's process went, from its run directory."""
   run, tokens, step, training = RunDir.of(out, cell), cell.config.batch_tokens, 0, 0.0
-  launched, status = run_dir.read_json(run.launch), run.read_status()
+  launched, status = read_json(run.launch), run.read_status()
   for row in run.read_metrics():
     training += (row["step"] - step) * tokens / row["tokens_per_second"]
     step = row["step"]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from moe_jax.run_dir import read_as, write_json
+from moe_jax.files import read_as, write_json
 
 LIMIT = "limit.json"
 MARGIN_SECONDS = 200.0  # in which it is noticed by all machines, and they save and end

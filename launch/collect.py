@@ -14,7 +14,7 @@ from launch import submitted
 from moe_jax import cli
 from moe_jax.errors import require
 from moe_jax.evaluate import results
-from moe_jax.run_dir import reaching
+from moe_jax.files import reaching
 
 _OUT, _EXPERIMENT = submitted.define_flags()
 _TO = flags.DEFINE_string("to", "runs", "Folder here, as another --out.")

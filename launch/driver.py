@@ -24,7 +24,7 @@ from launch.slices import Policy, Progress, Record
 from moe_jax.arch.hardware import PRICES_AS_OF
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.fields import from_json
-from moe_jax.run_dir import is_of_storage, read_json, write_json
+from moe_jax.files import is_of_storage, read_json, write_json
 
 POLL_SECONDS = 30.0
 

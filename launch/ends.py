@@ -5,7 +5,8 @@ import os
 
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.errors import FieldError
-from moe_jax.run_dir import RunDir, read_json
+from moe_jax.files import is_local, read_json
+from moe_jax.run_dir import RunDir
 
 _EXIT_OF_STATE = {
     run_dir_lib.FINISHED: 0, run_dir_lib.PREEMPTED: run_dir_lib.EXIT_PREEMPTED,
@@ -53,7 +54,7 @@ def lost_end(run_dir: RunDir) -> str | None:
   not taken. Raises FieldError on a damaged status.
   """
   status = run_dir.read_status()
-  if status.get("state") != run_dir_lib.FINISHED or not run_dir_lib.is_local(run_dir.path):
+  if status.get("state") != run_dir_lib.FINISHED or not is_local(run_dir.path):
     return None
   steps = [int(folder.name) for folder in run_dir.checkpoints.glob("[0-9]*")
            if folder.name.isdecimal()]

@@ -11,9 +11,10 @@ from etils import epath
 from launch import ends
 from moe_jax.data.corpus import CARD, CORPORA
 from moe_jax.errors import DamagedFile, FieldError
+from moe_jax.files import reaching, read_as, write_json
 from moe_jax.grid import Cell
 from moe_jax.population import deal
-from moe_jax.run_dir import RunDir, reaching, read_as, write_json
+from moe_jax.run_dir import RunDir
 
 # What a launcher says of a cell, where the trainer's own states do not fit.
 STARTING = "starting"  # launched, not ended; the trainer may not have spoken yet

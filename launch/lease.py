@@ -19,7 +19,8 @@ from typing import Any
 from etils import epath
 
 from moe_jax.errors import DamagedFile
-from moe_jax.run_dir import is_gone, is_local, read_json, write_json
+from moe_jax.files import is_local, read_json, write_json
+from moe_jax.run_dir import is_gone
 
 SECONDS = 300.0  # for which a lease holds after its maker last wrote
 _SKEW = 60.0  # by which two machines' clocks may differ

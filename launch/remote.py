@@ -15,7 +15,7 @@ from launch.jobs import Job, read_launch, write_launch
 from launch.plans import Plan, SlicePlan, with_folder
 from launch.state import PENDING
 from moe_jax.errors import FieldError
-from moe_jax.run_dir import write_bytes, write_text
+from moe_jax.files import write_bytes, write_text
 
 TIMEOUT_SECONDS = 120.0
 

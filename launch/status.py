@@ -22,7 +22,8 @@ from launch.state import PENDING, CellState, states_of, states_under
 from launch.table import counts, table
 from moe_jax import cli
 from moe_jax.errors import FieldError
-from moe_jax.run_dir import PREEMPTED, RUNNING, reaching
+from moe_jax.files import reaching
+from moe_jax.run_dir import PREEMPTED, RUNNING
 
 _CONFIG = cli.define_config_flag(required=False)
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")

@@ -31,7 +31,7 @@ from launch.jobs import (
 from launch.table import shapes
 from moe_jax import cli
 from moe_jax.errors import require
-from moe_jax.run_dir import reaching
+from moe_jax.files import reaching
 
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")

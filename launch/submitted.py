@@ -13,7 +13,7 @@ from launch.backends import gcloud
 from launch.backends.gcloud import Options
 from launch.backends.gke import kubectl_in
 from moe_jax.errors import FieldError, require
-from moe_jax.run_dir import reaching, write_bytes
+from moe_jax.files import reaching, write_bytes
 
 flags.disclaim_key_flags()  # they are the verbs', whose --help lists them
 

@@ -16,7 +16,8 @@ from launch.shares import Share
 from moe_jax import population
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.fields import from_json
-from moe_jax.run_dir import DIVERGED, FINISHED, RunDir, read_as
+from moe_jax.files import read_as
+from moe_jax.run_dir import DIVERGED, FINISHED, RunDir
 
 MAX_FAILURES = 3  # times a cell's program may fail before it is given up
 

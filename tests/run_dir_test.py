@@ -6,15 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
-from etils import epath
 
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.config import identity_hash
 from moe_jax.errors import FieldError
+from moe_jax.files import write_json, write_text
 from moe_jax.grid import select
 from moe_jax.run_dir import RunDir, RunDirBusy
 from tests.experiment_files import BASE, ROOT, write_tiny
@@ -38,43 +37,6 @@ def test_an_object_store_without_its_library_is_refused(cell, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(FieldError, match=r"out='gs://b': needs gcsfs: pip install 'moe_jax\[gcs\]'"):
     RunDir.of("gs://b", cell)
-
-
-def test_a_reader_sees_the_old_file_or_the_new_one_never_a_part(tmp_path):
-  # as a trainer and its heartbeat thread write one status while a launcher reads it
-  path = epath.Path(tmp_path) / "status.json"
-  payloads = [{"who": who, "filler": [who] * 20_000} for who in range(3)]
-  run_dir_lib.write_json(path, payloads[0])
-  stop = threading.Event()
-
-  def write(payload):
-    while not stop.is_set():
-      run_dir_lib.write_json(path, payload)
-
-  writers = [threading.Thread(target=write, args=(payload,)) for payload in payloads]
-  for writer in writers:
-    writer.start()
-  try:
-    for _ in range(100):
-      assert run_dir_lib.read_json(path) in payloads
-  finally:
-    stop.set()
-    for writer in writers:
-      writer.join()
-  assert [file.name for file in tmp_path.iterdir()] == ["status.json"]
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
-  path = epath.Path(tmp_path) / "status.json"
-  run_dir_lib.write_json(path, {"n": 1})
-  with pytest.raises(UnicodeEncodeError):
-    run_dir_lib.write_text(path, "half of it \ud800")
-  assert run_dir_lib.read_json(path) == {"n": 1}
-  (tmp_path / "folder").mkdir()
-  (tmp_path / "folder" / "x").touch()
-  with pytest.raises(OSError, match="folder cannot be written"):
-    run_dir_lib.write_text(epath.Path(tmp_path) / "folder", "x")
-  assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "status.json"]
 
 
 # config.json
@@ -221,7 +183,7 @@ def test_a_status_carries_who_wrote_it_and_when(run_dir):
 
 def _write_metrics(run_dir, attempt, first, losses):
   lines = [json.dumps({"step": first + i, "loss": loss}) for i, loss in enumerate(losses)]
-  run_dir_lib.write_text(run_dir.metrics_file(attempt, first), "\n".join(lines) + "\n")
+  write_text(run_dir.metrics_file(attempt, first), "\n".join(lines) + "\n")
 
 
 def test_where_two_attempts_have_a_step_the_later_counts(run_dir):
@@ -252,7 +214,7 @@ def test_a_root_that_is_a_file_is_refused(tmp_path, cell):
 @pytest.mark.parametrize("wrong", [{"pid": "x"}, {"pid": 10**20}, {"heartbeat": None}])
 def test_a_status_of_wrong_types_is_damaged(run_dir, wrong):
   run_dir.write_status({"state": "running"})
-  run_dir_lib.write_json(run_dir.path / "status.json", run_dir.read_status() | wrong)
+  write_json(run_dir.path / "status.json", run_dir.read_status() | wrong)
   with pytest.raises(FieldError, match="is damaged"):
     run_dir.read_status()
 
@@ -261,7 +223,7 @@ def test_a_status_of_wrong_types_is_damaged(run_dir, wrong):
                                   RunDir.read_branched_from, RunDir.read_began_from])
 def test_a_configuration_that_is_none_is_damage_to_every_reader(run_dir, read):
   assert read(run_dir) is None
-  run_dir_lib.write_json(run_dir.path / "config.json", ["neither"])
+  write_json(run_dir.path / "config.json", ["neither"])
   with pytest.raises(FieldError, match=r"config\.json'?: is not a run configuration: list"):
     read(run_dir)
 

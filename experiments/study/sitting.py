@@ -32,8 +32,8 @@ from experiments.study import plan
 from experiments.study.units import TO_SAVE_SECONDS, Sitting, is_done, summary, units_of
 from moe_jax import cli
 from moe_jax.errors import FieldError, require
+from moe_jax.files import write_text
 from moe_jax.grid import Grid
-from moe_jax.run_dir import write_text
 from moe_jax.study import kept
 
 _NAMES = (*plan.GRIDS, *plan.REHEARSALS)

@@ -35,12 +35,12 @@ from collections.abc import Iterator, Sequence
 from launch import ends
 from launch import jobs as jobs_lib
 from launch.jobs import (
-    Job,
-    Launch,
-    joint_command,
-    read_launch,
-    trained_together,
-    write_launch,
+  Job,
+  Launch,
+  joint_command,
+  read_launch,
+  trained_together,
+  write_launch,
 )
 from launch.overview import Overview
 from launch.state import CellState, read_state
@@ -48,6 +48,7 @@ from launch.table import progress
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.cli import EXIT_BAD_INPUT
 from moe_jax.errors import FieldError, require
+from moe_jax.files import is_local
 
 POLL_SECONDS = 0.1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -74,7 +75,7 @@ def submit(jobs: Sequence[Job], parallel: int) -> int:
     FieldError: a run directory is not on a file system of this machine.
   """
   for job in jobs:
-    require(run_dir_lib.is_local(job.run_dir.path), "out", os.fspath(job.run_dir.path),
+    require(is_local(job.run_dir.path), "out", os.fspath(job.run_dir.path),
             "must be a local path: this backend keeps each cell's log.txt open")
   with Overview() as overview:
     return _Launcher(jobs, parallel, overview).run()

@@ -34,7 +34,8 @@ from launch.work import HostWord, Work, why_ended
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.cli import EXIT_BAD_INPUT
 from moe_jax.errors import FieldError
-from moe_jax.run_dir import RunDir, read_json, write_json
+from moe_jax.files import read_json, write_json
+from moe_jax.run_dir import RunDir
 
 HANG_SECONDS = 1800.0  # without a step; the first one of a large model compiles for minutes
 HEARTBEAT_SECONDS = 30.0

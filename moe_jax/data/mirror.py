@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from etils import epath
 
 from moe_jax.data import cache
-from moe_jax.run_dir import files_below
+from moe_jax.files import files_below
 
 
 def home(data_dir: str | os.PathLike) -> pathlib.Path:

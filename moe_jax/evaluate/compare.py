@@ -10,8 +10,9 @@ import numpy as np
 
 from moe_jax.errors import FieldError, did_you_mean, require
 from moe_jax.evaluate.estimate import ratio
+from moe_jax.files import write_bytes
 from moe_jax.grid import Cell
-from moe_jax.run_dir import RunDir, write_bytes
+from moe_jax.run_dir import RunDir
 
 LEVEL = 0.95
 

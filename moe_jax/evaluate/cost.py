@@ -10,10 +10,11 @@ import rich.table
 from moe_jax.errors import require
 from moe_jax.evaluate.results import INFERENCE, Row, csv_path
 from moe_jax.evaluate.table import print_made
+from moe_jax.files import write_bytes
 from moe_jax.grid import Cell
 from moe_jax.laws.publish import style
 from moe_jax.laws.publish.page import png
-from moe_jax.run_dir import RunDir, write_bytes
+from moe_jax.run_dir import RunDir
 from moe_jax.text import short
 
 

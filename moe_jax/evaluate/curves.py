@@ -8,9 +8,9 @@ import rich.box
 import rich.table
 from etils import epath
 
-from moe_jax import run_dir as run_dir_lib
 from moe_jax.evaluate import results
 from moe_jax.evaluate.results import Row
+from moe_jax.files import write_bytes
 from moe_jax.laws.publish import style
 from moe_jax.laws.publish.page import png
 
@@ -80,4 +80,4 @@ def figure(rows: Sequence[Row], quantity: str = "loss", label: str = "loss (nats
 
 
 def _plot(rows: Sequence[Row], path: epath.Path) -> None:
-  run_dir_lib.write_bytes(path, png(figure(rows)))
+  write_bytes(path, png(figure(rows)))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from moe_jax import run_dir as run_dir_lib
 from moe_jax.evaluate.results import Row
+from moe_jax.files import write_bytes
 from moe_jax.laws.publish.style import COLOURS, MARKERS
 from moe_jax.laws.registry.chinchilla import TOKENS_PER_PARAMETER
 from moe_jax.text import short
@@ -20,7 +20,7 @@ def plot(rows: Sequence[Row], path: epath.Path) -> None:
   """Writes `figure` as a PNG."""
   image = io.BytesIO()
   figure(rows).savefig(image, format="png")
-  run_dir_lib.write_bytes(path, image.getvalue())
+  write_bytes(path, image.getvalue())
 
 
 def figure(rows: Sequence[Row]):

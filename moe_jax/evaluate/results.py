@@ -15,10 +15,10 @@ from typing import Any
 from etils import epath
 
 from moe_jax import config as config_lib
-from moe_jax import run_dir as run_dir_lib
 from moe_jax.arch import count
 from moe_jax.config import RunConfig
 from moe_jax.errors import FieldError
+from moe_jax.files import read_json, write_text
 from moe_jax.run_dir import RunDir
 from moe_jax.text import natural
 
@@ -141,7 +141,7 @@ def _rows(run_dir: RunDir, evals: dict[str, Any]) -> list[Row]:
   config = run_dir.read_config()
   if config is None:
     return []
-  cell = run_dir_lib.read_json(run_dir.path / "config.json").get("cell")
+  cell = read_json(run_dir.path / "config.json").get("cell")
   if cell != run_dir.path.name:  # a copy would count twice in a fit
     raise FieldError("out", str(run_dir.path), f"is a copy of the run {cell!r}")
   status = run_dir.read_status()
@@ -195,4 +195,4 @@ def write_csv(path: epath.Path, rows: Sequence[Row]) -> None:
   writer = csv.DictWriter(text, list(columns), lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
-  run_dir_lib.write_text(path, text.getvalue())
+  write_text(path, text.getvalue())

@@ -20,10 +20,10 @@ from moe_jax import config as config_lib
 from moe_jax.arch import count
 from moe_jax.config import RunConfig, resolve_mesh
 from moe_jax.errors import DamagedFile, FieldError
+from moe_jax.files import reaching, read_json, write_json
 from moe_jax.grid import Cell
 from moe_jax.plan import coarse, compilers, worker
 from moe_jax.plan.topology import Topology
-from moe_jax.run_dir import reaching, read_json, write_json
 
 _GIB = 2**30
 _LEAST_SAVED = 0.5  # of what is missing, by a guess: a change that saves less is not tried

@@ -24,9 +24,9 @@ from typing import Any
 from etils import epath
 
 from moe_jax import config as config_lib
+from moe_jax.files import write_bytes
 from moe_jax.plan import topology as topology_lib
 from moe_jax.plan.topology import Topology
-from moe_jax.run_dir import write_bytes
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
                "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

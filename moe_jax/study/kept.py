@@ -20,8 +20,9 @@ from moe_jax.config import RunConfig, identity_hash
 from moe_jax.errors import FieldError, require
 from moe_jax.evaluate.results import Row, facts, recipe_hash, rows_of
 from moe_jax.evaluate.text import HELDOUT
+from moe_jax.files import write_bytes, write_json, write_text
 from moe_jax.grid import Grid
-from moe_jax.run_dir import RunDir, write_bytes, write_json, write_text
+from moe_jax.run_dir import RunDir
 
 POINTS, DIGITS = 200, 5
 TRAINING_DROP_RATE = "training_drop_rate"

@@ -15,8 +15,8 @@ from etils import epath
 
 from moe_jax import cli
 from moe_jax.errors import require
+from moe_jax.files import write_json
 from moe_jax.laws.table import read_results
-from moe_jax.run_dir import write_json
 from moe_jax.study import rate_report, rates
 from moe_jax.study.noise import SEED_SD
 

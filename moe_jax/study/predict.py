@@ -17,9 +17,9 @@ from etils import epath
 
 from moe_jax import cli
 from moe_jax.errors import FieldError, require
+from moe_jax.files import write_text
 from moe_jax.laws.forms import FORMS
 from moe_jax.laws.table import read_results
-from moe_jax.run_dir import write_text
 from moe_jax.study import foresight
 
 _RESULTS = flags.DEFINE_string("results", None, "results.csv of an experiment.", required=True)

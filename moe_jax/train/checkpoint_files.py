@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from moe_jax import run_dir as run_dir_lib
 from moe_jax.errors import FieldError
+from moe_jax.files import files_below, is_local, read_json
 from moe_jax.run_dir import RunDir
 from moe_jax.train import checksums
 from moe_jax.train.checkpoint_format import PARAMS, ROUTER, CheckpointError
@@ -53,7 +53,7 @@ def content_hash(run_dir: RunDir, step: int) -> str | None:
   Another content has another hash. None where there is no such list, or a damaged one.
   """
   try:
-    listed = run_dir_lib.read_json(run_dir.checksums(step))
+    listed = read_json(run_dir.checksums(step))
   except FieldError:
     return None
   if not isinstance(listed, dict):
@@ -77,13 +77,13 @@ def check_free_space(keep: Mapping[RunDir, int], state: Any) -> None:
     FieldError: names what is needed and what is free.
   """
   folders = [folder_of(run_dir) for run_dir in keep]
-  if not folders or not run_dir_lib.is_local(folders[0]):
+  if not folders or not is_local(folders[0]):
     return
   each = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
              for leaf in jax.tree.leaves(state))
   number = sum(keep.values()) + len(keep)
   taken = sum(file.stat().length for folder in folders if folder.exists()
-              for file in run_dir_lib.files_below(folder))
+              for file in files_below(folder))
   existing = next(path for path in (folders[0], *folders[0].parents) if path.exists())
   free = shutil.disk_usage(existing).free + taken
   if each * number > free:
@@ -96,7 +96,7 @@ def check_free_space(keep: Mapping[RunDir, int], state: Any) -> None:
 def folder_of(run_dir: RunDir) -> epath.Path:
   """The folder of checkpoints; absolute, as TensorStore wants it."""
   path = run_dir.checkpoints
-  return path.absolute() if run_dir_lib.is_local(path) else path
+  return path.absolute() if is_local(path) else path
 
 
 def step_dir(run_dir: RunDir, step: int) -> epath.Path:

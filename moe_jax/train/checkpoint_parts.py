@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from moe_jax import run_dir as run_dir_lib
+from moe_jax.files import is_local
 from moe_jax.run_dir import RunDir
 from moe_jax.train import checkpoint_files as files
 from moe_jax.train.checkpoint_format import META, PARAMS, require_same_arrays, require_version
@@ -54,7 +54,7 @@ class StoredParams:
     self.shapes: dict[Path, tuple[int, ...]] = {
         path: leaf.shape for path, leaf in tree_paths(abstract_params).items()}
     path = os.fspath(directory / PARAMS)
-    self._base = f"file://{path}/" if run_dir_lib.is_local(directory) else f"{path}/"
+    self._base = f"file://{path}/" if is_local(directory) else f"{path}/"
 
   def chunks(self, path: Path) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
     """Every chunk of the array at `path`, with its place there; each is read once."""

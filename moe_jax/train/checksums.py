@@ -6,8 +6,8 @@ from concurrent import futures
 
 from etils import epath
 
-from moe_jax import run_dir as run_dir_lib
 from moe_jax.errors import FieldError
+from moe_jax.files import files_below, read_json, write_json
 
 _THREADS = 8  # hashing and reading release the GIL; on an object store reads overlap
 
@@ -21,7 +21,7 @@ def record(step_dir: epath.Path, file: epath.Path) -> None:
   names = _names(step_dir)
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     entries = pool.map(lambda name: _entry(step_dir / name), names)
-  run_dir_lib.write_json(file, dict(zip(names, entries, strict=True)))
+  write_json(file, dict(zip(names, entries, strict=True)))
 
 
 def damage(step_dir: epath.Path, file: epath.Path,
@@ -34,7 +34,7 @@ def damage(step_dir: epath.Path, file: epath.Path,
     items: folders of the checkpoint to look at; None means all of it.
   """
   try:
-    listed = run_dir_lib.read_json(file)
+    listed = read_json(file)
   except FieldError:
     return "its list of checksums is damaged"
   if listed is None:
@@ -56,7 +56,7 @@ def damage(step_dir: epath.Path, file: epath.Path,
 def _names(step_dir: epath.Path) -> list[str]:
   """Files below `step_dir`, relative to it, without the marks of the commit."""
   names = (file.relative_to(step_dir).as_posix() for file in
-           run_dir_lib.files_below(step_dir))
+           files_below(step_dir))
   return sorted(name for name in names if name not in _COMMIT_MARKS)
 
 

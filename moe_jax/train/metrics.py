@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import tensorboardX
 
-from moe_jax import run_dir as run_dir_lib
+from moe_jax.files import write_text
 from moe_jax.run_dir import RunDir
 
 FLUSH_SECONDS = 5.0
@@ -61,7 +61,7 @@ class MetricsWriter:
     """Writes what was added so far. Raises OSError, in one line, if the disk is full."""
     self._flushed_at = self._clock()
     if self._first is not None:
-      run_dir_lib.write_text(self._run_dir.metrics_file(self._attempt, self._first),
+      write_text(self._run_dir.metrics_file(self._attempt, self._first),
                              "".join(self._lines))
     self._board.flush()
 

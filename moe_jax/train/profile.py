@@ -10,7 +10,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from moe_jax import run_dir as run_dir_lib
+from moe_jax.files import is_local, write_bytes
 from moe_jax.run_dir import RunDir
 
 
@@ -57,7 +57,7 @@ def _trace(folder: epath.Path) -> Iterator[None]:
   """Traces into `folder`; by way of a local one where it is on an object store."""
   with contextlib.ExitStack() as stack:
     local = folder
-    if not run_dir_lib.is_local(folder):
+    if not is_local(folder):
       local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
     with jax.profiler.trace(local):
       yield
@@ -68,4 +68,4 @@ def _trace(folder: epath.Path) -> Iterator[None]:
 def _copy(source: pathlib.Path, target: epath.Path) -> None:
   for file in source.rglob("*"):
     if file.is_file():
-      run_dir_lib.write_bytes(target / file.relative_to(source).as_posix(), file.read_bytes())
+      write_bytes(target / file.relative_to(source).as_posix(), file.read_bytes())

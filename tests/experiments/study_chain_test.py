@@ -9,11 +9,11 @@ from etils import epath
 from experiments.study import arms, plan, units
 from moe_jax.errors import FieldError
 from moe_jax.evaluate.results import facts
+from moe_jax.files import write_json
 from moe_jax.grid import Grid, load_grid, select
 from moe_jax.laws.fit import fit
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.table import UNUSED, read_results
-from moe_jax.run_dir import write_json
 from moe_jax.study import contest, foresight, kept, rate_report, rates
 from moe_jax.study.so_far import so_far
 from tests.study import planted

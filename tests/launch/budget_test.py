@@ -13,7 +13,7 @@ from launch.host.agent import Agent, Pace
 from launch.jobs import read_launch
 from launch.work import from_text
 from moe_jax.errors import FieldError
-from moe_jax.run_dir import read_json
+from moe_jax.files import read_json
 from tests.launch.agent_test import _here, _work
 
 

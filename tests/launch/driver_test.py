@@ -12,7 +12,7 @@ from launch.code import Code
 from launch.remote import Answer
 from launch.slices import Policy
 from moe_jax.errors import DamagedFile
-from moe_jax.run_dir import reaching
+from moe_jax.files import reaching
 from tests.launch.world import PREEMPTED, QUICK, World, first
 
 _CODE = Code("c", "a" * 64, "e.py", b"")

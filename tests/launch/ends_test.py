@@ -7,8 +7,9 @@ from launch import ends
 from launch.host.agent import Agent, Pace
 from launch.jobs import jobs_of, lost_ends, trained_together
 from launch.work import Work, why_ended
+from moe_jax.files import write_json
 from moe_jax.grid import select
-from moe_jax.run_dir import FINISHED, write_json
+from moe_jax.run_dir import FINISHED
 from moe_jax.train import checkpoint_files, checksums
 from tests.experiment_files import run_module, write_tiny
 from tests.launch.agent_test import _here

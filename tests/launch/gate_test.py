@@ -12,9 +12,9 @@ from launch import gate
 from launch.backends import slurm
 from launch.jobs import jobs_of
 from moe_jax.errors import FieldError
+from moe_jax.files import write_json
 from moe_jax.grid import select
 from moe_jax.plan import cells, topology
-from moe_jax.run_dir import write_json
 from tests.experiment_files import BASE, run_module, write, write_tiny
 from tests.launch.branch_test import SOURCE
 

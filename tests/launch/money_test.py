@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from launch import driver, money, slices
 from launch.slices import Policy, Record
+from moe_jax.files import read_json
 from moe_jax.plan import topology
-from moe_jax.run_dir import read_json
 from tests.launch.world import QUICK, World
 
 _MARGIN = Policy().margin

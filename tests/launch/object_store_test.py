@@ -12,8 +12,9 @@ from launch.host.agent import Agent, Pace
 from launch.jobs import read_launch
 from launch.work import Work, from_text, to_text
 from moe_jax.data import mirror
+from moe_jax.files import read_json, write_json, write_text
 from moe_jax.grid import select
-from moe_jax.run_dir import RunDir, read_json, write_json, write_text
+from moe_jax.run_dir import RunDir
 from tests.experiment_files import run_module, write, write_tiny
 from tests.launch.agent_test import _here
 from tests.launch.population_test import PATIENCE, SOURCE, curve, trainer

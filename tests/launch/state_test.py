@@ -15,8 +15,9 @@ from launch.state import read_state, states_of, states_under
 from moe_jax.arch.count import n_active, n_total
 from moe_jax.config import identity_hash
 from moe_jax.errors import FieldError
+from moe_jax.files import write_json
 from moe_jax.grid import select
-from moe_jax.run_dir import RunDir, write_json
+from moe_jax.run_dir import RunDir
 from tests.experiment_files import BASE, write_tiny
 
 

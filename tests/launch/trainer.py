@@ -30,6 +30,7 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax import run_dir as run_dir_lib
+from moe_jax.files import write_json, write_text
 from moe_jax.run_dir import RunDir
 
 _CONFIG = cli.define_config_flag()
@@ -68,7 +69,7 @@ def _train(run_dir, config, behaviour):
   checkpoint = run_dir.path / "checkpoint"
   first = step = int(checkpoint.read_text()) if checkpoint.exists() else 0
   attempt = run_dir.next_attempt()
-  run_dir_lib.write_text(run_dir.metrics_file(attempt, first), '{"step": ' + str(first) + '}\n')
+  write_text(run_dir.metrics_file(attempt, first), '{"step": ' + str(first) + '}\n')
   loss = None
 
   def say(state, error=None):
@@ -105,7 +106,7 @@ def _train(run_dir, config, behaviour):
       (run_dir.checkpoints / str(step)).mkdir(parents=True, exist_ok=True)
   if config.execution.keep_steps:  # the last one is always kept
     (run_dir.checkpoints / str(step)).mkdir(parents=True, exist_ok=True)
-    run_dir_lib.write_json(run_dir.checksums(step), {})
+    write_json(run_dir.checksums(step), {})
   say(run_dir_lib.FINISHED)
   return 0
 

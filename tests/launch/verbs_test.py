@@ -12,8 +12,9 @@ from launch.code import Code
 from launch.jobs import jobs_of
 from moe_jax.config import identity_hash
 from moe_jax.errors import FieldError
+from moe_jax.files import write_text
 from moe_jax.grid import select
-from moe_jax.run_dir import RunDir, write_text
+from moe_jax.run_dir import RunDir
 from tests.experiment_files import BASE, run_module, write_tiny
 from tests.launch.world import World
 

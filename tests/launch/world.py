@@ -11,8 +11,9 @@ from launch.code import Code
 from launch.driver import POLL_SECONDS, Driver
 from launch.jobs import jobs_of
 from launch.work import HostWord
+from moe_jax.files import write_json
 from moe_jax.grid import select
-from moe_jax.run_dir import FINISHED, write_json
+from moe_jax.run_dir import FINISHED
 from tests.experiment_files import write_tiny
 from tests.launch.fake_cloud import FakeCloud
 

@@ -11,17 +11,18 @@ from etils import epath
 
 from moe_jax import arch
 from moe_jax.config import (
-    Architecture,
-    DataConfig,
-    MoEConfig,
-    RunConfig,
-    TrainConfig,
-    identity_hash,
-    to_dict,
+  Architecture,
+  DataConfig,
+  MoEConfig,
+  RunConfig,
+  TrainConfig,
+  identity_hash,
+  to_dict,
 )
 from moe_jax.evaluate.results import facts, write_csv
+from moe_jax.files import write_json, write_text
 from moe_jax.grid import Cell, Grid
-from moe_jax.run_dir import RunDir, write_json, write_text
+from moe_jax.run_dir import RunDir
 
 RECIPE = RunConfig(
     arch=Architecture(n_layers=2, d_model=96, d_expert=48, n_exp=16, n_topk=4, n_heads=2),

@@ -1,0 +1,103 @@
+"""Files that are read and written whole, on a disk or an object store. No JAX.
+
+An object store has no append and no atomic rename.
+"""
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from etils import epath
+
+from moe_jax.errors import DamagedFile, FieldError
+from moe_jax.fields import from_json
+
+T = TypeVar("T")
+
+# gcsfs would keep what it once saw in a folder, and be blind to what other machines write there.
+os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')
+
+_STORES = ("aiohttp", "fsspec", "gcsfs", "google", "tensorflow")  # whose errors are no OSErrors
+
+
+def is_local(path: epath.Path) -> bool:
+  return "://" not in os.fspath(path)
+
+
+def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+  """All files below a folder, at any depth."""
+  scheme, remote, _ = os.fspath(folder).partition("://")
+  for root, _, names in folder.walk():
+    # Of an object's path etils gives what is behind the scheme.
+    home = epath.Path(f"{scheme}://{root}") if remote and is_local(root) else root
+    yield from (home / name for name in names)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes a file whole, in UTF-8; see write_bytes."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+  """Writes a file whole: a reader sees the old content or the new, never a part."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if not is_local(path):  # an object appears when its upload is complete
+    path.write_bytes(content)
+    return
+  # a heartbeat thread may write the same file: each writer needs its own
+  partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+  try:
+    partial.write_bytes(content)
+    partial.replace(path)
+  except OSError as error:
+    raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None
+  finally:
+    partial.unlink(missing_ok=True)  # gone, unless something went wrong
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+  write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: epath.Path) -> Any:
+  """The content, or None where there is no file. Raises DamagedFile if it is not JSON."""
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise DamagedFile("out", str(path), f"is damaged, not JSON: {error}") from None
+  except IsADirectoryError:
+    raise DamagedFile("out", str(path), "is damaged: a directory where a file belongs") from None
+
+
+def read_as(cls: type[T], path: epath.Path) -> T | None:
+  """The content as a flat dataclass, or None where there is no file. Raises DamagedFile."""
+  stored = read_json(path)
+  try:
+    return None if stored is None else from_json(cls, stored)
+  except FieldError as error:
+    raise DamagedFile("out", str(path), f"is damaged: {error}") from None
+
+
+def is_of_storage(error: Exception) -> bool:
+  """Whether a file system or an object store raised it, and not a mistake of this program."""
+  return isinstance(error, OSError) or any(
+      cls.__module__.partition(".")[0] in _STORES for cls in type(error).__mro__)
+
+
+@contextlib.contextmanager
+def reaching(path: str | os.PathLike) -> Iterator[None]:
+  """Files below `path` are read or written: a FieldError, one line, where that is impossible."""
+  try:
+    yield
+  except (FieldError, BrokenPipeError):  # the pipe is that of standard output
+    raise
+  except Exception as error:
+    if not is_of_storage(error):
+      raise
+    raise FieldError("out", os.fspath(path),
+                     f"is out of reach: {' '.join(str(error).split())}") from None
