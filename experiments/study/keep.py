@@ -8,7 +8,8 @@
     experiments/study/results/EXPERIMENT/results.csv    every cell, also those without a result
     experiments/study/results/EXPERIMENT/CELL/      config.json, status.json, eval/, metrics/
 
-Without --out the tables are made anew. Any order and any repetition gives the same.
+Without --out the tables are made anew. Any order and any
+repetition gives the same; of one run that was done twice the first that is kept stays.
 """
 
 from absl import flags

@@ -17,7 +17,8 @@ FOLDER = pathlib.Path(__file__).parent
 RESULTS = str(FOLDER / "results")
 # In the order in which they run; the trial's file is made when the law has been fitted.
 GRIDS = ("pilots", "rate_check", "small", "large", "capacity", "trial")
-REHEARSALS = ("rehearsal", "rehearsal_dropless", "rehearsal_tenth")  # no part of the study
+REHEARSALS = ("rehearsal", "rehearsal_dropless", "rehearsal_tenth",
+              "rehearsal_tenth_large")  # no part of the study
 
 
 class Statistic(NamedTuple):

@@ -21,10 +21,9 @@ def get_grid() -> Grid:
   return rehearsal("study-rehearsal", rehearsed(), SHORT)
 
 
-def rehearsed() -> list[RunConfig]:
-  """Both arms at the two smaller sizes, as long as the study's."""
-  return [first_rate(n_total, *shape)
-          for n_total in arms.SIZES[:2] for shape in arms.ARM_A + arms.ARM_B]
+def rehearsed(sizes=arms.SIZES[:2]) -> list[RunConfig]:
+  """Both arms, as long as the study's."""
+  return [first_rate(n_total, *shape) for n_total in sizes for shape in arms.ARM_A + arms.ARM_B]
 
 
 def first_rate(n_total: int, *shape) -> RunConfig:

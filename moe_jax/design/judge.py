@@ -103,8 +103,8 @@ def fitted(fit: Fit, tokens: float) -> Judge:
   """A law of one's own as a judge.
 
   Its slack is a one-sided 95 % bound on the difference of two scores: the covariance of the
-  parameters is the jackknife's over architectures, and the residual scatter of the fit
-  counts twice, as each of two models has its own.
+  parameters is the jackknife's over architectures, and the scatter of single runs around the
+  fit counts twice, as each of two models has its own.
 
   Raises:
     FieldError: the data do not identify a coefficient of the shape, by which a search would
@@ -123,7 +123,7 @@ def fitted(fit: Fit, tokens: float) -> Judge:
     variance_N = np.einsum("np,pq,nq->n", apart_NP, covariance_PP, apart_NP)
     # A model is as good as itself.
     other_N = np.any(apart_NP != 0, axis=1)
-    return quantile * np.sqrt(variance_N + 2 * fit.scatter**2 * other_N)
+    return quantile * np.sqrt(variance_N + 2 * fit.scatter_of_one_run**2 * other_N)
 
   def inside(shape: Shape) -> np.ndarray:
     asked, data = Fit.cells_of(shape, tokens).columns, fit.cells.columns

@@ -9,6 +9,7 @@ PNG and every table as CSV and Markdown. The same results give the same bytes.
 from absl import flags
 
 from moe_jax import cli
+from moe_jax.laws import intervals
 from moe_jax.laws.analysis import analyse
 from moe_jax.laws.forms import FORMS
 from moe_jax.laws.power import MARGIN, Margin
@@ -29,7 +30,7 @@ _MARGIN = flags.DEFINE_float("margin_percent", MARGIN.percent, "Margin of the eq
                              "tests, in percent of the loss over --fold.")
 _FOLD = flags.DEFINE_float("fold", MARGIN.fold, "The margin is of a variable that grows so many "
                            "fold.")
-_DRAWS = flags.DEFINE_integer("draws", 999, "Draws of the bootstrap.", lower_bound=99)
+_DRAWS = flags.DEFINE_integer("draws", intervals.DRAWS, "Draws of the bootstrap.", lower_bound=99)
 _SEED = flags.DEFINE_integer("seed", 0, "Of starts and bootstrap.")
 
 

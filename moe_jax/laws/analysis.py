@@ -42,6 +42,7 @@ class Analysis:
     fitted: the fit, with its design report.
     margin: effects below it count as none.
     headline: by the bootstrap whose coverage is right: the interval that is quoted.
+    pairs: of a log-log form, if errors are common to all sizes of a pair (n_exp, s).
     profile: by profile likelihood, cells taken as independent.
     huber: of the Huber solver, by rescaled subsamples.
     architectures: refits without one architecture.
@@ -57,6 +58,7 @@ class Analysis:
   fitted: Fit
   margin: Margin
   headline: dict[str, Interval]
+  pairs: dict[str, Interval]
   profile: dict[str, Interval]
   huber: dict[str, Interval]
   architectures: list[LeftOut]
@@ -86,7 +88,7 @@ class Analysis:
                  or self.huber[name].low > self.headline[name].high)}
 
 
-def analyse(cells: Cells, law: str, margin: Margin = MARGIN, draws: int = 999,
+def analyse(cells: Cells, law: str, margin: Margin = MARGIN, draws: int = intervals.DRAWS,
             seed: int = 0) -> Analysis:
   """Fits, and looks at the fit from all sides. The same input gives the same output.
 
@@ -102,8 +104,10 @@ def analyse(cells: Cells, law: str, margin: Margin = MARGIN, draws: int = 999,
   return Analysis(
       fitted, margin,
       headline=intervals.bootstrap(fitted, draws=draws, seed=seed),
+      pairs=intervals.by_pair(fitted, draws, seed),
       profile=intervals.profile(fitted),
-      huber=intervals.subsample(fitted, draws=max(100, draws // 5), seed=seed, solver="huber"),
+      huber=intervals.subsample(fitted, draws=min(intervals.SUBSAMPLES, draws), seed=seed,
+                                solver="huber"),
       architectures=validate.leave_one_architecture_out(fitted),
       n_exps=validate.leave_one_value_out(fitted, "n_exp") if "n_exp" in x else [],
       held_out=[validate.extrapolate(fitted, column) for column in HELD_OUT if column in x],

@@ -13,8 +13,9 @@ import numpy as np
 from moe_jax.errors import FieldError
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import Fit, fit
-from moe_jax.laws.intervals import Interval, bootstrap
+from moe_jax.laws.intervals import DRAWS, Interval, bootstrap
 from moe_jax.laws.power import MARGIN, Margin
+from moe_jax.laws.table import NOT_ROUTED
 
 SHOWN, OPPOSITE, EQUIVALENT, UNDECIDED, REFUSED = (
     "shown", "the opposite is shown", "equivalent to none", "undecided", "not identified")
@@ -52,13 +53,14 @@ _CLAIMS = (
 
 
 def assess(cells: Cells, margin: Margin = MARGIN, seed: int = 0,
-           law: str = "paper", draws: int = 999) -> list[Claim]:
-  """Both claims, on a log-log form of n_total, sparsity and n_exp alone.
-
-  Raises:
-    FieldError: the form cannot be fitted at all.
-  """
-  fitted = fit(cells, law)
+           law: str = "paper", draws: int = DRAWS) -> list[Claim]:
+  """Both claims, on a log-log form of n_total, sparsity and n_exp alone."""
+  try:
+    fitted = fit(cells, law)
+  except FieldError as error:
+    return [Claim(name, parameter, REFUSED, None, None, margin,
+                  f"These data cannot say whether {name}: {error}.")
+            for name, parameter, *_ in _CLAIMS]
   wide, narrow = (bootstrap(fitted, level, draws, seed) for level in (0.95, 0.90))
   found = [_claim(fitted, wide, narrow, margin, *claim) for claim in _CLAIMS]
   if "q" in wide:
@@ -114,7 +116,7 @@ class Mechanism:
   sentences: tuple[str, ...]
 
 
-def mechanism(cells: Cells, seed: int = 0, draws: int = 999) -> Mechanism:
+def mechanism(cells: Cells, seed: int = 0, draws: int = DRAWS) -> Mechanism:
   """Looks for what breaks the ties, and only then estimates.
 
   N_active = 4 l d² (1 - 1/s) + N_total / s, the router counted with the core's 4 l d²: at
@@ -129,9 +131,13 @@ def mechanism(cells: Cells, seed: int = 0, draws: int = 999) -> Mechanism:
     if column not in cells.columns:
       raise FieldError("column", column, "is needed for the mechanism; these data lack it")
   share, spread = _attention_share(cells), _granularity_apart(cells)
-  core_or_active = share[1] > 1.1 * share[0]
+  more = [name for name in NOT_ROUTED
+          if len({str(row.get(name)) for runs in cells.runs for row in runs}) > 1]
+  core_or_active = share[1] > 1.1 * share[0] and not more
   experts_or_core = spread > 0.05
   sentences = [
+      f"Cells differ in {', '.join(more)}: what attention takes cannot be told from these, nor "
+      "fewer core dimensions from fewer active parameters." if more else
       f"Attention takes {share[0]:.3g} to {share[1]:.3g} d² a layer: "
       + ("it varies, so that fewer core dimensions and fewer active parameters can be told "
          "apart." if core_or_active else

@@ -124,6 +124,18 @@ def half_width(pool: Pool, noise: Noise, target: Target, added: list[int]) -> fl
   return float(np.sqrt(variance) * t_quantile(df))
 
 
+def reported_half_width(pool: Pool, noise: Noise, target: Target, added: list[int]) -> float:
+  """The same as the fit's own interval will have it: where every cell is an architecture of its
+  own it takes repeated and single cells to scatter alike."""
+  design = with_runs(pool, added)
+  n, p = design.x_NP.shape
+  expected = half_width(pool, noise, target, added)
+  if np.isinf(expected) or len(np.unique(design.architecture_N)) < n:
+    return expected
+  variance = np.exp(target.log_variance(design.pooled_covariance(noise)[None])[0])
+  return float(np.sqrt(variance) * t_quantile(n - p))
+
+
 def with_runs(pool: Pool, added: list[int]) -> Design:
   """The design of what has been run and these runs."""
   seeds_N = _seeds(pool, added)

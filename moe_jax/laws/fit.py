@@ -54,6 +54,13 @@ class Fit:
     df = max(1, len(self.cells) - len(self.parameters))
     return float(np.sqrt(np.sum(self.residual**2) / df))
 
+  @property
+  def scatter_of_one_run(self) -> float:
+    """The same around the law of a single run's ln L, where cells are means over seeds."""
+    noise = self.cells.seed_noise
+    averaged = 0.0 if np.isnan(noise) else noise**2 * np.mean(1 - 1 / self.cells.seeds)
+    return float(np.sqrt(self.scatter**2 + max(0.0, averaged)))
+
   def log_loss(self, cells: Cells) -> np.ndarray:
     """Predicted ln L of other cells, by the least-squares solution."""
     return self.form.log_loss(self.least_squares.theta, cells)

@@ -45,7 +45,9 @@ class Identified:
     found += [f"  {p}: REFUSED, {why}" for p, why in self.refused.items()]
     found += [f"  {p}: identified instead, = {what}" for p, what in self.combinations.items()]
     if not self.refused:
-      found.append("  every coefficient is identified")
+      found.append("  every coefficient is identified" if self.asked.is_linear else
+                   "  no two variables of one term are collinear; whether the data bound each "
+                   "coefficient, its interval says")
     return found
 
 

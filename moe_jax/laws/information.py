@@ -74,6 +74,14 @@ class Design:
     solve_PN = np.linalg.pinv(self.x_NP)
     return solve_PN @ self.errors(noise) @ solve_PN.T
 
+  def pooled_covariance(self, noise: Noise) -> np.ndarray:
+    """What moe_jax.laws expects it to be where every cell is an architecture of its own: from one
+    variance for all cells, E[RSS] / (N - P) = tr((I - H) V) / (N - P)."""
+    n, p = self.x_NP.shape
+    solve_PN = np.linalg.pinv(self.x_NP)
+    left = np.trace(self.errors(noise)) - np.trace(self.x_NP @ solve_PN @ self.errors(noise))
+    return left / (n - p) * solve_PN @ solve_PN.T
+
   def degrees_of_freedom(self, noise: Noise, contrast_P: np.ndarray) -> float:
     """Of the interval of contrast_P @ theta: with what a standard error is estimated.
 

@@ -23,7 +23,8 @@ from moe_jax.laws.fit import Fit
 from moe_jax.laws.information import degrees_of_freedom
 from moe_jax.laws.solvers import Problem
 
-SUBSAMPLE = 0.8
+DRAWS = 9_999
+SUBSAMPLES, SUBSAMPLE = 200, 0.8  # how many, and the share of the architectures in each
 MOST_WITHOUT = 0.1  # of the subsamples may not identify the form: else there is no interval
 
 
@@ -45,15 +46,17 @@ class Interval:
             f"({100 * self.level:g} %, {self.method})")
 
 
-def bootstrap(fitted: Fit, level: float = 0.95, draws: int = 999,
+def bootstrap(fitted: Fit, level: float = 0.95, draws: int = DRAWS,
               seed: int = 0) -> dict[str, Interval]:
   """Intervals of the least-squares estimates, by the bootstrap that suits the form."""
   if not fitted.form.is_linear:
-    return subsample(fitted, level, max(100, draws // 5), seed)
+    return subsample(fitted, level, min(SUBSAMPLES, draws), seed)
   rng = np.random.default_rng(seed)
   x_NP = fitted.form.matrix(fitted.cells)[0]
   one_each = fitted.cells.n_architectures == len(fitted.cells)
-  error_P, t_BP = (_residual_t(x_NP, fitted.residual, draws, rng) if one_each else
+  # Residuals are drawn by position, of which the order of a file's lines must decide nothing.
+  order = np.lexsort([fitted.residual, *x_NP.T])
+  error_P, t_BP = (_residual_t(x_NP[order], fitted.residual[order], draws, rng) if one_each else
                    _cluster_t(x_NP, fitted.residual, fitted.cells.architecture, draws, rng))
   quantile_P = np.quantile(np.abs(t_BP), level, axis=0)
   method = "residual bootstrap-t" if one_each else "cluster bootstrap-t"
@@ -61,6 +64,24 @@ def bootstrap(fitted: Fit, level: float = 0.95, draws: int = 999,
   return {name: Interval(float(theta[p]), float(theta[p] - quantile_P[p] * error_P[p]),
                          float(theta[p] + quantile_P[p] * error_P[p]), level, method)
           for p, name in enumerate(fitted.parameters)}
+
+
+def by_pair(fitted: Fit, draws: int = DRAWS, seed: int = 0) -> dict[str, Interval]:
+  """The 95 % intervals of a log-log form if errors are common to all cells of a pair (n_exp, s).
+
+  As where the law misses something of a routing that all sizes share. Empty where pairs are no
+  fewer than architectures, or too few for the form.
+  """
+  x = fitted.cells.columns
+  if not (fitted.form.is_linear and {"n_exp", "sparsity"} <= set(x)):
+    return {}
+  pair_N = np.unique(np.stack([x["n_exp"], np.round(x["sparsity"], 6)], axis=1), axis=0,
+                     return_inverse=True)[1].reshape(len(fitted.cells))
+  n_pairs = pair_N.max() + 1
+  if n_pairs >= fitted.cells.n_architectures or n_pairs < len(fitted.parameters) + 2:
+    return {}
+  return bootstrap(dataclasses.replace(
+      fitted, cells=dataclasses.replace(fitted.cells, architecture=pair_N)), draws=draws, seed=seed)
 
 
 def _residual_t(x_NP, residual_N, draws, rng) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +127,7 @@ def _ols(x_NP) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return inverse, solve_PN, np.minimum(leverage_N, 0.999)
 
 
-def subsample(fitted: Fit, level: float = 0.95, draws: int = 200, seed: int = 0,
+def subsample(fitted: Fit, level: float = 0.95, draws: int = SUBSAMPLES, seed: int = 0,
               solver: str = "least squares") -> dict[str, Interval]:
   """Intervals from refits on 80 % of the architectures, rescaled. Either solver's.
 

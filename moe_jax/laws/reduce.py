@@ -12,6 +12,7 @@ from moe_jax.laws.cells import Cells
 from moe_jax.laws.table import (
     ARCHITECTURE,
     DETAILS,
+    NOT_ROUTED,
     RECIPE,
     RECIPE_HASH,
     UNUSED,
@@ -20,6 +21,7 @@ from moe_jax.laws.table import (
 )
 
 _COLUMNS = (*ARCHITECTURE, "tokens")
+MOST_AMPLIFIED = 2.0  # a vertex whose variance is more runs' worth is not taken for a loss
 
 
 def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
@@ -27,7 +29,8 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
 
   Losses of seeds are averaged (in ln L). Where a cell was trained at several learning
   rates its loss is the vertex of the parabola in ln(learning rate) through the best and its
-  two neighbours; a best at the edge of what was swept is refused, and said so in the notes.
+  two neighbours (the best loss itself where two of these rates nearly coincide); a best at the
+  edge of what was swept is refused, and said so in the notes.
   Rows that are marked UNUSED are passed on, beside those of the refused cells.
 
   Raises:
@@ -128,6 +131,8 @@ def _envelope(group: list[Row]) -> tuple[float, float] | None:
   # Where the slope is zero the vertex's own error does not count, to first order.
   weights = [np.prod([(vertex - x[j]) / (x[i] - x[j]) for j in range(3) if j != i])
              for i in range(3)]
+  if np.sum(np.square(weights)) > MOST_AMPLIFIED:  # two rates so near that noise is the curve
+    return float(means[best]), 1 / counts[best]
   return float(curve(vertex)), float(np.sum(np.square(weights) / counts[around]))
 
 
@@ -147,7 +152,7 @@ def _notes(rows, groups, kept, noise, df, unused) -> list[str]:
   found.append(f"noise between seeds: {100 * noise:.2g} % of the loss ({df} degrees of "
                "freedom)" if df else "no cell has two seeds: noise is not separated from "
                "lack of fit")
-  varied = differing(rows, RECIPE)
+  varied = differing(rows, (*RECIPE, *NOT_ROUTED))
   if varied:
     found.append(f"the recipe varies between cells in {', '.join(varied)}: the law takes "
                  "that for an effect of shape")

@@ -63,7 +63,9 @@ def quality_lines(fitted: Fit) -> list[str]:
 
 def trust_lines(found: Analysis) -> list[str]:
   """What becomes of the fit without some of its cells."""
-  fitted, lines = found.fitted, []
+  fitted, lines = found.fitted, [
+      f"if errors are common to all sizes of a pair (n_exp, s): {name} {found.pairs[name]}"
+      for name in ("c", "b_minus_c") if name in found.pairs]
   for title, parts in (("one architecture", found.architectures), ("one n_exp", found.n_exps)):
     good = [part for part in parts if part.theta is not None]
     lines += [part.refusal for part in parts if part.theta is None]

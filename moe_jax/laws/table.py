@@ -32,17 +32,19 @@ RECIPE = ("batch_tokens", "schedule", "warmup_steps", "decay_fraction", "weight_
 # Of the whole recipe, also of what is no column: evaluate.results.recipe_hash. Older tables have
 # none.
 RECIPE_HASH = "recipe_hash"
-DETAILS = ("n_heads", "n_kv_heads", "head_dim", "n_shared_experts", "n_dense_layers", "d_dense")
+NOT_ROUTED = ("n_shared_experts", "n_dense_layers")  # what is active beside attention
+DETAILS = ("n_heads", "n_kv_heads", "head_dim", *NOT_ROUTED, "d_dense")
 UNUSED = "_unused"  # why a row is no part of the fit; absent from the rows that are
+LEFT_OUT = "left out by"  # how that reason begins where it was a flag
 _FINISHED = "finished"
 
 
-def read_results(path: str | os.PathLike, where: Sequence[str] = (),
+def read_results(path: str | os.PathLike | Sequence[str], where: Sequence[str] = (),
                  without: Sequence[str] = ()) -> list[Row]:
   """All rows: those that a fit may use with numbers as floats, the others marked UNUSED.
 
   Args:
-    path: results.csv, local or gs://.
+    path: results.csv, local or gs://, or several of one text and one evaluation.
     where: COLUMN=VALUE conditions that rows must meet, as text in the file.
     without: names of cells to leave out.
 
@@ -50,8 +52,8 @@ def read_results(path: str | os.PathLike, where: Sequence[str] = (),
     FieldError: no such file, not a CSV, missing columns, no row that can be used, mixed data
       sets, a value that is no number, duplicated rows.
   """
-  path = str(path)
-  rows = _parsed(path)
+  paths = [str(path)] if isinstance(path, str | os.PathLike) else list(path)
+  rows, path = [row for one in paths for row in _parsed(one)], ", ".join(paths)
   _choose(rows, where, without, path)
   for row in rows:
     _check_row(row, path)
@@ -110,14 +112,14 @@ def _choose(rows: list[Row], where: Sequence[str], without: Sequence[str], path:
                        + did_you_mean(value, there))
     for row in rows:
       if row[column] != value:
-        row.setdefault(UNUSED, f"left out by --where={condition}: {column} is {row[column]}")
+        row.setdefault(UNUSED, f"{LEFT_OUT} --where={condition}: {column} is {row[column]}")
   for name in without:
     if name not in {row["cell"] for row in rows}:
       raise FieldError("without", name, "no such cell; "
                        + did_you_mean(name, [row["cell"] for row in rows]))
   for row in rows:
     if row["cell"] in without:
-      row.setdefault(UNUSED, f"left out by --without={row['cell']}")
+      row.setdefault(UNUSED, f"{LEFT_OUT} --without={row['cell']}")
   if all(UNUSED in row for row in rows):
     raise FieldError("without", ",".join(without), "leaves no rows")
 

@@ -158,8 +158,21 @@ def rank(grid: Grid, rows: Sequence[Row], seed_sd: float) -> list[str]:
   others = [loss for name, loss in losses.items() if name != choice]
   best, middle = min(others), float(np.median(others))
   noise = 1.96 * math.sqrt(2) * seed_sd
+  chance = _behind_by_chance(len(others)) * seed_sd
   return [*lines, f"the choice came in {ordered.index(choice) + 1} of {len(ordered)}",
           f"against the best of the others {100 * math.log(losses[choice] / best):+.2f} %, against "
           f"their median {100 * math.log(losses[choice] / middle):+.2f} % of the loss; two runs of "
           f"one architecture differ by up to {100 * noise:.2g} % (95 %, seeds "
-          f"{100 * seed_sd:.2g} %)"]
+          f"{100 * seed_sd:.2g} %), and if all were equally good the choice would be up to "
+          f"{100 * chance:.2g} % behind the best of the others"]
+
+
+def _behind_by_chance(others: int) -> float:
+  """95 % quantile of one draw minus the least of `others` draws of a standard normal."""
+  from scipy import integrate, optimize, stats
+
+  def exceeded(x: float) -> float:  # P(one - least > x): the least lies below one - x
+    return integrate.quad(lambda z: stats.norm.pdf(z) * (1 - stats.norm.sf(z - x)**others),
+                          -9, 9)[0]
+
+  return optimize.brentq(lambda x: exceeded(x) - 0.05, -1.0, 9.0)

@@ -78,10 +78,8 @@ def predict(cells: Sequence[Cell], rows: Sequence[Row], law: str,
                 **dict(zip(sample.COLUMNS, values.T, strict=True)))
   covariance_PP, df = jackknife(fitted)
   x_NP = gradient(fitted.form, fitted.least_squares.theta, at)
-  scatter = float(np.sum(fitted.residual**2) / max(1, len(fitted.cells)
-                                                   - len(fitted.parameters)))
   half_N = stats.t.ppf((1 + LEVEL) / 2, df) * np.sqrt(
-      np.einsum("np,pq,nq->n", x_NP, covariance_PP, x_NP) + scatter)
+      np.einsum("np,pq,nq->n", x_NP, covariance_PP, x_NP) + fitted.scatter_of_one_run**2)
   centre_N, fingerprint = fitted.log_loss(at), fingerprint_of(fitted)
   found = [
       {"experiment": cell.experiment, "cell": cell.name, "identity": identity_hash(cell.config),
@@ -95,6 +93,12 @@ def predict(cells: Sequence[Cell], rows: Sequence[Row], law: str,
                                   for name, why in fitted.identified.refused.items()),
            f"{len(found)} of {len(cells)} cells predicted by {fitted.form.name}, fit "
            f"{fingerprint}; the rest are trunks or of other lengths"]
+  known = {row.get("identity") for row in rows
+           if UNUSED in row and isinstance(row["loss"], float) and math.isfinite(row["loss"])}
+  seen = [row["cell"] for row in found if row["identity"] in known]
+  if seen:
+    notes.append(f"{len(seen)} of them have a loss in {source} that the fit does not use, so that "
+                 f"they are no predictions: {', '.join(seen)}")
   return Foreseen(fitted, tuple(found), tuple(notes))
 
 

@@ -5,6 +5,7 @@ status.json, the evaluations as they were, and one file of metrics, thinned. Fol
 sittings are merged run by run: what has come further stays.
 """
 
+import itertools
 import json
 import os
 import tempfile
@@ -188,19 +189,25 @@ def lost_trunk(run: RunDir, config: RunConfig) -> RunDir | None:
 def training_drop_rate(run: RunDir, config: RunConfig) -> float | None:
   """Mean share of assignments that were dropped after warm-up, a branch's trunk included.
 
-  Of the steps in the metrics alone: those that were logged, in a record thinned to POINTS of them.
-  None: it is not known, of a part of the training at least.
+  From the steps that were logged, in a record thinned to POINTS of them, each for all since the
+  one before it: how often a run logs decides nothing. None: it is not known of all the training.
   """
   branch = config.train.branch_step or 0
   parts = [[record for record in run.read_metrics() if record["step"] > branch]]
   if branch:
     trunk = run.trunk(config)
-    parts.append([record for record in trunk.read_metrics() if record["step"] <= branch])
+    parts.insert(0, [record for record in trunk.read_metrics() if record["step"] <= branch])
   if not all(parts):
     return None
-  found = [record.get("drop_rate") for part in parts for record in part
-           if record["step"] > config.train.warmup_steps]
-  return sum(found) / len(found) if found and None not in found else None
+  last, dropped, steps = config.train.warmup_steps, 0.0, 0
+  for record in itertools.chain(*parts):
+    since, rate = record["step"] - last, record.get("drop_rate")
+    if since <= 0:
+      continue
+    if rate is None:
+      return None
+    last, dropped, steps = record["step"], dropped + rate * since, steps + since
+  return dropped / steps if steps else None
 
 
 def pack(kept: str | os.PathLike, to: str | os.PathLike,

@@ -22,7 +22,8 @@ from moe_jax.laws.forms import FORMS
 from moe_jax.laws.table import read_results
 from moe_jax.study import foresight
 
-_RESULTS = flags.DEFINE_string("results", None, "results.csv of an experiment.", required=True)
+_RESULTS = flags.DEFINE_multi_string("results", None, "results.csv of an experiment; may be "
+                                     "repeated.", required=True)
 _CONFIG = cli.define_config_flag(required=False)
 _LAW = flags.DEFINE_string("law", "paper", f"The form to fit: {', '.join(FORMS)}.")
 _WHERE = flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: keep these rows alone.")
@@ -50,7 +51,7 @@ def main(overrides: list[str]) -> None:
             "exists, and is not overwritten: what was predicted stands")
   cells = cli.selected_cells(_CONFIG.value, overrides)
   rows = read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value)
-  found = foresight.predict(cells, rows, _LAW.value, _RESULTS.value)
+  found = foresight.predict(cells, rows, _LAW.value, ", ".join(_RESULTS.value))
   print("\n".join(found.lines()))
   if _WRITE.value is not None:
     text = io.StringIO()

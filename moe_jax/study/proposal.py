@@ -12,7 +12,7 @@ from moe_jax.config import RunConfig
 from moe_jax.errors import FieldError, require
 from moe_jax.grid import Grid, cell_name
 from moe_jax.laws.cells import Cells
-from moe_jax.laws.exchange import Choice, Pool, Target, choose
+from moe_jax.laws.exchange import Choice, Pool, Target, choose, reported_half_width
 from moe_jax.laws.fit import Fit, fit
 from moe_jax.laws.forms import Form, form_for
 from moe_jax.laws.identify import identify
@@ -173,6 +173,10 @@ def propose(results: str, ask: Ask, experiment_file: str | None = None,
   require(ask.flops is None or ask.flops >= cost.min(), "flops", ask.flops,
           f"pays for no run: the cheapest takes {cost.min():.3g}")
   chosen = choose(pool, noise, target, ask.add, np.inf if ask.flops is None else ask.flops)
+  reported = reported_half_width(pool, noise, target, list(chosen.added))
+  if reported > 1.05 * chosen.half_width[-1]:
+    notes.append(f"with all of them moe_jax.laws will tell {_plus_minus(reported)}, more than what "
+                 "is known: it takes repeated and single cells to scatter alike")
   grown = dataclasses.replace(everything, seeds=pool.design.seeds_N + np.bincount(
       chosen.added, minlength=len(configs)))
   before, after = (_known(asked, found.form, _theta(found.form, fitted), some, noise)

@@ -64,7 +64,8 @@ def check(sweeps: Sequence[rates.Sweep], law: rates.Rates, seed_sd: float) -> li
     lines.append(f"loss above the optimum: {100 * statistics.median(costs):.2g} % in the middle, "
                  f"{100 * max(costs):.2g} % at most, of {len(costs)} sweeps")
   return lines + ([f"{outside} of {len(sweeps)} have no optimum among their rates: the law is "
-                   "off by more than the sweep's width there"] if outside else [])
+                   "off by more than half a step there, or noise between seeds hides where "
+                   "the best is"] if outside else [])
 
 
 def as_dict(found: rates.RateFit, table: bytes) -> dict:

@@ -17,7 +17,8 @@ from moe_jax.arch import count
 from moe_jax.arch.architecture import Architecture
 from moe_jax.errors import FieldError, require
 from moe_jax.laws.reduce import check_repeats
-from moe_jax.laws.table import ARCHITECTURE, UNUSED, Row
+from moe_jax.laws.table import ARCHITECTURE, LEFT_OUT, UNUSED, Row
+from moe_jax.run_dir import DIVERGED, FAILED, FINISHED
 from moe_jax.text import short
 
 VARIABLES = ("n_total", "sparsity", "n_exp")
@@ -34,7 +35,8 @@ class Sweep:
     variables: VARIABLES, as numbers.
     rates, log_loss, seeds: of those that have a loss, by ascending rate: ln L is the mean over
       so many seeds.
-    without_loss: rates that have none (diverged, unfinished).
+    without_loss: rates at which training diverged or failed.
+    awaited: rates whose runs have not ended.
     identities: of all its runs.
   """
 
@@ -44,6 +46,7 @@ class Sweep:
   log_loss: np.ndarray
   seeds: np.ndarray
   without_loss: tuple[float, ...]
+  awaited: tuple[float, ...]
   identities: tuple[str, ...]
 
   def __str__(self) -> str:
@@ -105,14 +108,15 @@ def read(path: str | os.PathLike, field: str = "rates") -> Rates:
 
 
 def sweeps_of(rows: Sequence[Row], source: str) -> list[Sweep]:
-  """The architectures with several rates, in the order of the table.
+  """The architectures with several rates, in the order of the table; without what is left out.
 
   Raises:
     FieldError: there is none; runs of one that differ in more than seed and learning rate.
   """
   groups: dict[tuple, list[Row]] = collections.defaultdict(list)
   for row in rows:
-    groups[tuple(row[name] for name in (*ARCHITECTURE, "tokens"))].append(row)
+    if not str(row.get(UNUSED)).startswith(LEFT_OUT):
+      groups[tuple(row[name] for name in (*ARCHITECTURE, "tokens"))].append(row)
   found = []
   for group in groups.values():
     if len({row["learning_rate"] for row in group}) > 1:
@@ -128,13 +132,16 @@ def _sweep(group: list[Row]) -> Sweep:
     if UNUSED not in row:
       losses[row["learning_rate"]].append(math.log(row["loss"]))
   rates = sorted(losses)
-  without = {row["learning_rate"] for row in group} - set(rates)
+  without = {row["learning_rate"] for row in group
+             if row["state"] in (FINISHED, DIVERGED, FAILED)} - set(rates)
+  awaited = {row["learning_rate"] for row in group} - without - set(rates)
   row = group[0]
   return Sweep(min((row["cell"] for row in group), key=lambda name: (len(name), name)),
                {"n_total": row["n_total"], "sparsity": row["n_exp"] / row["n_topk"],
                 "n_exp": row["n_exp"]},
                np.array(rates), np.array([np.mean(losses[rate]) for rate in rates]),
                np.array([len(losses[rate]) for rate in rates]), tuple(sorted(without)),
+               tuple(sorted(awaited)),
                tuple(str(row.get("identity", "")) for row in group))
 
 
@@ -185,6 +192,12 @@ def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
 def _edge(sweep: Sweep, at: int, step: float) -> FieldError:
   """Says how to widen a sweep whose best rate is its lowest or highest."""
   rate, lowest = float(sweep.rates[at]), at == 0
+  which = (f"is best at the {'lowest' if lowest else 'highest'} of {len(sweep.rates)} rates, "
+           f"{_number(rate)}")
+  awaited = [other for other in sweep.awaited if (other < rate) == lowest]
+  if awaited:
+    return FieldError("results", str(sweep), f"{which}, and "
+                      + " and ".join(map(_number, awaited)) + " have not run: run them first")
   beyond = [other for other in sweep.without_loss if (other < rate) == lowest and other != rate]
   if beyond:  # one that failed lies further out: look between
     next_to = max(beyond) if lowest else min(beyond)
@@ -192,8 +205,7 @@ def _edge(sweep: Sweep, at: int, step: float) -> FieldError:
   else:
     factors = (1 / step, 1 / step**2) if lowest else (step, step**2)
     add, why = [rate * factor for factor in factors], "the edge of the sweep"
-  return FieldError("results", str(sweep), f"is best at the {'lowest' if lowest else 'highest'} "
-                    f"of {len(sweep.rates)} rates, {_number(rate)}, {why}: add "
+  return FieldError("results", str(sweep), f"{which}, {why}: add "
                     + " and ".join(map(_number, sorted(add))))
 
 

@@ -1,10 +1,13 @@
 """The claims, on grids where the truth is known: shown, opposite, none, undecided, refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from moe_jax.errors import FieldError
 from moe_jax.laws import claims
+from moe_jax.laws.analysis import analyse
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.power import MARGIN, Margin
 from moe_jax.laws.reduce import to_cells
@@ -126,3 +129,20 @@ def test_another_attention_share_tells_core_from_active():
 def test_the_mechanism_needs_the_shapes():
   with pytest.raises(FieldError, match="n_active"):
     claims.mechanism(Cells.of([3.0, 2.0], n_total=[1e6, 2e6]))
+
+
+def test_shared_experts_that_vary_are_not_taken_for_attention():
+  cells = grid(heads=lambda rng, n: 2.0 + 2.0 * rng.integers(0, 2, n))
+  assert claims.mechanism(cells).core_or_active
+  runs = tuple(({"n_shared_experts": str(i % 2), "n_dense_layers": "0"},)
+               for i in range(len(cells)))
+  found = claims.mechanism(dataclasses.replace(cells, runs=runs))
+  assert not found.core_or_active and "Cells differ in n_shared_experts:" in found.sentences[0]
+  assert not any(name.startswith("core-or-active") for name in found.estimates)
+
+
+def test_a_form_that_cannot_be_fitted_refuses_its_claims_alone():
+  few = grid(n=5)
+  found = analyse(few, "total-sparsity", draws=99)
+  assert [claim.verdict for claim in found.claims] == [claims.REFUSED] * 2
+  assert all("too few for paper-curved" in claim.sentence for claim in found.claims)

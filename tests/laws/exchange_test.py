@@ -1,5 +1,6 @@
 """The runs chosen are the ones that shrink the interval, counted anew for each."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,10 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.errors import FieldError
-from moe_jax.laws import exchange
+from moe_jax.laws import exchange, intervals
 from moe_jax.laws.exchange import Pool, Target, choose, half_width, with_runs
-from moe_jax.laws.information import Design, Noise, degrees_of_freedom
+from moe_jax.laws.fit import fit
+from moe_jax.laws.forms import form_for
+from moe_jax.laws.information import Design, Noise, degrees_of_freedom, design_of
 from moe_jax.laws.power import t_quantile
+from moe_jax.laws.reduce import to_cells
+from tests.laws.results_file import rows_of
 
 NAMES = ("c0", "a", "b_minus_c", "c")
 
@@ -82,6 +87,29 @@ def test_repeats_are_chosen_where_seeds_are_the_noise_alone():
   assert set(choose(many, Noise(1e-9, 0.01), slope, 2).added) <= {61, 62}
   only_seeds = choose(pool, Noise(0.01, 0), slope, 4).added
   assert {0} < set(only_seeds)
+
+
+def test_what_will_be_reported_is_what_the_fit_reports():
+  """Repeats make single cells no better known, but the fit pools what both scatter by."""
+  rng, noise = np.random.default_rng(5), Noise(0.002, 0.0005)
+  cells = to_cells(rows_of(n_cells=14, learning_rates=1))
+  seeds = np.where(np.arange(14) < 5, 4.0, 1.0)
+  design = design_of(form_for("paper", cells), dataclasses.replace(cells, seeds=seeds))
+  pool = Pool(design, np.ones(14))
+  to_know = Target("b_minus_c", np.eye(4)[[design.parameters.index("b_minus_c")]])
+  widths = []
+  for _ in range(60):
+    errors = (noise.architecture * rng.standard_normal(14)
+              + noise.seed / np.sqrt(seeds) * rng.standard_normal(14))
+    found = intervals.bootstrap(fit(dataclasses.replace(cells, loss=3 * np.exp(errors)), "paper"),
+                                draws=199)["b_minus_c"]
+    widths.append((found.high - found.low)**2)
+  reported = exchange.reported_half_width(pool, noise, to_know, [])
+  assert reported == pytest.approx(np.sqrt(np.mean(widths)) / 2, rel=0.12)
+  assert reported > 1.03 * half_width(pool, noise, to_know, [])
+  alike = Pool(dataclasses.replace(design, seeds_N=np.full(14, 2.0)), pool.cost_N)
+  assert exchange.reported_half_width(alike, noise, to_know, []) == pytest.approx(
+      half_width(alike, noise, to_know, []))
 
 
 def test_a_budget_is_kept_and_cheap_runs_are_preferred():

@@ -45,6 +45,30 @@ def test_the_bootstrap_t_is_near_it(fitted):
     assert width(found[name]) == pytest.approx(t_width(fitted, p), rel=0.1)
 
 
+def test_the_order_of_the_cells_decides_nothing():
+  cells = to_cells(rows_of(n_cells=20, learning_rates=1))
+  shuffled = cells.take(np.random.default_rng(0).permutation(len(cells)))
+  found, again = (intervals.bootstrap(fit(some, "paper"), draws=199) for some in (cells, shuffled))
+  for name, one in found.items():
+    assert [again[name].low, again[name].high] == pytest.approx([one.low, one.high], rel=1e-9)
+
+
+def test_errors_that_all_sizes_of_a_pair_share_widen_its_interval():
+  rng, form = np.random.default_rng(1), None
+  n_exp, sparsity, n_total = (values.ravel() for values in np.meshgrid(
+      [8.0, 16, 32, 64, 128], [2.0, 4, 8], [2e6, 6e6, 16e6], indexing="ij"))
+  shared = 0.003 * np.repeat(rng.standard_normal(15), 3)
+  loss = 5 * n_total**-0.1 * np.exp(shared + 0.0003 * rng.standard_normal(45))
+  cells = Cells.of(loss, n_total=n_total, n_exp=n_exp, sparsity=sparsity)
+  form = fit(cells, "paper")
+  by_cell, by_pair = intervals.bootstrap(form), intervals.by_pair(form)
+  assert width(by_pair["b_minus_c"]) > 1.3 * width(by_cell["b_minus_c"])
+  assert width(by_pair["a"]) < width(by_cell["a"])  # what a pair shares does not blur it
+  assert intervals.by_pair(fit(cells.take(n_total < 3e6), "paper")) == {}
+  assert intervals.by_pair(fit(grid_of_runs(noise=0.01)("chinchilla", PLANTED["chinchilla"]),
+                               "chinchilla")) == {}
+
+
 def test_subsamples_are_rescaled(fitted):
   """Without the factor sqrt(m / (G - m)) = 2 they would be half as wide."""
   found = intervals.subsample(fitted, draws=500)

@@ -82,3 +82,19 @@ def test_a_recipe_that_varies_between_cells_is_said_so():
           for i, row in enumerate(rows_of(learning_rates=1, n_cells=8))]
   notes = " ".join(to_cells(rows).notes)
   assert "the recipe varies between cells in batch_tokens:" in notes
+
+
+@pytest.mark.parametrize("rates, losses", [
+    ([3.98e-3, 4e-3, 5.66e-3], [3.006, 3.0, 3.006]), ([2e-3, 3.6e-3, 4e-3], [3.01, 3.0, 3.006])])
+def test_two_rates_that_nearly_coincide_make_no_curve(rates, losses):
+  """Their parabola would lie below all that was measured, by what is noise."""
+  cells = to_cells(swept(rates, losses) + OTHER)
+  assert 2.996 < cells.loss[0] < 3.0 + 1e-9 and cells.seeds[0] >= 0.5
+
+
+@pytest.mark.parametrize("name", ["n_shared_experts", "n_dense_layers"])
+def test_what_is_active_beside_attention_is_told_where_it_varies(name):
+  rows = [row | {name: str(int(row["n_exp"] > 8))} for row in swept([1e-3], [3.0]) + OTHER]
+  assert any(f"varies between cells in {name}" in note for note in to_cells(rows).notes)
+  same = [row | {name: "1"} for row in rows]
+  assert not any("varies" in note for note in to_cells(same).notes)

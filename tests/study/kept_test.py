@@ -1,5 +1,6 @@
 """What is kept of runs: small, merged without loss, the same however often."""
 
+import json
 import zipfile
 
 import pytest
@@ -8,6 +9,7 @@ from etils import epath
 from moe_jax.errors import FieldError
 from moe_jax.evaluate.results import write_csv
 from moe_jax.fields import override
+from moe_jax.files import write_text
 from moe_jax.laws.table import read_results
 from moe_jax.run_dir import RunDir
 from moe_jax.study import kept
@@ -91,6 +93,19 @@ def test_what_training_dropped_after_warm_up(tmp_path):
   trunk.metrics_file(1, 1).unlink()
   assert kept.training_drop_rate(run, branch) is None
   assert rows_of(tmp_path)[FIRST]["training_drop_rate"] is None
+
+
+@pytest.mark.parametrize("of_trunk, of_branch", [(1, 10), (4, 1)])
+def test_how_often_a_run_logs_does_not_decide_what_it_dropped(tmp_path, of_trunk, of_branch):
+  config = GRID.cells[0]
+  branch = override(config, {"train.branch_from": f"{FIRST}@60"})
+  for name, cell, steps, rate in ((FIRST, config, range(of_trunk, 61, of_trunk), 0.01),
+                                  ("branch", branch, range(60 + of_branch, 201, of_branch), 0.0)):
+    planted.write_run(tmp_path, GRID.name, name, cell, 2.0)
+    run = RunDir(epath.Path(tmp_path) / GRID.name / name)
+    write_text(run.metrics_file(1, 1), "".join(
+        json.dumps({"step": step, "drop_rate": rate}) + "\n" for step in steps))
+  assert kept.training_drop_rate(run, branch) == pytest.approx(40 * 0.01 / 180)
 
 
 def test_runs_of_another_identity_are_refused_and_listed(tmp_path):

@@ -5,7 +5,9 @@ import pytest
 
 from moe_jax.errors import FieldError
 from moe_jax.grid import Cell
-from moe_jax.laws.table import read_results
+from moe_jax.laws.cells import Cells
+from moe_jax.laws.fit import fit
+from moe_jax.laws.table import UNUSED, read_results
 from moe_jax.study import foresight
 from tests.experiment_files import run_module
 from tests.study import planted
@@ -73,3 +75,32 @@ def test_written_then_compared(tmp_path):
                           ([f"--predictions={config}"], "is not a file of --write")):
     done = run_module(*command, *arguments)
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_of_several_tables_and_what_they_know_already_is_told(tmp_path):
+  mine = [Cell(SMALL.name, "small.py", name, config)
+          for name, config in zip(SMALL.names, SMALL.cells, strict=True)]
+  paths = []
+  for folder, grid in ((tmp_path / "small", SMALL), (tmp_path / "large", LARGE)):
+    folder.mkdir()
+    paths.append(planted.write_runs(folder, grid, configs=False))
+  rows = read_results(paths)
+  assert len(rows) == len(SMALL.cells) + len(LARGE.cells)
+  rows[0] |= {"identity": foresight.predict(mine[:1], rows, "paper").rows[0]["identity"],
+              UNUSED: "does not count"}
+  found = foresight.predict(mine[:2], rows, "paper", "here")
+  assert found.notes[-1] == ("1 of them have a loss in here that the fit does not use, so that "
+                             f"they are no predictions: {mine[0].name}")
+
+
+def test_a_prediction_is_of_one_run_also_where_cells_are_means_of_several():
+  rng, seeds, noise = np.random.default_rng(0), 4, 0.004
+  n_exp, sparsity = np.tile([8.0, 16, 32, 64], 12), np.repeat([2.0, 4, 8], 16)
+  n_total = np.tile(np.repeat([2e6, 4e6, 8e6, 16e6], 4), 3)
+  scatter = []
+  for _ in range(200):
+    loss = np.exp(noise / np.sqrt(seeds) * rng.standard_normal(48))
+    cells = Cells.of(loss, n_total=n_total, n_exp=n_exp, sparsity=sparsity, seeds=seeds,
+                     loss_se=loss * noise / np.sqrt(seeds))
+    scatter.append(fit(cells, "paper").scatter_of_one_run**2)
+  assert np.sqrt(np.mean(scatter)) == pytest.approx(noise, rel=0.05)

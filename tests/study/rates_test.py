@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import FieldError
-from moe_jax.laws.table import UNUSED
+from moe_jax.laws.table import LEFT_OUT, UNUSED
 from moe_jax.study import rate_report, rates
 
 TRUTH = {"intercept": -2.0, "n_total": -0.25, "sparsity": -0.1, "n_exp": 0.05}
@@ -23,7 +23,7 @@ def rows_of(n_total=2e6, n_exp=8, n_topk=4, steps=(-2, -1, 0, 1, 2), off=0.3, cu
     rows.append({
         "cell": f"n{n_total:g}-e{n_exp}-k{n_topk}-lr{step}", "identity": f"{step}", "n_layers": 6,
         "d_model": 144, "d_expert": 72, "n_exp": n_exp, "n_topk": n_topk, "n_total": n_total,
-        "n_active": 1e6, "tokens": 1e8, "learning_rate": rate,
+        "n_active": 1e6, "tokens": 1e8, "learning_rate": rate, "state": "finished",
         "loss": math.exp(0.5 + curvature * math.log(rate / best)**2)})
   return rows
 
@@ -93,11 +93,25 @@ def test_an_optimum_that_noise_does_not_bound_is_no_part_of_the_law():
 
 def test_next_to_one_that_diverged_the_rate_between_is_asked_for():
   rows = rows_of(off=1.5)
-  rows[-1][UNUSED] = "diverged"
+  rows[-1] |= {UNUSED: "unfinished", "state": "diverged"}
   (sweep,) = rates.sweeps_of(rows, "here")
   between = math.sqrt(rows[-1]["learning_rate"] * rows[-2]["learning_rate"])
   with pytest.raises(FieldError, match=f"which has no loss: add {between:.4g}$"):
     rates.optimum(sweep, 0.002)
+
+
+def test_next_to_one_that_has_not_run_there_is_nothing_to_add():
+  rows = rows_of(off=1.5)
+  rows[-1] |= {UNUSED: "unfinished", "state": "not run"}
+  (sweep,) = rates.sweeps_of(rows, "here")
+  with pytest.raises(FieldError, match=f"and {rows[-1]['learning_rate']:.4g} have not run: run"):
+    rates.optimum(sweep, 0.002)
+
+
+def test_a_sweep_that_is_left_out_is_none():
+  left_out = [row | {UNUSED: f"{LEFT_OUT} --without={row['cell']}"} for row in rows_of(n_exp=64)]
+  (sweep,) = rates.sweeps_of([*rows_of(), *left_out], "here")
+  assert sweep.variables["n_exp"] == 8
 
 
 def test_runs_of_several_recipes_are_no_sweep():

@@ -1,7 +1,9 @@
 """The choice is within the budget and best by the law; the others use the same budget up."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 
 from moe_jax.arch import count
@@ -69,6 +71,10 @@ def test_written_launched_and_ranked(results, tmp_path):
   lines = contest.rank(grid, rows, 0.002)
   assert lines[-2] == "the choice came in 2 of 4"
   assert "against the best of the others +0.50 %, against their median -1.00 %" in lines[-1]
+  draws = np.random.default_rng(0).standard_normal((200_000, 4))
+  by_chance = np.quantile(draws[:, 0] - draws[:, 1:].min(axis=1), 0.95)
+  told = float(re.search(r"would be up to ([\d.]+) % behind", lines[-1])[1])
+  assert told == pytest.approx(100 * 0.002 * by_chance, abs=0.01)
   with pytest.raises(FieldError, match="is the choice, and has no loss"):
     contest.rank(grid, rows[1:], 0.002)
   for arguments, line in (

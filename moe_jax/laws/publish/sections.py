@@ -75,11 +75,15 @@ def cautions(cells: Cells) -> list[str]:
   """What a reader must bear in mind before any number."""
   found = []
   if {"tokens", "n_total"} <= set(cells.columns):
-    share = float(np.max(cells.columns["tokens"] / cells.columns["n_total"]))
-    if share < TOKENS_PER_PARAMETER:
-      found.append(f"Caution: at most {share:.2g} training tokens for each parameter. Models "
-                   "that are trained so briefly differ in how fast they begin to learn; they "
-                   "prove the method and not the law.")
+    shares = cells.columns["tokens"] / cells.columns["n_total"]
+    if shares.max() < TOKENS_PER_PARAMETER:
+      found.append(f"Caution: at most {shares.max():.2g} training tokens for each parameter. "
+                   "Models that are trained so briefly differ in how fast they begin to learn; "
+                   "they prove the method and not the law.")
+    elif shares.min() < TOKENS_PER_PARAMETER:
+      found.append(f"Caution: {shares.min():.2g} to {shares.max():.2g} training tokens for each "
+                   "parameter. Part of what looks like an effect of N_total is how briefly the "
+                   "largest models were trained.")
   return found
 
 

@@ -75,11 +75,15 @@ def test_the_second_arm_tells_experts_from_core(study):
 def test_runs_that_saw_few_tokens_are_cautioned_about(study):
   cells = study[0].cells
   assert title_of(study[0]).endswith(": rehearsal")
-  assert not any("Caution" in line for line in lead_of(study[0]))
-  few = dataclasses.replace(
-      cells, columns={**cells.columns, "tokens": cells.columns["tokens"] / 50})
-  found = dataclasses.replace(study[0], fitted=dataclasses.replace(study[0].fitted, cells=few))
-  assert any("Caution: at most 0.5" in line for line in lead_of(found))
+  shares = cells.columns["tokens"] / cells.columns["n_total"]
+  assert shares.min() < 20 < shares.max()
+  for factor, told in ((1, f"Caution: {shares.min():.2g} to {shares.max():.2g} training"),
+                       (1 / 50, "Caution: at most 0.5"), (50, None)):
+    columns = {**cells.columns, "tokens": factor * cells.columns["tokens"]}
+    found = dataclasses.replace(study[0], fitted=dataclasses.replace(
+        study[0].fitted, cells=dataclasses.replace(cells, columns=columns)))
+    cautions = [line for line in lead_of(found) if "Caution" in line]
+    assert [told in line for line in cautions] == [True] * (told is not None)
 
 
 def test_labels_do_not_run_into_each_other(study):
