@@ -59,7 +59,8 @@ class RunConfig:
     for name in ("seed_init", "seed_data"):
       require(0 <= getattr(self, name) < 2**31, name, getattr(self, name),
               "must be at least 0 and below 2^31")
-    require(not (self.moe.norm_topk_prob and self.arch.n_topk == 1 < self.arch.n_exp),
+    require(not (self.moe.norm_topk_prob and self.arch.n_topk == 1 < self.arch.n_exp
+                 and self.arch.n_moe_layers > 0),
             "moe.norm_topk_prob", True, "must be false for n_topk = 1: a weight that is "
             "always 1 gives the router no gradient")
     self.check_vocabulary(self.data.tokenizer_vocab_size or 0)

@@ -211,6 +211,8 @@ def solve_grid(*, template: Architecture, n_total: ArrayLike, n_exp: ArrayLike,
   shape = np.zeros((3, len(cells)), np.int64)
   open_cells = np.arange(len(cells))
   for fraction in (*_FIRST_SHIFTS, 1):
+    if not len(open_cells):
+      break
     shift = limits.max_shift * fraction
     try:
       found = search(cells.take(open_cells), _space(template, limits, shift), "distance")
@@ -223,8 +225,6 @@ def solve_grid(*, template: Architecture, n_total: ArrayLike, n_exp: ArrayLike,
     shape[:, open_cells[best]] = np.stack(
         [found.n_layers, found.d_model, found.d_expert])[:, best]
     open_cells = open_cells[~best]
-    if not len(open_cells):
-      break
   return IsoGrid(*shape, cells, template, limits)
 
 

@@ -18,7 +18,13 @@ from moe_jax.model import init, splash
 from moe_jax.model.attention import Attention, rms_norm
 from moe_jax.model.embedding import look_up
 from moe_jax.moe import expert_parallel, router
-from moe_jax.moe.expert_parallel import EXPERT_AXES, Experts, Semantics, sharded_moe_layer
+from moe_jax.moe.expert_parallel import (
+  EXPERT_AXES,
+  Experts,
+  Semantics,
+  gated,
+  sharded_moe_layer,
+)
 from moe_jax.moe.router import RouterSums
 from moe_jax.products import einsum, multiply, multiply_each, precision_of
 
@@ -51,7 +57,7 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x_BSD: jax.Array, gather, mesh: Mesh) -> jax.Array:
     gate_BSF, up_BSF = multiply_each(x_BSD, [gather(self.w_gate_DF), gather(self.w_up_DF)], mesh)
-    return multiply(jax.nn.silu(gate_BSF) * up_BSF, gather(self.w_down_FD), mesh)
+    return multiply(gated(gate_BSF, up_BSF), gather(self.w_down_FD), mesh)
 
 
 class RouterState(nnx.Variable):

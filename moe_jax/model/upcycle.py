@@ -23,8 +23,8 @@ from moe_jax.model.functional import Params
 
 def is_dense(config: RunConfig) -> bool:
   """Whether every layer is one SwiGLU, if perhaps written as an only expert."""
-  return config.arch.n_shared_experts == 0 and (
-      config.arch.n_moe_layers == 0 or config.arch.n_exp == 1)
+  arch = config.arch
+  return arch.n_moe_layers == 0 or (arch.n_exp == 1 and arch.n_shared_experts == 0)
 
 
 def dense_width(config: RunConfig) -> int | None:
@@ -43,6 +43,8 @@ def check(config: RunConfig, dense: RunConfig) -> None:
   require(dense.arch.n_moe_layers == 0 or dense.moe.router == "softmax"
           or dense.moe.norm_topk_prob, "train.init_from", config.train.init_from,
           "its only expert is weighted by a sigmoid")
+  require(config.moe.router != "expert_choice", "moe.router", config.moe.router, "must be softmax "
+          "or sigmoid for upcycling: the weights of a token's experts must sum to 1")
   require(config.moe.norm_topk_prob, "moe.norm_topk_prob", config.moe.norm_topk_prob,
           "must be true for upcycling: copies of a dense layer are that layer only if their "
           "weights sum to 1")

@@ -73,7 +73,9 @@ class Semantics(NamedTuple):
     n_topk: experts a token.
     norm_topk_prob: whether the chosen weights are divided by their sum.
     group_tokens: tokens in a routing group.
-    capacity: slots per expert and group; None where nothing is dropped.
+    capacity: slots per expert and group; None where nothing is dropped. Experts that choose their
+      tokens have slots of their own number: of them it says only whether they are dispatched
+      by index or by the reference.
     router: of MoEConfig.
     jitter: of MoEConfig.
     drop_order: of MoEConfig.
@@ -116,7 +118,7 @@ def swiglu(x_ERD: jax.Array, weight_ER: jax.Array | None = None, *, experts: Exp
   gate_EDF, up_EDF, down_EFD = (w.astype(x_ERD.dtype) for w in experts)
   # Side by side, so that the rows are read once for both.
   gate_up_ERF = matmul(x_ERD, jnp.concatenate([gate_EDF, up_EDF], axis=-1))
-  return matmul(_hidden(gate_up_ERF, weight_ER), down_EFD)
+  return matmul(gated(*jnp.split(gate_up_ERF, 2, axis=-1), weight_ER), down_EFD)
 
 
 def grouped_swiglu(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, experts: Experts,
@@ -128,20 +130,20 @@ def grouped_swiglu(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, expe
     return swiglu_blocks(x_SD, weight_S, gate_up_EDH, down_EFD, size_E)
   multiply = functools.partial(grouped_matmul, size_E=size_E, platform=platform,
                                usual_rows=usual_rows)
-  return multiply(_hidden(multiply(x_SD, gate_up_EDH), weight_S), down_EFD)
+  gate_up_SH = multiply(x_SD, gate_up_EDH)
+  return multiply(gated(*jnp.split(gate_up_SH, 2, axis=-1), weight_S), down_EFD)
 
 
-def _hidden(gate_up: jax.Array, weight: jax.Array | None) -> jax.Array:
-  """silu(gate) * up, times the row's weight, rounded once.
+def gated(gate: jax.Array, up: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+  """silu(gate) * up, times the row's weight, in float32 and rounded once to their type.
 
   The weight enters before the last product and not after it: the gradient of the weights then
   needs no output of that product, which need not be kept nor computed again.
   """
-  gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-  hidden = jax.nn.silu(gate) * up
+  hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
   if weight is not None:
     hidden *= weight[..., None]
-  return hidden.astype(gate_up.dtype)
+  return hidden.astype(gate.dtype)
 
 
 def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts | RunGroups,
@@ -156,6 +158,7 @@ def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts |
   The router sees the tokens times `noise_TD`; for the other arguments see sharded_moe_layer.
   """
   assert not packed or n_devices == 1, "packed rows are in no order that devices could exchange"
+  assert (bias_E is not None) == (semantics.router == "sigmoid"), "the bias is of sigmoid scores"
   seen_TD = x_TD if noise_TD is None else x_TD * noise_TD
   in_order = functools.partial(_in_order, run_experts, n_devices)
   if semantics.router == "expert_choice":

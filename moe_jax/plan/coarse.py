@@ -31,8 +31,8 @@ def _width(config: RunConfig) -> int:
 
 
 def _slots_per_token(config: RunConfig) -> float:
-  return config.arch.n_topk * (config.moe.capacity_factor if config.moe.dispatch == "capacity"
-                               else 1.0)
+  drops = config.moe.dispatch == "capacity" and config.moe.router != "expert_choice"
+  return config.arch.n_topk * (config.moe.capacity_factor if drops else 1.0)
 
 
 def _weights(config: RunConfig) -> tuple[int, int]:

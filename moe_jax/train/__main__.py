@@ -44,12 +44,20 @@ def main(overrides: list[str]) -> int:
                               os.environ)
   profile_steps = _profile_steps(_PROFILE.value, cells[0].config.train.steps)
   from moe_jax import processes  # this imports JAX: bad input is answered before that
+  from moe_jax.train.checkpoint import CheckpointError
   from moe_jax.train.loop import train_together
 
   def body() -> int:
     codes = [0]
     for group in groups:  # one after another; the worst ending is the one to tell
-      codes.append(train_together(group, _OUT.value, profile_steps))
+      try:
+        codes.append(train_together(group, _OUT.value, profile_steps))
+      except (CheckpointError, run_dir.RunDirBusy) as error:  # of this group's directories alone
+        if len(groups) == 1 or arguments is not None:
+          raise
+        code, line = _ending(error)
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        codes.append(code)
       if codes[-1] == run_dir.EXIT_PREEMPTED:
         return codes[-1]
     return max(codes)

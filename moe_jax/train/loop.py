@@ -234,9 +234,10 @@ class _Loop:
     while any(member.active for member in members) and not (stopped := vote.result()):
       read = {batches: next(batches) for batches in {member.batches for member in members}}
       batch = self._population.put_batch([read[member.batches] for member in members])
-      self._profile.begin(members[0].step + 1)
+      step = 1 + next(member.step for member in members if member.active)
+      self._profile.begin(step)
       self._state, metrics = self._population.step(self._state, batch)
-      self._profile.end(members[0].step + 1, metrics)
+      self._profile.end(step, metrics)
       vote.cast()
       taken = [member.step + 1 if member.active else None for member in members]
       self._settle()  # looked at while the device is busy with the next step

@@ -34,7 +34,7 @@ class Profile:
 
   def end(self, step: int, results: Any) -> None:
     """Waits for the last of the steps to be done; `results` is what it gives."""
-    if self._active and step == self._steps[1]:
+    if self._active and step >= self._steps[1]:
       jax.block_until_ready(results)
       self._stop()
 

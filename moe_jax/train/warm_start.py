@@ -130,7 +130,7 @@ def require_fit(config: RunConfig, source: RunConfig) -> None:
 
 
 def _function(config: RunConfig, upcycled: bool) -> dict[str, Any]:
-  """The fields without which the same parameters are another function of a text."""
+  """The fields without which the same parameters are another function of a document."""
   arch, data = config.arch, config.data
   fields = {f"arch.{name}": getattr(arch, name) for name in (
       "n_layers", "d_model", "n_heads", "vocab_size", "tie_embeddings", "qk_norm")}
@@ -139,12 +139,14 @@ def _function(config: RunConfig, upcycled: bool) -> dict[str, Any]:
              "model.norm_eps": config.model.norm_eps, "data.tokenizer": data.tokenizer}
   if data.tokenizer.startswith("bpe-") and data.tokenizer_vocab_size:  # trained on the corpus
     fields["data.tokenizer"] += f" of {'+'.join(data.mixture)}"
-  if not upcycled:
-    fields |= {f"arch.{name}": getattr(arch, name) for name in (
-        "d_expert", "n_exp", "n_topk", "n_shared_experts", "n_dense_layers")}
-    fields |= {"arch.d_dense": arch.dense_width if arch.n_dense_layers else None,
-               "moe.router": config.moe.router, "moe.norm_topk_prob": config.moe.norm_topk_prob}
-  return fields
+  if upcycled:
+    return fields
+  fields |= {"arch.n_dense_layers": arch.n_dense_layers,
+             "arch.d_dense": arch.dense_width if arch.n_dense_layers else None}
+  routed = {f"arch.{name}": getattr(arch, name) for name in (
+      "d_expert", "n_exp", "n_topk", "n_shared_experts")}
+  routed |= {"moe.router": config.moe.router, "moe.norm_topk_prob": config.moe.norm_topk_prob}
+  return fields | {path: value if arch.n_moe_layers else None for path, value in routed.items()}
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:

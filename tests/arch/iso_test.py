@@ -24,6 +24,7 @@ PLAIN = Architecture(n_layers=1, d_model=8, d_expert=8, n_exp=1, n_topk=1, n_hea
 TEMPLATES = [
     PLAIN,
     dataclasses.replace(PLAIN, n_kv_heads=1, head_dim=4),
+    dataclasses.replace(PLAIN, qk_norm="projection"),
     dataclasses.replace(PLAIN, n_layers=3, n_shared_experts=2, n_dense_layers=2),
     dataclasses.replace(PLAIN, n_layers=2, n_dense_layers=1, d_dense=20),
 ]
@@ -342,3 +343,9 @@ def test_arch_imports_neither_jax_nor_scipy():
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                         check=True)
   assert done.stdout.strip() == "[]"
+
+
+def test_a_grid_of_no_cells_has_none():
+  none = solve_grid(template=PLAIN, n_total=np.array([], int), n_exp=8, n_topk=2, aspect=64,
+                    granularity=2.0)
+  assert len(none) == 0

@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe_jax.mesh import make_mesh
 from moe_jax.model import attention, functional, init
+from moe_jax.model.transformer import SwiGLU
 from moe_jax.moe import expert_parallel
 from moe_jax.moe.expert_parallel import Experts, Semantics, moe_layer
 from tests.small import ARCH, small_config
@@ -57,6 +59,19 @@ def test_a_packed_document_is_the_document_alone():
   alone_BS = jnp.roll(tokens_BS, -5, axis=1)
   alone = run(params, alone_BS, jnp.broadcast_to(jnp.arange(16) >= 11, (8, 16)) + 0)
   np.testing.assert_allclose(packed[:, 5:], alone[:, :11], rtol=1e-4, atol=1e-5)
+
+
+def test_a_dense_layer_rounds_as_an_expert_does():
+  """Once, after silu(gate) * up in float32: else bfloat16 would favour one of them."""
+  layer = SwiGLU(16, 24, 1.0, nnx.Rngs(0))
+  x_BSD = jax.random.normal(jax.random.key(1), (2, 8, 16), jnp.bfloat16)
+  weights = [w[...].astype(jnp.bfloat16) for w in (layer.w_gate_DF, layer.w_up_DF,
+                                                   layer.w_down_FD)]
+  ours = layer(x_BSD, lambda w: w[...].astype(jnp.bfloat16), make_mesh(small_config(),
+                                                                      jax.devices()[:1]))
+  theirs = swiglu(x_BSD.reshape(1, 16, 16), experts=Experts(*(w[None] for w in weights)),
+                  platform="cpu")
+  np.testing.assert_array_equal(np.float32(ours).reshape(16, 16), np.float32(theirs[0]))
 
 
 def test_one_expert_equals_a_dense_model():

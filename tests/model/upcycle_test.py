@@ -63,7 +63,15 @@ def test_tokens_go_to_whole_groups_and_experts_of_one_differ():
   assert (gate_LEDF[:, 0] != gate_LEDF[:, 1]).any()
 
 
+def test_a_model_without_routed_layers_is_dense_whatever_its_experts_would_be():
+  routed = config_of(dataclasses.replace(DENSE, n_exp=8, n_topk=2, n_shared_experts=1))
+  assert not upcycle.is_dense(routed)
+  assert upcycle.is_dense(override(routed, {"arch.n_dense_layers": DENSE.n_layers}))
+
+
 @pytest.mark.parametrize("dense, changes, problem", [
+    ({}, {"moe.router": "expert_choice", "moe.norm_topk_prob": False, "moe.dispatch": "capacity"},
+     "moe.router='expert_choice': must be softmax or sigmoid for upcycling"),
     ({}, {"moe.norm_topk_prob": False}, "moe.norm_topk_prob=False: must be true for upcycling"),
     ({}, {"arch.n_shared_experts": 1}, "arch.n_shared_experts=1: must be 0 for upcycling"),
     ({}, {"arch.d_expert": 10}, "arch.d_expert=10: must divide 24, the hidden width"),

@@ -263,6 +263,8 @@ def _shapes(jaxpr):
     for variable in equation.outvars:
       yield variable.aval.shape
     for parameter in equation.params.values():
-      inner = getattr(parameter, "jaxpr", parameter)
-      if hasattr(inner, "eqns"):
-        yield from _shapes(inner)
+      # the branches of a `cond`, by which a platform is chosen, are a tuple
+      for part in parameter if isinstance(parameter, tuple) else (parameter,):
+        inner = getattr(part, "jaxpr", part)
+        if hasattr(inner, "eqns"):
+          yield from _shapes(inner)

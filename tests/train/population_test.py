@@ -14,7 +14,7 @@ from moe_jax.grid import Cell, Grid, cell_name
 from moe_jax.mesh import make_mesh
 from moe_jax.population import shape_of
 from moe_jax.run_dir import EXIT_DIVERGED, RunDir
-from moe_jax.train import loop
+from moe_jax.train import loop, population
 from moe_jax.train import step as step_lib
 from moe_jax.train.checkpoint import restore_step
 from moe_jax.train.checkpoint_files import checkpoint_steps
@@ -74,13 +74,29 @@ def curves(configs, together, n_steps):
   return metrics, first, last
 
 
-@pytest.mark.parametrize("moe", [
-    {"capacity_factor": 1.0},
-    pytest.param({"capacity_factor": 1.0, "router": "sigmoid"}, marks=pytest.mark.slow),
-    pytest.param({"dispatch": "dropless"}, marks=pytest.mark.slow),
-    pytest.param({"capacity_factor": 1.0, "jitter": 0.1}, marks=pytest.mark.slow)],
-    ids=["softmax", "sigmoid", "dropless", "jitter"])
-def test_each_member_is_the_run_done_alone(moe):
+@pytest.fixture
+def batched(monkeypatch):
+  """Members are batched by vmap, as on an accelerator, with this platform's products."""
+  compiled_step.cache_clear()
+  monkeypatch.setattr(population, "platform_of", lambda mesh: "gpu")
+  yield
+  compiled_step.cache_clear()
+
+
+@pytest.mark.parametrize("moe, how", [
+    ({"capacity_factor": 1.0}, "one after another"),
+    ({"capacity_factor": 1.0}, "batched"),
+    pytest.param({"capacity_factor": 1.0, "router": "sigmoid"}, "one after another",
+                 marks=pytest.mark.slow),
+    pytest.param({"dispatch": "dropless"}, "one after another", marks=pytest.mark.slow),
+    pytest.param({"dispatch": "dropless", "router": "sigmoid", "jitter": 0.1}, "batched",
+                 marks=pytest.mark.slow),
+    pytest.param({"capacity_factor": 1.0, "jitter": 0.1}, "one after another",
+                 marks=pytest.mark.slow)],
+    ids=["softmax", "softmax-batched", "sigmoid", "dropless", "all-batched", "jitter"])
+def test_each_member_is_the_run_done_alone(moe, how, request):
+  if how == "batched":
+    request.getfixturevalue("batched")
   configs = members(small_config(train={"steps": 20, "warmup_steps": 2}, moe=moe))
   together, first, last = curves(configs, True, 20)
   alone, first_alone, last_alone = curves(configs, False, 20)

@@ -45,6 +45,15 @@ def test_a_run_that_ends_among_the_steps_still_leaves_them(run_dir):
   assert len(traced(run_dir)) == 1
 
 
+def test_a_trace_ends_when_its_last_step_is_passed_over(run_dir):
+  """As when the member whose steps were counted diverges, and another's count is ahead."""
+  with Profile(run_dir, (2, 3)) as profile:
+    for step in (2, 5):
+      profile.begin(step)
+      profile.end(step, jnp.ones(8) + 1)
+    assert len(traced(run_dir)) == 1
+
+
 def test_a_run_resumed_behind_the_steps_says_that_there_is_no_profile(run_dir, caplog):
   do_steps(run_dir, (2, 3), 7, 8)
   assert not run_dir.profile.exists()
@@ -57,7 +66,7 @@ def test_nothing_is_traced_unasked(run_dir, caplog):
 
 
 def test_an_object_store_gets_a_copy(run_dir, monkeypatch):
-  monkeypatch.setattr(profile_lib.run_dir_lib, "is_local", lambda path: False)
+  monkeypatch.setattr(profile_lib, "is_local", lambda path: False)
   do_steps(run_dir, (1, 1), 1, 1)
   assert len(traced(run_dir)) == 1
 

@@ -1,3 +1,4 @@
+import itertools
 import time
 import types
 
@@ -70,7 +71,7 @@ def test_a_known_accelerator_counts_every_device():
   assert throughput.peak_flops([h200] * 8) == 8 * throughput.peak_flops([h200]) > 7e15
 
 
-def test_the_peak_of_a_processor_is_that_of_the_machine_however_many_devices_share_it():
-  one, eight = (throughput.peak_flops(jax.devices()[:n]) for n in (1, 8))
-  assert one > 1e8
-  np.testing.assert_allclose(np.log(one), np.log(eight), atol=np.log(8) - 0.1)
+def test_the_peak_of_a_processor_is_that_of_the_machine_however_many_devices_share_it(monkeypatch):
+  now = itertools.count()
+  monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))  # a product takes a second
+  assert [throughput.peak_flops(jax.devices()[:n]) for n in (1, 8)] == [2 * 1024**3] * 2

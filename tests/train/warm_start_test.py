@@ -21,7 +21,7 @@ from moe_jax.train.checkpoint_files import content_hash
 from moe_jax.train.step import batch_loss, init_state
 from moe_jax.train.warm_start import find_source, first_state, require_fit
 from tests.evaluate.conftest import out_with_data, small_corpus  # noqa: F401
-from tests.small import MESHES, random_params, small_config
+from tests.small import ARCH, MESHES, random_params, small_config
 
 DENSE = small_config(Architecture(n_layers=2, d_model=16, d_expert=24, n_exp=1, n_topk=1,
                                   n_heads=2), data={"corpus": "small"})
@@ -147,6 +147,15 @@ def test_another_model_is_refused_by_its_fields(sources, base, changes, problem)
   with pytest.raises(FieldError, match=problem) as caught:
     find_source(new(sources, config), config)
   assert caught.value.field == "config.train.init_from"
+
+
+def test_what_experts_would_be_is_no_difference_where_no_layer_has_any():
+  dense = {"arch.n_dense_layers": ARCH.n_layers, "arch.d_dense": 24, "train.init_from": "old/x"}
+  one, other = (override(small_config(), dense | more) for more in (
+      {}, {"arch.n_exp": 4, "arch.n_topk": 1, "moe.router": "sigmoid"}))
+  require_fit(one, other)
+  with pytest.raises(FieldError, match="arch.d_dense is 24 here and 16 there"):
+    require_fit(one, override(other, {"arch.d_dense": 16}))
 
 
 def test_a_run_that_is_refused_leaves_nothing(out):
