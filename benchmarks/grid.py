@@ -44,10 +44,13 @@ def measure(experiment: str, overrides: Sequence[str], parallel: int, out: str) 
   train = _seconds("launch.submit", *arguments, "--backend=local", f"--parallel={parallel}")
   steps = list(pathlib.Path(out, "_compilation_cache").glob("jit_step-*-cache"))
   evaluate = _seconds("moe_jax.evaluate", *arguments)
-  cells = cli.selected_cells(experiment, [f"--config.{override}" for override in overrides])
-  rows = {cell.name: of_cell(cell, out) for cell in cells}
+  rows = {cell.name: of_cell(cell, out) for cell in cells_of(experiment, overrides)}
   return {"seconds": {"train": train, "evaluate": evaluate}, "compiled_steps": len(steps),
           "cells": rows}
+
+
+def cells_of(experiment: str, overrides: Sequence[str]) -> tuple[Cell, ...]:
+  return cli.selected_cells(experiment, [f"--config.{override}" for override in overrides])
 
 
 def _seconds(module: str, *arguments: str) -> float:
@@ -73,6 +76,7 @@ def of_cell(cell: Cell, out: str) -> dict[str, float]:
 
 def main(_) -> None:
   require(_PARALLEL.value >= 1, "grid_parallel", _PARALLEL.value, "must be at least 1")
+  cells_of(_EXPERIMENT.value, _OVERRIDES.value)  # what is wrong with them is told now
   with tempfile.TemporaryDirectory() as out:
     found = measure(_EXPERIMENT.value, _OVERRIDES.value, _PARALLEL.value, out)
   sheet = Sheet(f"{_EXPERIMENT.value}, {_PARALLEL.value} at a time [s]", ["cell"],

@@ -16,8 +16,9 @@ import dataclasses
 import math
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from moe_jax import cli
 from moe_jax.errors import FieldError
 from moe_jax.laws import intervals
 from moe_jax.laws.cells import Cells
@@ -187,4 +188,4 @@ if __name__ == "__main__":
   _CELLS = flags.DEFINE_integer("cells", 24, "Architectures in each grid.", lower_bound=8)
   _LAW = flags.DEFINE_multi_enum("law", None, list(LAWS), "The planted form; default all.")
   _SCENARIO = flags.DEFINE_multi_enum("scenario", None, list(SCENARIOS), "Which; default all.")
-  app.run(main)
+  cli.run(main)

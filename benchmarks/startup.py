@@ -61,6 +61,8 @@ def measure(cell: str, starts: int, out: pathlib.Path) -> dict[str, dict[str, fl
 
 def main(_) -> None:
   require(_STARTS.value >= 1, "startup_starts", _STARTS.value, "must be at least 1")
+  require(len(cli.selected_cells(_CELL.value, [])) == 1, "startup_cell", _CELL.value,
+          "must be one cell, FILE:CELL")
   with tempfile.TemporaryDirectory() as out:
     found = measure(_CELL.value, _STARTS.value, pathlib.Path(out))
   sheet = Sheet(f"to the first step of {_CELL.value} [s]", ["start"], [*STAGES, "whole"])

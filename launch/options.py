@@ -17,6 +17,8 @@ from moe_jax.fields import field_types, parse
 
 T = TypeVar("T")
 
+flags.disclaim_key_flags()  # the flags declared here are listed by --help of the command
+
 # What Google Cloud, Kubernetes and SLURM call things; nothing a shell or gcloud could misread.
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:-]{0,254}")
 _SECRET_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")

@@ -135,7 +135,7 @@ def _in_our_words(error: flags.Error) -> str:
     return f"--{name}: is needed: {flags.FLAGS[name].help.partition('. ')[0]}"
   options = ("true", "false") if parser.flag_type() == "bool" else getattr(
       parser, "enum_values", ())
-  accepted = " or ".join(options) or parser.syntactic_help
+  accepted = " or ".join(filter(None, options)) or parser.syntactic_help
   shown = value if re.fullmatch(r"-?[0-9.]+", value) else repr(value)
   return f"--{name}={shown}: " + (f"must be {accepted}" if accepted else why)
 

@@ -85,6 +85,8 @@ class Grid:
             self.name, "must be lower-case letters, digits, '.', '_' and '-'")
     require(self.n_total is None or (isinstance(self.n_total, int) and self.n_total > 0),
             "grid.n_total", self.n_total, "must be a whole number above 0, or None")
+    require(isinstance(self.cells, tuple | list), "grid.cells", type(self.cells).__name__,
+            "must be a tuple of configurations")
     require(len(self.cells) > 0, "grid.cells", self.cells, "must hold at least one cell")
     object.__setattr__(self, "cells", tuple(map(self._with_its_own_trunk, self.cells)))
     by_name = collections.defaultdict(list)

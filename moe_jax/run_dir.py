@@ -73,6 +73,8 @@ class RunDir:
     """The directory of a cell under the root `out`. Raises FieldError if it is out of reach."""
     if os.fspath(out).startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
       raise FieldError("out", os.fspath(out), "needs gcsfs: pip install 'moe_jax[gcs]'")
+    if not os.fspath(out):
+      raise FieldError("out", "", "must name a directory")
     root = epath.Path(out)
     if is_local(root) and root.exists() and not root.is_dir():
       raise FieldError("out", os.fspath(out), "is a file; a directory is wanted")

@@ -96,6 +96,28 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(command, tmp_path, arguments
   assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command, message", [
+    (("launch.submit", "--config=TINY", "--dryrun"),
+     "--dryrun: no such flag; did you mean 'dry_run'"),
+    (("launch.submit", "--config=TINY", "--dry_run=yaml"),
+     "--dry_run='yaml': must be true or json or false"),
+    (("launch.submit", "--config=TINY", "--out="), "--out='': must name a directory"),
+    (("moe_jax.evaluate", "--config=TINY", "--top_k=3"), "--top_k=3: goes with --generate"),
+    (("moe_jax.evaluate", "--config=TINY", "--generate=x", "--compare=a,b"),
+     "--compare='a,b': goes without --generate"),
+    (("benchmarks.grid", "--grid_experiment=nowhere.py"), "='nowhere.py': no such experiment file"),
+    (("benchmarks.startup", "--startup_cell=TINY"), "must be one cell, FILE:CELL"),
+    (("benchmarks.law_coverage", "--grids=0"), "--grids=0: must be a positive integer"),
+    (("experiments.study.sitting", "--grids="), "--grids='': must be of pilots"),
+    (("experiments.study.keep", "--out=TINY"), "must be a folder of runs or a .zip"),
+])
+def test_what_commands_refuse_is_one_line_too(tmp_path, command, message):
+  file = write_tiny(tmp_path)
+  done = run_module("-m", *(argument.replace("TINY", file) for argument in command))
+  assert done.returncode == cli.EXIT_BAD_INPUT and message in done.stderr, done.stderr
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 def test_help_names_the_flags_of_the_command(command):
   done = run_module(command, "--help")
   assert "Prints the cells" in done.stdout

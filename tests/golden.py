@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import pathlib
+import sys
 
 from moe_jax.config import (
     Architecture,
@@ -64,6 +65,8 @@ def file_of(name: str) -> pathlib.Path:
 
 
 if __name__ == "__main__":
+  if len(sys.argv) > 1:
+    sys.exit(__doc__)
   FOLDER.mkdir(exist_ok=True)
   for stale in set(FOLDER.glob("*.json")) - set(map(file_of, names())):
     stale.unlink()

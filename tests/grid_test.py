@@ -78,6 +78,8 @@ def test_a_grid_name_that_does_not_suit_a_path_is_refused(name):
 
 
 def test_an_empty_grid_is_refused():
+  with pytest.raises(FieldError, match=r"grid\.cells='RunConfig': must be a tuple of config"):
+    Grid("g", RECIPE, RECIPE)
   with pytest.raises(FieldError, match=r"grid\.cells=\(\): must hold at least one cell"):
     Grid("g", RECIPE, ())
 

@@ -56,6 +56,7 @@ _TO_PACK_SECONDS = 15.0
 
 def main(overrides: list[str]) -> int:
   began = time.monotonic()
+  require(any(_GRIDS.value), "grids", "", f"must be of {', '.join(_NAMES)}")
   for name in _GRIDS.value:
     require(name in _NAMES, "grids", name, f"must be of {', '.join(_NAMES)}")
   for override in overrides:

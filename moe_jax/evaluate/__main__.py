@@ -47,6 +47,10 @@ _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws among the fewest tokens that ha
                             "probability together.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 
+_OF_EVALUATION = ("split", "corpus", "steps", "compare", "inference", "batch_sizes", "tasks",
+                  "task_dir", "report")
+_OF_GENERATION = ("new_tokens", "temperature", "top_k", "top_p", "seed")
+
 
 def main(overrides: list[str]) -> int:
   logging.set_verbosity(logging.WARNING)
@@ -56,6 +60,10 @@ def main(overrides: list[str]) -> int:
           "once, on one host with its own devices (a run of any number of processes is "
           "evaluated there)", file=sys.stderr)
     return cli.EXIT_BAD_INPUT
+  for name in _OF_EVALUATION if _GENERATE.value is not None else _OF_GENERATION:
+    if flags.FLAGS[name].present:
+      raise FieldError(name, flags.FLAGS[name].value, "goes without --generate, which evaluates "
+                       "nothing" if name in _OF_EVALUATION else "goes with --generate")
   return _evaluate(cells) if _GENERATE.value is None else _generate(cells)
 
 

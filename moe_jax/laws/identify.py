@@ -20,6 +20,10 @@ MAX_SLOPE = 0.2  # no published exponent of a loss is above it; bounds what is l
 _DRIVERS = ("n_exp", "sparsity", "tokens", "n_active", "granularity", "core", "n_total")
 
 
+class TooFew(FieldError):
+  """Fewer cells or architectures than a form needs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Identified:
   """What can be fitted.
@@ -55,7 +59,7 @@ def identify(form: Form, cells: Cells) -> Identified:
   """Reduces `form` to what `cells` can identify.
 
   Raises:
-    FieldError: fewer cells or architectures than the reduced form needs.
+    TooFew: fewer cells or architectures than the reduced form needs.
   """
   refused: dict[str, str] = {}
   combinations: dict[str, str] = {}
@@ -75,14 +79,14 @@ def _check_enough(form: Form, cells: Cells) -> None:
   """One more cell than parameters, one more architecture than those of the shape."""
   needed = len(form.parameters) + 1
   if len(cells) < needed:
-    raise FieldError("cells", len(cells), f"too few for {form.name}: the {needed - 1} "
-                     f"coefficients that can be told apart need {needed} or more")
+    raise TooFew("results", f"{len(cells)} cells", f"too few for {form.name}: the {needed - 1} "
+                 f"coefficients that can be told apart need {needed} or more")
   of_shape = {p for term in form.terms for p, basis in term.items()
               if basis.columns and basis.columns != ("tokens",)}
   if cells.n_architectures < len(of_shape) + 2:
-    raise FieldError("architectures", cells.n_architectures, f"too few for {form.name}: its "
-                     f"{len(of_shape)} coefficients of the shape need {len(of_shape) + 2} or "
-                     "more, at however many tokens each")
+    raise TooFew("results", f"{cells.n_architectures} architectures", f"too few for {form.name}: "
+                 f"its {len(of_shape)} coefficients of the shape need {len(of_shape) + 2} or more, "
+                 "at however many tokens each")
 
 
 def _columns(term: Term, cells: Cells) -> np.ndarray:

@@ -67,8 +67,8 @@ def predict(cells: Sequence[Cell], rows: Sequence[Row], law: str,
     trained = fitted.cells.columns["tokens"]
     asked = [cell for cell in asked if trained.min() <= 1.01 * variables(cell.config)["tokens"]
              and variables(cell.config)["tokens"] <= 1.01 * trained.max()]
-  require(bool(asked), "config", len(cells), f"of these cells none is as long as what {law} was "
-          "fitted to: take other rows with --where, or a law with tokens")
+  require(bool(asked), "config", cells[0].selector, f"of {len(cells)} such cells none is as long "
+          f"as what {law} was fitted to: take other rows with --where, or a law with tokens")
   for cell in asked:
     if identity_hash(cell.config) in measured:
       raise FieldError("results", source, f"has the loss of {cell.name} already: what is measured "

@@ -102,6 +102,8 @@ def keep(out: str | os.PathLike, to: str | os.PathLike,
   """
   root = epath.Path(out)
   require(root.exists(), "out", os.fspath(out), "is not there")
+  require(root.is_dir() or root.suffix == ".zip", "out", os.fspath(out),
+          "must be a folder of runs or a .zip")
   if root.suffix == ".zip":
     with tempfile.TemporaryDirectory() as folder:
       try:

@@ -15,7 +15,7 @@ from moe_jax.laws.cells import Cells
 from moe_jax.laws.exchange import Choice, Pool, Target, choose, reported_half_width
 from moe_jax.laws.fit import Fit, fit
 from moe_jax.laws.forms import Form, form_for
-from moe_jax.laws.identify import identify
+from moe_jax.laws.identify import TooFew, identify
 from moe_jax.laws.information import Noise, design_of
 from moe_jax.laws.power import power_of
 from moe_jax.laws.reduce import to_cells
@@ -211,10 +211,8 @@ def _fitted(cells: Cells, law: str) -> Fit | None:
   """None where there are too few cells for it."""
   try:
     return fit(cells, law)
-  except FieldError as error:
-    if error.field in ("cells", "architectures"):
-      return None
-    raise
+  except TooFew:
+    return None
 
 
 def _theta(form: Form, fitted: Fit | None) -> np.ndarray | None:

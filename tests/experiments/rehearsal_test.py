@@ -166,7 +166,7 @@ def test_seeds_lie_as_far_apart_as_told():
   sd = 100 * math.sqrt(variance)
   assert len(repeated) == 4 and f"{sd:.2f} % of the loss ({df} degrees of freedom)" in AGAIN
   assert f"assumes {100 * SEED_SD:.1f} % for runs" in AGAIN
-  assert f"seeds alone lie {sd:.1f} %" in FRONT
+  assert f"between seeds alone is {sd:.1f} %" in FRONT
   found = repeated["l6-d144-f72-e8-k4"]
   assert f"has seeds from {min(found):.3f} to {max(found):.3f}" in AGAIN
 

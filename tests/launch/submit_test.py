@@ -109,6 +109,8 @@ def test_a_run_directory_of_another_identity_stops_the_launch_before_it_begins(t
 
 
 @pytest.mark.parametrize("command, flag", [("launch.submit", "--parallel:"),
+                                           ("launch.submit", "--[no]dry_run"),
+                                           ("launch.submit", "--max_cost_usd:"),
                                            ("launch.status", "--[no]json:")])
 def test_help_lists_the_flags(command, flag):
   done = run_module("-m", command, "--help")

@@ -97,7 +97,7 @@ def test_too_few_cells():
 
 def test_tokens_are_no_substitute_for_architectures():
   cells = to_cells(rows_of(learning_rates=1, n_cells=4, tokens=(1e9, 4e9, 1.6e10)))
-  with pytest.raises(FieldError, match="architectures=4: too few for paper"):
+  with pytest.raises(FieldError, match="'4 architectures': too few for paper"):
     identify(form_for("paper", cells), cells)
 
 

@@ -9,6 +9,7 @@ from moe_jax.plan import topology
 from tests.experiment_files import ROOT
 
 README = (ROOT / "README.md").read_text()
+PLANS = (ROOT / "docs" / "plans" / "README.md").read_text()
 GRID = {cell.name: cell.config for cell in select("experiments/scaling_law.py")}
 
 
@@ -25,5 +26,6 @@ def test_the_scaling_law_grid_is_planned_whole_and_costs_what_is_said(name):
     step = float(row["step_seconds"])
     assert float(row["chip_hours"]) == pytest.approx(step * train.steps * int(row["chips"]) / 3600)
     hours += float(row["chip_hours"])
-  assert f"{len(rows)} of {len(rows)} cells planned on {name}: {hours:,.4g} chip-hours, USD " \
-         f"{hours * chip.usd_per_chip_hour:,.0f} at" in README
+  told = (f"{len(rows)} of {len(rows)} cells planned on {name}: {hours:,.4g} chip-hours, USD "
+          f"{hours * chip.usd_per_chip_hour:,.0f} at")
+  assert told in README and told in PLANS
