@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from experiments.study import arms, plan
 from moe_jax.grid import load_grid, select
@@ -16,7 +15,7 @@ from moe_jax.laws.analysis import analyse
 from moe_jax.laws.fit import fit
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.table import read_results
-from moe_jax.study import foresight, rates
+from moe_jax.study import foresight, paired, rates
 from moe_jax.study.noise import ARCHITECTURE_SD, SEED_SD
 from tests.experiment_files import ROOT
 
@@ -172,20 +171,14 @@ def test_seeds_lie_as_far_apart_as_told():
 
 
 def test_what_drops_were_part_of_is_as_told():
-  """By pairs of one seed, with and without them: least squares of the difference of ln L."""
-  before, after = ({row["cell"]: row for row in read_results(table)}
-                   for table in (CAPACITY, DROPLESS))
-  pairs = [(before[cell], after[cell]) for cell in before]
-  assert f"of the {len(pairs)} pairs of one seed" in AGAIN
-  gain_N = np.log([float(with_drops["loss"]) / float(without["loss"])
-                   for with_drops, without in pairs])
-  x_NP = np.array([[1.0, math.log(float(row["n_exp"])), math.log(float(row["sparsity"]))]
-                   for row, _ in pairs])
-  beta_P, (squares,), *_ = np.linalg.lstsq(x_NP, gain_N)
-  df = len(pairs) - 3
-  error = math.sqrt(squares / df * np.linalg.inv(x_NP.T @ x_NP)[1, 1])
-  ends = (beta_P[1] + side * stats.t.ppf(0.975, df) * error for side in (-1, 1))
-  assert "by {:.4f} [{:.4f}, {:.4f}] of ln L per ln n_exp".format(beta_P[1], *ends) in AGAIN
+  cells = paired.pairs(read_results([str(CAPACITY), str(DROPLESS)]), "dispatch", "capacity",
+                       "dropless")
+  assert f"of the {len(cells)} pairs of one seed" in AGAIN
+  fitted = fit(cells, "paper")
+  gain = intervals.bootstrap(fitted)["b_minus_c"]
+  assert f"by {-gain.estimate:.4f} [{-gain.high:.4f}, {-gain.low:.4f}] of ln L per" in AGAIN
+  gain = intervals.by_pair(fitted)["b_minus_c"]
+  assert f"[{-gain.high:.4f}, {-gain.low:.4f}] with errors".replace("-", "−") in AGAIN
 
 
 def test_what_was_dropped_is_as_told():
