@@ -14,6 +14,8 @@ from moe_jax.laws.law import LOSS, Prediction
 from moe_jax.laws.shape import Shape
 from moe_jax.laws.solvers import Problem, Solution
 
+_HELPS = (("n_total",), ("n_active",), ("tokens",))  # more of it lowers the loss
+
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
@@ -61,6 +63,15 @@ class Fit:
     averaged = 0.0 if np.isnan(noise) else noise**2 * np.mean(1 - 1 / self.cells.seeds)
     return float(np.sqrt(self.scatter**2 + max(0.0, averaged)))
 
+  @property
+  def doubts(self) -> tuple[str, ...]:
+    """Why its answers may not be trusted even inside the range of the data, a line each."""
+    return tuple(
+        f"{name} = {self.value(name):.3g}: by it the loss grows with {basis.columns[0]}, so that "
+        "the data do not tell it from the other terms" for term in self.form.terms
+        for name, basis in term.items()
+        if basis.columns in _HELPS and basis.sign < 0 and self.value(name) < 0)
+
   def log_loss(self, cells: Cells) -> np.ndarray:
     """Predicted ln L of other cells, by the least-squares solution."""
     return self.form.log_loss(self.least_squares.theta, cells)
@@ -80,7 +91,8 @@ class Fit:
                         f"{fitted.max():.4g}")):
         if bad:
           outside.append(f"{column} = {end}, the range of the data it was fitted to")
-    return Prediction(self.form.name, np.exp(self.log_loss(asked)), LOSS, tuple(outside))
+    return Prediction(self.form.name, np.exp(self.log_loss(asked)), LOSS,
+                      (*outside, *self.doubts))
 
   @staticmethod
   def cells_of(shape: Shape, tokens: ArrayLike) -> Cells:

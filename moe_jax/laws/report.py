@@ -47,6 +47,7 @@ def quality_lines(fitted: Fit) -> list[str]:
   lines = [f"{s.solver}: rmse {100 * s.rmse:.3g} % of the loss, mean Huber (delta 1e-3) "
            f"{s.objective:.4g}; {s.agreeing} of {s.starts} starts agree"
            for s in (fitted.least_squares, fitted.huber)]
+  lines += fitted.doubts
   if fitted.cells.n_architectures < len(fitted.cells):
     lines.append("several cells share an architecture: the profile likelihood counts them as "
                  "independent, and for the slopes of the shape is too short (on planted grids "

@@ -93,6 +93,7 @@ def predict(cells: Sequence[Cell], rows: Sequence[Row], law: str,
                                   for name, why in fitted.identified.refused.items()),
            f"{len(found)} of {len(cells)} cells predicted by {fitted.form.name}, fit "
            f"{fingerprint}; the rest are trunks or of other lengths"]
+  notes += fitted.doubts
   known = {row.get("identity") for row in rows
            if UNUSED in row and isinstance(row["loss"], float) and math.isfinite(row["loss"])}
   seen = [row["cell"] for row in found if row["identity"] in known]

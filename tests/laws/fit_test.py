@@ -1,5 +1,7 @@
 """Both solvers recover what was planted; a fit that did not move is an error."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -127,3 +129,21 @@ def test_a_solver_that_stops_at_once_is_found_out(monkeypatch):
   cells = grid_of_runs()("chinchilla", PLANTED["chinchilla"])
   with pytest.raises(FieldError, match="still equals its start"):
     fit(cells, "chinchilla", n_starts=4)
+
+
+def test_a_term_by_which_more_tokens_hurt_is_doubted():
+  """Tokens that follow the size are two powers of one variable, which noise tells apart."""
+  rng = np.random.default_rng(0)
+  size = np.exp(np.linspace(np.log(1e7), np.log(1e9), 12))
+  loss = (1.8 + 482 / size**0.35 + 2085 / (20 * size)**0.37) * np.exp(
+      0.002 * rng.standard_normal(12))
+  one = fit(Cells.of(loss, n_active=size, n_total=size, tokens=20 * size), "chinchilla", n_starts=8)
+  wrong = [name for name in ("alpha", "beta") if one.value(name) < 0]
+  assert [line.split(" = ")[0] for line in one.doubts] == wrong
+  forced = dataclasses.replace(one.least_squares, theta=np.where(
+      np.array(one.parameters) == "beta", -4.7, one.least_squares.theta))
+  doubted = dataclasses.replace(one, least_squares=forced)
+  assert any(line.startswith("beta = -4.7: by it the loss grows with tokens")
+             for line in doubted.doubts)
+  assert not fit(grid_of_runs()("chinchilla", PLANTED["chinchilla"]), "chinchilla",
+                 n_starts=8).doubts
