@@ -23,7 +23,7 @@ os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')
 _STORES = ("aiohttp", "fsspec", "gcsfs", "google", "tensorflow")  # whose errors are no OSErrors
 
 
-def is_local(path: epath.Path) -> bool:
+def is_local(path: str | os.PathLike) -> bool:
   return "://" not in os.fspath(path)
 
 

@@ -17,8 +17,9 @@ from moe_jax import cli
 from moe_jax.config import DataConfig
 from moe_jax.data import adding, documents, tokenizer
 from moe_jax.data.prepare import prepare
-from moe_jax.data.sources import Source, is_local
+from moe_jax.data.sources import Source
 from moe_jax.errors import FieldError, require
+from moe_jax.files import is_local
 
 _FLAGS = {"data.corpus": "corpus", "corpus": "corpus", "data.tokenizer": "tokenizer",
           "out": "data_dir"}
@@ -55,11 +56,18 @@ _TFDS = flags.DEFINE_string(
 _TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "The data_dir of --tfds, local or gs://.")
 _TFDS_SPLIT = flags.DEFINE_string("tfds_split", Source.tfds_split, "The split of --tfds to read.")
 
+_OF_ADD = (_FROM, _TFDS, _SEPARATOR, _DOMAIN, _TEXT_FIELD, _HELDOUT_FRACTION, _TFDS_DIR,
+           _TFDS_SPLIT)
+
 
 def main(overrides: list[str]) -> None:
   cli.no_overrides(overrides)
   require(is_local(_DATA_DIR.value), "data_dir", _DATA_DIR.value, "must be a local path; machines "
           "that train for a bucket prepare by themselves")
+  others, why = ((_OF_ADD, "belongs to --add=NAME, which gives the text a name")
+                 if _ADD.value is None else ((_CORPUS,), "goes without --add, which names one"))
+  for flag in others:
+    require(not flag.present, flag.name, flag.value, why)
   try:
     card = _prepare() if _ADD.value is None else _add()
   except FieldError as error:  # this command's flags are not those of a run
@@ -69,9 +77,6 @@ def main(overrides: list[str]) -> None:
 
 
 def _prepare(corpus: str | None = None) -> dict:
-  for flag in (_FROM, _TFDS, _SEPARATOR, _DOMAIN):
-    require(corpus is not None or not flag.value, flag.name, flag.value,
-            "belongs to --add=NAME, which gives the text a name")
   # The corpus is looked at before a tokenizer is kept.
   data = DataConfig(corpus=_CORPUS.value if corpus is None else corpus)
   file = _TOKENIZER.value

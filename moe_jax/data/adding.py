@@ -28,6 +28,7 @@ from moe_jax.data import cache, documents, pool, readers, selection, sources
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data.sources import Plan, Source, Unit
 from moe_jax.errors import require
+from moe_jax.files import is_local
 from moe_jax.sections import NAME
 
 _FORMAT = 1  # raise it when the same text gives another dataset
@@ -59,7 +60,7 @@ def add(name: str, source: Source, data_dir: str | os.PathLike, *, domain: str |
           "must be lower-case letters and digits, with single '.', '_' or '-' between them")
   require(0 < heldout_fraction < 1, "heldout_fraction", heldout_fraction,
           "must lie between 0 and 1, both excluded")
-  require(sources.is_local(os.fspath(data_dir)), "out", os.fspath(data_dir),
+  require(is_local(data_dir), "out", os.fspath(data_dir),
           "must be a local path")
   plan = sources.make_plan(source)
   directory = pathlib.Path(data_dir) / name / "dataset"
@@ -85,6 +86,8 @@ def _check_free(directory: pathlib.Path, key: dict[str, Any]) -> None:
 def _build(name: str, source: Source, plan: Plan, key: dict[str, Any], processes: int,
            partial: pathlib.Path, scratch: pathlib.Path) -> None:
   from moe_jax.data import dataset  # imports TFDS
+  # Again, under the lock: another process may have taken the name meanwhile.
+  _check_free(partial.parent / "dataset", key)
   logging.info("Reading %s: %d unit(s) of text", name, len(plan.units))
   numbers, sizes = range(len(plan.units)), [sum(p.size for p in unit) for unit in plan.units]
   notes = [scratch / f"notes-{number:05d}.npy" for number in numbers]

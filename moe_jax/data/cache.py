@@ -142,7 +142,8 @@ def obtain_in_parts(directory: pathlib.Path, key: Mapping[str, Any],
         return
       partial, scratch = (directory.with_name(f".{directory.name}.{what}")
                           for what in ("partial", "scratch"))
-      if not _is_for(scratch, key):
+      # What scratch takes for done lies in partial: alone it is what is left behind a rename.
+      if not (partial.is_dir() and _is_for(scratch, key)):
         for left in (partial, scratch):
           shutil.rmtree(left, ignore_errors=True)
         scratch.mkdir()

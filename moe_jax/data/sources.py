@@ -25,6 +25,7 @@ from typing import Literal
 from etils import epath
 
 from moe_jax.errors import FieldError, did_you_mean, require
+from moe_jax.files import is_local
 
 UNIT_BYTES = 16 * 2**20
 _MAX_UNITS = 4096  # also of a large corpus: each becomes files of the dataset
@@ -117,10 +118,6 @@ def make_plan(source: Source) -> Plan:
   options = [source.text_field, source.separator, source.tfds, source.tfds_split]
   signature = hashlib.sha256(json.dumps([facts, options]).encode()).hexdigest()[:16]
   return Plan(tuple(_group(pieces, unit_bytes)), signature)
-
-
-def is_local(path: str) -> bool:
-  return "://" not in path
 
 
 def check_reachable(path: str, field: str) -> None:
@@ -265,10 +262,12 @@ def _cut_parquet(file: Piece, source: Source, unit_bytes: int) -> Iterator[Piece
 def _group(pieces: Iterable[Piece], unit_bytes: int) -> Iterator[Unit]:
   """Puts small pieces together, in order."""
   unit: list[Piece] = []
+  size = 0
   for piece in pieces:
-    if unit and sum(p.size for p in unit) + piece.size > unit_bytes:
+    if unit and size + piece.size > unit_bytes:
       yield tuple(unit)
-      unit = []
+      unit, size = [], 0
     unit.append(piece)
+    size += piece.size
   if unit:
     yield tuple(unit)

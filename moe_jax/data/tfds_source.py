@@ -17,6 +17,7 @@ from etils import epath
 from moe_jax.data import sources
 from moe_jax.data.sources import Piece, Source
 from moe_jax.errors import FieldError, did_you_mean, require
+from moe_jax.files import is_local
 
 _BATCH_EXAMPLES = 64
 
@@ -114,7 +115,7 @@ def records(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
 @contextlib.contextmanager
 def _local(path: str) -> Iterator[str]:
   """The file, or a copy of it while the context lasts: array_record reads local files."""
-  if sources.is_local(path):
+  if is_local(path):
     yield path
     return
   with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 
 from absl import flags
@@ -121,7 +122,7 @@ def _publish(question: ask_lib.Question, answer) -> None:
     lead, sections = lead_of(found), law_sections(found, _RESULTS.value)
   files_made = publish(_REPORT.value, TITLE, lead, [*sections, *design_sections(question, answer)])
   print(f"{files_made[0]}, and {len(files_made) - 1} pictures and tables in "
-        f"{files_made[1].parent}/")
+        f"{files_made[1].parent}/", file=sys.stderr if _JSON.value else sys.stdout)
 
 
 def _question() -> ask_lib.Question:

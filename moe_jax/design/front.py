@@ -46,9 +46,9 @@ def _maybe(score_N: np.ndarray, first_N: np.ndarray, second_N: np.ndarray) -> np
 
   i_N, j_N = binned(first_N), binned(second_N)
   best_IJ = np.full((_BINS + 1, _BINS + 1), np.inf)
-  # Bins are moved by one: only strictly lower ones count. A cost of which there is one value
-  # has one bin, and its own counts.
-  down_i, down_j = int(i_N.max() > 0), int(j_N.max() > 0)
+  # Bins are moved by one: only strictly lower ones count. Where all have one cost its own
+  # bin counts.
+  down_i, down_j = (int(x_N.min() < x_N.max()) for x_N in (first_N, second_N))
   np.minimum.at(best_IJ, (i_N + down_i, j_N + down_j), score_N)
   best_IJ = np.minimum.accumulate(np.minimum.accumulate(best_IJ, axis=0), axis=1)
   if not (down_i or down_j):

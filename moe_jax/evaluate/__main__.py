@@ -75,6 +75,8 @@ def _evaluate(cells) -> int:
   text = Text(_SPLIT.value, _CORPUS.value)
   steps = () if _STEPS.value is None else parse_steps(_STEPS.value)
   sizes = cost.parse_batch_sizes(_BATCH_SIZES.value)
+  if _BATCH_SIZES.present and not _INFERENCE.value:
+    raise FieldError("batch_sizes", _BATCH_SIZES.value, "goes with --inference")
   if _REPORT.value is not None:
     check_path(_REPORT.value)
   tasks = _read_tasks()

@@ -95,6 +95,8 @@ def table(found: dict[str, dict[str, Any]]) -> rich.table.Table:
 def figure(rows: Sequence[Row]):
   """Held-out loss against measured time of a decode step, smallest and largest batch."""
   rows = measured(rows)
+  if not rows:
+    return None
   common = sorted(set.intersection(*(set(batch_sizes(row)) for row in rows)))
   shown = list(dict.fromkeys((common[0], common[-1]))) if common else []
   if not shown:

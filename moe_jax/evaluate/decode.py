@@ -53,7 +53,8 @@ class Decoder:
 
   def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int,
                sampling: Sampling | None = None, end: int | None = None,
-               ended: Callable[[list[int]], bool] | None = None) -> list[list[int]]:
+               ended: Callable[[list[int]], bool] | None = None,
+               first_row: int = 0) -> list[list[int]]:
     """Continues each prompt.
 
     Args:
@@ -64,6 +65,8 @@ class Decoder:
       end: a row ends with this token, which is not part of the result.
       ended: whether a row needs no more tokens than these. It may get more: where all rows are
         said to have ended, now and then, decoding stops.
+      first_row: number of the first prompt. A row draws by its number, so that a batch draws as
+        its rows would within a larger one.
 
     Raises:
       FieldError: a prompt is empty, or leaves no room in the context.
@@ -72,7 +75,7 @@ class Decoder:
     check_prompts(prompts, context)
     require(new_tokens >= 1, "new_tokens", new_tokens, "must be at least 1")
     tokens_BS, length_B = self._padded(prompts)
-    row_B = np.arange(len(length_B), dtype=np.int32)
+    row_B = first_row + np.arange(len(length_B), dtype=np.int32)
     longest, shortest = length_B.max(), length_B[:len(prompts)].min()
     slots = max(tokens_BS.shape[1], _shape_of(min(int(longest) + new_tokens, context), context))
     logits_BV, cache = self.prefill(self.empty_cache(len(row_B), slots), tokens_BS, length_B)

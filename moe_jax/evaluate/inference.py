@@ -62,7 +62,7 @@ def look_at(devices: Sequence[jax.Device]) -> Machine:
   bandwidth = n_chips * 2 * 4 * size / min(seconds)
   chip = by_device_kind(kind)
   if chip is None:
-    chip = Hardware(kind, (peak_flops(list(devices)) or float("nan")) / n_chips, float("nan"),
+    chip = Hardware(kind, (peak_flops(list(devices)) or float("inf")) / n_chips, float("nan"),
                     bandwidth / n_chips, float("inf"), (kind,))
   elif chip.devices_per_chip > 1:
     n_chips = max(1, n_chips // chip.devices_per_chip)

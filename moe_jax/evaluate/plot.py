@@ -69,12 +69,19 @@ def caption(rows: Sequence[Row]) -> str:
   shown = equal_tokens(rows)
   parts = []
   per_parameter = shown[0]["tokens"] / max(row["n_total"] for row in shown)
-  if per_parameter < TOKENS_PER_PARAMETER:
+  if per_parameter < 1:
     parts.append(f"{per_parameter:.2g} training tokens per parameter: minute-long runs such as "
                  "these prove the pipeline, not the law.")
-  parts.append(f"Bars: one standard error over the {shown[0]['heldout_documents']} held-out "
-               "documents, which are the same for all cells. A unigram model has loss "
-               f"{shown[0]['unigram_loss']:.3f}.")
+  elif per_parameter < TOKENS_PER_PARAMETER:
+    parts.append(f"{per_parameter:.2g} training tokens per parameter, where compute-optimal dense "
+                 f"models have {TOKENS_PER_PARAMETER}.")
+  if len({row.get("data_fingerprint") for row in shown}) == 1:
+    parts.append(f"Bars: one standard error over the {shown[0]['heldout_documents']} held-out "
+                 "documents, which are the same for all cells. A unigram model has loss "
+                 f"{shown[0]['unigram_loss']:.3f}.")
+  else:
+    parts.append("Bars: one standard error over held-out documents. THESE CELLS WERE EVALUATED ON "
+                 "DIFFERENT TEXTS: their losses do not compare.")
   if len(shown) < len(rows):
     parts.append(f"Left out, as trained on another number of tokens: "
                  f"{len(rows) - len(shown)}.")

@@ -109,11 +109,12 @@ def rows_of(run_dir: RunDir) -> list[Row]:
   """
   evals = run_dir.read_evals()
   cost = evals.get(INFERENCE) or {}
-  cost = cost.get("columns", {}) if isinstance(cost, dict) else {}
+  cost = cost if isinstance(cost, dict) else {}
   tasks = {name: found for name, found in evals.items() if _is_task(found)}
   rows = _rows(run_dir, {name: found for name, found in evals.items()
                          if name not in (ROUTING, INFERENCE, *tasks)})
-  return [row | cost | _of_tasks(tasks.values(), row) for row in rows]
+  return [row | (cost.get("columns", {}) if cost.get("identity") == row["identity"] else {})
+          | _of_tasks(tasks.values(), row) for row in rows]
 
 
 def _is_task(found: Any) -> bool:

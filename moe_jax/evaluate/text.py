@@ -67,7 +67,7 @@ class Text:
     from moe_jax.data import mirror, tokenizer
     from moe_jax.data.prepare import prepare
     name = config.data.tokenizer
-    if name not in _ANYWHERE:
+    if config.data.tokenizer_vocab_size is not None and name not in _ANYWHERE:  # bpe-N
       name = tokenizer.add(own.directory / tokenizer.FILE, mirror.home(data_dir))
     try:
       found = prepare(DataConfig(corpus=self.corpus, tokenizer=name), data_dir)

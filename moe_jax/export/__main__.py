@@ -38,7 +38,7 @@ def main(overrides: list[str]) -> int:
           "give either --to=hf or --from=hf")
   for flag in (_TO, _FROM):
     require(flag.value in (None, "hf"), flag.name, flag.value, "must be 'hf'")
-  _refuse_flags_of((_STEP, _LAYOUT) if _FROM.value else (_WRITE,),
+  _refuse_flags_of((_STEP, _LAYOUT, _DTYPE, _SHARD_GB) if _FROM.value else (_WRITE, _CORPUS),
                    "--from" if _FROM.value else "--to")
   try:
     return _export(overrides) if _TO.value else _import(overrides)
@@ -54,7 +54,7 @@ def main(overrides: list[str]) -> int:
 
 def _refuse_flags_of(others, mode: str) -> None:
   for flag in others:
-    require(flag.value is None, flag.name, flag.value, f"does not go with {mode}=hf")
+    require(not flag.present, flag.name, flag.value, f"does not go with {mode}=hf")
 
 
 def _export(overrides: list[str]) -> int:

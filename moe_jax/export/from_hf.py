@@ -26,6 +26,7 @@ from moe_jax.export import layouts, tokenizer_files
 from moe_jax.export.layouts import Imported, Weight
 from moe_jax.export.weights import Weights, read_json
 from moe_jax.fields import leaves
+from moe_jax.files import is_local
 from moe_jax.grid import Cell, Grid, select
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional
@@ -87,6 +88,8 @@ def as_experiment(source: Source, path: str | os.PathLike, out: str | os.PathLik
     FieldError: the path is taken, the tokenizer is missing or does not suit the vocabulary.
   """
   write.check_free(path)
+  require(is_local(out), "out", os.fspath(out), "must be a local path, under which the tokenizer "
+          "is kept: copy its _data to the bucket then")
   said = source.said
   fits = tokenizer_files.read(source.directory)
   require(fits.vocab_size <= said.arch.vocab_size, "hf", str(source.directory),

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from moe_jax.config import DataConfig
-from moe_jax.data import adding, corpus, dataset, encode, pool, sources
+from moe_jax.data import adding, cache, corpus, dataset, encode, pool, sources
 from moe_jax.data.prepare import prepare
 from moe_jax.data.sources import Source
 from moe_jax.errors import FieldError
@@ -177,6 +178,37 @@ def test_adding_again_does_nothing_and_another_text_is_refused(tmp_path, monkeyp
       adding.add("mine", source, tmp_path, domain="code")
   os.unlink(tmp_path / "a.jsonl")  # not needed any more
   assert prepare(DataConfig("mine"), tmp_path).domains[0].label == "code"
+
+
+def test_what_is_left_behind_a_rename_does_not_hinder_a_repair(tmp_path, monkeypatch):
+  """As of a process that ended between the rename and the end."""
+  source = write_json(tmp_path / "a.jsonl", make_texts(10))
+  with monkeypatch.context() as patch:
+    real = shutil.rmtree
+    patch.setattr(cache.shutil, "rmtree", lambda path, *more, **how: None if str(path).endswith(
+        ".scratch") else real(path, *more, **how))
+    card = adding.add("left", source, tmp_path)
+  made = tmp_path / "left" / "dataset"
+  assert made.with_name(".dataset.scratch").exists()
+  next(made.rglob("*.array_record*")).unlink()
+  assert adding.add("left", source, tmp_path) == card
+  assert len(list(made.rglob("*.array_record*"))) == 2
+
+
+def test_a_name_that_another_process_takes_meanwhile_is_refused(tmp_path, monkeypatch):
+  first, second = (write_json(tmp_path / f"{seed}.jsonl", make_texts(10, seed)) for seed in (1, 2))
+  real, cards = cache.obtain_in_parts, []
+
+  def obtain(directory, key, build):
+    if not cards:
+      cards.append(None)
+      cards.append(adding.add("name", first, tmp_path))
+    real(directory, key, build)
+
+  monkeypatch.setattr(cache, "obtain_in_parts", obtain)
+  with pytest.raises(FieldError, match="is a corpus already, with another source"):
+    adding.add("name", second, tmp_path)
+  assert corpus.read_added(tmp_path / "name" / "dataset").card == cards[1]
 
 
 def test_a_damaged_corpus_is_not_tokenised(tmp_path):

@@ -34,3 +34,9 @@ def test_many_points_at_once():
   for i in rng.choice(20_000, 200, replace=False):
     better = np.all(columns <= columns[:, [i]], axis=0)
     assert (better.sum() == 1) == (i in found)
+
+
+def test_one_cheap_point_among_many_of_one_cost_is_on_the_front():
+  first, second, score = np.arange(200.0), np.full(200, 5.0), np.zeros(200)
+  second[150], score[150] = 1.0, 10.0
+  assert pareto_front(score, first, second).tolist() == [0, 150]

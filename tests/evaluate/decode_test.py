@@ -133,6 +133,14 @@ def test_what_a_prompt_gets_does_not_depend_on_the_batch(softmax):
   assert first == last and len(first) == 40
 
 
+def test_a_batch_draws_as_its_rows_do_in_a_larger_one(softmax):
+  text, sampling = prompts(6)[0], Sampling(temperature=1.0, seed=2)
+  whole = softmax.generate([text] * 4, 20, sampling)
+  parts = [row for start in (0, 2)
+           for row in softmax.generate([text] * 2, 20, sampling, first_row=start)]
+  assert parts == whole and len({tuple(row) for row in whole}) == 4
+
+
 def test_a_row_ends_with_its_token_and_with_the_context(softmax):
   texts = prompts(CONTEXT - 4, 5)
   first, second = softmax.generate(texts, 30)

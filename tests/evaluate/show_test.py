@@ -51,9 +51,17 @@ def test_only_runs_of_equally_many_tokens_are_compared():
 
 
 def test_short_runs_say_that_they_are_no_law():
-  assert "prove the pipeline, not the law" in plot.caption([row(tokens=19_900_000)])
-  assert "pipeline" not in plot.caption([row(tokens=20_000_000)])
+  assert "prove the pipeline, not the law" in plot.caption([row(tokens=990_000)])
+  assert plot.caption([row(tokens=19_900_000)]).startswith("20 training tokens per parameter, where")
+  assert "per parameter" not in plot.caption([row(tokens=20_000_000)])
   assert "3.029" in plot.caption([row()])
+
+
+def test_cells_of_different_texts_are_not_said_to_compare():
+  same = [row() | {"data_fingerprint": "a"}, row(16) | {"data_fingerprint": "a"}]
+  assert "the same for all cells" in plot.caption(same)
+  same[0]["data_fingerprint"] = "b"
+  assert "DIFFERENT TEXTS" in plot.caption(same) and "the same" not in plot.caption(same)
 
 
 def test_the_title_tells_the_spread_of_n_total():

@@ -88,7 +88,8 @@ class Answerer:
       made = self._decoder.generate(
           rows + rows[-1:] * (size - len(rows)), generation.new_tokens, generation.sampling,
           end=self._tokenizer.document_start_id,
-          ended=lambda tokens: is_stopped(self._tokenizer.decode(tokens), generation.stops))
+          ended=lambda tokens: is_stopped(self._tokenizer.decode(tokens), generation.stops),
+          first_row=start)
       found |= {number: cut(self._tokenizer.decode(tokens), generation.stops)
                 for number, tokens in zip(chosen, made, strict=False)}
     return found

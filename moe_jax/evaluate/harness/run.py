@@ -74,7 +74,7 @@ def _evaluate_cell(cell: Cell, out, names: Sequence[str], task_dir: str | None) 
   require_causal(cell.config)
   run_dir, data_dir = RunDir.of(out, cell), epath.Path(out) / "_data"
   own = prepare(cell.config.data, data_dir)
-  suite_dir = suite.build(own, pathlib.Path(data_dir), names)
+  suite_dir = suite.build(own, data_dir, names)
   step, decoder = open_decoder(cell, run_dir, own)
   started = time.perf_counter()
   found = ask(Answerer(decoder, own.tokenizer), names, suite_dir, task_dir)

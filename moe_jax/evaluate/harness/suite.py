@@ -12,6 +12,7 @@ them on an exported model too (--include_path). The same text gives the same fil
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,13 +44,13 @@ class Passage(NamedTuple):
   next: str
 
 
-def build(prepared: PreparedData, data_dir: pathlib.Path,
+def build(prepared: PreparedData, data_dir: str | os.PathLike,
           names: Sequence[str] = NAMES) -> pathlib.Path:
   """The directory with the tasks' files, made if they are not there.
 
   Args:
     prepared: the text of a run.
-    data_dir: <out>/_data.
+    data_dir: <out>/_data, local or not.
     names: tasks that must be there; one to which the text gives no question has no file.
 
   Raises:
