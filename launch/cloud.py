@@ -9,12 +9,18 @@ from launch.backends.gcloud import LABEL, Options
 from launch.remote import Answer, Run
 from launch.slices import Seen
 
-_NOT_FOUND = re.compile(r"NOT_FOUND|was not found|notFound|code=404", re.IGNORECASE)
+# As gcloud says it, case and all: "gcloud crashed (FileNotFoundError)" says nothing of a resource.
+_NOT_FOUND = re.compile(r"\bNOT_FOUND\b|was not found|\bnotFound\b|\bcode=404\b")
 _EXISTS = re.compile(r"ALREADY_EXISTS|already exists", re.IGNORECASE)
-_CREDENTIALS = re.compile(r"active account|reauth|invalid_grant|UNAUTHENTICATED|auth tokens|"
-                          r"auth login", re.IGNORECASE)
-_LATER = re.compile(r"\b429\b|rate.?limit|too many requests|per minute|UNAVAILABLE|\b50[0-4]\b|"
-                    r"INTERNAL|deadline|timed? ?out|connection|temporar", re.IGNORECASE)
+# gcloud names the account in every answer of 401, 403 and 404 ("... which is the active account").
+_CREDENTIALS = re.compile(r"not (currently )?have an active account|reauth|invalid_grant|"
+                          r"UNAUTHENTICATED|auth tokens|auth login", re.IGNORECASE)
+# It also asks for a login where it only could not reach the server that refreshes its token.
+_NETWORK = re.compile(r"ConnectionPool|NameResolution|max retries|timed? ?out|temporary failure|"
+                      r"connection (refused|reset|aborted)|unreachable", re.IGNORECASE)
+_LATER = re.compile(r"\b429\b|rate.?limit|too many requests|per minute|UNAVAILABLE|"
+                    r"\b(HTTPError|status|code)\W+50[0-4]\b|INTERNAL|deadline|timed? ?out|"
+                    r"connection|temporar", re.IGNORECASE)
 
 
 class Unclear(RuntimeError):
@@ -29,9 +35,9 @@ def describe(name: str, options: Options, zone: str, label: str, run: Run) -> Se
   """The queued resource of that name, or None. Raises Unclear or NoCredentials."""
   answer = run(gcloud.describe(name, options, zone))
   if not answer.ok:
-    _require_credentials(answer)
-    if _NOT_FOUND.search(answer.stderr):
+    if _is_not_found(answer):
       return None
+    _require_credentials(answer)
     raise Unclear(answer.error)
   try:
     return parse(json.loads(answer.stdout), label)
@@ -65,9 +71,20 @@ def create_error(answer: Answer) -> tuple[str, bool] | None:
   return answer.error, answer.code is None or _LATER.search(answer.stderr) is not None
 
 
-def delete(name: str, options: Options, zone: str, run: Run) -> None:
-  """Asks for a deletion; whether it happens, the next look tells. Raises NoCredentials."""
-  _require_credentials(run(gcloud.delete(name, options, zone)))
+def delete(name: str, options: Options, zone: str, run: Run) -> str | None:
+  """Asks for a deletion; whether it happens, the next look tells.
+
+  Returns:
+    Why it was refused, or None.
+
+  Raises:
+    NoCredentials: the account must log in again.
+  """
+  answer = run(gcloud.delete(name, options, zone))
+  if answer.ok or _is_not_found(answer):
+    return None
+  _require_credentials(answer)
+  return answer.error
 
 
 def list_ours(options: Options, zone: str, run: Run) -> dict[str, str]:
@@ -84,7 +101,12 @@ def list_ours(options: Options, zone: str, run: Run) -> dict[str, str]:
   return {name: label for name, label in found.items() if label is not None}
 
 
+def _is_not_found(answer: Answer) -> bool:
+  return _NOT_FOUND.search(answer.stderr) is not None and not _NETWORK.search(answer.stderr)
+
+
 def _require_credentials(answer: Answer) -> None:
-  if not answer.ok and _CREDENTIALS.search(answer.stderr):
+  if (not answer.ok and _CREDENTIALS.search(answer.stderr)
+      and not _NETWORK.search(answer.stderr)):
     raise NoCredentials("gcloud has no valid credentials: run `gcloud auth login`, then "
                         "`python -m launch.watch` with the same --out and --experiment")

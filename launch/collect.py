@@ -1,4 +1,4 @@
-"""Brings an experiment home: everything but checkpoints, to a folder here.
+"""Brings an experiment home, to a folder here: all but checkpoints, logs and traces.
 
     python -m launch.collect --out=gs://BUCKET/runs --experiment=NAME --to=runs
 

@@ -25,8 +25,10 @@ from moe_jax.arch.hardware import PRICES_AS_OF
 from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.fields import from_json
 from moe_jax.files import is_of_storage, read_json, write_json
+from moe_jax.run_dir import FINISHED
 
 POLL_SECONDS = 30.0
+_UNDELETED = "it cannot be deleted: "
 
 
 @dataclasses.dataclass
@@ -104,6 +106,8 @@ def want(planned: Plan, jobs: Sequence[Job], options: Options, out: str,
   folder = epath.Path(planned.out)
   held = lease.acquire(folder, clock)
   try:
+    for share in planned.slices:  # before anything is written
+      _require_free(folder, share)
     budget.set_limit(folder, options.max_cost_usd)
     for share in planned.slices:
       _want_one(folder, planned, share, jobs, options, gcloud.owner(out, planned.experiment))
@@ -111,14 +115,15 @@ def want(planned: Plan, jobs: Sequence[Job], options: Options, out: str,
     held.release()
 
 
-def _want_one(folder: epath.Path, planned: Plan, share: SlicePlan, jobs: Sequence[Job],
-              options: Options, label: str) -> None:
+def _before(mine: epath.Path) -> Slice | None:
+  return Slice.read(mine) if (mine / "slice.json").exists() else None
+
+
+def _require_free(folder: epath.Path, share: SlicePlan) -> None:
+  """Raises FieldError where another slice at work has one of its cells."""
   mine = folder / share.name
-  before = Slice.read(mine) if (mine / "slice.json").exists() else None
+  before = _before(mine)
   if before is not None and before.record.state not in slices.FINAL:
-    before.options = dataclasses.replace(before.options, max_cost_usd=options.max_cost_usd,
-                                         usd_per_chip_hour=options.usd_per_chip_hour)
-    before.write()
     return
   for other in read_all(folder):
     if other.folder != mine and other.record.state not in slices.FINAL:
@@ -126,6 +131,17 @@ def _want_one(folder: epath.Path, planned: Plan, share: SlicePlan, jobs: Sequenc
       if shared:
         raise FieldError("slices", share.name, f"{min(shared)} is trained by slice "
                          f"{other.record.name}, which has not ended: launch.cancel it first")
+
+
+def _want_one(folder: epath.Path, planned: Plan, share: SlicePlan, jobs: Sequence[Job],
+              options: Options, label: str) -> None:
+  mine = folder / share.name
+  before = _before(mine)
+  if before is not None and before.record.state not in slices.FINAL:
+    before.options = dataclasses.replace(before.options, max_cost_usd=options.max_cost_usd,
+                                         usd_per_chip_hour=options.usd_per_chip_hour)
+    before.write()
+    return
   remote.begin_anew(planned, share, jobs)
   remote.write_files(planned, share)
   held = before.record.held_seconds if before is not None else 0.0
@@ -210,10 +226,11 @@ class Driver:
         error=record.error if spent is None or progress.ended else spent)
     record, action = slices.decide(record, seen, progress, one.options.zones, now, self._policy,
                                    self._random)
+    held.require(remote.TIMEOUT_SECONDS)  # the look may have taken long, or this host slept
     self._keep(one, record)
     if action is not None:
       held.require(remote.TIMEOUT_SECONDS)
-      self._act(one, action)
+      self._act(one, action, held)
 
   def _why_too_dear(self, one: Slice, found: Sequence[Slice]) -> str | None:
     """Why a slice may not go on, if what may be spent on the experiment would be passed."""
@@ -225,15 +242,21 @@ class Driver:
       return None
     return f"stopped with ${money.spent(accounts):.2f} of --max_cost_usd={min(limits):g} spent"
 
-  def _act(self, one: Slice, action: str) -> None:
+  def _act(self, one: Slice, action: str, held: lease.Lease) -> None:
     if action == slices.DELETE:
-      cloud.delete(one.record.name, one.options, one.record.zone, self._run)
+      refused = cloud.delete(one.record.name, one.options, one.record.zone, self._run)
+      before = one.record.error
+      if refused is not None or (before or "").startswith(_UNDELETED):
+        held.require(remote.TIMEOUT_SECONDS)
+        self._keep(one, dataclasses.replace(
+            one.record, error=None if refused is None else _UNDELETED + refused))
       return
     one.forget_machines()
     answers = []
     remote.execute(one.plan(), lambda command: answers.append(self._run(command)) or answers[-1])
     error = cloud.create_error(answers[-1])
     if error is not None:
+      held.require(remote.TIMEOUT_SECONDS)
       self._keep(one, slices.refused(one.record, *error, self._clock(), self._policy))
 
   def _keep(self, one: Slice, record: Record) -> None:
@@ -259,8 +282,38 @@ def drive(folder: epath.Path, run: remote.Run = remote.run, **driver: Any) -> in
     print("\n".join([*table(read_all(folder)), f"to watch again: python -m launch.watch {which}",
                      f"to end all: python -m launch.cancel {which}"]))
     return 128 + signal.SIGINT
-  print("\n".join(table(read_all(folder))))
-  return 0 if done else 1
+  found = read_all(folder)
+  missing = [f"{name}: {why or 'not finished'}" for one in found
+             if one.record.state == slices.DONE for name in one.work.cells
+             if (why := work.why_ended(one.work, name)) != FINISHED]
+  print("\n".join([*table(found), *missing]))
+  return 0 if done and not missing else 1
+
+
+def end_all(folder: epath.Path, sleep: Callable[[float], Any] = time.sleep, **options: Any) -> bool:
+  """Says that all slices are to end, and drives them where no other driver does: whether none is
+  left. A driver at work ends them; for one that is no more this takes over when its lease is out.
+  """
+  for one in read_all(folder):
+    if one.record.state not in slices.FINAL:
+      (one.folder / "cancel").write_text("")
+  told = False
+  while _left(folder):
+    try:
+      lease.acquire(folder).release()
+    except lease.Held as held:
+      if not told:
+        print(f"{held}; it ends the slices, or else this does", flush=True)
+      told = True
+      sleep(POLL_SECONDS)
+      continue
+    drive(folder, **options)
+    break
+  return not _left(folder)
+
+
+def _left(folder: epath.Path) -> bool:
+  return any(one.record.state not in slices.FINAL for one in read_all(folder))
 
 
 def table(found: Sequence[Slice]) -> list[str]:

@@ -36,7 +36,9 @@ class Launch:
     state: `starting`, and in the end how it ended.
     exit_code: of the trainer; negative is the signal that killed it.
     error: one line, where it did not finish.
-    failures: how many attempts the program itself failed, where a budget of them is kept.
+    failures: how many attempts the program itself failed, where a budget of them is kept, since
+      the run last saved something new.
+    saved: the newest step that was saved when it began.
   """
 
   backend: str
@@ -50,6 +52,7 @@ class Launch:
   exit_code: int | None = None
   error: str | None = None
   failures: int = 0
+  saved: int = 0
 
 
 def read_launch(run_dir: RunDir) -> Launch | None:
@@ -145,18 +148,29 @@ def lost_ends(jobs: Sequence[Job]) -> list[str]:
 
 
 def require_trunks(jobs: Sequence[Job]) -> None:
-  """Raises FieldError where a branch's trunk is neither among the jobs nor far enough.
+  """Raises FieldError where what a run begins from is neither among the jobs nor there.
 
   Machines that cost money should not be there for what cannot begin.
   """
   ours = {job.run_dir for job in jobs}
   for job in jobs:
+    _require_source(job, ours)
     if job.run_dir.trunk(job.cell.config) in ours:
       continue
     if (trunk := job.missing_trunk()) is not None:
       raise FieldError("config", job.name, f"branches from {trunk.path.parent.name}/"
                        f"{trunk.path.name}, which has not saved step "
                        f"{job.cell.config.train.branch_step} and is not submitted with it")
+
+
+def _require_source(job: Job, ours: set[RunDir]) -> None:
+  train = job.cell.config.train
+  if train.init_run is None or job.run_dir.has_checkpoint():
+    return
+  source = RunDir.named(job.run_dir.path.parent.parent, train.init_run)
+  if source not in ours and not source.has_checkpoint(train.init_step):
+    raise FieldError("config.train.init_from", train.init_from, f"is to begin {job.name}: that "
+                     "checkpoint is not there, and the run is not submitted with it")
 
 
 def require_texts(jobs: Sequence[Job], out: str) -> None:

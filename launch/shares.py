@@ -28,7 +28,8 @@ class Share:
 
 
 def families(jobs: Sequence[Job]) -> list[list[Job]]:
-  """A trunk and what branches from it are of one family, and so are cells that train together.
+  """A trunk and what branches from it are of one family, a run and what begins with its parameters,
+  and cells that train together.
 
   What is finished counts too: else submitting again would deal them otherwise.
   """
@@ -41,6 +42,9 @@ def families(jobs: Sequence[Job]) -> list[list[Job]]:
 
   ties = [(job.name, trunk) for job in jobs
           if (trunk := job.cell.config.train.branch_run) in elder]
+  by_path = {f"{job.cell.experiment}/{job.name}": job.name for job in jobs}
+  ties += [(job.name, by_path[source]) for job in jobs
+           if (source := job.cell.config.train.init_run) in by_path]
   for group in population.deal([job.cell for job in jobs]):
     ties += [(younger.name, older.name) for older, younger in itertools.pairwise(group)]
   for younger, older in ties:

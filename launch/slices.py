@@ -287,7 +287,8 @@ def _to(record: Record, state: str, now: float, **changes) -> Record:
 
 def _pause(record: Record, policy: Policy, random: random_lib.Random) -> float:
   """Exponential, with jitter: many slices must not all come back at once."""
-  return min(policy.longest_pause, policy.pause * 2**record.in_a_row) * random.uniform(0.5, 1.0)
+  pause = policy.pause * 2**min(record.in_a_row, 20)
+  return min(policy.longest_pause, pause) * random.uniform(0.5, 1.0)
 
 
 def _billed(record: Record, seen: Seen | None, now: float) -> Record:

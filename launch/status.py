@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from launch import budget, driver
+from launch import budget, driver, slices
 from launch.jobs import STARTING
 from launch.state import PENDING, CellState, states_of, states_under
 from launch.table import counts, table
@@ -39,7 +39,7 @@ def main(overrides: list[str]) -> int:
     raise FieldError(overrides[0].removeprefix("--").partition("=")[0],
                      overrides[0].partition("=")[2], "needs --config=FILE")
   rows = _print(overrides)
-  while _WATCH.value and any(row.state in UNFINISHED for row in rows):
+  while _WATCH.value and (any(row.state in UNFINISHED for row in rows) or _driven(rows)):
     time.sleep(WATCH_SECONDS)
     print(flush=True)
     rows = _print(overrides)
@@ -55,6 +55,13 @@ def _print(overrides: list[str]) -> list[CellState]:
     return rows
   print("\n".join([*table(rows), counts(rows), *_slices(rows)]), flush=True)
   return rows
+
+
+def _driven(rows: Sequence[CellState]) -> bool:
+  """Whether slices are at work, which train a run again whose machines were taken."""
+  return any(one.record.state not in slices.FINAL
+             for experiment in {row.experiment for row in rows}
+             for one in driver.read_all(epath.Path(_OUT.value) / experiment / "_slices"))
 
 
 def _slices(rows: Sequence[CellState]) -> list[str]:

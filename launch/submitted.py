@@ -18,7 +18,7 @@ from moe_jax.files import reaching, write_bytes
 flags.disclaim_key_flags()  # they are the verbs', whose --help lists them
 
 _SMALL = ("config.json", "status.json", "launch.json", "metrics/*.jsonl", "eval/*.json",
-          "checksums/*.json")
+          "eval/*.npz", "eval/steps/*/*.json", "checksums/*.json")
 
 
 def define_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
@@ -70,6 +70,7 @@ def log_command(one: epath.Path, backend: str, worker: str, lines: int, follow: 
   require(worker == "all" or worker.isdecimal(), "worker", worker, "must be a number or all")
   tail = ("tail", f"--lines={lines}", *(("--follow=name", "--retry") if follow else ()))
   if backend == "slurm":
+    require(worker.isdecimal(), "worker", worker, "must be a number: each has a log of its own")
     return (*tail, f"{one}/log-{worker}.txt")
   if backend == "gke":
     index = (() if worker == "all" else
@@ -91,12 +92,13 @@ def orphans(options: Options, out: epath.Path, run: remote.Run) -> list[tuple[st
   Raises:
     cloud.Unclear, cloud.NoCredentials: gcloud cannot tell.
   """
+  # Before the records are read: a record is there before its resource is.
+  there = {zone: cloud.list_ours(options, zone, run) for zone in options.zones}
   accounted = {(one.record.name, one.record.zone, one.label)
                for folder in out.glob("*/_slices") for one in driver.read_all(folder)
                if one.record.state not in slices.FINAL}
-  return sorted((name, zone, label) for zone in options.zones
-                for name, label in cloud.list_ours(options, zone, run).items()
-                if (name, zone, label) not in accounted)
+  return sorted((name, zone, label) for zone, found in there.items()
+                for name, label in found.items() if (name, zone, label) not in accounted)
 
 
 def copy_home(source: epath.Path, target: pathlib.Path) -> tuple[int, int]:

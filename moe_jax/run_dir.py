@@ -120,11 +120,19 @@ class RunDir:
 
   def has_checkpoint(self, step: int | None = None) -> bool:
     """Whether the checkpoint of that step, or any, is finished. It may be damaged."""
-    steps = "[0-9]*" if step is None else str(step)
+    return any(True for _ in self._saved("[0-9]*" if step is None else str(step)))
+
+  def saved_step(self) -> int:
+    """The newest step of which there is a finished checkpoint, or 0. It may be damaged."""
+    return max(self._saved("[0-9]*"), default=0)
+
+  def _saved(self, steps: str) -> Iterator[int]:
     if is_local(self.path):
-      return any(file.name.isdecimal() for file in self.checkpoints.glob(steps))
-    # There a step's folder exists from its first file on; Orbax writes this one last.
-    return any(True for _ in self.checkpoints.glob(f"{steps}/commit_success.txt"))
+      names = (file.name for file in self.checkpoints.glob(steps))
+    else:
+      # There a step's folder exists from its first file on; Orbax writes this one last.
+      names = (file.parent.name for file in self.checkpoints.glob(f"{steps}/commit_success.txt"))
+    return (int(name) for name in names if name.isdecimal())
 
   # config.json
 

@@ -30,11 +30,11 @@ from launch.budget import Meter
 from launch.host import machine
 from launch.host.trainer import Trainer
 from launch.jobs import Launch, read_launch, write_launch
-from launch.work import HostWord, Work, why_ended
+from launch.work import HostWord, Work, read_host, why_ended
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.cli import EXIT_BAD_INPUT
 from moe_jax.errors import FieldError
-from moe_jax.files import read_json, write_json
+from moe_jax.files import is_of_storage, read_json, write_json
 from moe_jax.run_dir import RunDir
 
 HANG_SECONDS = 1800.0  # without a step; the first one of a large model compiles for minutes
@@ -45,6 +45,10 @@ _FINAL = {EXIT_BAD_INPUT: jobs_lib.REFUSED, run_dir_lib.EXIT_DIVERGED: run_dir_l
 
 class Stopped(Exception):
   """The machine is going away: everything was told to save."""
+
+
+class Useless(Exception):
+  """Nothing can be trained on these machines; says why in one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Agent:
     self._said = 0.0
     self._meter: Meter | None = None  # the leader's
     self._environ: dict[str, str] = {}
+    self._busy: dict[str, int] = {}  # cell -> how many attempts in a row found it held
 
   def run(self) -> int:
     """Works until all cells have ended. The exit code: 0, or EXIT_PREEMPTED when stopped."""
@@ -89,6 +94,10 @@ class Agent:
     except Stopped:
       self._say("stopped")
       return run_dir_lib.EXIT_PREEMPTED
+    except Useless as error:
+      self._say("dirty", str(error))
+      print(f"these machines are of no use: {error}", flush=True)
+      return 1
     self._say("done")
     return 0
 
@@ -98,6 +107,7 @@ class Agent:
     self._meter = Meter(self._folder, self._work.usd_per_second)
     for group in self._work.in_groups():
       while names := [name for name in group if why_ended(self._work, name) is None]:
+        self._gather()
         if too_dear := self._meter.why_too_dear():
           print(too_dear, flush=True)
           break
@@ -106,6 +116,26 @@ class Agent:
         print(f"{name}: {why_ended(self._work, name) or 'to go on'}", flush=True)
     self._publish(())
     self._meter.count(ended=True)
+
+  def _gather(self) -> None:
+    """Waits until all hosts of the run live, or there is no more money. Raises Useless.
+
+    A trainer that waits in vain for one that is late ends as if its program had failed.
+    """
+    until = self._clock() + self._pace.hang
+    while (there := self._alive()) < self._work.hosts and not self._meter.why_too_dear():
+      if self._clock() > until:
+        raise Useless(f"{there} of its {self._work.hosts} hosts were there within "
+                      f"{self._pace.hang:.0f} s")
+      self._beat(None)
+      self._pause(self._pace.poll)
+
+  def _alive(self) -> int:
+    if self._work.hosts == 1:
+      return 1
+    words = [read_host(file) for file in self._folder.glob("host-*.json")]
+    return sum(word is not None and word.state in ("starting", "working")
+               and time.time() - word.heartbeat < 4 * HEARTBEAT_SECONDS for word in words)
 
   def _together(self, names: Sequence[str]) -> Sequence[str]:
     """Those of a group's unfinished cells that the next process trains."""
@@ -119,10 +149,16 @@ class Agent:
     """One attempt at cells that train together, recorded in the launch.json of each."""
     self._publish(names)
     trainer = Trainer(self._work.command(names), self._environ)
-    launches = {name: self._begun(name, trainer) for name in names}
-    code, error = self._watch(trainer, names)
+    try:
+      launches = {name: self._begun(name, trainer) for name in names}
+      code, error, stopped = self._watch(trainer, names)
+    except BaseException:  # it would hold the accelerator against the next agent
+      if trainer.poll() is None:
+        trainer.stop()
+      raise
     for name, launch in launches.items():
-      launches[name] = launch = self._ended(name, launch, code, error, alone=len(names) == 1)
+      launches[name] = launch = self._ended(name, launch, code, error, stopped,
+                                            alone=len(names) == 1)
       print(f"{name}: attempt {launch.attempt} {launch.state}"
             + (f": {launch.error}" if launch.error else ""), flush=True)
     if self._stopping:
@@ -131,14 +167,16 @@ class Agent:
       self._pause(self._pace.retry)
 
   def _begun(self, name: str, trainer: Trainer) -> Launch:
-    before = read_launch(self._run_dir(name))
+    before, saved = read_launch(self._run_dir(name)), self._run_dir(name).saved_step()
+    # A run that gets on is not given up for what befell it on its way.
+    failures = before.failures if before and saved <= before.saved else 0
     launch = Launch(self._work.backend, trainer.command, 1 + (before.attempt if before else 0),
-                    socket.gethostname(), trainer.pid, trainer.started,
-                    failures=before.failures if before else 0)
+                    socket.gethostname(), trainer.pid, trainer.started, failures=failures,
+                    saved=saved)
     write_launch(self._run_dir(name), launch)
     return launch
 
-  def _ended(self, name: str, launch: Launch, code: int, error: str | None,
+  def _ended(self, name: str, launch: Launch, code: int, error: str | None, stopped: bool,
              alone: bool) -> Launch:
     """Its launch with how it ended, written down."""
     run_dir, told = self._run_dir(name), alone
@@ -146,28 +184,29 @@ class Agent:
       own = ends.own_code(run_dir, launch.pid, code)
       told, code = own is not None, code if own is None else own
     error = ends.told_error(run_dir, launch.pid) or error or self._error_of(run_dir, code)
-    launch = _outcome(launch, code, error, self._finished(run_dir), told)
-    if launch.state == jobs_lib.BUSY and launch.attempt % _MAX_BUSY == 0:
+    launch = _outcome(launch, code, error, self._finished(run_dir), told, stopped)
+    self._busy[name] = 1 + self._busy.get(name, 0) if launch.state == jobs_lib.BUSY else 0
+    if self._busy[name] >= _MAX_BUSY:
       launch = dataclasses.replace(launch, state=run_dir_lib.FAILED,
                                    failures=self._work.max_failures)
     write_launch(run_dir, launch)
     return launch
 
-  def _watch(self, trainer: Trainer, names: Sequence[str]) -> tuple[int, str | None]:
-    """Waits for the trainer's end. (exit code, error of ours or None)."""
+  def _watch(self, trainer: Trainer, names: Sequence[str]) -> tuple[int, str | None, bool]:
+    """Waits for the trainer's end. (exit code, error of ours or None, whether we told it to)."""
     steps, since = None, self._clock()
     while (code := trainer.poll()) is None:
       if self._stopping or (self._beat(names[0]) and self._meter.why_too_dear()):
-        return trainer.stop(), None
+        return trainer.stop(), None, True
       now = [self._step_of(name) for name in names]
       if now != steps:
         steps, since = now, self._clock()
       if self._clock() - since > self._pace.hang:
         trainer.kill()
         return 1, (f"hung at step {', '.join(map(str, dict.fromkeys(steps)))}: no step for "
-                   f"{self._pace.hang:.0f} s")
+                   f"{self._pace.hang:.0f} s"), False
       time.sleep(self._pace.poll)
-    return code, None
+    return code, None, False
 
   def _publish(self, names: Sequence[str]) -> None:
     before = read_json(self._now) or {"sequence": 0}
@@ -219,7 +258,9 @@ class Agent:
   def _step_of(self, name: str) -> Any:
     try:
       return self._run_dir(name).read_status().get("step")
-    except FieldError:
+    except Exception as error:
+      if not (isinstance(error, FieldError) or is_of_storage(error)):
+        raise
       return None
 
   def _finished(self, run_dir: RunDir) -> bool:
@@ -259,10 +300,12 @@ class Agent:
         state, trouble, cell, socket.gethostname(), os.getpid(), self._said)))
 
 
-def _outcome(launch: Launch, code: int, error: str, finished: bool, told: bool) -> Launch:
+def _outcome(launch: Launch, code: int, error: str, finished: bool, told: bool,
+             stopped: bool) -> Launch:
   """The launch with how it ended; only the program's own failures count as such.
 
-  `told` is whether the exit code is this cell's own, not that of all that trained with it.
+  `told` is whether the exit code is this cell's own, not that of all that trained with it;
+  `stopped` whether it was told to stop, in which case it may have been killed for taking too long.
   """
   launch = dataclasses.replace(launch, ended=time.time(), exit_code=code, error=error)
   if finished:
@@ -273,6 +316,6 @@ def _outcome(launch: Launch, code: int, error: str, finished: bool, told: bool) 
     return dataclasses.replace(launch, state=jobs_lib.BUSY)
   if code in _FINAL and told:
     return dataclasses.replace(launch, state=_FINAL[code])
-  if code == -signal.SIGTERM:
+  if code == -signal.SIGTERM or (stopped and code == -signal.SIGKILL):
     return dataclasses.replace(launch, state=jobs_lib.STOPPED)
   return dataclasses.replace(launch, state=run_dir_lib.FAILED, failures=launch.failures + 1)

@@ -44,7 +44,11 @@ def worker_number(hosts: int, environ: Mapping[str, str],
   if host is None:
     raise RuntimeError(f"the run has {hosts} hosts, and neither SLURM, Kubernetes nor Cloud "
                        "TPU's metadata says which this one is")
-  found = re.search(r"^MEGASCALE_SLICE_ID: *'?([0-9]+)", read("tpu-env") or "", re.MULTILINE)
+  about = read("tpu-env")
+  if about is None:  # taken for slice 0 it might be a second leader
+    raise RuntimeError("the metadata server does not answer for tpu-env, which says which slice "
+                       "this host is of")
+  found = re.search(r"^MEGASCALE_SLICE_ID: *'?([0-9]+)", about, re.MULTILINE)
   return f"{found[1] if found else 0}-{host.strip()}"
 
 

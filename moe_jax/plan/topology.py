@@ -1,6 +1,6 @@
 """TPU slices by the names that gcloud uses: how many chips, in which shape, how linked.
 
-No JAX here: names are checked before anything is imported. `compile.py` asks libtpu for the
+No JAX here: names are checked before anything is imported. `worker.py` asks libtpu for the
 devices.
 """
 

@@ -52,7 +52,8 @@ def test_only_runs_of_equally_many_tokens_are_compared():
 
 def test_short_runs_say_that_they_are_no_law():
   assert "prove the pipeline, not the law" in plot.caption([row(tokens=990_000)])
-  assert plot.caption([row(tokens=19_900_000)]).startswith("20 training tokens per parameter, where")
+  told = "20 training tokens per parameter, where compute-optimal"
+  assert plot.caption([row(tokens=19_900_000)]).startswith(told)
   assert "per parameter" not in plot.caption([row(tokens=20_000_000)])
   assert "3.029" in plot.caption([row()])
 

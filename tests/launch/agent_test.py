@@ -10,20 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from etils import epath
 
 from launch.code import Code
+from launch.host import agent as agent_lib
 from launch.host import machine
 from launch.host.agent import Agent, Pace
 from launch.host.trainer import Trainer
-from launch.jobs import jobs_of, read_launch
+from launch.jobs import Launch, jobs_of, read_launch, write_launch
 from launch.shares import deal
 from launch.work import Work, from_text, to_text, why_ended, work_of
 from moe_jax.errors import DamagedFile
 from moe_jax.grid import select
-from moe_jax.run_dir import is_gone
+from moe_jax.run_dir import EXIT_BUSY, EXIT_PREEMPTED, is_gone
 from tests.experiment_files import ROOT, write, write_tiny
 from tests.launch.branch_test import SOURCE
 from tests.launch.submitter import TRAINER
@@ -104,6 +106,69 @@ def test_a_hung_run_is_ended_and_counts_as_a_failure(tmp_path, capfd):
   assert "hung at step 7: no step for 5000 s" in capfd.readouterr().out
   (launch,) = _launches(file)
   assert (launch.state, launch.failures, launch.attempt) == ("finished", 1, 2)
+
+
+def test_a_leader_waits_for_the_other_hosts_and_gives_up_on_them(tmp_path, capfd):
+  file = _work(tmp_path, ["ok"], hosts=2)
+  agent = Agent(from_text(file.read_text(), file), epath.Path(file.parent), "0-0",
+                Pace(poll=0.01, retry=0.01, hang=0.2))
+  assert _here(agent) == 1
+  assert "of no use: 1 of its 2 hosts were there" in capfd.readouterr().out
+  assert json.loads((file.parent / "host-0-0.json").read_text())["state"] == "dirty"
+  assert _launches(file) == [None]  # no attempt was made, none counts
+
+
+def test_an_agent_that_fails_takes_its_trainer_with_it(tmp_path, monkeypatch):
+  file = _work(tmp_path, ["hang_once"])
+  todo = from_text(file.read_text(), file)
+  agent, begun = Agent(todo, epath.Path(file.parent), "0-0", Pace(poll=0.05, retry=0.05)), []
+  real = agent_lib.Trainer
+  monkeypatch.setattr(agent_lib, "Trainer", lambda *given: begun.append(real(*given)) or begun[0])
+  monkeypatch.setattr(Agent, "_beat", lambda self, cell: (_ for _ in ()).throw(KeyError("bug")))
+  with pytest.raises(KeyError):
+    _here(agent)
+  assert begun and begun[0].poll() is not None
+
+
+def _outcome(launch, code, stopped=False):
+  return agent_lib._outcome(launch, code, "", finished=False, told=True, stopped=stopped)
+
+
+def test_being_killed_after_we_said_stop_is_no_failure():
+  launch = Launch("test", (), 1, "here", 1, 0.0)
+  assert _outcome(launch, -signal.SIGKILL).failures == 1
+  told = _outcome(launch, -signal.SIGKILL, stopped=True)
+  assert (told.state, told.failures) == ("stopped", 0)
+
+
+def test_failures_count_from_what_was_saved_last(tmp_path):
+  file = _work(tmp_path, ["ok"])
+  todo = from_text(file.read_text(), file)
+  (name,) = todo.cells
+  agent, run_dir = Agent(todo, epath.Path(file.parent), "0-0"), todo.run_dir(name)
+  trainer = types.SimpleNamespace(command=(), pid=1, started=0.0)
+  for saved, failures in ((0, 2), (0, 3), (20, 1)):
+    if saved:
+      (run_dir.checkpoints / str(saved)).mkdir(parents=True)
+    else:
+      write_launch(run_dir, Launch("test", (), 1, "here", 1, 0.0, failures=failures - 1))
+    launch = _outcome(agent._begun(name, trainer), 1)
+    assert (launch.failures, launch.saved) == (failures, saved)
+    write_launch(run_dir, launch)
+
+
+def test_only_attempts_in_a_row_that_find_a_run_held_give_it_up(tmp_path):
+  file = _work(tmp_path, ["ok"])
+  todo = from_text(file.read_text(), file)
+  (name,) = todo.cells
+  agent = Agent(todo, epath.Path(file.parent), "0-0")
+  launch = Launch("test", (), agent_lib._MAX_BUSY, "here", 1, 0.0)
+  states = [agent._ended(name, launch, code, None, False, alone=True).state
+            for code in [EXIT_BUSY] * (agent_lib._MAX_BUSY - 1) + [EXIT_PREEMPTED, EXIT_BUSY]]
+  assert states[-2:] == ["preempted", "busy"] and set(states[:-2]) == {"busy"}
+  states = [agent._ended(name, launch, EXIT_BUSY, None, False, alone=True).state
+            for _ in range(agent_lib._MAX_BUSY)]
+  assert "failed" in states
 
 
 def test_what_a_trainer_left_behind_is_ended_once(monkeypatch):
@@ -266,7 +331,7 @@ def test_chips_that_another_process_holds_are_found(tmp_path):
     ({"JOB_COMPLETION_INDEX": "1", "MOE_JAX_SLICE": "2"}, {}, "2-1"),
     ({}, {"agent-worker-number": "1", "tpu-env": "TYPE: 'v6e'\nMEGASCALE_SLICE_ID: '1'\n"},
      "1-1"),
-    ({}, {"agent-worker-number": "0"}, "0-0"),
+    ({}, {"agent-worker-number": "0", "tpu-env": "TYPE: 'v6e'\n"}, "0-0"),
 ])
 def test_each_host_knows_its_number(environ, attributes, worker):
   assert machine.worker_number(4, environ, attributes.get) == worker
@@ -276,6 +341,8 @@ def test_a_host_without_a_number_is_an_error_unless_it_is_alone():
   assert machine.worker_number(1, {}, {}.get) == "0-0"
   with pytest.raises(RuntimeError, match="4 hosts, and neither SLURM"):
     machine.worker_number(4, {}, {}.get)
+  with pytest.raises(RuntimeError, match="does not answer for tpu-env"):  # or a second leader
+    machine.worker_number(4, {}, {"agent-worker-number": "0"}.get)
 
 
 @pytest.mark.parametrize("text", [

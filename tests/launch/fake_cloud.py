@@ -11,6 +11,10 @@ from launch.remote import Answer
 
 DELETION_SECONDS = 60.0
 
+# gcloud appends it to what it says of every 401, 403 and 404.
+ACCOUNT = ("This command is authenticated as me@example.com which is the active account specified "
+           "by the [core/account] property")
+
 
 @dataclasses.dataclass
 class Resource:
@@ -95,7 +99,8 @@ class FakeCloud:
       return self._create(name, zone, flags)
     found = self.present.get((name, zone))
     if found is None:
-      return Answer(1, "", f"ERROR: (gcloud) NOT_FOUND: Resource '{name}' was not found")
+      return Answer(1, "", f"ERROR: (gcloud) NOT_FOUND: Resource '{name}' was not found. "
+                    + ACCOUNT)
     if verb == "delete":
       if found.deleted is None:
         found.deleted = self.now

@@ -78,7 +78,9 @@ def _answer(folder, state, verb, name, flags):
                        "script": pathlib.Path(script).read_text(), "n": state["created"]}
     return 0
   if found is None or found["zone"] != zone:
-    return _error(f"NOT_FOUND: Resource '{name}' was not found")
+    return _error(f"NOT_FOUND: Resource '{name}' was not found. This command is authenticated as "
+                  "me@example.com which is the active account specified by the [core/account] "
+                  "property")
   if verb == "delete":
     _take_machine(found)
     del resources[name]

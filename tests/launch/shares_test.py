@@ -1,12 +1,14 @@
 """Cells dealt out to slices: all of them, once, families and populations together, work even."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.backends import gcloud, gke, slurm
 from launch.code import Code
-from launch.jobs import jobs_of
+from launch.jobs import jobs_of, require_trunks
 from launch.shares import deal, families
 from launch.work import from_text, work_of
 from moe_jax import population
@@ -16,6 +18,7 @@ from moe_jax.config import (
     RunConfig,
     TrainConfig,
 )
+from moe_jax.errors import FieldError
 from moe_jax.fields import override
 from moe_jax.grid import Cell, Grid, select, trunk_and_branches
 from tests.experiment_files import write, write_tiny
@@ -120,3 +123,31 @@ def test_a_plan_says_what_trains_together_and_a_run_how_many_devices_it_has(
   pairs = [(*names[0:2],), (*names[2:4],), (names[4],)]
   # SLURM's array has a task a family; the others' one slice trains all.
   assert groups == [(pair,) for pair in pairs] if backend is slurm else [tuple(pairs)]
+
+
+def test_a_run_and_what_begins_with_its_parameters_stay_together(tmp_path):
+  first, *others = _jobs(tmp_path, seeds=3)
+  after = dataclasses.replace(others[0], cell=dataclasses.replace(
+      others[0].cell, config=override(others[0].cell.config, {
+          "train.init_from": f"{first.cell.experiment}/{first.name}"})))
+  found = [{job.name for job in family} for family in families([first, after, others[1]])]
+  assert found == [{first.name, after.name}, {others[1].name}]
+
+
+def test_what_a_run_begins_from_must_be_there_before_machines_are(tmp_path):
+  first, second = _jobs(tmp_path, seeds=2, out=str(tmp_path / "runs"))
+
+  def beginning(source):
+    return dataclasses.replace(second, cell=dataclasses.replace(second.cell, config=override(
+        second.cell.config, {"train.init_from": source})))
+
+  own = f"{first.cell.experiment}/{first.name}"
+  require_trunks([first, beginning(own)])
+  for source in ("nowhere/none", own):
+    with pytest.raises(FieldError, match="is to begin .*: that checkpoint is not there"):
+      require_trunks([beginning(source)])
+  (first.run_dir.checkpoints / "20").mkdir(parents=True)
+  require_trunks([beginning(own)])
+  require_trunks([beginning(f"{own}@20")])
+  with pytest.raises(FieldError, match="that checkpoint is not there"):
+    require_trunks([beginning(f"{own}@10")])

@@ -1,15 +1,17 @@
 """watch, cancel, gc, logs and collect: what they do with what a submission left."""
 
+import dataclasses
 import json
 import os
 
 import pytest
 from etils import epath
 
-from launch import budget, submitted
+from launch import budget, driver, lease, submitted
 from launch.backends import gke, slurm
 from launch.code import Code
 from launch.jobs import jobs_of
+from launch.remote import Answer
 from moe_jax.config import identity_hash
 from moe_jax.errors import FieldError
 from moe_jax.files import write_text
@@ -135,3 +137,39 @@ def test_collect_brings_all_but_checkpoints_and_only_what_is_new(tmp_path):
   write_text(run_dir.metrics_file(1, 1), '{"step": 1}\n{"step": 2}\n')
   assert submitted.copy_home(epath.Path(run_dir.path.parent), here) == (4, 0)
   assert json.loads((here / BASE / "status.json").read_text())["state"] == "finished"
+
+
+def test_cancel_takes_over_from_a_driver_that_is_gone(tmp_path, capsys):
+  world, looks = World(tmp_path, cells=1), []
+  held = lease.acquire(world.folder)
+
+  def sleep(seconds):
+    looks.append(seconds)
+    if len(looks) == 3:
+      held.release()
+    elif len(looks) > 3:
+      world.sleep(seconds)
+
+  assert driver.end_all(world.folder, sleep, run=world.cloud.run, clock=world.cloud.clock)
+  assert len(looks) >= 3 and [record.state for record in world.records()] == ["cancelled"]
+  assert capsys.readouterr().out.count("it ends the slices, or else this does") == 1
+  world.check()
+
+
+def test_cancel_ends_when_whoever_drives_has_ended_the_slices(tmp_path):
+  world = World(tmp_path, cells=1)
+  lease.acquire(world.folder)
+  assert driver.end_all(world.folder, lambda seconds: [
+      dataclasses.replace(one, record=dataclasses.replace(one.record, state="cancelled")).write()
+      for one in driver.read_all(world.folder)])
+  assert world.cloud.created == 0
+
+
+def test_the_cloud_is_listed_before_the_records_are_read(tmp_path, monkeypatch):
+  """A record is there before its resource: what is listed first and in no record is an orphan."""
+  world, order, real = World(tmp_path, cells=1), [], driver.read_all
+  monkeypatch.setattr(submitted.driver, "read_all",
+                      lambda folder: order.append("records") or real(folder))
+  assert submitted.orphans(world.options, epath.Path(world.out),
+                           lambda command: order.append("cloud") or Answer(0, "[]", "")) == []
+  assert order == ["cloud"] * len(world.options.zones) + ["records"]
