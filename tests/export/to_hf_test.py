@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -147,11 +148,15 @@ def test_what_cannot_be_written_is_refused_first(exported, out_with_data, tmp_pa
   assert not (tmp_path / "new").exists()
 
 
-def test_a_damaged_checkpoint_or_a_changed_text_is_refused(out, small_corpus):
+def test_a_damaged_checkpoint_or_a_changed_text_is_refused(out, small_corpus, monkeypatch):
   cell = cell_of("mixtral")
   run_dir = leave_run(out, cell)
   with pytest.raises(CheckpointError, match="holds no checkpoint 3: it has 4"):
     export(cell, out, out / "hf", step=3)
+  with monkeypatch.context() as patch:
+    patch.setattr(to_hf, "prepare", lambda *_: types.SimpleNamespace(fingerprint="another"))
+    with pytest.raises(FieldError, match="the text has changed since the run read it"):
+      export(cell, out, out / "hf")
   folder = pathlib.Path(run_dir.checkpoints, "4", "params")
   file = max((path for path in folder.rglob("*") if path.is_file()),
              key=lambda path: path.stat().st_size)

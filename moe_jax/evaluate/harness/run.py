@@ -84,7 +84,7 @@ def _evaluate_cell(cell: Cell, out, names: Sequence[str], task_dir: str | None) 
            "device_kind": jax.devices()[0].device_kind, "n_devices": len(jax.devices()),
            "seconds": round(time.perf_counter() - started, 2)}
   for name in names:
-    run_dir.write_eval(name, about | describe(name, found))
+    run_dir.write_eval(name, about | describe(name, found, names))
 
 
 def ask(answerer, names: Sequence[str], suite_dir: pathlib.Path, task_dir: str | None
@@ -106,8 +106,8 @@ def ask(answerer, names: Sequence[str], suite_dir: pathlib.Path, task_dir: str |
                      f"cannot be evaluated: {catalogue.one_line(error)}") from error
 
 
-def describe(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
-  """What eval/<task>.json holds of a task, given lm_eval's answer.
+def describe(name: str, found: Mapping[str, Any], asked: Sequence[str] = ()) -> dict[str, Any]:
+  """What eval/<task>.json holds of a task, given lm_eval's answer to all that were asked.
 
   `columns` are those of results.csv: `TASK.METRIC`, `TASK.METRIC_se` its standard error; of a
   group that has no metric of its own those of the tasks that belong to it.
@@ -116,7 +116,10 @@ def describe(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
              if (of_task := _metrics(result))}
   inside = _inside(name, found.get("group_subtasks") or {})
   shown = [name] if name in metrics else [task for task in inside if task in metrics]
-  shown = shown or list(metrics)  # a tag: its tasks stand under their own names
+  if not shown:  # a tag: its tasks stand under their own names, and are nobody else's
+    groups = found.get("group_subtasks") or {}
+    theirs = {task for other in asked if other != name for task in (other, *_inside(other, groups))}
+    shown = [task for task in metrics if task not in theirs]
   counts = found.get("n-samples", {})
   return {"task": name, "questions": sum(
               counts[task]["effective"] for task in {name, *inside, *shown} if task in counts),

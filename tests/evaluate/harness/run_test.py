@@ -36,6 +36,12 @@ def test_a_group_without_a_metric_of_its_own_has_those_of_its_tasks():
   assert run.describe("group", own)["columns"] == {"group.acc": 0.5}
 
 
+def test_a_tag_takes_no_other_tasks_results():
+  told = run.describe("tag", ANSWER, ["tag", "one"])
+  assert told["columns"] == {"part.acc": 0.75} and told["questions"] == 2
+  assert run.describe("tag", ANSWER, ["tag", "group"])["columns"] == {}
+
+
 def test_results_have_the_columns_of_the_same_checkpoint(tmp_path, capsys):
   (cell,) = cells_of(seeds=1)
   run_dir = leave(tmp_path, cell)
