@@ -17,12 +17,12 @@ DATA, FSDP, EXPERT = MESH_AXES = ("data", "fsdp", "expert")
 # The batch is split over all axes: outside the MoE layer `expert` is more data parallelism.
 BATCH_AXES = MESH_AXES
 
-# Logical axis of a parameter -> mesh axes it is split over. The width of the experts' weights
+# Logical axis of a parameter -> mesh axes it is split over. The d_model of the experts' weights
 # leaves `expert` to the experts themselves. What is not listed is not split.
 RULES = {
     "experts": (EXPERT,),
-    "expert_width": (FSDP,),
-    "width": (FSDP, EXPERT),
+    "expert_d_model": (FSDP,),
+    "d_model": (FSDP, EXPERT),
 }
 
 

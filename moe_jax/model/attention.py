@@ -52,10 +52,10 @@ class Attention(nnx.Module):
     arch = config.arch
     d, heads, kv_heads, h = arch.d_model, arch.n_heads, arch.kv_heads, arch.d_head
     self.config = config
-    self.w_query_DHh = init.matrix(rngs, (d, heads, h), ("width", None, None), fan_in=d)
-    self.w_key_DKh = init.matrix(rngs, (d, kv_heads, h), ("width", None, None), fan_in=d)
-    self.w_value_DKh = init.matrix(rngs, (d, kv_heads, h), ("width", None, None), fan_in=d)
-    self.w_out_HhD = init.matrix(rngs, (heads, h, d), (None, None, "width"),
+    self.w_query_DHh = init.matrix(rngs, (d, heads, h), ("d_model", None, None), fan_in=d)
+    self.w_key_DKh = init.matrix(rngs, (d, kv_heads, h), ("d_model", None, None), fan_in=d)
+    self.w_value_DKh = init.matrix(rngs, (d, kv_heads, h), ("d_model", None, None), fan_in=d)
+    self.w_out_HhD = init.matrix(rngs, (heads, h, d), (None, None, "d_model"),
                                  fan_in=heads * h, scale=init.residual_scale(arch))
     if arch.qk_norm == "head":
       self.query_norm_h, self.key_norm_h = init.ones(h), init.ones(h)

@@ -50,9 +50,9 @@ class SwiGLU(nnx.Module):
   """A dense feed-forward layer: w_down(silu(x w_gate) * (x w_up)), no bias."""
 
   def __init__(self, d_model: int, hidden: int, down_scale: float, rngs: nnx.Rngs):
-    self.w_gate_DF = init.matrix(rngs, (d_model, hidden), ("width", None), fan_in=d_model)
-    self.w_up_DF = init.matrix(rngs, (d_model, hidden), ("width", None), fan_in=d_model)
-    self.w_down_FD = init.matrix(rngs, (hidden, d_model), (None, "width"), fan_in=hidden,
+    self.w_gate_DF = init.matrix(rngs, (d_model, hidden), ("d_model", None), fan_in=d_model)
+    self.w_up_DF = init.matrix(rngs, (d_model, hidden), ("d_model", None), fan_in=d_model)
+    self.w_down_FD = init.matrix(rngs, (hidden, d_model), (None, "d_model"), fan_in=hidden,
                                  scale=down_scale)
 
   def __call__(self, x_BSD: jax.Array, gather, mesh: Mesh) -> jax.Array:
@@ -73,7 +73,7 @@ class MoE(nnx.Module):
     down_scale = init.residual_scale(arch)
     routed_scale = down_scale * init.routed_scale(arch, config.moe)
     self.semantics = Semantics.of(config)
-    self.w_router_DE = init.matrix(rngs, (d, e), ("width", None), fan_in=d,
+    self.w_router_DE = init.matrix(rngs, (d, e), ("d_model", None), fan_in=d,
                                    scale=init.ROUTER_SCALE)
     sigmoid = config.moe.router == "sigmoid"
     self.bias_E = RouterState(jnp.zeros(e, jnp.float32), axes=(None,)) if sigmoid else None
@@ -143,7 +143,7 @@ class Transformer(nnx.Module):
   def __init__(self, config: RunConfig, rngs: nnx.Rngs):
     arch = config.arch
     self.config = config
-    self.embedding_VD = init.matrix(rngs, (arch.vocab_size, arch.d_model), (None, "width"),
+    self.embedding_VD = init.matrix(rngs, (arch.vocab_size, arch.d_model), (None, "d_model"),
                                     fan_in=arch.d_model)
     if arch.n_dense_layers:
       self.dense_layers = _stack(config, True, arch.n_dense_layers, rngs)
@@ -151,7 +151,7 @@ class Transformer(nnx.Module):
       self.moe_layers = _stack(config, False, arch.n_moe_layers, rngs)
     self.final_norm_D = init.ones(arch.d_model)
     if not arch.tie_embeddings:
-      self.w_head_DV = init.matrix(rngs, (arch.d_model, arch.vocab_size), ("width", None),
+      self.w_head_DV = init.matrix(rngs, (arch.d_model, arch.vocab_size), ("d_model", None),
                                    fan_in=arch.d_model)
 
   def __call__(self, inputs_BS: jax.Array, segments_BS: jax.Array, mesh: Mesh,

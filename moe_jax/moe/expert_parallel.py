@@ -52,8 +52,8 @@ class Experts(NamedTuple):
 
 
 # Logical axes of the experts' weights, which mesh.RULES maps to the mesh.
-EXPERT_AXES = Experts(("experts", "expert_width", None), ("experts", "expert_width", None),
-                      ("experts", None, "expert_width"))
+EXPERT_AXES = Experts(("experts", "expert_d_model", None), ("experts", "expert_d_model", None),
+                      ("experts", None, "expert_d_model"))
 
 
 SAVED = "rows"  # name of the rows that experts received, for what remat keeps
@@ -231,7 +231,7 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
   def on_device(x_bSD, w_router_DE, experts_eDF, counted_bS, bias_E, noise_key_b):
     # Cast first: half the bytes travel when the tokens are bfloat16.
     dtype = jnp.float32 if semantics.reference else x_bSD.dtype
-    local = Experts(*(_all_gather(w.astype(dtype), FSDP, axes.index("expert_width"))
+    local = Experts(*(_all_gather(w.astype(dtype), FSDP, axes.index("expert_d_model"))
                       for w, axes in zip(experts_eDF, EXPERT_AXES, strict=True)))
     # Each device has its own rows: its share of the weights' gradient is its own, too.
     local = jax.tree.map(lambda w: jax.lax.pcast(w, DATA, to="varying"), local)
