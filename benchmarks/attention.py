@@ -104,7 +104,8 @@ def compiled(way: Attention, arrays: list[jax.Array], exact: tuple[jax.Array, ..
            "temporary_mb": both.memory_analysis().temp_size_in_bytes / 1e6})
 
 
-def main(_) -> None:
+def main(overrides: list[str]) -> None:
+  cli.no_overrides(overrides)
   device = jax.devices()[0]
   mesh = jax.make_mesh((1, 1, 1), MESH_AXES, devices=[device],
                        axis_types=(jax.sharding.AxisType.Auto,) * 3)
@@ -116,7 +117,9 @@ def main(_) -> None:
   without = exactly(*in_float32[:3], None, in_float32[4])
   side = _SIDE.get(device.platform, 8192)
   square = jnp.ones((side, side), jnp.bfloat16)
-  programs = {("limit", "forward"): functools.partial(jax.jit(jnp.dot), square, square)}
+  programs = {("limit", "forward"): functools.partial(
+      jax.jit(lambda x, y: jnp.dot(x, y, preferred_element_type=jnp.float32).astype(x.dtype)),
+      square, square)}
   figures: dict[str, dict] = {}
   for name, way in ways(mesh).items():
     try:

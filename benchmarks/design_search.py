@@ -126,7 +126,8 @@ def measure(question: Question, n_sample: int, repeats: int) -> dict[str, Any]:
           "times_faster": alone * len(found) / min(took), "largest_difference": worst}
 
 
-def main(_) -> None:
+def main(overrides: list[str]) -> None:
+  cli.no_overrides(overrides)
   for flag in (_SAMPLE, _REPEATS):
     require(flag.value >= 1, flag.name, flag.value, "must be at least 1")
   rows = {name: measure(question, _SAMPLE.value, _REPEATS.value)

@@ -64,7 +64,8 @@ def _seconds(module: str, *arguments: str) -> float:
 
 def of_cell(cell: Cell, out: str) -> dict[str, float]:
   """Where the seconds of a cell's process went, from its run directory."""
-  run, tokens, step, training = RunDir.of(out, cell), cell.config.batch_tokens, 0, 0.0
+  run, tokens, training = RunDir.of(out, cell), cell.config.batch_tokens, 0.0
+  step = cell.config.train.branch_step or 0  # its trunk did those before
   launched, status = read_json(run.launch), run.read_status()
   for row in run.read_metrics():
     training += (row["step"] - step) * tokens / row["tokens_per_second"]
@@ -74,7 +75,8 @@ def of_cell(cell: Cell, out: str) -> dict[str, float]:
           "tokens_per_second": status["tokens_per_second"]}
 
 
-def main(_) -> None:
+def main(overrides: list[str]) -> None:
+  cli.no_overrides(overrides)
   require(_PARALLEL.value >= 1, "grid_parallel", _PARALLEL.value, "must be at least 1")
   cells_of(_EXPERIMENT.value, _OVERRIDES.value)  # what is wrong with them is told now
   with tempfile.TemporaryDirectory() as out:

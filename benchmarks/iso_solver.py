@@ -94,7 +94,8 @@ def machine() -> dict[str, Any]:
           "python": platform.python_version(), "numpy": np.__version__}
 
 
-def main(_) -> None:
+def main(overrides: list[str]) -> None:
+  cli.no_overrides(overrides)
   for flag in (_CELLS, _ALONE):
     require(flag.value >= 1, flag.name, flag.value, "must be at least 1")
   rows = {held: measure(problem, _ALONE.value)

@@ -175,7 +175,8 @@ def lines(law: str, grids: int, n_cells: int, name: str) -> list[str]:
           for (method, parameter), (hits, n) in found.items()]
 
 
-def main(_) -> None:
+def main(overrides: list[str]) -> None:
+  cli.no_overrides(overrides)
   print("| form | scenario | interval | coefficient | covered | grids |\n|---|---|---|---|---|---|")
   for law in _LAW.value or LAWS:
     for name in LAWS[law][0]:

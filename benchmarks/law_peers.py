@@ -11,6 +11,7 @@ peers differ in what they minimise: the mean Huber loss (delta 1e-3) of ln L and
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import tempfile
 import time
@@ -103,7 +104,8 @@ def compare(cells: Cells, starts: int, published: bool) -> list[Reached]:
   runs = {"moe_jax, on ln L": functools.partial(ours, Problem, cells, starts),
           "moe_jax, on L": functools.partial(ours, LossProblem, cells, starts)}
   if importlib.util.find_spec("chinchilla"):
-    runs["chinchilla 0.2, on ln L"] = functools.partial(chinchilla_package, cells)
+    version = importlib.metadata.version("chinchilla")
+    runs[f"chinchilla {version}, on ln L"] = functools.partial(chinchilla_package, cells)
   if importlib.util.find_spec("vpnls"):
     runs["vpnls grid 0.001, on L"] = functools.partial(vpnls_package, cells, "grid", 0.001)
     runs["vpnls scipy, on L"] = functools.partial(vpnls_package, cells, "scipy", 0.01)
@@ -122,7 +124,7 @@ def lines(title: str, cells: Cells, starts: int, published: bool) -> list[str]:
     e, a, b, alpha, beta = r.parameters
     text.append(f"| {r.fitter} | {1e6 * r.of_log:.4f} | {1e6 * r.of_loss:.4f} | {e:.4f} | "
                 f"{a:.4g} | {b:.4g} | {alpha:.4f} | {beta:.4f} | {r.seconds:.2f} |")
-  peers = found[2:]
+  peers = [r for r in found[2:] if r.fitter not in _PUBLISHED]
   if not peers:
     return [*text, "", "no peer is installed: pip install chinchilla"]
   for name, mine, theirs in (("ln L", found[0].of_log, min(r.of_log for r in peers)),

@@ -175,7 +175,8 @@ def _show(title: str, layers: list[Layer], found: list[dict[str, Any]]) -> None:
     print_sheet(sheet)
 
 
-def main(_) -> None:
+def main(overrides: list[str]) -> None:
+  cli.no_overrides(overrides)
   for flag in (_PASSES, _SEQUENCES):
     require(flag.value >= 1, flag.name, flag.value, "must be at least 1")
   figures: dict[str, Any] = {}

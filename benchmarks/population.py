@@ -17,7 +17,6 @@ import math
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -29,9 +28,11 @@ from moe_jax.config import Architecture, DataConfig, MoEConfig, RunConfig, Train
 from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.errors import FieldError, require
 from moe_jax.fields import override
+from moe_jax.memory import use_huge_pages
 from moe_jax.mesh import make_mesh
 from moe_jax.train.population import Population
 from moe_jax.train.step import init_state
+from moe_jax.train.throughput import product_flops
 
 _SIZES = flags.DEFINE_list("population_sizes", ["1", "2", "4", "8"], "Members; 1 comes first.")
 _STEPS = flags.DEFINE_integer("population_steps", 5, "Steps in a pass.")
@@ -88,16 +89,7 @@ class Contender:
 
 def matmul_peak(dtype: str) -> float:
   """FLOP/s of the fastest of some large products."""
-  size = 1024 if jax.default_backend() == "cpu" else 8192
-  x = jnp.ones((size, size), dtype)
-  multiply = jax.jit(jnp.matmul)
-  multiply(x, x).block_until_ready()
-  seconds = []
-  for _ in range(5):
-    started = time.perf_counter()
-    multiply(x, x).block_until_ready()
-    seconds.append(time.perf_counter() - started)
-  return 2 * size**3 / min(seconds)
+  return product_flops(1024 if jax.default_backend() == "cpu" else 8192, dtype)
 
 
 def measure(config: RunConfig, sizes: list[int], steps: int, passes: int) -> list[dict]:
@@ -162,4 +154,5 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  use_huge_pages()  # as the trainer does
   cli.run(main)

@@ -66,16 +66,19 @@ def write_text(file: pathlib.Path, n_bytes: int) -> int:
 def run(arguments: list[str], kill_after: float | None = None) -> dict[str, Any]:
   """Runs python -m moe_jax.data; seconds, peak memory of it and its processes, whether it ended."""
   began, peak = time.perf_counter(), 0
-  process = psutil.Popen([sys.executable, "-m", "moe_jax.data", *arguments],
-                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  while process.poll() is None:
-    peak = max(peak, _memory(process))
-    if kill_after is not None and time.perf_counter() - began > kill_after:
-      process.send_signal(signal.SIGKILL)
-      process.wait()
-      return {"killed": True, "peak": peak}
-    time.sleep(0.1)
-  require(process.returncode == 0, "folder", arguments, f"ended with {process.returncode}")
+  with tempfile.TemporaryFile("w+") as said:
+    process = psutil.Popen([sys.executable, "-m", "moe_jax.data", *arguments],
+                           stdout=subprocess.DEVNULL, stderr=said)
+    while process.poll() is None:
+      peak = max(peak, _memory(process))
+      if kill_after is not None and time.perf_counter() - began > kill_after:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return {"killed": True, "peak": peak}
+      time.sleep(0.1)
+    if process.returncode:
+      said.seek(0)
+      sys.exit((said.read().splitlines() or ["no word"])[-1])
   return {"killed": False, "seconds": time.perf_counter() - began, "peak": peak}
 
 
@@ -146,7 +149,7 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def main(overrides: list[str]) -> None:
-  require(not overrides, "config", overrides, "is not used here")
+  cli.no_overrides(overrides)
   require(_GIGABYTES.value > 0, "gigabytes", _GIGABYTES.value, "must be above 0")
   folder = pathlib.Path(_FOLDER.value or tempfile.mkdtemp(prefix="prepare_data-"))
   folder.mkdir(parents=True, exist_ok=True)

@@ -216,7 +216,8 @@ def _start_seconds(out: pathlib.Path, n_kills: int) -> float:
   return took
 
 
-def main(_) -> int:
+def main(overrides: list[str]) -> int:
+  cli.no_overrides(overrides)
   require(_KILLS.value >= 1, "kills", _KILLS.value, "must be at least 1")
   logging.set_verbosity(logging.ERROR)
   with tempfile.TemporaryDirectory() as folder:

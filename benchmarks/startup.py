@@ -59,7 +59,8 @@ def measure(cell: str, starts: int, out: pathlib.Path) -> dict[str, dict[str, fl
           for name, rows in found.items()}
 
 
-def main(_) -> None:
+def main(overrides: list[str]) -> None:
+  cli.no_overrides(overrides)
   require(_STARTS.value >= 1, "startup_starts", _STARTS.value, "must be at least 1")
   require(len(cli.selected_cells(_CELL.value, [])) == 1, "startup_cell", _CELL.value,
           "must be one cell, FILE:CELL")

@@ -14,6 +14,7 @@ from moe_jax.config import RunConfig, config_from_dict
 from moe_jax.memory import use_huge_pages
 from moe_jax.mesh import make_mesh
 from moe_jax.model.cross_entropy import summed_nll
+from moe_jax.products import einsum
 from moe_jax.train import step as step_lib
 
 
@@ -68,7 +69,8 @@ def _seconds_of(product: Product, dtype) -> float:
   left = jnp.ones((b, k, m) if transposed == "left" else (b, m, k), dtype)
   right = jnp.ones((b, n, k) if transposed == "right" else (b, k, n), dtype)
   formula = {"": "bmk,bkn->bmn", "left": "bkm,bkn->bmn", "right": "bmk,bnk->bmn"}[transposed]
-  return _fastest(jax.jit(lambda left, right: jnp.einsum(formula, left, right)), left, right)
+  return _fastest(jax.jit(lambda left, right: einsum(formula, left, right).astype(dtype)),
+                  left, right)
 
 
 def _fastest(function, *args) -> float:

@@ -21,6 +21,7 @@ from moe_jax import cli
 from moe_jax.arch import count
 from moe_jax.errors import require
 from moe_jax.grid import select
+from moe_jax.memory import use_huge_pages
 from moe_jax.population import deal
 from moe_jax.text import aligned
 
@@ -89,4 +90,5 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  use_huge_pages()  # as the trainer does
   cli.run(main)

@@ -163,7 +163,8 @@ def _limits(config: RunConfig, measured: list[list[float]], bandwidth: float) ->
           "bytes_seconds": moved / bandwidth}
 
 
-def main(_) -> None:
+def main(overrides: list[str]) -> None:
+  cli.no_overrides(overrides)
   require(_ROUNDS.value >= 1, "step_rounds", _ROUNDS.value, "must be at least 1")
   require(0 <= _CORES.value <= os.cpu_count(), "step_cores", _CORES.value,
           f"must be 0 (all) or at most {os.cpu_count()}")

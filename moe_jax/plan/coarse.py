@@ -18,6 +18,8 @@ Per device, with n devices, p = fsdp * expert, t tokens of a microbatch, c bytes
     all-reduce    gradients over data; over the network where data crosses slices
 """
 
+import math
+
 from moe_jax.arch import count
 from moe_jax.config import RunConfig
 from moe_jax.plan.topology import Topology
@@ -63,6 +65,17 @@ def device_bytes(config: RunConfig, topology: Topology) -> float:
   return state + gathered + activations + layer + head
 
 
+def _seconds_a_byte(expert: int, topology: Topology) -> float:
+  """Of an all-to-all over so many devices, by collectives.py's formula, for a block of the torus
+  that is as near to a cube as powers of two allow."""
+  if expert == 1:
+    return 0.0
+  dimensions, chip = len(topology.shape), topology.hardware
+  longest = 2**math.ceil(math.log2(expert) / dimensions)
+  one_way = chip.link_bytes_per_second / chip.devices_per_chip / (2 * dimensions)
+  return longest / (4 * one_way)
+
+
 def step_seconds(config: RunConfig, topology: Topology) -> float:
   """Time of one step."""
   arch, execution, chip = config.arch, config.execution, topology.hardware
@@ -77,13 +90,14 @@ def step_seconds(config: RunConfig, topology: Topology) -> float:
   link = chip.link_bytes_per_second / chip.devices_per_chip
   rows = tokens * _slots_per_token(config) * arch.d_model * width * arch.n_moe_layers
   exchanges = 4 + (execution.remat in ("dots", "full"))  # the way there is travelled again
-  exchange = exchanges * rows * (mesh.expert - 1) / mesh.expert / link
+  exchange = exchanges * rows * _seconds_a_byte(mesh.expert, topology)
   share = (mesh.fsdp - 1) / mesh.fsdp
   gathers = (2 + again) * execution.microbatches * width * share * (
       routed / mesh.expert + other) / link
   per_device = width * (routed + other) / (mesh.fsdp * mesh.expert)
   slow = topology.n_slices > 1
-  reduce = 2 * per_device * (mesh.data > 1) / (
+  data = topology.devices // (mesh.fsdp * mesh.expert)  # in the mesh it may be -1, what is left
+  reduce = 2 * per_device * (data > 1) / (
       chip.device_dcn_bytes_per_second if slow else link)
   # Of what could overlap, half does.
   moved = exchange + gathers

@@ -45,7 +45,8 @@ def table(plans: Sequence[Plan], price: float | None) -> rich.table.Table:
                   f"{result['compile_seconds']:.0f}", f"{plan.seconds * 1e3:.1f}",
                   f"{result['estimated_seconds'] * 1e3:.1f}",
                   f"{result['priced_seconds'] * 1e3:.1f}", *parts, f"{plan.mfu:.1%}",
-                  short(plan.tokens_per_second), f"{plan.chip_hours:.4g}",
+                  short(plan.tokens_per_second),
+                  "" if plan.chip_hours is None else f"{plan.chip_hours:.4g}",
                   "" if usd is None else f"{usd:,.0f}")
   return shown
 

@@ -86,7 +86,7 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology, hlo_path: str
   from moe_jax.train.step import lower_train_step
 
   mesh = make_mesh(config, tpu_devices(topology))
-  program = _compiled(lower_train_step(config, mesh), topology, programs)
+  program = _compiled(lower_train_step(config, mesh), places_of(mesh), topology, programs)
   if "error" in program:
     return program
   if hlo_path:
@@ -109,9 +109,17 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology, hlo_path: str
   }
 
 
-def _compiled(lowered, topology: Topology, programs: str | None) -> dict[str, Any]:
+def places_of(mesh) -> list[tuple[int, ...]]:
+  """Where the devices of a mesh are, in its order: no text of a program says it."""
+  return [(getattr(device, "slice_index", 0), *getattr(device, "coords", (device.id,)),
+           getattr(device, "core_on_chip", 0))
+          for device in mesh.devices.flat]
+
+
+def _compiled(lowered, places: list[tuple[int, ...]], topology: Topology,
+              programs: str | None) -> dict[str, Any]:
   """The compiled text, its memory and how long it took; or why there is none."""
-  kept = programs and epath.Path(programs) / f"{_program_key(lowered, topology)}.json.gz"
+  kept = programs and epath.Path(programs) / f"{_program_key(lowered, places, topology)}.json.gz"
   if kept:
     # What is not there, or not whole, is compiled.
     with contextlib.suppress(OSError, EOFError, zlib.error, ValueError):
@@ -129,13 +137,13 @@ def _compiled(lowered, topology: Topology, programs: str | None) -> dict[str, An
   return program
 
 
-def _program_key(lowered, topology: Topology) -> str:
+def _program_key(lowered, places: list[tuple[int, ...]], topology: Topology) -> str:
   """Names a program, where it would run, and what compiles it and how. Scopes belong to it,
   because the cost model reads them; lines of source do not."""
   from moe_jax.train.step import TPU_OPTIONS
   scopes = re.findall(r'loc\("([^"]+)"\(', lowered.as_text(debug_info=True))
-  told = json.dumps([_RECORD, lowered.as_text(), scopes, topology.label, TPU_OPTIONS, versions(),
-                     *compiler_flags()])
+  told = json.dumps([_RECORD, lowered.as_text(), scopes, topology.label, places, _CHIP_CONFIG,
+                     TPU_OPTIONS, versions(), *compiler_flags()])
   return hashlib.sha256(told.encode()).hexdigest()[:20]
 
 
@@ -185,7 +193,7 @@ def compiler_flags() -> list[str]:
 def versions() -> dict[str, str | None]:
   """Installed versions of what decides the result; None for a package that is missing."""
   found: dict[str, str | None] = {}
-  for package in ("jax", "jaxlib", "libtpu", "flax"):
+  for package in ("jax", "jaxlib", "libtpu", "flax", "optax"):
     try:
       found[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

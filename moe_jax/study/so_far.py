@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from moe_jax.config import RunConfig
+from moe_jax.config import RunConfig, identity_hash
 from moe_jax.errors import FieldError, require
 from moe_jax.grid import cell_name, load_grid
 from moe_jax.laws.table import Row
@@ -62,6 +62,9 @@ def _config(row: Row, results: str, known: dict[str, RunConfig]) -> RunConfig:
     if name != "tokens" and row[name] != value:
       raise FieldError("results", results, f"{cell} has {name} {row[name]:g}; its "
                        f"configuration has {value:g}")
+  if row.get("identity") not in (None, "", identity_hash(config)):
+    raise FieldError("config", cell, f"is {identity_hash(config)} in the configuration and "
+                     f"{row['identity']} in {results}: its file was changed since it ran")
   return config
 
 

@@ -23,9 +23,18 @@ def peak_flops(devices: list[jax.Device]) -> float | None:
     return known.device_bf16_flops * len(devices)
   if devices[0].platform != "cpu" or len({device.process_index for device in devices}) > 1:
     return None
-  size, repeats = 1024, 5
-  x = jnp.ones((size, size), jnp.float32)
-  multiply = jax.jit(jnp.matmul)
+  return product_flops(1024, "float32")
+
+
+def product_flops(size: int, dtype: str, repeats: int = 5) -> float:
+  """FLOP/s of the fastest of some products of [size, size], measured now.
+
+  Summed in float32 and rounded, as every product of the model is: asked for in bfloat16, XLA's CPU
+  compiler takes several times as long (moe_jax/products.py).
+  """
+  x = jnp.ones((size, size), dtype)
+  multiply = jax.jit(lambda x, y: jnp.matmul(
+      x, y, preferred_element_type=jnp.float32).astype(dtype))
   multiply(x, x).block_until_ready()
   seconds = []
   for _ in range(repeats):

@@ -7,8 +7,10 @@ import pytest
 from moe_jax import cli
 from moe_jax.config import resolve_mesh
 from moe_jax.errors import FieldError
+from moe_jax.fields import override
 from moe_jax.grid import select
 from moe_jax.plan import cells, search, topology
+from moe_jax.plan import coarse as coarse_lib
 
 (REFERENCE,) = select("experiments/reference.py")
 
@@ -43,6 +45,25 @@ def test_the_coarse_model_knows_what_saves_memory_and_what_it_costs():
           < coarse("data1-fsdp4-expert8-full-m1").seconds)
   assert (coarse("data1-fsdp32-expert1-full-m1").seconds
           < coarse("data1-fsdp32-expert1-full-m8").seconds)  # weights are gathered eight times
+
+
+def test_an_exchange_costs_what_the_collectives_say():
+  """And so the layout that is documented as the fastest is among the first that are compiled."""
+  where = topology.parse("v5p-64")
+  tried = search.candidates(REFERENCE, where, tries=4)
+  assert any(layout.config.execution.mesh.expert == 8 for layout, _ in tried)
+  assert coarse_lib._seconds_a_byte(1, where) == 0
+  one_way = where.hardware.link_bytes_per_second / where.hardware.devices_per_chip / 6
+  for expert, extent in ((2, 2), (8, 2), (16, 4), (64, 4)):
+    assert coarse_lib._seconds_a_byte(expert, where) == pytest.approx(extent / (4 * one_way))
+
+
+def test_what_is_left_to_data_is_counted():
+  """-1 in a mesh is all the devices that are left: their gradients are summed, too."""
+  where = topology.parse("v5p-64")
+  told, left = (override(REFERENCE.config, {"execution.mesh.data": data, "execution.mesh.fsdp": 2,
+                                            "execution.mesh.expert": 1}) for data in (16, -1))
+  assert coarse_lib.step_seconds(told, where) == coarse_lib.step_seconds(left, where)
 
 
 def test_what_cannot_fit_comes_last():
