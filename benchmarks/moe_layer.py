@@ -47,6 +47,8 @@ from moe_jax.moe.expert_parallel import (
 )
 from moe_jax.moe.router import route
 
+_SWEEPS = flags.DEFINE_multi_enum("layer_sweeps", ["granularity", "tokens"],
+                                  ["granularity", "tokens"], "What varies; may be repeated.")
 _PASSES = flags.DEFINE_integer("layer_passes", 5, "Passes of which the fastest counts.")
 _SEQUENCES = flags.DEFINE_integer("layer_sequences", 16, "Sequences of 256 tokens in the sweep "
                                   "over granularity.")
@@ -184,7 +186,8 @@ def main(overrides: list[str]) -> None:
     sweeps = {"granularity": [Layer(g, _SEQUENCES.value, dispatch, _DTYPE.value)
                               for g in (1, 2, 4, 8, 16)],
               "tokens": [Layer(4, count, dispatch, _DTYPE.value) for count in COUNTS]}
-    for sweep, layers in sweeps.items():
+    for sweep in _SWEEPS.value:
+      layers = sweeps[sweep]
       found = measure(layers, _PASSES.value)
       _show(f"one MoE layer over {sweep}, d_model {D_MODEL}, {_DTYPE.value}", layers, found)
       figures[f"{dispatch} over {sweep}"] = [

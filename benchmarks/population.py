@@ -117,7 +117,8 @@ def measure(config: RunConfig, sizes: list[int], steps: int, passes: int) -> lis
     speed = size * config.batch_tokens / contender.seconds
     rows.append({"population": size, "step_ms": 1e3 * contender.seconds,
                  "tokens_per_second": speed,
-                 "over_one_after_another": size * contenders[sizes[0]].seconds / contender.seconds,
+                 "over_one_after_another": (size * contenders[sizes[0]].seconds / contender.seconds
+                                            if sizes[0] in contenders else math.nan),
                  "share_of_matmul_peak": speed * flops / peak,
                  "compile_seconds": contender.compile_seconds})
   return rows + [{"population": size, "error": "out of memory"} for size in lost]

@@ -6,11 +6,13 @@
 Whole steps (see benchmarks.population) of the densest and the sparsest shape, alone and three
 together, of the smallest and the largest size; the size between is taken to lie between. Estimates
 leave out compilation and evaluation, which other units' training can hide, and take one program at
-a time: several side by side are no slower. --study_minutes says what experiments/study/arms.TOKENS
-would let all grids fit.
+a time: several side by side share the device, and how far they help or hinder one another is not
+known. --study_minutes says what experiments/study/arms.TOKENS would let all grids fit. Give it what
+the sittings are given: --config.execution.remat=rows.
 """
 
 import math
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -20,6 +22,7 @@ from experiments.study.units import units_of
 from moe_jax import cli
 from moe_jax.arch import count
 from moe_jax.errors import require
+from moe_jax.fields import override
 from moe_jax.grid import select
 from moe_jax.memory import use_huge_pages
 from moe_jax.population import deal
@@ -32,14 +35,14 @@ SHAPES = ((64, 32, 2.0), (64, 4, 2.0))
 TOGETHER = 3
 
 
-def speeds(steps: int) -> dict[tuple[int, int], float]:
+def speeds(steps: int, overrides: Sequence[str] = ()) -> dict[tuple[int, int], float]:
   """(size, 1 or TOGETHER) -> tokens/s, the mean over SHAPES. Prints what it measures, at once."""
   found = {}
   _print("size", "cell", "together", "step [ms]", "tokens/s", "compilation [s]")
   for size in (arms.SIZES[0], arms.SIZES[-1]):
     seconds: dict[int, list[float]] = {1: [], TOGETHER: []}  # for a token
     for shape in SHAPES:
-      config = arms.cell(size, *shape)
+      config = override(arms.cell(size, *shape), dict(map(cli.parse_override, overrides)))
       arch = config.arch
       name = f"l{arch.n_layers}-d{arch.d_model}-f{arch.d_expert}-e{arch.n_exp}-k{arch.n_topk}"
       for row in measure(config, [1, TOGETHER], steps, passes=2):
@@ -51,6 +54,8 @@ def speeds(steps: int) -> dict[tuple[int, int], float]:
                f"{row['tokens_per_second']:,.0f}", f"{row['compile_seconds']:.0f}")
     for together, each in seconds.items():
       each = each or seconds[1]  # where no population fits, its runs are trained alone
+      require(bool(each), "config.execution.remat", config.execution.remat,
+              f"lets no run of size {size} fit into this device's memory: try rows or full")
       found[size, together] = len(each) / sum(each)
   return found
 
@@ -75,10 +80,12 @@ def minutes(grid: str, known: dict[tuple[int, int], float]) -> float:
 
 
 def main(overrides: list[str]) -> None:
-  cli.no_overrides(overrides)
+  for one in overrides:
+    require(one.startswith("--config.execution."), *one.removeprefix("--").partition("=")[::2],
+            "is part of what is trained: only --config.execution.PATH=VALUE can differ")
   require(_MINUTES.value is None or _MINUTES.value > 0, "study_minutes", _MINUTES.value,
           "must be above 0")
-  known = speeds(_STEPS.value)
+  known = speeds(_STEPS.value, overrides)
   there = [grid for grid in plan.GRIDS if (plan.FOLDER / f"{grid}.py").exists()]
   of_grid = {grid: minutes(grid, known) for grid in there}
   print("\n".join(aligned([(grid, f"{value:.1f} min") for grid, value in of_grid.items()])))

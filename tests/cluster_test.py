@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moe_jax.cluster import find, is_one_of_many, meeting
+from moe_jax.cluster import find, is_one_of_many, meeting, share_of_memory
 from moe_jax.errors import FieldError
 from tests.experiment_files import ROOT
 
@@ -104,3 +104,11 @@ def test_slurm_must_not_leave_gpus_idle():
     find(uneven | {"SLURM_NODEID": "1"})
   with pytest.raises(FieldError, match="gpus-per-task hides"):
     find(SLURM | {"SLURM_GPUS_PER_TASK": "1"})
+
+
+@pytest.mark.parametrize("environ, parallel, fraction", [
+    ({}, 1, {}), ({}, 3, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.30"}),
+    ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, 3, {}), ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".2"}, 3, {})])
+def test_who_shares_a_gpu_gets_a_part_unless_the_user_says_which(environ, parallel, fraction):
+  """With both names set JAX raises in its plug-in, and goes on without the GPU."""
+  assert share_of_memory(environ, parallel) == {**environ, **fraction}

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from moe_jax.cluster import share_of_memory
 from moe_jax.errors import FieldError
 from moe_jax.grid import Cell
 from moe_jax.population import shape_of
@@ -163,7 +164,7 @@ class Sitting:
     command = command_of(unit, self._out, self._population)
     ours = ([sys.executable, "-c", _ENDS_WITH_US, str(os.getpid())]
             if sys.platform == "linux" else [])
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / self._parallel:.2f}", **os.environ}
+    environment = share_of_memory(os.environ, self._parallel)
     log = unit.log(self._out)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:

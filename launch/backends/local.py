@@ -16,8 +16,8 @@ it. Where the trunk ends without, the branch is not started.
 A killed launcher leaves its children running. They hold their run directories, so that the
 next launch sees them, names the process, and leaves those cells alone.
 
-Children inherit the environment. An accelerator is one process's at a time unless told
-otherwise (on a GPU by XLA_PYTHON_CLIENT_MEM_FRACTION): there keep --parallel=1.
+Children inherit the environment. On a GPU several at a time get a share of its memory each; a TPU
+is one process's at a time: there keep --parallel=1.
 """
 
 import collections
@@ -30,7 +30,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from launch import ends
 from launch import jobs as jobs_lib
@@ -47,6 +47,7 @@ from launch.state import CellState, read_state
 from launch.table import progress
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.cli import EXIT_BAD_INPUT
+from moe_jax.cluster import share_of_memory
 from moe_jax.errors import FieldError, require
 from moe_jax.files import is_local
 
@@ -98,6 +99,7 @@ class _Launcher:
   def __init__(self, jobs: Sequence[Job], parallel: int, overview: Overview):
     self._jobs, self._parallel, self._overview = jobs, parallel, overview
     self._waiting = collections.deque(trained_together(jobs))
+    self._environ = share_of_memory(os.environ, max(1, min(parallel, len(self._waiting))))
     self._running: list[_Child] = []
     self._retried: set[str] = set()
     self._unfinished: dict[str, str] = {}  # cell name -> why
@@ -173,7 +175,7 @@ class _Launcher:
       if not ready:
         continue
       try:
-        child = _start(ready)
+        child = _start(ready, self._environ)
       except OSError as error:
         for job in ready:
           self._not_started(job, str(error))
@@ -266,7 +268,7 @@ class _Launcher:
     return 128 + self._received[0] if self._received else 1
 
 
-def _start(jobs: tuple[Job, ...]) -> _Child:
+def _start(jobs: tuple[Job, ...], environ: Mapping[str, str]) -> _Child:
   """Starts the trainer in a process group of its own, so that Ctrl-C does not reach it.
 
   Its output goes to the log of the first cell, to which the logs of the others refer.
@@ -282,7 +284,7 @@ def _start(jobs: tuple[Job, ...]) -> _Child:
       log.write(f"==== {stamp} launch {attempt}: {how}\n".encode())
   with open(log_of_all, "ab") as log:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log,
-                               stderr=subprocess.STDOUT, start_new_session=True)
+                               stderr=subprocess.STDOUT, start_new_session=True, env=environ)
   launches = tuple(Launch(backend="local", command=command, attempt=attempt,
                           host=socket.gethostname(), pid=process.pid, started=started)
                    for attempt in attempts)

@@ -20,6 +20,7 @@ from moe_jax.mesh import BATCH_AXES
 
 _TILE = 128  # queries and keys in a tile of the forward pass
 _MOST_WIDTH = 128  # of a head, so that tiles fit into the memory of a multiprocessor
+_LEAST_WIDTH = 16  # narrower products do not go by tensor cores
 
 
 @functools.cache
@@ -35,8 +36,8 @@ def kernel() -> ModuleType | None:
 def suits(query_BSHh: jax.Array) -> bool:
   """Whether the kernel takes them: whole tiles, and a type that it multiplies as it says."""
   _, seq_len, _, h = query_BSHh.shape
-  return (seq_len % _TILE == 0 and h <= _MOST_WIDTH and query_BSHh.dtype == jnp.bfloat16
-          and kernel() is not None)
+  return (seq_len % _TILE == 0 and _LEAST_WIDTH <= h <= _MOST_WIDTH
+          and query_BSHh.dtype == jnp.bfloat16 and kernel() is not None)
 
 
 def flash_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,

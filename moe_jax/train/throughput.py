@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.arch import count, hardware
 from moe_jax.config import RunConfig
+from moe_jax.products import precision_of
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
@@ -32,9 +33,11 @@ def product_flops(size: int, dtype: str, repeats: int = 5) -> float:
   Summed in float32 and rounded, as every product of the model is: asked for in bfloat16, XLA's CPU
   compiler takes several times as long (moe_jax/products.py).
   """
-  x = jnp.ones((size, size), dtype)
+  # Drawn, for a device that multiplies ones takes less power and runs faster.
+  x = jax.random.normal(jax.random.key(0), (size, size), dtype)
   multiply = jax.jit(lambda x, y: jnp.matmul(
-      x, y, preferred_element_type=jnp.float32).astype(dtype))
+      x, y, precision=precision_of(x.dtype, jax.default_backend()),
+      preferred_element_type=jnp.float32).astype(dtype))
   multiply(x, x).block_until_ready()
   seconds = []
   for _ in range(repeats):

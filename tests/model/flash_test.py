@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax.mesh import MESH_AXES
 from moe_jax.model import attend, flash
+from tests.gpu import pretend_h100
 from tests.model.attention_cases import require_equal
 
 
@@ -38,8 +39,9 @@ def test_it_is_attention_forward_and_gradient(masked, shape, h):
 
 
 @pytest.mark.parametrize("population", [False, True])
-def test_a_gpu_gets_it_forward_and_backward(population):
+def test_a_gpu_gets_it_forward_and_backward(population, monkeypatch):
   """Also under `vmap`, which cuDNN's attention of JAX 0.10.2 does not stand with documents."""
+  pretend_h100(monkeypatch)
   (*arrays, _), segments_BS = inputs(24, jnp.bfloat16)
 
   def grads(*inputs):
@@ -66,6 +68,7 @@ def test_a_jax_without_triton_has_plain_attention(monkeypatch):
 @pytest.mark.parametrize("platform, shape, dtype, used", [
     ("gpu", (2, 256, 4, 64), "bfloat16", True), ("gpu", (2, 256, 4, 42), "bfloat16", True),
     ("gpu", (2, 200, 4, 64), "bfloat16", False), ("gpu", (2, 256, 4, 160), "bfloat16", False),
+    ("gpu", (2, 256, 4, 8), "bfloat16", False),
     ("gpu", (2, 256, 4, 64), "float32", False), ("cpu", (2, 256, 4, 64), "bfloat16", False)])
 def test_what_it_is_used_for(monkeypatch, platform, shape, dtype, used):
   """A mesh of devices that are not there decides as theirs would."""

@@ -13,6 +13,7 @@ from moe_jax import moe
 from moe_jax.mesh import DATA, MESH_AXES
 from moe_jax.moe import grouped_triton as gt
 from moe_jax.moe.grouped_matmul import SPARE_ROWS, blocks_of, grouped_matmul
+from tests.gpu import pretend_h100
 
 
 def groups(sizes, d, f, dtype=jnp.float32):
@@ -64,8 +65,9 @@ def test_bfloat16_is_rounded_once_in_a_population_too():
 
 
 @pytest.mark.parametrize("where", ["alone", "population", "mesh"])
-def test_a_gpu_gets_them_for_bfloat16_forward_and_backward(where):
+def test_a_gpu_gets_them_for_bfloat16_forward_and_backward(where, monkeypatch):
   """Also under vmap, and where each device has rows of its own."""
+  pretend_h100(monkeypatch)
   *arrays, size_E = groups([130, 0, 100], 64, 48, jnp.bfloat16)
 
   def grads(x_SD, w_EDF, dy_SF):
