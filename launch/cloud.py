@@ -102,11 +102,15 @@ def list_ours(options: Options, zone: str, run: Run) -> dict[str, str]:
 
 
 def _is_not_found(answer: Answer) -> bool:
-  return _NOT_FOUND.search(answer.stderr) is not None and not _NETWORK.search(answer.stderr)
+  return _NOT_FOUND.search(answer.stderr) is not None and not _is_of_network(answer)
+
+
+def _is_of_network(answer: Answer) -> bool:
+  """By gcloud's own words: what stands in quotes are names of the user's."""
+  return _NETWORK.search(re.sub(r"'[^']*'", "", answer.stderr)) is not None
 
 
 def _require_credentials(answer: Answer) -> None:
-  if (not answer.ok and _CREDENTIALS.search(answer.stderr)
-      and not _NETWORK.search(answer.stderr)):
+  if not answer.ok and _CREDENTIALS.search(answer.stderr) and not _is_of_network(answer):
     raise NoCredentials("gcloud has no valid credentials: run `gcloud auth login`, then "
                         "`python -m launch.watch` with the same --out and --experiment")

@@ -224,6 +224,8 @@ class Driver:
     record = dataclasses.replace(
         record, cancel=spent is not None or (one.folder / "cancel").exists(),
         error=record.error if spent is None or progress.ended else spent)
+    if seen is None and (record.error or "").startswith(_UNDELETED):
+      record = dataclasses.replace(record, error=None)
     record, action = slices.decide(record, seen, progress, one.options.zones, now, self._policy,
                                    self._random)
     held.require(remote.TIMEOUT_SECONDS)  # the look may have taken long, or this host slept

@@ -37,12 +37,12 @@ def main(overrides: list[str]) -> int:
     if not _YES.value and _asked(f"delete these {len(found)}? [y/N] ") != "y":
       print("nothing was deleted")
       return 1
-    for name, zone, _ in found:
-      cloud.delete(name, options, zone, remote.run)
+    refused = [f"{name} in {zone}: {error}" for name, zone, _ in found
+               if (error := cloud.delete(name, options, zone, remote.run)) is not None]
   except (cloud.Unclear, cloud.NoCredentials) as error:
     raise FieldError("project", _PROJECT.value, str(error)) from None
-  print(f"{len(found)} deletions are asked for")
-  return 0
+  print("\n".join([*refused, f"{len(found) - len(refused)} deletions are asked for"]))
+  return 1 if refused else 0
 
 
 def _asked(question: str) -> str:

@@ -28,8 +28,8 @@ class Share:
 
 
 def families(jobs: Sequence[Job]) -> list[list[Job]]:
-  """A trunk and what branches from it are of one family, a run and what begins with its parameters,
-  and cells that train together.
+  """Of one family are a trunk and its branches, a run and what begins with its parameters, and
+  cells that train together.
 
   What is finished counts too: else submitting again would deal them otherwise.
   """

@@ -59,7 +59,7 @@ def _print(overrides: list[str]) -> list[CellState]:
 
 def _driven(rows: Sequence[CellState]) -> bool:
   """Whether slices are at work, which train a run again whose machines were taken."""
-  return any(one.record.state not in slices.FINAL
+  return any(one.record.state not in slices.FINAL and not one.progress().ended
              for experiment in {row.experiment for row in rows}
              for one in driver.read_all(epath.Path(_OUT.value) / experiment / "_slices"))
 

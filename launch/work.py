@@ -32,6 +32,7 @@ class HostWord:
     cell: that is trained there.
     host, pid: the agent's process.
     heartbeat: when it said so, by its own clock.
+    life: of all the hosts, where SLURM or JobSet counts them (machine.life).
   """
 
   state: str
@@ -40,6 +41,7 @@ class HostWord:
   host: str
   pid: int
   heartbeat: float
+  life: str = ""
 
 
 def read_host(file: epath.Path) -> HostWord | None:

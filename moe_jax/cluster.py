@@ -128,6 +128,6 @@ def share_of_memory(environ: Mapping[str, str], parallel: int) -> dict[str, str]
   Each takes its share of the memory beforehand; alone, JAX would take three quarters. What the user
   has said of it stands, by whichever of the two names: with both JAX gives up on the GPU.
   """
-  if parallel == 1 or {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(environ):
+  if {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(environ):
     return dict(environ)
   return {**environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / parallel:.2f}"}

@@ -107,7 +107,8 @@ def test_slurm_must_not_leave_gpus_idle():
 
 
 @pytest.mark.parametrize("environ, parallel, fraction", [
-    ({}, 1, {}), ({}, 3, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.30"}),
+    ({}, 1, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.90"}),
+    ({}, 3, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.30"}),
     ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, 3, {}), ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".2"}, 3, {})])
 def test_who_shares_a_gpu_gets_a_part_unless_the_user_says_which(environ, parallel, fraction):
   """With both names set JAX raises in its plug-in, and goes on without the GPU."""

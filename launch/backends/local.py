@@ -99,7 +99,9 @@ class _Launcher:
   def __init__(self, jobs: Sequence[Job], parallel: int, overview: Overview):
     self._jobs, self._parallel, self._overview = jobs, parallel, overview
     self._waiting = collections.deque(trained_together(jobs))
-    self._environ = share_of_memory(os.environ, max(1, min(parallel, len(self._waiting))))
+    side_by_side = min(parallel, len(self._waiting))
+    self._environ = dict(os.environ) if side_by_side < 2 else share_of_memory(os.environ,
+                                                                              side_by_side)
     self._running: list[_Child] = []
     self._retried: set[str] = set()
     self._unfinished: dict[str, str] = {}  # cell name -> why

@@ -72,6 +72,7 @@ class Agent:
     self._said = 0.0
     self._meter: Meter | None = None  # the leader's
     self._environ: dict[str, str] = {}
+    self._heard: dict[tuple[str, int], tuple[float | None, float]] = {}  # host -> its word, when
     self._busy: dict[str, int] = {}  # cell -> how many attempts in a row found it held
 
   def run(self) -> int:
@@ -135,7 +136,16 @@ class Agent:
       return 1
     words = [read_host(file) for file in self._folder.glob("host-*.json")]
     return sum(word is not None and word.state in ("starting", "working")
-               and time.time() - word.heartbeat < 4 * HEARTBEAT_SECONDS for word in words)
+               and word.life == self._life and self._is_young(word) for word in words)
+
+  def _is_young(self, word: HostWord) -> bool:
+    """Whether it has been said of late, by this host's clock: the other's may go otherwise."""
+    host = word.host, word.pid
+    last, heard = self._heard.get(host, (None, 0.0))
+    if word.heartbeat != last:
+      last, heard = word.heartbeat, self._clock()
+      self._heard[host] = last, heard
+    return self._clock() - heard < 4 * HEARTBEAT_SECONDS
 
   def _together(self, names: Sequence[str]) -> Sequence[str]:
     """Those of a group's unfinished cells that the next process trains."""
@@ -297,7 +307,7 @@ class Agent:
   def _say(self, state: str, trouble: str | None = None, cell: str | None = None) -> None:
     self._said = time.time()
     write_json(self._folder / f"host-{self._worker}.json", dataclasses.asdict(HostWord(
-        state, trouble, cell, socket.gethostname(), os.getpid(), self._said)))
+        state, trouble, cell, socket.gethostname(), os.getpid(), self._said, self._life)))
 
 
 def _outcome(launch: Launch, code: int, error: str, finished: bool, told: bool,

@@ -18,7 +18,8 @@ from moe_jax.config import DataConfig
 from moe_jax.errors import FieldError, require
 
 _CONFIG = cli.define_config_flag(required=False)
-_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or gs://.")
+_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or, but for "
+                           "--from=hf --write, gs://.")
 _TO = flags.DEFINE_string("to", None, "'hf' writes a Hugging Face directory.")
 _FROM = flags.DEFINE_string("from", None, "'hf' reads a Hugging Face directory.")
 _HF = flags.DEFINE_string("hf", None, "The Hugging Face directory.", required=True)

@@ -65,7 +65,8 @@ class Prediction:
     value: array (0-d for one architecture).
     quantity: what `value` is.
     outside: one line for each way in which the question lies outside what the law was
-      fitted on; empty where it lies inside.
+      fitted on, then those in which a fit of one's own may not be trusted anywhere; empty where
+      there is neither.
   """
 
   law: str

@@ -100,7 +100,7 @@ def _reason(error: Exception) -> str:
 
 def _choose(rows: list[Row], where: Sequence[str], without: Sequence[str], path: str) -> None:
   """Marks the rows that the conditions leave out."""
-  columns = [name for name in rows[0] if name != "_line"]
+  columns = [name for name in rows[0] if name != "_line" and all(name in row for row in rows)]
   for condition in where:
     column, equals, value = condition.partition("=")
     if column not in columns or not equals:

@@ -54,7 +54,7 @@ def pairs(rows: Sequence[Row], of: str, first: str, second: str) -> Cells:
     FieldError: no such column, a value that no run has, no pair.
   """
   used = [row for row in rows if UNUSED not in row]
-  require(of in used[0], "of", of, "is no column of the results")
+  require(all(of in row for row in used), "of", of, "is no column of all the results")
   ours: dict[tuple, dict[str, Row]] = collections.defaultdict(dict)
   for value in (first, second):
     some = [row for row in used if _is(row[of], value)]
@@ -73,6 +73,10 @@ def pairs(rows: Sequence[Row], of: str, first: str, second: str) -> Cells:
   if not paired:
     raise FieldError("values", f"{first},{second}", "no architecture has a run of both with the "
                      "same seeds")
+  lengths = {key[-1] for key, found in ours.items() if len(found) == 2}
+  require(of == "tokens" or len(lengths) == 1, "where", "", f"is needed: the pairs have "
+          f"{len(lengths)} lengths, and a fit is of one: choose with --where=tokens="
+          f"{_shown(max(lengths))}")
   alone = [row["cell"] for found in ours.values() if len(found) == 1 for row in found.values()]
   both = [pair for group in paired.values() for pair in group]
   differ = [name for name in (*RECIPE, *DETAILS, "learning_rate") if name != of

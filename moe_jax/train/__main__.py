@@ -15,6 +15,7 @@ from absl import flags, logging
 
 from moe_jax import cli, cluster, run_dir
 from moe_jax.errors import FieldError, require
+from moe_jax.files import is_of_storage
 from moe_jax.memory import use_huge_pages
 from moe_jax.population import deal
 
@@ -70,7 +71,7 @@ def main(overrides: list[str]) -> int:
       raise
     code, line = known
     print(f"error: {line}", file=sys.stderr, flush=True)
-    if run_dir.is_of_storage(error):
+    if is_of_storage(error):
       os._exit(code)  # on a full disk the exit handlers of libraries fail too, with pages to tell
     return code
 
@@ -96,7 +97,7 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
       return run_dir.EXIT_BUSY, str(error)
     case CheckpointError():
       return 1, str(error)
-    case Exception() if run_dir.is_of_storage(error):
+    case Exception() if is_of_storage(error):
       return 1, (f"{' '.join(str(error).split())}; what was saved is kept, and the same command "
                  "goes on")
     case KeyboardInterrupt():

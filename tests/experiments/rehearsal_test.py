@@ -22,6 +22,7 @@ from tests.experiment_files import ROOT
 RESULTS = pathlib.Path(plan.RESULTS)
 STUDY = " ".join((plan.FOLDER / "README.md").read_text().split())
 FIRST, AGAIN = STUDY.split("### Again, without drops")
+AGAIN, TENTH = AGAIN.split("### A tenth of the tokens")
 FRONT = " ".join((ROOT / "README.md").read_text().split())
 NO_TWO = "l6-d144-f72-e8-k4", "l6-d144-f72-e8-k2"
 
@@ -41,11 +42,16 @@ def dropped(rows):
 def test_their_tables_are_made_of_their_runs(tmp_path):
   shutil.copytree(RESULTS, tmp_path / "results")
   tables = [file.relative_to(RESULTS) for file in RESULTS.rglob("*.csv")]
-  assert len(tables) == 4
+  assert len(tables) == 6
   for table in tables:
     (tmp_path / "results" / table).unlink()
   lines = plan.write_tables(tmp_path / "results", plan.grids())
   assert {"study-rehearsal: 32 finished", "study-rehearsal-dropless: 44 finished"} <= set(lines)
+  (tenth,) = (line for line in lines if line.startswith("study-rehearsal-tenth: "))
+  finished = int(tenth.split()[1])
+  told = f"**{finished // 3} of its 32 architectures have run so far**"
+  assert told in TENTH
+  assert tenth == f"study-rehearsal-tenth: {finished} finished, {64 - finished} not run"
   for table in tables:
     assert (tmp_path / "results" / table).read_bytes() == (RESULTS / table).read_bytes()
 

@@ -26,6 +26,7 @@ def look(said):
 
 def test_what_is_not_there_is_not_taken_for_a_missing_login():
   assert look(NOT_FOUND) is None
+  assert look(NOT_FOUND.replace("p/q", "p/timeout-unreachable-0")) is None
   assert cloud.delete("q", OPTIONS, "us-east5-b", lambda command: Answer(1, "", NOT_FOUND)) is None
 
 

@@ -70,7 +70,7 @@ def test_a_run_alone_and_what_else_differs_is_told(tables):
 
 @pytest.mark.parametrize("of, values, told", [
     ("tokens", ("1", None), "values='1': of tokens is no run; there are "),
-    ("token", (None, None), "of='token': is no column"),
+    ("token", (None, None), "of='token': is no column of all"),
     ("loss", ("LOSS", "LOSS2"), "no architecture has a run of both")])
 def test_what_are_no_pairs_is_refused(tables, of, values, told):
   rows, *lengths = of_tokens(tables)
@@ -97,3 +97,21 @@ def test_the_command(tables):
   assert "the loss changes by" in done.stdout and "b_minus_c" in done.stdout
   refused = run_module(*command, f"--values={first}")
   assert refused.returncode == 2 and "must be FIRST,SECOND" in refused.stderr
+
+
+def test_pairs_of_several_lengths_are_not_taken_for_seeds(tables):
+  rows, first, second = of_tokens(tables)
+  for row in rows:
+    row["capacity_factor"] = "1.25" if row["seed_init"] else "2.0"
+    row["seed_init"] = 0.0
+  with pytest.raises(FieldError, match=f"the pairs have 2 lengths.*--where=tokens={second}"):
+    paired.pairs(rows, "capacity_factor", "2", "1.25")
+  one = [row for row in rows if row["tokens"] == float(first)]
+  assert len(paired.pairs(one, "capacity_factor", "2", "1.25")) == len(GRID.cells) // 2
+
+
+def test_a_column_that_one_table_lacks_is_none(tables):
+  rows, first, second = of_tokens(tables)
+  del rows[-1]["dispatch"]
+  with pytest.raises(FieldError, match="of='dispatch': is no column of all"):
+    paired.pairs(rows, "dispatch", "capacity", "dropless")

@@ -36,3 +36,12 @@ def test_a_cell_that_cannot_train_does_not_stop_those_after_it(tmp_path):
                       "--config.execution.population=1", XLA_FLAGS="")
   assert done.returncode == EXIT_BUSY and "is in use by process" in done.stderr
   assert first.read_status() == {} and second.read_status()["state"] == "finished"
+
+
+def test_a_cell_that_another_process_holds_is_told_by_its_code(tmp_path):
+  file, out = write_tiny(tmp_path, steps=3), tmp_path / "runs"
+  with RunDir(epath.Path(out) / "tiny" / BASE).lock():
+    done = run_module("-m", "moe_jax.train", f"--config={file}:{BASE}", f"--out={out}",
+                      XLA_FLAGS="")
+  assert done.returncode == EXIT_BUSY and done.stderr.count("\n") == 1, done.stderr
+  assert done.stderr.startswith("error: ") and "is in use by process" in done.stderr
