@@ -33,7 +33,8 @@ def plant(folder, grid, rng, without=(), dropping=()):
       planted.write_run(folder, grid.name, name, config, None, "diverged", "loss is nan")
     else:
       planted.write_run(folder, grid.name, name, config, None if name in trunks else loss,
-                        records=200, drop_rate=0.01 if name in dropping else 0.0)
+                        records=100, drop_rate=0.01 if name in dropping else 0.0,
+                        every=(config.train.steps - (config.train.branch_step or 0)) // 100)
 
 
 def tables(folder, grids=None):

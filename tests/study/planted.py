@@ -52,15 +52,18 @@ def log_loss(known: dict) -> float:
 
 def write_run(folder: pathlib.Path, experiment: str, cell: str, config: RunConfig,
               loss: float | None, state: str = "finished", error: str | None = None,
-              records: int = 3, drop_rate: float = 0.0) -> None:
-  """One run's directory as trainer and evaluation leave it; without a loss, not evaluated."""
+              records: int = 3, drop_rate: float = 0.0, every: int = 1) -> None:
+  """One run's directory as trainer and evaluation leave it; without a loss, not evaluated.
+
+  It has so many records of metrics, one `every` so many steps.
+  """
   run = RunDir(epath.Path(folder) / experiment / cell)
   run.claim(Cell(experiment, f"planted.py:{cell}", cell, config))
   run.write_status({"state": state, "step": config.train.steps if state == "finished" else 7,
                     "steps": config.train.steps, "error": error, "commit": "0" * 12})
-  first = 1 + (config.train.branch_step or 0)
+  begin = config.train.branch_step or 0
   lines = [json.dumps({"step": step, "loss": 1 / (3 + step), "drop_rate": drop_rate})
-           for step in range(first, first + records)]
+           for step in range(begin + every, begin + every * records + 1, every)]
   write_text(run.metrics_file(1, 1), "\n".join(lines) + "\n")
   if loss is not None:
     run.write_eval("heldout", {"step": config.train.steps, "identity": identity_hash(config),
