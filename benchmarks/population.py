@@ -118,10 +118,14 @@ def measure(config: RunConfig, sizes: list[int], steps: int, passes: int) -> lis
     rows.append({"population": size, "step_ms": 1e3 * contender.seconds,
                  "tokens_per_second": speed,
                  "over_one_after_another": (size * contenders[sizes[0]].seconds / contender.seconds
-                                            if sizes[0] in contenders else math.nan),
+                                            if sizes[0] in contenders else None),
                  "share_of_matmul_peak": speed * flops / peak,
                  "compile_seconds": contender.compile_seconds})
   return rows + [{"population": size, "error": "out of memory"} for size in lost]
+
+
+def _two_digits(value: float | None) -> str:
+  return "" if value is None else f"{value:.2f}"
 
 
 def main(overrides: list[str]) -> None:
@@ -144,7 +148,7 @@ def main(overrides: list[str]) -> None:
   for row in rows:
     figures = ("out of memory", "", "", "", "") if "error" in row else (
         f"{row['step_ms']:.1f}", f"{row['tokens_per_second']:,.0f}",
-        f"{row['over_one_after_another']:.2f}", f"{row['share_of_matmul_peak']:.1%}",
+        _two_digits(row["over_one_after_another"]), f"{row['share_of_matmul_peak']:.1%}",
         f"{row['compile_seconds']:.1f}")
     sheet.add(str(row["population"]), *figures)
   print_sheet(sheet)

@@ -247,8 +247,7 @@ class Driver:
   def _act(self, one: Slice, action: str, held: lease.Lease) -> None:
     if action == slices.DELETE:
       refused = cloud.delete(one.record.name, one.options, one.record.zone, self._run)
-      before = one.record.error
-      if refused is not None or (before or "").startswith(_UNDELETED):
+      if refused is not None or (one.record.error or "").startswith(_UNDELETED):
         held.require(remote.TIMEOUT_SECONDS)
         self._keep(one, dataclasses.replace(
             one.record, error=None if refused is None else _UNDELETED + refused))
