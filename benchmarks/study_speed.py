@@ -21,6 +21,7 @@ from experiments.study import arms, plan
 from experiments.study.units import units_of
 from moe_jax import cli
 from moe_jax.arch import count
+from moe_jax.design import answer
 from moe_jax.errors import require
 from moe_jax.fields import override
 from moe_jax.grid import select
@@ -43,8 +44,7 @@ def speeds(steps: int, overrides: Sequence[str] = ()) -> dict[tuple[int, int], f
     seconds: dict[int, list[float]] = {1: [], TOGETHER: []}  # for a token
     for shape in SHAPES:
       config = override(arms.cell(size, *shape), dict(map(cli.parse_override, overrides)))
-      arch = config.arch
-      name = f"l{arch.n_layers}-d{arch.d_model}-f{arch.d_expert}-e{arch.n_exp}-k{arch.n_topk}"
+      name = answer.name(config.arch)
       for row in measure(config, [1, TOGETHER], steps, passes=2):
         if "error" in row:
           _print(str(size), name, str(row["population"]), row["error"], "", "")

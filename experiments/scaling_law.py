@@ -2,8 +2,10 @@
 
 Sizes from 30M to 3B parameters, 32 to 256 experts, 2 to 16 of them active, the same tokens for
 every cell: the range of arXiv 2601.08215. Its own tables of configurations and learning rates
-are not public, so those here are ours: granularity 2, d_model / n_layers near 64, four heads,
-no shared expert.
+are not public, so those here are ours: granularity near 2, d_model / n_layers near 64, four heads,
+no shared expert. N_total is met to 0.5 %, in widths that suit a TPU's tiles; so granularity ends
+between 1.55 and 2.29 and d_model / n_layers between 51 and 83, at some sizes in step with n_exp.
+Give them to a fit as columns, or have them held more closely than N_total (study/arms.py does).
 
     python -m moe_jax.plan --config=experiments/scaling_law.py --topology=v5p-16 --parallel=2
     python -m launch.submit --config=experiments/scaling_law.py ...

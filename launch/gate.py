@@ -10,6 +10,7 @@ from launch.jobs import Job
 from moe_jax.arch.hardware import PRICES_AS_OF
 from moe_jax.config import resolve_mesh
 from moe_jax.errors import FieldError
+from moe_jax.files import is_local
 from moe_jax.plan import cells as cells_lib
 from moe_jax.plan.cells import Plan
 from moe_jax.plan.topology import Topology
@@ -19,7 +20,7 @@ KNOWN, MAKE, IGNORE = "known", "make", "ignore"  # what may be done about plans
 
 def folder(out: str) -> str:
   """Where plans are kept: under --out, or on this machine's default where that is a bucket."""
-  return "runs" if "://" in out else out
+  return out if is_local(out) else "runs"
 
 
 def command(spec: str, topology: Topology, out: str,

@@ -7,8 +7,6 @@ project's label is looked at; another --out, a colleague's say, may account for 
 question.
 """
 
-import os
-
 from absl import flags
 from etils import epath
 
@@ -16,6 +14,7 @@ from launch import cloud, remote, submitted
 from launch.backends.gcloud import Options
 from moe_jax import cli
 from moe_jax.errors import FieldError
+from moe_jax.files import absolute
 
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
 _PROJECT = flags.DEFINE_string("project", None, "Google Cloud project.", required=True)
@@ -26,7 +25,7 @@ _YES = flags.DEFINE_bool("yes", False, "Delete without a question.")
 def main(overrides: list[str]) -> int:
   del overrides
   options = Options(_PROJECT.value, tuple(_ZONES.value), "v6e-8")
-  out = epath.Path(_OUT.value if "://" in _OUT.value else os.path.abspath(_OUT.value))
+  out = epath.Path(absolute(_OUT.value))
   try:
     found = submitted.orphans(options, out, remote.run)
     if not found:

@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
 from launch import ends
+from moe_jax import branch
 from moe_jax.data.corpus import CARD, CORPORA
-from moe_jax.errors import DamagedFile, FieldError
+from moe_jax.errors import DamagedFile, FieldError, require
 from moe_jax.files import reaching, read_as, write_json
 from moe_jax.grid import Cell
 from moe_jax.population import deal
@@ -97,6 +98,19 @@ class Job:
       return None
     return trunk
 
+  def missing_source(self) -> RunDir | None:
+    """The run with whose parameters it begins, while that has not saved them."""
+    train = self.cell.config.train
+    if train.init_run is None or self.run_dir.has_checkpoint():
+      return None
+    source = RunDir.named(self.run_dir.path.parent.parent, train.init_run)
+    if train.init_step is not None:
+      return None if source.has_checkpoint(train.init_step) else source
+    with contextlib.suppress(FieldError):  # a damaged status: its trainer decides
+      if ends.is_finished(source) and source.has_checkpoint():
+        return None
+    return source
+
 
 def train_command(cell: Cell, out: str | os.PathLike,
                   overrides: Sequence[str]) -> tuple[str, ...]:
@@ -107,7 +121,7 @@ def train_command(cell: Cell, out: str | os.PathLike,
 
 def jobs_of(cells: Sequence[Cell], out: str | os.PathLike,
             overrides: Sequence[str]) -> tuple[Job, ...]:
-  """The jobs of the cells, trunks before their branches; reads nothing.
+  """The jobs of the cells, each behind those that it goes on from; reads nothing.
 
   Args:
     cells: what `--config` and the overrides select.
@@ -115,7 +129,7 @@ def jobs_of(cells: Sequence[Cell], out: str | os.PathLike,
     overrides: the raw --config.PATH=VALUE arguments that `cells` were made with.
   """
   root = epath.Path(out)
-  return _trunks_first([
+  return _predecessors_first([
       Job(cell, RunDir(root / cell.experiment / cell.name), train_command(cell, out, overrides))
       for cell in cells])
 
@@ -147,30 +161,51 @@ def lost_ends(jobs: Sequence[Job]) -> list[str]:
   return lines
 
 
-def require_trunks(jobs: Sequence[Job]) -> None:
-  """Raises FieldError where what a run begins from is neither among the jobs nor there.
+def require_sources(jobs: Sequence[Job]) -> None:
+  """Raises FieldError where what a run begins from is neither among the jobs nor there, or is of
+  no use to it.
 
-  Machines that cost money should not be there for what cannot begin.
+  Machines that cost money, or a start of JAX, should not be spent on what cannot begin.
   """
   ours = {job.run_dir for job in jobs}
+  found = predecessors(jobs)
   for job in jobs:
-    _require_source(job, ours)
-    if job.run_dir.trunk(job.cell.config) in ours:
-      continue
-    if (trunk := job.missing_trunk()) is not None:
-      raise FieldError("config", job.name, f"branches from {trunk.path.parent.name}/"
-                       f"{trunk.path.name}, which has not saved step "
-                       f"{job.cell.config.train.branch_step} and is not submitted with it")
+    train = job.cell.config.train
+    if (train.branch_run or train.init_run) is None or job.is_finished():
+      continue  # of one that is finished, what it began from may have been deleted since
+    _require_trunk(job, ours)
+    if (source := job.missing_source()) is not None:
+      require(not _waits_for_itself(job.name, found), "config.train.init_from", train.init_from,
+              f"makes {job.name} wait for itself")
+      _require_source(job, source, ours)
 
 
-def _require_source(job: Job, ours: set[RunDir]) -> None:
-  train = job.cell.config.train
-  if train.init_run is None or job.run_dir.has_checkpoint():
+def _require_trunk(job: Job, ours: set[RunDir]) -> None:
+  config = job.cell.config
+  trunk = job.run_dir.trunk(config)
+  if trunk is None or trunk in ours or job.run_dir.has_checkpoint():
     return
-  source = RunDir.named(job.run_dir.path.parent.parent, train.init_run)
-  if source not in ours and not source.has_checkpoint(train.init_step):
-    raise FieldError("config.train.init_from", train.init_from, f"is to begin {job.name}: that "
-                     "checkpoint is not there, and the run is not submitted with it")
+  if job.missing_trunk() is not None:
+    raise FieldError("config", job.name, f"branches from {trunk.path.parent.name}/"
+                     f"{trunk.path.name}, which has not saved step "
+                     f"{config.train.branch_step} and is not submitted with it")
+  with contextlib.suppress(DamagedFile):  # its trainer's to refuse
+    if (theirs := trunk.read_config()) is not None:
+      try:
+        branch.require_trunk(config, theirs)
+      except FieldError as error:
+        raise FieldError("config", job.name, str(error)) from None
+
+
+def _require_source(job: Job, source: RunDir, ours: set[RunDir]) -> None:
+  if source in ours:
+    return
+  train = job.cell.config.train
+  why = ("that run has not finished, or has lost its last checkpoint,"
+         if train.init_step is None and source.has_checkpoint() else
+         "that checkpoint is not there,")
+  raise FieldError("config.train.init_from", train.init_from,
+                   f"is to begin {job.name}: {why} and the run is not submitted with it")
 
 
 def require_texts(jobs: Sequence[Job], out: str) -> None:
@@ -199,11 +234,31 @@ def joint_command(commands: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
                for word in first)
 
 
-def _trunks_first(jobs: Sequence[Job]) -> tuple[Job, ...]:
-  by_name = {job.name: job for job in jobs}
+def predecessors(jobs: Sequence[Job]) -> dict[str, tuple[str, ...]]:
+  """For each job's name those of the others that it goes on from: its trunk, and the run with
+  whose parameters it begins."""
+  names = {job.name: job.name for job in jobs}
+  by_path = {f"{job.cell.experiment}/{job.name}": job.name for job in jobs}
+  found = {job.name: (names.get(job.cell.config.train.branch_run),
+                      by_path.get(job.cell.config.train.init_run)) for job in jobs}
+  return {name: tuple(other for other in others if other is not None)
+          for name, others in found.items()}
 
-  def depth(job: Job) -> int:
-    trunk = by_name.get(job.cell.config.train.branch_run)
-    return 0 if trunk is None else 1 + depth(trunk)
 
-  return tuple(sorted(jobs, key=depth))
+def _waits_for_itself(name: str, found: Mapping[str, Sequence[str]]) -> bool:
+  ahead, seen = list(found[name]), set()
+  while ahead:
+    if (other := ahead.pop()) not in seen:
+      seen.add(other)
+      ahead += found[other]
+  return name in seen
+
+
+def _predecessors_first(jobs: Sequence[Job]) -> tuple[Job, ...]:
+  found = predecessors(jobs)
+
+  def depth(name: str, *later: str) -> int:
+    return max((1 + depth(other, name, *later) for other in found[name]
+                if other not in (name, *later)), default=0)
+
+  return tuple(sorted(jobs, key=lambda job: depth(job.name)))

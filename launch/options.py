@@ -97,6 +97,12 @@ def require_words(options: Any, *names: str) -> None:
               "must be letters, digits and any of . _ / @ : -, and begin with a letter or digit")
 
 
+def require_python(path: str | None) -> None:
+  """Raises FieldError unless `--python`, an interpreter on other machines, is absolute or None."""
+  require(path is None or re.fullmatch(r"/[A-Za-z0-9._/-]+", path) is not None, "python", path,
+          "must be an absolute path")
+
+
 def parse_secrets(secrets: tuple[str, ...], kubernetes: bool = False) -> dict[str, str]:
   """`NAME=WHERE` texts -> variable -> where its value lies. A value itself is never accepted.
 

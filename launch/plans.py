@@ -5,6 +5,8 @@ import json
 import shlex
 from collections.abc import Sequence
 
+from moe_jax.files import is_local
+
 
 @dataclasses.dataclass(frozen=True)
 class File:
@@ -63,7 +65,7 @@ def with_folder(command: Sequence[str], folder: str) -> tuple[str, ...]:
 def to_text(plan: Plan) -> list[str]:
   """Lines that a shell could run, once the files are there; the rest are comments."""
   lines, folder = [f"# {note}" for note in plan.notes], plan.out
-  if "://" in folder:  # where these tools do not read files
+  if not is_local(folder):  # where these tools do not read files
     lines.append(f"# below, _slices is a copy of {folder} in this folder")
     folder = "_slices"
   for share in plan.slices:

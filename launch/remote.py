@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import subprocess
 import tempfile
@@ -15,7 +14,7 @@ from launch.jobs import Job, read_launch, write_launch
 from launch.plans import Plan, SlicePlan, with_folder
 from launch.state import PENDING
 from moe_jax.errors import FieldError
-from moe_jax.files import write_bytes, write_text
+from moe_jax.files import is_local, write_bytes, write_text
 
 TIMEOUT_SECONDS = 120.0
 
@@ -102,7 +101,7 @@ def execute(share: SlicePlan, run: Run) -> str | None:
 
 def note_on(out: str) -> tuple[str, ...]:
   """What to know of an --out that only this machine may see."""
-  if "://" in os.fspath(out):
+  if not is_local(out):
     return ()
   return (f"--out={out} is a path: every machine must see this directory under it",)
 

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from launch.jobs import Job
+from launch.jobs import Job, predecessors
 from launch.naming import digest, resource_name
 from moe_jax import population
 from moe_jax.arch.count import n_active
@@ -20,7 +20,7 @@ class Share:
 
   Attributes:
     name: of the slice and of its files: an RFC 1035 label.
-    jobs: in the order in which they are trained, trunks before branches.
+    jobs: in the order in which they are trained, each behind those that it goes on from.
   """
 
   name: str
@@ -40,11 +40,7 @@ def families(jobs: Sequence[Job]) -> list[list[Job]]:
       elder[name] = name = elder[elder[name]]
     return name
 
-  ties = [(job.name, trunk) for job in jobs
-          if (trunk := job.cell.config.train.branch_run) in elder]
-  by_path = {f"{job.cell.experiment}/{job.name}": job.name for job in jobs}
-  ties += [(job.name, by_path[source]) for job in jobs
-           if (source := job.cell.config.train.init_run) in by_path]
+  ties = [(name, older) for name, others in predecessors(jobs).items() for older in others]
   for group in population.deal([job.cell for job in jobs]):
     ties += [(younger.name, older.name) for older, younger in itertools.pairwise(group)]
   for younger, older in ties:

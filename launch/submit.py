@@ -11,7 +11,6 @@ nothing; `--dry_run=json` prints it for a program, files included.
 
 import dataclasses
 import json
-import os
 import types
 
 from absl import flags
@@ -24,14 +23,14 @@ from launch.jobs import (
     joint_command,
     lost_ends,
     plan,
+    require_sources,
     require_texts,
-    require_trunks,
     trained_together,
 )
 from launch.table import shapes
 from moe_jax import cli
 from moe_jax.errors import require
-from moe_jax.files import reaching
+from moe_jax.files import absolute, is_local, reaching
 
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
@@ -61,8 +60,7 @@ def main(overrides: list[str]) -> int:
             "is an option of --backend=local")
   chosen = options.from_flags(backend.Options, _BACKEND.value, given)
   cells = cli.selected_cells(_CONFIG.value, overrides)
-  # Other machines have another working directory.
-  out = _OUT.value if "://" in _OUT.value else os.path.abspath(_OUT.value)
+  out = absolute(_OUT.value)  # other machines have another working directory
   jobs = (jobs_of if _DRY_RUN.value else plan)(cells, out, overrides)
   return _submit_remote(jobs, out, backend, chosen, overrides)
 
@@ -73,6 +71,8 @@ def _submit_local(cells, overrides: list[str], backend: types.ModuleType) -> int
   for job in jobs:
     require(_PROCESSES.value == 1 or job.cell.config.execution.population == 1, "processes",
             _PROCESSES.value, "must be 1 where cells train together (execution.population)")
+  with reaching(_OUT.value):  # in a dry run too: what would be run is nothing
+    require_sources(jobs)
   if _DRY_RUN.value == "json":
     print(json.dumps({"backend": backends.LOCAL, "commands": [
         joint_command([job.command for job in group]) for group in trained_together(jobs)]},
@@ -95,9 +95,9 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
     require(number == 1 or chosen.run_devices == 1, "config.execution.population", number,
             f"must be 1: cells train together on one device, and each run has "
             f"{chosen.run_devices}; v6e-1, v5litepod-1 and one GPU of one node are one")
-  if not (_DRY_RUN.value and "://" in out):  # a dry run asks no object store
+  if is_local(out) or not _DRY_RUN.value:  # a dry run asks no object store
     with reaching(out):
-      require_trunks(jobs)
+      require_sources(jobs)
       require_texts(jobs, out)
   code = pack(_CONFIG.value.partition(":")[0])
   planned = backend.plan(jobs, chosen, code, out)

@@ -1,7 +1,6 @@
 """What an experiment has on other machines, from what its submission wrote."""
 
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from launch.backends import gcloud
 from launch.backends.gcloud import Options
 from launch.backends.gke import kubectl_in
 from moe_jax.errors import FieldError, require
-from moe_jax.files import reaching, write_bytes
+from moe_jax.files import absolute, reaching, write_bytes
 
 flags.disclaim_key_flags()  # they are the verbs', whose --help lists them
 
@@ -30,8 +29,7 @@ def define_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
 
 def folder_of(out: str, experiment: str) -> epath.Path:
   """The folder of the experiment's slices. Raises FieldError where nothing was submitted."""
-  root = epath.Path(out if "://" in out else os.path.abspath(out))
-  found = root / experiment / "_slices"
+  found = epath.Path(absolute(out)) / experiment / "_slices"
   with reaching(out):
     require("/" not in experiment and found.exists(), "experiment", experiment,
             f"was not submitted to other machines from --out={out}")

@@ -1,12 +1,12 @@
 """Rows of cells as text for people."""
 
 import collections
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from launch.state import CellState
 from moe_jax.arch import count
 from moe_jax.grid import Cell
-from moe_jax.text import short
+from moe_jax.text import aligned, short
 
 
 def _age(seconds: float | None) -> str:
@@ -28,7 +28,7 @@ def shapes(cells: Sequence[Cell]) -> list[str]:
         cell.name, f"{count.n_total(arch):,}",
         "" if cell.residual_ppm is None else f"{cell.residual_ppm:+.0f} ppm",
         f"{count.n_active(arch):,}", f"{arch.sparsity:g}", f"{arch.granularity:.3g}"))
-  return _aligned(lines, left=("cell",))
+  return aligned(lines)
 
 
 def table(rows: Sequence[CellState]) -> list[str]:
@@ -43,18 +43,7 @@ def table(rows: Sequence[CellState]) -> list[str]:
         "" if row.steps is None else f"{row.step or 0}/{row.steps}",
         "" if row.loss is None else f"{row.loss:.4f}",
         short(row.tokens_per_second), _age(row.heartbeat_age), row.error or ""))
-  return _aligned(lines, left=("cell", "state", "error"))
-
-
-def _aligned(lines: Sequence[tuple[str, ...]], left: Collection[str]) -> list[str]:
-  """Columns as wide as they need, never cut; those in `left` begin at their left edge.
-
-  Made by hand: for 1,000 rows rich's table takes longer than reading their files.
-  """
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return ["  ".join(text.ljust(width) if name in left else text.rjust(width)
-                    for name, text, width in zip(lines[0], line, widths, strict=True)).rstrip()
-          for line in lines]
+  return aligned(lines, left=(0, 3, 8))  # cell, state, error
 
 
 def counts(rows: Sequence[CellState]) -> str:

@@ -49,6 +49,11 @@ class OnSlices:
     return parse_slice(self.topology, self.slices_per_run)
 
   @property
+  def hosts(self) -> int:
+    """Machines of each run."""
+    return self.slice.vms * self.slices_per_run
+
+  @property
   def run_devices(self) -> int:
     """JAX devices of each run."""
     return self.slice.topology.devices

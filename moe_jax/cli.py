@@ -49,8 +49,9 @@ def parse_override(argument: str) -> tuple[str, Any]:
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   """Command line -> (what absl parses, the `--config.PATH=VALUE` arguments)."""
-  overrides = [arg for arg in argv[1:] if arg.startswith(_PREFIX)]
-  return [arg for arg in argv if arg not in overrides], overrides
+  overrides = [arg for arg in argv[1:] if arg.startswith((_PREFIX, _PREFIX[1:]))]
+  rest = [arg for arg in argv if arg not in overrides]
+  return rest, [_PREFIX + arg.partition("config.")[2] for arg in overrides]  # one dash is two
 
 
 def give_fake_devices_threads() -> None:
@@ -75,7 +76,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
   def flags_parser(argv):
     rest, found[:] = split_overrides(argv)
     try:
+      for override in found:
+        if "=" not in override:  # --config.train.steps 5, of which absl would refuse the 5
+          parse_override(override)
       left = flags.FLAGS(rest)
+    except FieldError as error:
+      _fail(f"--{error}")
     except flags.Error as error:
       _fail(_in_our_words(error))
     if len(left) > 1:

@@ -14,7 +14,7 @@ import json
 from typing import Any
 
 from moe_jax.arch import Architecture
-from moe_jax.errors import FieldError, require
+from moe_jax.errors import require
 from moe_jax.fields import checked, from_dict, leaf_types, leaves
 from moe_jax.sections import (
     DataConfig,
@@ -27,9 +27,9 @@ from moe_jax.sections import (
 
 SCHEMA_VERSION = 1
 
-# Fields that version 1 did not have when its first runs were made, and the value that says what
-# those runs did. A stored configuration may lack them, and at this value they leave the hash of
-# the identity as it was.
+# Fields added to version 1 after runs had been stored, each with the value that those runs used
+# implicitly. A stored configuration may lack them, and at this value identity_hash leaves them out,
+# so that the hashes of those runs stay valid.
 _ADDED = {"moe.router": "softmax", "moe.bias_update_rate": 1e-3, "moe.jitter": 0.0,
           "moe.drop_order": "position", "train.branch_from": None, "arch.qk_norm": "head",
           "train.init_from": None, "execution.keep_steps": (), "execution.population": 1}
@@ -142,19 +142,36 @@ def resolve_mesh(config: RunConfig, n_devices: int,
 def identity(config: RunConfig) -> dict[str, Any]:
   """The fields that decide the result, as a flat dict from dotted path to value.
 
-  Weights of losses are resolved: a default that is written out changes nothing. A float
+  A default that is written out changes nothing: weights of losses and shares of corpora are
+  resolved, and a width that is the one it has by default is told as the default. A float
   written as a whole number (`weight_decay=0`) is the same identity as 0.0, and so is -0.0.
-  Of a branch's trunk the step alone is told: all else that decides its state there are fields
-  that the two share (branch.require_trunk), and where it lies decides nothing.
-  Of a run that one begins from, experiment, cell and step are told, and not the path to it.
+  A branch contributes the step at which it leaves its trunk and nothing else: all that decides the
+  trunk's state there are fields that both share (branch.require_trunk). `init_from` contributes
+  EXPERIMENT/CELL@STEP, without the path.
   """
   floats = _float_paths()
-  values = leaves(config) | {"moe.balance_coef": config.moe.balance_weight,
-                             "moe.z_coef": config.moe.z_weight,
-                             "train.branch_from": config.train.branch_step,
-                             "train.init_from": _init_source(config.train)}
+  values = leaves(config) | _told_as_default(config) | {
+      "moe.balance_coef": config.moe.balance_weight, "moe.z_coef": config.moe.z_weight,
+      "data.corpus": config.data.canonical_corpus,
+      "train.branch_from": config.train.branch_step,
+      "train.init_from": _init_source(config.train)}
   return {path: float(value) + 0.0 if path in floats else value
           for path, value in values.items() if not path.startswith("execution.")}
+
+
+def _told_as_default(config: RunConfig) -> dict[str, int | None]:
+  """Fields at what they mean by default, or that have no effect here, with the default."""
+  arch, found = config.arch, dict[str, int | None]()
+  if arch.kv_heads == arch.n_heads:
+    found["arch.n_kv_heads"] = None
+  if arch.d_head * arch.n_heads == arch.d_model:
+    found["arch.head_dim"] = None
+  if not arch.n_dense_layers or arch.dense_width == dataclasses.replace(
+      arch, d_dense=None).dense_width:
+    found["arch.d_dense"] = None
+  if config.group_tokens == config.data.seq_len:
+    found["moe.routing_group_tokens"] = 0
+  return found
 
 
 @functools.cache
@@ -204,7 +221,7 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
 
 
 __all__ = [
-    "Architecture", "DataConfig", "ExecutionConfig", "FieldError", "MeshConfig",
+    "Architecture", "DataConfig", "ExecutionConfig", "MeshConfig",
     "ModelConfig", "MoEConfig", "RunConfig", "SCHEMA_VERSION", "TrainConfig",
     "config_from_dict", "identity", "identity_difference", "identity_hash",
     "require_causal", "resolve_mesh", "to_dict",

@@ -13,6 +13,8 @@ from moe_jax.errors import FieldError, did_you_mean
 
 T = TypeVar("T")
 
+_LARGEST_INT = 10**15
+
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
@@ -33,17 +35,17 @@ def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
   return found
 
 
-def leaves(instance: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(instance: Any) -> dict[str, Any]:
   """Dotted path -> value of every leaf below a dataclass instance."""
   names, get = _leaf_getter(type(instance))
   try:
     values = get(instance) if len(names) > 1 else (get(instance),)
   except AttributeError:  # a section is not what it should be, which its owner will say
-    return _walk(instance, prefix)
-  return {prefix + name: value for name, value in zip(names, values, strict=True)}
+    return _walk(instance)
+  return dict(zip(names, values, strict=True))
 
 
-def _walk(instance: Any, prefix: str) -> dict[str, Any]:
+def _walk(instance: Any, prefix: str = "") -> dict[str, Any]:
   found = {}
   for name in field_types(type(instance)):
     value = getattr(instance, name)
@@ -73,7 +75,10 @@ def parse(text: str, hint: Any, path: str) -> Any:
     return None if text.lower() == "none" else parse(text, inner, path)
   if typing.get_origin(hint) is tuple:
     inner, _ = typing.get_args(hint)
-    return tuple(parse(part, inner, path) for part in text.split(",") if text)
+    try:
+      return tuple(parse(part, inner, path) for part in text.split(",") if text)
+    except FieldError as error:
+      raise FieldError(path, text, f"{error.accepted}, or several with commas between") from None
   if hint is bool:
     values = {"true": True, "1": True, "false": False, "0": False}
     if text.lower() in values:
@@ -98,6 +103,8 @@ def parse(text: str, hint: Any, path: str) -> Any:
 
 def checked(value: Any, hint: Any, path: str) -> Any:
   """`value` if it has the annotated type (an int passes as a float), else FieldError."""
+  if type(value) is int and abs(value) > _LARGEST_INT:  # larger ones are no numbers of float64
+    raise FieldError(path, value, f"must lie between -{_LARGEST_INT} and {_LARGEST_INT}")
   if type(value) is hint and hint is not float:  # a float must also be finite
     return value
   if isinstance(hint, types.UnionType) and value is None:

@@ -4,10 +4,13 @@ An object store has no append and no atomic rename.
 """
 
 import contextlib
+import csv
+import io
 import json
 import os
+import pathlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from etils import epath
@@ -27,6 +30,11 @@ def is_local(path: str | os.PathLike) -> bool:
   return "://" not in os.fspath(path)
 
 
+def absolute(path: str) -> str:
+  """The path as it holds in any working directory: that of an object store already does."""
+  return os.path.abspath(path) if is_local(path) else path
+
+
 def files_below(folder: epath.Path) -> Iterator[epath.Path]:
   """All files below a folder, at any depth."""
   scheme, remote, _ = os.fspath(folder).partition("://")
@@ -41,7 +49,7 @@ def write_text(path: epath.Path, text: str) -> None:
   write_bytes(path, text.encode())
 
 
-def write_bytes(path: epath.Path, content: bytes) -> None:
+def write_bytes(path: epath.Path | pathlib.Path, content: bytes) -> None:
   """Writes a file whole: a reader sees the old content or the new, never a part."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if not is_local(path):  # an object appears when its upload is complete
@@ -58,8 +66,18 @@ def write_bytes(path: epath.Path, content: bytes) -> None:
     partial.unlink(missing_ok=True)  # gone, unless something went wrong
 
 
-def write_json(path: epath.Path, value: Any) -> None:
+def write_json(path: epath.Path | pathlib.Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Rows as CSV; None, and a column that a row has not, is an empty field."""
+  columns = dict.fromkeys(name for row in rows for name in row)
+  text = io.StringIO()
+  writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue()
 
 
 def read_json(path: epath.Path) -> Any:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import importlib.util
-import math
+import os
 import pathlib
 import re
 import sys
@@ -13,7 +13,7 @@ from typing import Any
 
 from moe_jax.arch import count
 from moe_jax.branch import require_trunk
-from moe_jax.config import RunConfig, identity, identity_difference
+from moe_jax.config import RunConfig, TrainConfig, identity, identity_difference
 from moe_jax.errors import FieldError, did_you_mean, require
 from moe_jax.fields import override
 
@@ -39,10 +39,10 @@ def _format(value: Any) -> str:
   if isinstance(value, bool):
     return str(int(value))
   if isinstance(value, float):
-    exponent = math.floor(math.log10(abs(value))) if value else 0
-    if -2 <= exponent < 4:
+    mantissa, exponent = f"{value:.11e}".split("e")
+    if -2 <= int(exponent) < 4:
       return f"{value:.12g}"
-    return f"{value / 10.0**exponent:.12g}e{exponent}"
+    return f"{float(mantissa):.12g}e{int(exponent)}"
   return re.sub(r"[^a-z0-9.]+", "-", str(value).lower()).strip("-")
 
 
@@ -97,7 +97,20 @@ class Grid:
         differing = identity_difference(first, others[0])
         raise FieldError("grid.cells", name, "two cells have this name: " + (
             "; ".join(differing) if differing else "they are the same run"))
-    object.__setattr__(self, "cells", self._keeping_branch_points())
+    self._require_different_branches()
+    object.__setattr__(self, "cells", self._keeping_what_others_need())
+
+  def _require_different_branches(self) -> None:
+    """Raises FieldError for two that are the same run, but for the step at which they branch."""
+    seen: dict[tuple, str] = {}
+    for name, config in zip(self.names, self.cells, strict=True):
+      if config.train.branch_from is None:
+        continue
+      result = tuple((path, value) for path, value in identity(config).items()
+                     if path != "train.branch_from")
+      first = seen.setdefault(result, name)
+      require(first == name, "grid.cells", name, f"is the run that {first} is, only branched "
+              "elsewhere: one length, given to all, makes branches of several lengths the same")
 
   def _with_its_own_trunk(self, config: RunConfig) -> RunConfig:
     """A branch of EXPERIMENT/CELL, where that is this experiment, as a branch of CELL: all that
@@ -107,10 +120,18 @@ class Grid:
       return config
     return override(config, {"train.branch_from": f"{cell}@{config.train.branch_step}"})
 
-  def _keeping_branch_points(self) -> tuple[RunConfig, ...]:
-    """The cells; a trunk keeps the checkpoints its branches need. Raises FieldError."""
+  def _keeping_what_others_need(self) -> tuple[RunConfig, ...]:
+    """The cells; each keeps the checkpoints that others go on from. Raises FieldError."""
     cells = dict(zip(self.names, self.cells, strict=True))
+
+    def keep(name: str, step: int) -> None:
+      steps = {*cells[name].execution.keep_steps, step}
+      cells[name] = override(cells[name], {"execution.keep_steps": tuple(sorted(steps))})
+
     for name, config in cells.items():
+      source = _own_cell(config.train.init_run, self.name)
+      if source in cells and config.train.init_step:
+        keep(source, config.train.init_step)
       trunk = cells.get(config.train.branch_run)
       if trunk is None:  # no branch, or of a run that is not in this grid
         continue
@@ -118,9 +139,7 @@ class Grid:
         require_trunk(config, trunk)
       except FieldError as error:
         raise FieldError("grid.cells", name, str(error)) from None
-      steps = {*trunk.execution.keep_steps, config.train.branch_step}
-      cells[config.train.branch_run] = override(
-          trunk, {"execution.keep_steps": tuple(sorted(steps))})
+      keep(config.train.branch_run, config.train.branch_step)
     return tuple(cells.values())
 
   @functools.cached_property  # what __post_init__ replaces in cells is no part of a name
@@ -136,24 +155,51 @@ class Grid:
 
   def override(self, changes: Mapping[str, Any]) -> "Grid":
     """The grid with the given fields replaced in every cell; the recipe stays, so that
-    names tell what was overridden. A branch then follows its trunk to the new name. TOKENS
-    stands for the number of steps that is nearest to so many."""
-    cells = [override(config, _in_steps(changes, config)) for config in self.cells]
-    branches = any(config.train.branch_from is not None for config in cells)
-    if branches and "train.branch_from" not in changes:
+    names tell what was overridden. A cell that branches or begins from another of the grid then
+    follows it to its new name. TOKENS stands for the number of steps that is nearest to so many."""
+    overridden = [override(config, _in_steps(changes, config)) for config in self.cells]
+    cells, followed = overridden, None
+    while cells != followed:  # a new name may change that of the next, to the end of the chain
       new = {old: cell_name(config, self.recipe)
              for old, config in zip(self.names, cells, strict=True)}
-      cells = [override(config, {"train.branch_from": f"{new[run]}@{config.train.branch_step}"})
-               if (run := config.train.branch_run) in new else config for config in cells]
+      followed, cells = cells, [
+          override(config, renamed) if (renamed := _to_new_names(
+              config.train, self.name, new, changes)) else config for config in overridden]
     return dataclasses.replace(self, cells=tuple(cells))
 
-  def only(self, wanted: Sequence[str], with_trunks: bool) -> "Grid":
-    """The grid of those cells, and behind them of those they branch from. Raises FieldError."""
+  def only(self, wanted: Sequence[str], with_sources: bool) -> "Grid":
+    """The grid of those cells, and behind them of those that they branch or begin from.
+
+    Raises:
+      FieldError: there is no such cell.
+    """
     kept = {cell: self.get_config(cell) for cell in wanted}
-    for config in tuple(kept.values()) if with_trunks else ():
-      while (cell := config.train.branch_run) in self.names:
-        config = kept.setdefault(cell, self.get_config(cell))
+    ahead = list(kept.values()) if with_sources else []
+    while ahead:
+      train = ahead.pop().train
+      for cell in (train.branch_run, _own_cell(train.init_run, self.name)):
+        if cell in self.names and cell not in kept:
+          ahead.append(kept.setdefault(cell, self.get_config(cell)))
     return dataclasses.replace(self, cells=tuple(kept.values()))
+
+
+def _own_cell(run: str | None, experiment: str) -> str | None:
+  """CELL of EXPERIMENT/CELL, where it is that experiment's."""
+  own, _, cell = (run or "").partition("/")
+  return cell if own == experiment else None
+
+
+def _to_new_names(train: TrainConfig, experiment: str, new: Mapping[str, str],
+                  changes: Mapping[str, Any]) -> dict[str, Any]:
+  """What a cell's run must be told of where those that it goes on from have new names."""
+  found = {}
+  if train.branch_run in new and "train.branch_from" not in changes:
+    found["train.branch_from"] = f"{new[train.branch_run]}@{train.branch_step}"
+  cell = _own_cell(train.init_run, experiment)
+  if cell in new and "train.init_from" not in changes:
+    step = "" if train.init_step is None else f"@{train.init_step}"
+    found["train.init_from"] = f"{experiment}/{new[cell]}{step}"
+  return found
 
 
 def _in_steps(changes: Mapping[str, Any], config: RunConfig) -> Mapping[str, Any]:
@@ -165,6 +211,8 @@ def _in_steps(changes: Mapping[str, Any], config: RunConfig) -> Mapping[str, Any
   require("train.steps" not in fields, TOKENS, tokens, "says the same as train.steps: give one")
   batch_tokens = (fields.get("train.batch_size", config.train.batch_size)
                   * fields.get("data.seq_len", config.data.seq_len))
+  if batch_tokens < 1:  # refused by the fields' own checks
+    return fields
   require(tokens >= batch_tokens, TOKENS, tokens,
           f"must be at least the {batch_tokens} of one batch")
   return fields | {"train.steps": round(tokens / batch_tokens)}
@@ -226,9 +274,9 @@ def load_grid(path: str) -> Grid:
     FieldError: no such file, no `get_grid` in it, or it raises (its error is quoted).
   """
   file = pathlib.Path(path)
-  if file.suffix != ".py" or not file.is_file():
+  if file.suffix != ".py" or not os.path.isfile(file):
     folder = file.parent if path.endswith(".py") else pathlib.Path("experiments")
-    beside = [str(p) for p in folder.glob("*.py") if p.stem != "__init__"]
+    beside = [str(p) for p in folder.glob("*.py") if p.stem != "__init__" and p.is_file()]
     raise FieldError("config", path, "no such experiment file"
                      + ("; " + did_you_mean(path, beside) if beside else ""))
   module_name = "experiment_" + re.sub(r"\W", "_", str(file.resolve()))
@@ -273,7 +321,7 @@ def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, .
   grid = load_grid(path)
   changes = changes or {}
   if wanted:
-    grid = grid.only(wanted, with_trunks="train.branch_from" not in changes)
+    grid = grid.only(wanted, with_sources=not {"train.branch_from", "train.init_from"} & {*changes})
   base_names = grid.names
   try:
     grid = grid.override(changes)

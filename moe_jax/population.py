@@ -1,11 +1,11 @@
 """Populations: cells of one compiled shape that one process trains together. No JAX.
 
-Cells that differ in nothing but a few numbers (seeds, learning rate and schedule, weight decay,
-coefficients of the router's losses) or in the run whose parameters they begin with run the same
-program on different arguments. So they share one compiled step, and several of them fill a device
-that one alone would leave idle: `execution.population` says how many train together at most. Each
-has its own run directory, which tells nothing of the others: a run that began in a population may
-go on alone, and the other way.
+Cells that differ in nothing but a few numbers (seeds, learning rate, lengths of the schedule's
+phases, weight decay, coefficients of the router's losses) or in the run whose parameters they begin
+with run the same program on different arguments. So they share one compiled step, and several of
+them fill a device that one alone would leave idle: `execution.population` says how many train
+together at most. Each has its own run directory, which tells nothing of the others: a run that
+began in a population may go on alone, and the other way.
 """
 
 from collections.abc import Sequence

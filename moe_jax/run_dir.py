@@ -33,6 +33,8 @@ from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.files import is_local, read_json, write_json
 from moe_jax.grid import Cell
 
+_LONGEST_PART = 255  # bytes in a name of a path
+
 HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 120.0
 
@@ -62,6 +64,14 @@ def is_gone(host: str, pid: int) -> bool:
   return False
 
 
+def _require_directory(root: epath.Path) -> None:
+  """Raises FieldError where `root` neither is a directory nor can be made one."""
+  nearest = next(path for path in (root, *root.absolute().parents) if os.path.lexists(path))
+  if not nearest.is_dir():
+    what = "is a file" if nearest == root else f"lies below the file {nearest}"
+    raise FieldError("out", os.fspath(root), f"{what}; a directory is wanted")
+
+
 @dataclasses.dataclass(frozen=True)
 class RunDir:
   """One run's files."""
@@ -75,10 +85,18 @@ class RunDir:
       raise FieldError("out", os.fspath(out), "needs gcsfs: pip install 'moe_jax[gcs]'")
     if not os.fspath(out):
       raise FieldError("out", "", "must name a directory")
-    root = epath.Path(out)
-    if is_local(root) and root.exists() and not root.is_dir():
-      raise FieldError("out", os.fspath(out), "is a file; a directory is wanted")
-    return cls(root / cell.experiment / cell.name)
+    if "://" in os.fspath(out) and not os.fspath(out).startswith("gs://"):
+      raise FieldError("out", os.fspath(out), "must be a directory of this machine or "
+                       "gs://BUCKET/PATH")
+    root, path = epath.Path(out), epath.Path(out) / cell.experiment / cell.name
+    if is_local(root):
+      _require_directory(root)
+      long = next((part for part in path.parts if len(os.fsencode(part)) > _LONGEST_PART), "")
+      if long:
+        raise FieldError("out", str(path), f"has a name of {len(os.fsencode(long))} bytes, of "
+                         f"at most {_LONGEST_PART}; what all cells share can go into the recipe "
+                         "of an experiment file, which names do not tell")
+    return cls(path)
 
   @classmethod
   def named(cls, out: str | os.PathLike, run: str) -> "RunDir":
@@ -140,7 +158,8 @@ class RunDir:
     """Whether the run has begun; writes nothing.
 
     Raises:
-      FieldError: the directory belongs to a run of another identity; names the fields.
+      FieldError: the directory belongs to a run of another identity, of which the fields are
+        named, or to one that began from another run's parameters.
     """
     theirs = self.read_config()
     if theirs is not None:
@@ -148,7 +167,21 @@ class RunDir:
       if differing:
         raise FieldError("out", str(self.path), "holds a run of another identity: "
                          + "; ".join(differing))
+      self._check_source(cell.config)
     return theirs is not None
+
+  def _check_source(self, config: RunConfig) -> None:
+    """The identity has the name of the run that it begins from, which two roots may both have."""
+    began = self.read_began_from()
+    if began is None or config.train.init_run is None:
+      return
+    there = RunDir.named(self.path.parent.parent, config.train.init_run)
+    with contextlib.suppress(DamagedFile):
+      source = there.read_config()
+      if source is not None and began["identity"] not in (
+          config_lib.identity_hash(source), there.read_identity()):
+        raise FieldError("out", str(self.path), f"holds a run that began from {began['run']} of "
+                         f"identity {began['identity']}, and {there.path} is another run")
 
   def claim(self, cell: Cell, branched_from: Mapping[str, Any] | None = None,
             began_from: Mapping[str, Any] | None = None) -> None:

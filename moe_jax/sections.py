@@ -3,9 +3,22 @@
 import dataclasses
 import math
 import re
+import struct
 from typing import Literal
 
 from moe_jax.errors import require
+
+_LEAST, _MOST = 1e-37, 1e37  # of positive numbers that training computes with, in float32
+
+
+def _require_positive(config: object, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    require(_LEAST <= value <= _MOST, name, value, f"must lie between {_LEAST:g} and {_MOST:g}")
+
+
+def _in_float32(value: float) -> float:
+  return struct.unpack("f", struct.pack("f", value))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +64,13 @@ class MoEConfig:
   drop_order: Literal["position", "score"] = "position"
 
   def __post_init__(self):
-    require(self.capacity_factor > 0, "capacity_factor", self.capacity_factor,
-            "must be above 0")
+    _require_positive(self, "capacity_factor")
     require(self.routing_group_tokens >= 0, "routing_group_tokens",
             self.routing_group_tokens, "must be 0 (one sequence) or more")
     for name in ("balance_coef", "z_coef", "bias_update_rate"):
       value = getattr(self, name)
-      require(value is None or value >= 0, name, value, "must be 0 or more")
+      require(value is None or 0 <= value <= _MOST, name, value,
+              f"must be 0 or more, and at most {_MOST:g}")
     require(0 <= self.jitter < 1, "jitter", self.jitter, "must be at least 0 and below 1")
     if self.router == "expert_choice":
       require(self.dispatch in ("capacity", "reference"), "dispatch", self.dispatch,
@@ -101,8 +114,9 @@ class ModelConfig:
   norm_eps: float = 1e-6
 
   def __post_init__(self):
-    require(self.rope_theta > 1, "rope_theta", self.rope_theta, "must be above 1")
-    require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be above 0")
+    require(1 < self.rope_theta <= _MOST, "rope_theta", self.rope_theta,
+            f"must be above 1, and at most {_MOST:g}")
+    _require_positive(self, "norm_eps")
 
 
 NAME = "[a-z0-9]+(?:[._-][a-z0-9]+)*"  # of a corpus: it is a folder and a part of job names
@@ -163,6 +177,14 @@ class DataConfig:
     return shares
 
   @property
+  def canonical_corpus(self) -> str:
+    """`corpus` with its names in order and weights that sum to 1."""
+    shares = self.mixture
+    if len(shares) == 1:
+      return next(iter(shares))
+    return ",".join(f"{name}:{share:.12g}" for name, share in shares.items())
+
+  @property
   def tokenizer_vocab_size(self) -> int | None:
     """Token ids the tokenizer can emit, its document separator included.
 
@@ -217,15 +239,16 @@ class TrainConfig:
   init_from: str | None = None
 
   def __post_init__(self):
-    for name in ("steps", "batch_size"):
-      require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-    for name in ("learning_rate", "eps", "clip_norm"):
-      require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
-    for name in ("weight_decay", "warmup_steps"):
-      require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+    require(1 <= self.steps < 2**31, "steps", self.steps, "must be at least 1 and below 2^31")
+    require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+    _require_positive(self, "learning_rate", "eps", "clip_norm")
+    require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must be 0 or more")
+    require(0 <= self.weight_decay <= _MOST, "weight_decay", self.weight_decay,
+            f"must be 0 or more, and at most {_MOST:g}")
     for name in ("beta1", "beta2"):
-      require(0 <= getattr(self, name) < 1, name, getattr(self, name),
-              "must be at least 0 and below 1")
+      value = getattr(self, name)
+      require(0 <= value < 1 and _in_float32(value) < 1, name, value,
+              "must be at least 0 and below 1, as a float32 too")
     for name in ("decay_fraction", "final_learning_rate_fraction"):
       require(0 <= getattr(self, name) <= 1, name, getattr(self, name),
               "must lie between 0 and 1")
@@ -305,7 +328,7 @@ class ExecutionConfig:
     checkpoint_every: steps between two checkpoints.
     keep_checkpoints: how many of the latest checkpoints are kept.
     keep_steps: steps at which a checkpoint is written and kept whatever else is. A grid adds
-      those from which its cells branch.
+      those from which its cells branch or begin.
     population: how many cells of one shape (population.py) train together in one process, on one
       device, at most. The result does not change, up to rounding; 1 means one after another.
   """

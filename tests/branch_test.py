@@ -8,13 +8,13 @@ from moe_jax import cli
 from moe_jax.branch import require_trunk
 from moe_jax.config import (
     Architecture,
-    FieldError,
     RunConfig,
     TrainConfig,
     config_from_dict,
     identity_hash,
     to_dict,
 )
+from moe_jax.errors import FieldError
 from moe_jax.fields import override
 from moe_jax.grid import Grid, select, trunk_and_branches
 from tests.experiment_files import write
@@ -160,11 +160,21 @@ def test_a_reference_on_the_command_line_is_taken_as_it_stands(tmp_path):
   assert cell.name == "l1-d16-f8-e4-k2-steps500-lr2e-3-branch300"
 
 
+def test_one_length_for_branches_of_several_is_refused(tmp_path):
+  """They would be one run, and count as three."""
+  spec = write(tmp_path, SOURCE)
+  for change in ({"train.steps": 1200}, {"train.tokens": 1200 * RECIPE.batch_tokens}):
+    with pytest.raises(FieldError, match=r"two|is the run that .*-branch200 is, only branched els"):
+      select(spec, change)
+  (cell,) = select(f"{spec}:{GRID.names[3]}", {"train.steps": 1200})  # one may be longer
+  assert (cell.config.train.steps, cell.config.train.branch_step) == (1200, 800)
+
+
 def test_keep_steps_come_from_the_command_line_and_branch_points_stay(tmp_path):
   change = dict([cli.parse_override("--config.execution.keep_steps=50,700")])
   cells = select(write(tmp_path, SOURCE), change)
   assert cells[0].config.execution.keep_steps == (50, 200, 400, 700, 800)
-  with pytest.raises(FieldError, match="keep_steps='x': must be a whole number"):
+  with pytest.raises(FieldError, match="keep_steps='5,x': must be a whole number, or several"):
     cli.parse_override("--config.execution.keep_steps=5,x")
   with pytest.raises(FieldError, match=r"keep_steps=\(0,\): must be a tuple of steps"):
     override(RECIPE, {"execution.keep_steps": (0,)})
@@ -185,6 +195,35 @@ def test_the_identity_tells_the_run_that_one_begins_from_and_not_where_it_lies(
   assert identity_hash(config) == identity_hash(override(RECIPE, {"train.init_from": told}))
   assert identity_hash(config) != identity_hash(RECIPE)
   assert config_from_dict(to_dict(config)) == config
+
+
+def test_a_cell_follows_the_one_it_begins_from_to_its_new_name(tmp_path):
+  source = """
+from moe_jax.config import Architecture, RunConfig
+from moe_jax.fields import override
+from moe_jax.grid import Grid
+
+DENSE = RunConfig(
+    arch=Architecture(n_layers=1, d_model=16, d_expert=16, n_exp=1, n_topk=1, n_heads=2))
+MIXTURE = override(DENSE, {"arch.n_exp": 4, "arch.n_topk": 2,
+                           "train.init_from": "up/l1-d16-f16-e1-k1@1000"})
+LAST = override(MIXTURE, {"train.init_from":
+                          "up/l1-d16-f16-e4-k2-init-up-l1-d16-f16-e1-k1-1000"})
+
+def get_grid():
+  return Grid("up", DENSE, (LAST, DENSE, MIXTURE))
+"""
+  spec = write(tmp_path, source)
+  begin = {cell.name: cell.config.train.init_from for cell in select(spec, {"seed_init": 1})}
+  last, dense, mixture = begin
+  assert dense == "l1-d16-f16-e1-k1-s1"
+  assert begin == {dense: None, mixture: f"up/{dense}@1000", last: f"up/{mixture}"}
+  kept = {cell.name: cell.config.execution.keep_steps for cell in select(spec, {"seed_init": 1})}
+  assert kept == {dense: (1000,), mixture: (), last: ()}
+  (alone,) = select(f"{spec}:{select(spec)[0].name}", {"seed_init": 1})
+  assert (alone.name, alone.config.train.init_from) == (last, f"up/{mixture}")
+  (told,) = select(f"{spec}:{select(spec)[0].name}", {"train.init_from": "old/run@3"})
+  assert told.config.train.init_from == "old/run@3"  # as it stands
 
 
 @pytest.mark.parametrize("value", ["cell", "cell@5", "old/cell@", "old/cell@x", "old/", "/", ""])

@@ -12,7 +12,6 @@ from moe_jax.config import (
     Architecture,
     DataConfig,
     ExecutionConfig,
-    FieldError,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -25,7 +24,9 @@ from moe_jax.config import (
     resolve_mesh,
     to_dict,
 )
+from moe_jax.errors import FieldError
 from moe_jax.fields import leaves, override
+from moe_jax.grid import cell_name
 from moe_jax.sections import NAME
 from tests import golden
 
@@ -50,7 +51,7 @@ CONFIG = RunConfig(arch=ARCH)
     ({"data.tokenizer": "bpe-200"}, r"data\.tokenizer='bpe-200': .*N at least 257"),
     ({"data.tokenizer": "words"}, r"data\.tokenizer='words': must be 'bytes' or 'bpe-N'"),
     ({"data.seq_len": 1}, r"data\.seq_len=1: must be at least 2"),
-    ({"moe.capacity_factor": 0.0}, r"moe\.capacity_factor=0\.0: must be above 0"),
+    ({"moe.capacity_factor": 0.0}, r"moe\.capacity_factor=0\.0: must lie between 1e-37 and"),
     ({"moe.balance_coef": -0.1}, r"moe\.balance_coef=-0\.1: must be 0 or more"),
     ({"moe.z_coef": -0.1}, r"moe\.z_coef=-0\.1: must be 0 or more"),
     ({"moe.router": "hash"}, r"moe\.router='hash': must be 'softmax' or 'sigmoid' or"),
@@ -69,13 +70,20 @@ CONFIG = RunConfig(arch=ARCH)
      r"train\.batch_size=32: must be a multiple of .*which is 1 \* 3"),
     ({"arch.n_topk": 1}, r"moe\.norm_topk_prob=True: must be false for n_topk = 1"),
     ({"model.rope_theta": 1.0}, r"model\.rope_theta=1\.0: must be above 1"),
-    ({"model.norm_eps": 0.0}, r"model\.norm_eps=0\.0: must be above 0"),
+    ({"model.norm_eps": 0.0}, r"model\.norm_eps=0\.0: must lie between 1e-37 and"),
     ({"model.compute_dtype": "float16"}, r"model\.compute_dtype='float16': must be"),
     ({"train.steps": 0}, r"train\.steps=0: must be at least 1"),
     ({"train.batch_size": 0}, r"train\.batch_size=0: must be at least 1"),
-    ({"train.learning_rate": 0.0}, r"train\.learning_rate=0\.0: must be above 0"),
+    ({"train.learning_rate": 0.0}, r"train\.learning_rate=0\.0: must lie between 1e-37 and"),
+    ({"train.learning_rate": 1e308}, r"train\.learning_rate=1e\+308: must lie between .* 1e\+37"),
+    ({"train.eps": 1e-60}, r"train\.eps=1e-60: must lie between 1e-37 and"),
+    ({"train.beta2": 0.9999999999}, r"train\.beta2=0\.9999999999: .*below 1, as a float32 too"),
+    ({"train.weight_decay": 1e300}, r"train\.weight_decay=1e\+300: .* at most 1e\+37"),
+    ({"train.steps": 2**31}, r"train\.steps=2147483648: must be at least 1 and below 2\^31"),
+    ({"train.steps": 10**400}, r"train\.steps=10+: must lie between"),
+    ({"arch.d_model": 10**400}, r"arch\.d_model=10+: must lie between"),
     ({"train.learning_rate": math.inf}, r"train\.learning_rate='inf': must be a finite"),
-    ({"train.clip_norm": 0.0}, r"train\.clip_norm=0\.0: must be above 0"),
+    ({"train.clip_norm": 0.0}, r"train\.clip_norm=0\.0: must lie between 1e-37 and"),
     ({"train.weight_decay": -1.0}, r"train\.weight_decay=-1\.0: must be 0 or more"),
     ({"train.beta2": 1.0}, r"train\.beta2=1\.0: must be at least 0 and below 1"),
     ({"train.decay_fraction": 1.5}, r"train\.decay_fraction=1\.5: .*between 0 and 1"),
@@ -214,6 +222,39 @@ def test_a_default_weight_that_is_written_out_is_the_same_identity():
   assert identity_hash(override(CONFIG, {"moe.balance_coef": 0.0})) != identity_hash(CONFIG)
 
 
+_DENSE_LAYER = override(CONFIG, {"arch.n_dense_layers": 1})
+_TWO_CORPORA = override(CONFIG, {"data.corpus": "python:0.7,sotu:0.3"})
+
+
+@pytest.mark.parametrize("config, written", [
+    (CONFIG, {"arch.n_kv_heads": CONFIG.arch.n_heads}),
+    (CONFIG, {"arch.head_dim": CONFIG.arch.d_model // CONFIG.arch.n_heads}),
+    (CONFIG, {"arch.d_dense": 77}),  # of no layer
+    (_DENSE_LAYER, {"arch.d_dense": CONFIG.arch.n_topk * CONFIG.arch.d_expert}),
+    (CONFIG, {"moe.routing_group_tokens": CONFIG.data.seq_len}),
+    (CONFIG, {"data.corpus": CONFIG.data.corpus + ":2"}),
+    (_TWO_CORPORA, {"data.corpus": "sotu:3, python:7"}),
+], ids=str)
+def test_a_default_that_is_written_out_is_the_same_identity_and_name(config, written):
+  other = override(config, written)
+  assert other != config
+  assert identity_difference(other, config) == []
+  assert identity_hash(other) == identity_hash(config)
+  assert cell_name(other, config) == cell_name(config, config)
+
+
+@pytest.mark.parametrize("config, written", [
+    (CONFIG, {"arch.n_kv_heads": 1}), (CONFIG, {"arch.head_dim": 16}),
+    (_DENSE_LAYER, {"arch.d_dense": 77}),
+    (CONFIG, {"moe.routing_group_tokens": 2 * CONFIG.data.seq_len}),
+    (CONFIG, {"data.corpus": "python"}), (_TWO_CORPORA, {"data.corpus": "python:0.6,sotu:0.4"}),
+], ids=str)
+def test_what_is_no_default_is_another_identity(config, written):
+  (path,) = written
+  (phrase,) = identity_difference(override(config, written), config)
+  assert phrase.startswith(f"{path} is ")
+
+
 def test_only_expert_choice_is_not_causal_and_cannot_decode():
   config_lib.require_causal(CONFIG)
   config_lib.require_causal(override(CONFIG, {"moe.router": "sigmoid"}))
@@ -254,7 +295,8 @@ def _changed(path):
 _PATHS = [path for path in leaves(CONFIG) if path != "schema_version"]
 
 
-@pytest.mark.parametrize("path", [p for p in _PATHS if not p.startswith("execution.")])
+@pytest.mark.parametrize("path", [p for p in _PATHS if not p.startswith("execution.")
+                                  and p != "arch.d_dense"])  # of no layer here
 def test_every_field_of_the_identity_changes_the_hash_and_is_named(path):
   other = _changed(path)
   assert identity_hash(other) != identity_hash(CONFIG)

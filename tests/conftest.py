@@ -6,6 +6,9 @@ import pathlib
 import pytest
 
 from moe_jax.cli import give_fake_devices_threads
+from moe_jax.grid import select
+from moe_jax.run_dir import RunDir
+from tests.experiment_files import BASE, write_tiny
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of a test's time is compilation, and its arrays are tiny: LLVM need not optimise.
@@ -17,6 +20,18 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(
     pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 give_fake_devices_threads()
+
+
+@pytest.fixture
+def cell(tmp_path):
+  """The tiny grid's first."""
+  return select(f"{write_tiny(tmp_path)}:{BASE}")[0]
+
+
+@pytest.fixture
+def run_dir(tmp_path, cell):
+  """Where the run of `cell` is to lie: nothing is there yet."""
+  return RunDir.of(tmp_path / "runs", cell)
 
 
 @pytest.fixture

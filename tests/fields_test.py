@@ -110,11 +110,14 @@ def test_from_dict_wants_every_field_and_no_other(values, message):
     from_dict(Outer, values)
 
 
+_whole_numbers = strategies.integers(-10**15, 10**15)
+
+
 @given(strategies.builds(
-    Outer, strategies.integers(),
+    Outer, _whole_numbers,
     strategies.builds(Inner, strategies.floats(allow_nan=False, allow_infinity=False,
                                                max_value=1), strategies.sampled_from("ab")),
-    strategies.text(), strategies.none() | strategies.integers(), strategies.booleans()))
+    strategies.text(), strategies.none() | _whole_numbers, strategies.booleans()))
 def test_every_leaf_survives_being_written_as_a_flag(tree):
   changes = {path: parse(str(value), leaf_types(Outer)[path], path)
              for path, value in leaves(tree).items()}

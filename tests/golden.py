@@ -32,7 +32,7 @@ _DENSE = RunConfig(arch=Architecture(
 _EVERYTHING = RunConfig(
     arch=Architecture(n_layers=3, d_model=96, d_expert=40, n_exp=6, n_topk=1, n_heads=4,
                       n_kv_heads=2, head_dim=16, vocab_size=4096, n_shared_experts=1,
-                      n_dense_layers=1, d_dense=80, tie_embeddings=True),
+                      n_dense_layers=1, d_dense=96, tie_embeddings=True),
     moe=MoEConfig("reference", 2.0, 256, False, 0.02, 0.0, "sigmoid", 0.01, 0.1, "score"),
     model=ModelConfig("float32", 500_000.0, 1e-5),
     data=DataConfig("sotu", "bpe-4096", 128, False),

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, strategies
 
 from moe_jax import grid as grid_lib
-from moe_jax.config import Architecture, FieldError, RunConfig
+from moe_jax.config import Architecture, RunConfig
+from moe_jax.errors import FieldError
 from moe_jax.fields import override
 from moe_jax.grid import Grid, cell_name, get_config, load_grid, select
 from moe_jax.sections import NAME

@@ -1,5 +1,6 @@
 """The run directory: one owner, one identity, files that are whole, damage that is named."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -9,24 +10,16 @@ import sys
 import time
 
 import pytest
+from etils import epath
 
 from moe_jax import run_dir as run_dir_lib
 from moe_jax.config import identity_hash
 from moe_jax.errors import FieldError
+from moe_jax.fields import override
 from moe_jax.files import write_json, write_text
 from moe_jax.grid import select
 from moe_jax.run_dir import RunDir, RunDirBusy
-from tests.experiment_files import BASE, ROOT, write_tiny
-
-
-@pytest.fixture
-def cell(tmp_path):
-  return select(f"{write_tiny(tmp_path)}:{BASE}")[0]
-
-
-@pytest.fixture
-def run_dir(tmp_path, cell):
-  return RunDir.of(tmp_path / "runs", cell)
+from tests.experiment_files import BASE, ROOT
 
 
 def test_a_run_lies_under_its_experiment(tmp_path, run_dir):
@@ -209,6 +202,38 @@ def test_a_root_that_is_a_file_is_refused(tmp_path, cell):
   (tmp_path / "file").write_text("")
   with pytest.raises(FieldError, match="is a file; a directory is wanted"):
     RunDir.of(tmp_path / "file", cell)
+  with pytest.raises(FieldError, match="lies below the file .*/file; a directory is wanted"):
+    RunDir.of(tmp_path / "file" / "runs", cell)
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/runs", "file:///tmp/runs"])
+def test_a_root_elsewhere_is_refused(cell, out):
+  with pytest.raises(FieldError, match="must be a directory of this machine or gs://BUCKET/PATH"):
+    RunDir.of(out, cell)
+
+
+def test_a_name_that_no_file_system_takes_is_refused(tmp_path, cell):
+  with pytest.raises(FieldError, match="has a name of 256 bytes, of at most 255"):
+    RunDir.of(tmp_path, dataclasses.replace(cell, name="c" * 256))
+  RunDir.of(tmp_path, dataclasses.replace(cell, name="c" * 255))
+
+
+def test_runs_that_begin_from_two_of_one_name_are_told_apart(tmp_path, cell):
+  """The identity has the name of the run that another begins from, and not the path to it."""
+  for root, rate in (("a", 1e-3), ("b", 2e-3)):
+    config = override(cell.config, {"train.learning_rate": rate})
+    RunDir(epath.Path(tmp_path / root / "old/run")).claim(dataclasses.replace(cell, config=config))
+  ours, theirs, gone = (dataclasses.replace(cell, config=override(cell.config, {
+      "train.init_from": f"{tmp_path}/{root}/old/run@20"})) for root in ("a", "b", "gone"))
+  run_dir = RunDir.of(tmp_path, ours)
+  began = RunDir(epath.Path(tmp_path / "a/old/run")).read_identity()
+  run_dir.claim(ours, began_from={"run": "old/run", "step": 20, "identity": began,
+                                  "checkpoint": "0"})
+  assert run_dir.check_identity(ours)
+  assert run_dir.check_identity(gone)  # on another machine there is nothing to compare with
+  with pytest.raises(FieldError, match=f"began from old/run of identity {began}, and .*/b/old/run "
+                                       "is another run"):
+    run_dir.check_identity(theirs)
 
 
 @pytest.mark.parametrize("wrong", [{"pid": "x"}, {"pid": 10**20}, {"heartbeat": None}])

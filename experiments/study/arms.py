@@ -1,8 +1,8 @@
 """What the study compares, and how every cell of it is trained; README.md says why.
 
 Arm A varies sparsity and the number of experts at granularity 2, so that layers give way to
-experts. Arm B varies the number of experts with n_exp / granularity held at s = 4: N_total,
-N_active, depth and width stay.
+experts. Arm B varies the number of experts with n_exp / granularity held at s = 4: depth stays, and
+so do, but for rounding, N_total, N_active and width (to 4, 7 and 5 % at 2M, to less above).
 """
 
 import dataclasses

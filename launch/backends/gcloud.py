@@ -17,7 +17,7 @@ from launch import budget, money, remote, tpu, work
 from launch.code import Code
 from launch.jobs import Job
 from launch.naming import digest, resource_name
-from launch.options import option, parse_secrets, require_words
+from launch.options import option, parse_secrets, require_python, require_words
 from launch.plans import File, Plan, SlicePlan
 from launch.shares import Share, deal
 from moe_jax.errors import FieldError, require
@@ -71,8 +71,7 @@ class Options(tpu.OnSlices):
                        "--backend=gke has it")
     require(self.valid_until is None or _DURATION.fullmatch(self.valid_until) is not None,
             "valid_until", self.valid_until, "must be a duration such as 6h or 1h30m")
-    require(self.python is None or re.fullmatch(r"/[A-Za-z0-9._/-]+", self.python) is not None,
-            "python", self.python, "must be an absolute path")
+    require_python(self.python)
     parse_secrets(self.secrets)
     money.require_money(self.usd_per_chip_hour, self.max_cost_usd, self.slice.topology)
     require(self.delete_when_done or self.max_cost_usd is None, "delete_when_done", False,
@@ -91,8 +90,7 @@ def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
 def _slice_plan(share: Share, options: Options, code: Code, out: str) -> SlicePlan:
   """A slice's files, a start-up script for each zone, and the command for the first zone."""
   secrets = parse_secrets(options.secrets)
-  hosts = options.slice.vms * options.slices_per_run
-  todo = work.work_of(share, code, out, "gcloud", hosts, secrets, options.usd_per_second)
+  todo = work.work_of(share, code, out, "gcloud", options.hosts, secrets, options.usd_per_second)
   scripts = (File(f"{share.name}/startup-{zone}.sh",
                   startup_script(share.name, options, code, out, todo.experiment, zone))
              for zone in dict.fromkeys(options.zones))

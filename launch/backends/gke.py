@@ -64,8 +64,8 @@ def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
 
 
 def _slice_plan(share: Share, options: Options, code: Code, out: str) -> SlicePlan:
-  hosts = options.slice.vms * options.slices_per_run
-  todo = work.work_of(share, code, out, "gke", hosts, usd_per_second=options.usd_per_second)
+  todo = work.work_of(share, code, out, "gke", options.hosts,
+                      usd_per_second=options.usd_per_second)
   manifest = json.dumps(jobset(share.name, options, code, out, todo.experiment), indent=1)
   return SlicePlan(
       share.name, tuple(todo.cells),

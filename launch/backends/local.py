@@ -11,7 +11,8 @@ trainer saves a checkpoint and ends; a second one kills them. The launcher's exi
 if all cells are finished, 128 + the signal's number if it was stopped, else 1.
 
 A branch waits until its trunk has saved the checkpoint that it begins with, and then runs beside
-it. Where the trunk ends without, the branch is not started.
+it; so does a run that begins with another's parameters (`train.init_from`), or, where it names no
+step, until that run is finished. Where the other ends without, it is not started.
 
 A killed launcher leaves its children running. They hold their run directories, so that the
 next launch sees them, names the process, and leaves those cells alone.
@@ -195,6 +196,11 @@ class _Launcher:
       self._not_started(job, f"its trunk {trunk.path.name} ended before it saved step "
                         f"{job.cell.config.train.branch_step}")
       return False
+    if (source := job.missing_source()) and self._is_ours(source):
+      step = job.cell.config.train.init_step
+      self._not_started(job, f"{source.path.name}, with whose parameters it begins, ended before "
+                        f"it saved {'its last step' if step is None else f'step {step}'}")
+      return False
     try:
       with job.run_dir.lock():
         return True
@@ -207,10 +213,10 @@ class _Launcher:
     self._say(f"{job.name}: not started: {why}")
 
   def _next_ready(self) -> tuple[Job, ...] | None:
-    """Takes the first waiting cells whose trunks are not still to come."""
+    """Takes the first waiting cells that wait for nothing that is still to come."""
     to_come = {job.run_dir for group in (*self._waiting, *self._trained) for job in group}
     for group in self._waiting:
-      if not any(job.missing_trunk() in to_come for job in group):
+      if not any({job.missing_trunk(), job.missing_source()} & to_come for job in group):
         self._waiting.remove(group)
         return group
     return None

@@ -16,7 +16,7 @@ from launch import remote, work
 from launch.code import Code
 from launch.jobs import Job
 from launch.naming import digest, resource_name
-from launch.options import option, parse_secrets, require_words
+from launch.options import option, parse_secrets, require_python, require_words
 from launch.plans import File, Plan, SlicePlan
 from launch.shares import deal, families
 from moe_jax.errors import require
@@ -52,8 +52,7 @@ class Options:
             self.tasks_per_node, "is for --gpus_per_node=0: a GPU has one process each")
     require(self.time is None or re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}", self.time)
             is not None, "time", self.time, "must be MINUTES, HH:MM:SS or DAYS-HH:MM:SS")
-    require(self.python is None or re.fullmatch(r"/[A-Za-z0-9._/-]+", self.python) is not None,
-            "python", self.python, "must be an absolute path")
+    require_python(self.python)
     for name, where in parse_secrets(self.secrets).items():
       require(where.startswith("/"), "secrets", name, "must be NAME=/file/on/the/nodes")
 

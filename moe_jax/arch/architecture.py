@@ -1,6 +1,7 @@
 """The shape of an MoE decoder: the five variables of arXiv 2601.08215 and the rest."""
 
 import dataclasses
+import numbers
 from typing import Literal
 
 from moe_jax.errors import require
@@ -52,12 +53,16 @@ class Architecture:
             "must be 'head', 'projection' or 'none'")
     for name in ("n_layers", "d_model", "d_expert", "n_exp", "n_topk", "n_heads",
                  "vocab_size"):
-      require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+      value = getattr(self, name)
+      require(isinstance(value, numbers.Integral), name, value, "must be a whole number")
+      require(value >= 1, name, value, "must be at least 1")
     for name in ("n_kv_heads", "head_dim", "d_dense"):
       value = getattr(self, name)
-      require(value is None or value >= 1, name, value, "must be at least 1, or none")
+      require(value is None or isinstance(value, numbers.Integral) and value >= 1, name, value,
+              "must be at least 1, or none")
     for name in ("n_shared_experts", "n_dense_layers"):
-      require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+      value = getattr(self, name)
+      require(isinstance(value, numbers.Integral) and value >= 0, name, value, "must be 0 or more")
     require(self.n_topk <= self.n_exp, "n_topk", self.n_topk,
             f"must be at most n_exp, which is {self.n_exp}")
     require(self.n_dense_layers <= self.n_layers, "n_dense_layers", self.n_dense_layers,
@@ -103,4 +108,5 @@ class Architecture:
 
   @property
   def n_moe_layers(self) -> int:
+    """Layers that have experts and a router."""
     return self.n_layers - self.n_dense_layers

@@ -98,6 +98,9 @@ def forward_flops_per_token(arch: Architecture, seq_len: int) -> int:
 
   Conventions (multiply-adds, causal attention, what is left out) as in the module's
   docstring. Scores and values take 2 * 2 * H * h FLOPs a key and a layer.
+
+  Raises:
+    FieldError: `seq_len` is below 1.
   """
   require(seq_len >= 1, "seq_len", seq_len, "must be at least 1")
   attention = 2 * arch.n_layers * arch.n_heads * arch.d_head * (seq_len + 1)
@@ -120,7 +123,11 @@ def prefill_flops_per_token(arch: Architecture, seq_len: int) -> float:
 
 
 def decode_flops_per_token(arch: Architecture, context: int) -> int:
-  """FLOPs of generating one token that attends to `context` keys, its own among them."""
+  """FLOPs of generating one token that attends to `context` keys, its own among them.
+
+  Raises:
+    FieldError: `context` is below 1.
+  """
   require(context >= 1, "context", context, "must be at least 1")
   attention = 4 * arch.n_layers * arch.n_heads * arch.d_head * context
   head = arch.d_model * arch.vocab_size
@@ -143,17 +150,12 @@ def optimizer_bytes(arch: Architecture) -> int:
   return 2 * weight_bytes(arch, "float32")
 
 
-def training_state_bytes(arch: Architecture) -> int:
-  """Bytes of float32 master weights and AdamW's moments: 12 a parameter.
-
-  What a checkpoint holds and what stays on the devices between two steps; gradients,
-  activations and copies of the weights in another type come on top while a step runs.
-  """
-  return weight_bytes(arch, "float32") + optimizer_bytes(arch)
-
-
 def kv_cache_bytes(arch: Architecture, batch: int, context: int, dtype: str) -> int:
-  """Bytes of the keys and values of `batch` sequences of `context` tokens, all layers."""
+  """Bytes of the keys and values of `batch` sequences of `context` tokens, all layers.
+
+  Raises:
+    FieldError: `batch` or `context` is below 1, or `dtype` is not in DTYPE_BYTES.
+  """
   require(batch >= 1, "batch", batch, "must be at least 1")
   require(context >= 1, "context", context, "must be at least 1")
   per_token = 2 * arch.n_layers * arch.kv_heads * arch.d_head

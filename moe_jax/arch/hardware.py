@@ -62,11 +62,6 @@ class Hardware:
     return self.bf16_flops / self.devices_per_chip
 
   @property
-  def device_hbm_bytes(self) -> float:
-    """Memory of one JAX device."""
-    return self.hbm_bytes / self.devices_per_chip
-
-  @property
   def device_hbm_bytes_per_second(self) -> float:
     """Peak memory bandwidth of one JAX device."""
     return self.hbm_bytes_per_second / self.devices_per_chip

@@ -10,6 +10,7 @@ Suffixes: N cells, P pairs (cell, d_model), T triples (cell, d_model, n_layers).
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 
 import numpy as np
@@ -30,7 +31,7 @@ class TooManyShapes(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shapes:
-  """Arrays of shapes under Architecture's resolved names, so that they can be counted."""
+  """Arrays of shapes under Architecture's names, so that they can be counted."""
 
   template: Architecture
   n_layers: np.ndarray
@@ -39,38 +40,18 @@ class Shapes:
   n_exp: np.ndarray
   n_topk: np.ndarray
 
-  @property
-  def n_heads(self) -> int:
-    return self.template.n_heads
-
-  @property
-  def kv_heads(self) -> int:
-    return self.template.kv_heads
-
-  @property
-  def d_head(self):
-    return self.template.head_dim or self.d_model // self.n_heads
-
-  @property
-  def qk_norm_scales(self):
-    return {"head": 2, "projection": self.n_heads + self.kv_heads, "none": 0}[
-        self.template.qk_norm] * self.d_head
-
-  @property
-  def n_shared_experts(self) -> int:
-    return self.template.n_shared_experts
-
-  @property
-  def n_dense_layers(self) -> int:
-    return self.template.n_dense_layers
-
-  @property
-  def n_moe_layers(self):
-    return self.n_layers - self.n_dense_layers
-
-  @property
-  def dense_width(self):
-    return self.template.d_dense or (self.n_topk + self.n_shared_experts) * self.d_expert
+  # One value for all shapes.
+  n_heads = property(operator.attrgetter("template.n_heads"))
+  n_kv_heads = property(operator.attrgetter("template.n_kv_heads"))
+  head_dim = property(operator.attrgetter("template.head_dim"))
+  qk_norm = property(operator.attrgetter("template.qk_norm"))
+  n_shared_experts = property(operator.attrgetter("template.n_shared_experts"))
+  n_dense_layers = property(operator.attrgetter("template.n_dense_layers"))
+  d_dense = property(operator.attrgetter("template.d_dense"))
+  # Architecture's own formulas, which hold for arrays too.
+  kv_heads, d_head = Architecture.kv_heads, Architecture.d_head
+  qk_norm_scales = Architecture.qk_norm_scales
+  n_moe_layers, dense_width = Architecture.n_moe_layers, Architecture.dense_width
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

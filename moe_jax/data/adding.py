@@ -28,7 +28,7 @@ from moe_jax.data import cache, documents, pool, readers, selection, sources
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data.sources import Plan, Source, Unit
 from moe_jax.errors import require
-from moe_jax.files import is_local
+from moe_jax.files import is_local, write_json
 from moe_jax.sections import NAME
 
 _FORMAT = 1  # raise it when the same text gives another dataset
@@ -114,7 +114,7 @@ def _build(name: str, source: Source, plan: Plan, key: dict[str, Any], processes
              for split, side in selection.SIDES.items()}
   dataset.write_metadata(home, dataset.tfds_name(name), lengths, {
       split: card["splits"][split]["bytes"] for split in lengths})
-  cache.write_json(partial / corpus_lib.CARD, card)
+  write_json(partial / corpus_lib.CARD, card)
 
 
 def _decide(name: str, notes: list[pathlib.Path], heldout_fraction: float,

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from moe_jax.errors import FieldError
+from moe_jax.files import write_json
 
 MANIFEST = "files.json"
 _KEY = "key.json"  # in a directory that is not finished
@@ -78,10 +79,6 @@ def _lock(file: pathlib.Path) -> Iterator[None]:
 def read_json(file: pathlib.Path) -> Any:
   """The content. Raises OSError or ValueError."""
   return json.loads(file.read_text())
-
-
-def write_json(file: pathlib.Path, value: Any) -> None:
-  write_whole(file, lambda opened: opened.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def write_whole(file: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:

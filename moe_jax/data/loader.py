@@ -7,7 +7,7 @@ input, so that attention can stop at its boundary. Of a mixture each corpus has 
 and mixing.py says whose turn it is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -84,14 +84,12 @@ def train_iterator(prepared: PreparedData, seq_len: int, batch_size: int, seed_d
   return iter(dataset.to_iter_dataset(options))
 
 
-class EvalRows(Sequence):
-  """Rows that hold every target of a split once, in the order of the text.
+class EvalRows:
+  """Rows of a split that hold every target once; a row sees nothing of the one before it.
 
-  Element r is a dict of arrays [seq_len]: `inputs_S`, `targets_S`, `segments_S` (int32) and
-  `mask_S` (bool): False where the last row is padded. All tokens of the split are targets
-  but the first, which nothing precedes. The target at a position counts for the document
-  of its input: so a document's loss includes its end, except for the last document's,
-  which is followed by nothing.
+  All tokens of the split are targets but the first, which nothing precedes. The target at a
+  position counts for the document of its input: so a document's loss includes its end, except
+  for the last document's, which is followed by nothing.
   """
 
   def __init__(self, split: Split, seq_len: int):
@@ -101,16 +99,12 @@ class EvalRows(Sequence):
   def __len__(self) -> int:
     return -(-self.n_targets // self._seq_len)
 
-  def __getitem__(self, row: int) -> Batch:
-    if not -len(self) <= row < len(self):
-      raise IndexError(row)
-    batch = self._load(np.array([row % len(self)]))
-    return {name.replace("_BS", "_S"): array[0] for name, array in batch.items()}
-
   def batches(self, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
-    """All rows in dicts of [batch_size, seq_len]; the last is filled up, all masked.
+    """All rows, in dicts of arrays [batch_size, seq_len]: `inputs_BS`, `targets_BS` and
+    `segments_BS` (int32), and `mask_BS` (bool), False where the last row is padded.
 
-    Padding has segment -1 and repeats the last input and target.
+    Padding has segment -1 and repeats the last input and target. Rows of padding alone fill the
+    last batch up.
 
     Args:
       batch_size: rows in a batch; it does not change their order.
@@ -132,8 +126,3 @@ class EvalRows(Sequence):
     batch = _gather(self._split, np.minimum(positions_BS, self.n_targets - 1))
     batch["segments_BS"] = np.where(mask_BS, batch["segments_BS"], np.int32(-1))
     return batch | {"mask_BS": mask_BS}
-
-
-def eval_rows(prepared: PreparedData, split: str, seq_len: int) -> EvalRows:
-  """The rows of `split` (`train` or `heldout`); a row sees nothing of the one before it."""
-  return EvalRows(prepared.splits[split], seq_len)

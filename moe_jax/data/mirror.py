@@ -10,8 +10,7 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from moe_jax.data import cache
-from moe_jax.files import files_below
+from moe_jax.files import files_below, write_bytes
 
 
 def home(data_dir: str | os.PathLike) -> pathlib.Path:
@@ -30,7 +29,5 @@ def fetch(data_dir: str | os.PathLike, added: Iterable[str]) -> pathlib.Path:
     for source in files_below(epath.Path(data_dir) / name):
       target = here / source.relative_to(data_dir).as_posix()
       if not target.exists() or target.stat().st_size != source.stat().length:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_whole(target, lambda opened, source=source: opened.write(
-            source.read_bytes()))
+        write_bytes(target, source.read_bytes())
   return here

@@ -27,6 +27,7 @@ from moe_jax.config import DataConfig
 from moe_jax.data import cache, corpus, encode, mirror, pool, tokenizer
 from moe_jax.data.progress import Progress
 from moe_jax.errors import require
+from moe_jax.files import write_json
 
 SPLITS = ("train", "heldout")
 _BPE_BYTES = 256_000_000  # of text that a BPE is trained on; more changes no merge that matters
@@ -196,7 +197,7 @@ def _build(tokenizer_name: str, corpora: Sequence[corpus.Corpus | corpus.AddedCo
              for split in SPLITS} for number in range(len(corpora))]
   both = {split: functools.reduce(encode.Counts.add, [found[split] for found in counts])
           for split in SPLITS}
-  cache.write_json(directory / "card.json", {
+  write_json(directory / "card.json", {
       "corpus": name, "tokenizer": tokenizer_name,
       "vocab_size": encoder.vocab_size, "document_start_id": encoder.document_start_id,
       "fingerprint": fingerprint,

@@ -15,6 +15,7 @@ import numpy as np
 
 from moe_jax.data import cache
 from moe_jax.errors import FieldError, did_you_mean, require
+from moe_jax.files import write_bytes
 
 FILE = "tokenizer.json"
 SEPARATOR = "<|document|>"
@@ -182,8 +183,7 @@ def add(file: pathlib.Path, data_dir: pathlib.Path) -> str:
   label = "bpe-file" if label == "bpe" else label  # bpe-12345678 means another thing
   name = f"{label}-{hashlib.sha256(content).hexdigest()[:8]}"
   kept = data_dir / ADDED / f"{name}.json"
-  kept.parent.mkdir(parents=True, exist_ok=True)
-  cache.write_whole(kept, lambda opened: opened.write(content))
+  write_bytes(kept, content)
   return name
 
 
@@ -207,4 +207,4 @@ def fetch(name: str, data_dir: pathlib.Path, file: pathlib.Path) -> None:
   content = kept.read_bytes()
   require(hashlib.sha256(content).hexdigest().startswith(name.rpartition("-")[2]),
           "data.tokenizer", name, f"its file {kept} has changed content: add it again")
-  cache.write_whole(file, lambda opened: opened.write(content))
+  write_bytes(file, content)

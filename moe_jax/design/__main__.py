@@ -21,6 +21,7 @@ from moe_jax.design.judge import TOLERANCE
 from moe_jax.design.published import PUBLISHED, get_model
 from moe_jax.design.space import DEFAULT_TEMPLATE, DEFAULT_VOCAB, Space
 from moe_jax.errors import FieldError, require
+from moe_jax.laws.flags import define_rows_flags
 
 _MEMORY = flags.DEFINE_string(
     "memory_gb", None, "Memory for weights and cache, e.g. 16, 16GB or 32GiB. Default: "
@@ -41,8 +42,7 @@ _TOKENS = flags.DEFINE_string("tokens", None, "Training tokens, e.g. 9B.")
 _LAW = flags.DEFINE_string("law", None, "A published law, or with --results the form to fit "
                            "(default paper). Without either, all published laws of MoEs.")
 _RESULTS = flags.DEFINE_string("results", None, "results.csv of an experiment: fit --law to it.")
-_WHERE = flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: of --results keep these rows.")
-_WITHOUT = flags.DEFINE_list("without", [], "Cells of --results to leave out, by name.")
+_WHERE, _WITHOUT = define_rows_flags()
 _TOLERANCE = flags.DEFINE_float("tolerance", TOLERANCE, "Within how much of the best loss a "
                                 "published law is taken to tell nothing apart.")
 _LIKE = flags.DEFINE_string("like", None, "Take budgets, tokens, vocabulary, heads, shared and "

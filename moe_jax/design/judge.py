@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from moe_jax.errors import FieldError
 from moe_jax.laws.fit import Fit
-from moe_jax.laws.forms import Form, log_sum
+from moe_jax.laws.information import design_of
 from moe_jax.laws.law import LOSS, Law, Training
 from moe_jax.laws.registry import LAWS
 from moe_jax.laws.shape import Shape
@@ -117,7 +117,7 @@ def fitted(fit: Fit, tokens: float) -> Judge:
   quantile = stats.t.ppf(LEVEL, df)
 
   def slack(shape: Shape, best: Shape) -> np.ndarray:
-    ours, its = (gradient(fit.form, fit.least_squares.theta, Fit.cells_of(s, tokens))
+    ours, its = (design_of(fit.form, Fit.cells_of(s, tokens), fit.least_squares.theta).x_NP
                  for s in (shape, best))
     apart_NP = ours - its
     variance_N = np.einsum("np,pq,nq->n", apart_NP, covariance_PP, apart_NP)
@@ -174,10 +174,3 @@ def jackknife(fit: Fit) -> tuple[np.ndarray, int]:
   theta_GP = np.array([part.theta for part in parts])
   apart_GP = theta_GP - theta_GP.mean(axis=0)
   return apart_GP.T @ apart_GP * (len(parts) - 1) / len(parts), len(parts) - 1
-
-
-def gradient(form: Form, theta_P: np.ndarray, cells) -> np.ndarray:
-  """d ln L / d theta, [n, P]."""
-  m_KNP = form.matrix(cells)
-  z_KN = m_KNP @ theta_P
-  return np.einsum("kn,knp->np", np.exp(z_KN - log_sum(z_KN)), m_KNP)

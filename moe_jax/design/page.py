@@ -27,7 +27,7 @@ def design_sections(question: Question, answer: Answer) -> list[Section]:
                _section("prices", report.price_table(answer))]
   sections += [_section(f"front_{r.judge.name}", report.front_table(answer, row), fold=True)
                for row, r in enumerate(answer.recommendations)]
-  lines = (*report.principle_lines(answer), *report.notes(question, answer))
+  lines = (*report.principle_lines(answer), *report.notes(answer))
   return [*sections, Section("reading", "How to read it",
                              tuple(line.strip() for line in lines if line.strip()))]
 

@@ -27,7 +27,7 @@ def show(question: Question, answer: Answer, seconds: float) -> None:
   print_sheet(price_table(answer))
   if question.fit is not None or question.law is not None:
     print_sheet(front_table(answer, 0))
-  print("\n" + "\n".join(principle_lines(answer) + notes(question, answer)))
+  print("\n" + "\n".join(principle_lines(answer) + notes(answer)))
 
 
 def header(question: Question, answer: Answer) -> list[str]:
@@ -201,7 +201,7 @@ def principle_lines(answer: Answer) -> list[str]:
   return lines
 
 
-def notes(question: Question, answer: Answer) -> list[str]:
+def notes(answer: Answer) -> list[str]:
   """What each law was not fitted on, and what it sees at all."""
   lines = ["notes"]
   for r in answer.recommendations:

@@ -23,7 +23,7 @@ def generate(cell: Cell, out: str | os.PathLike, prompts: Sequence[str], new_tok
     out: directory of all experiments.
     prompts: texts.
     new_tokens: see Decoder.generate.
-    sampling: a decode.Sampling.
+    sampling: a sampling.Sampling.
     say: gets a line on what was done.
 
   Returns:

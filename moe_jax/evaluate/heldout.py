@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from moe_jax import config as config_lib
-from moe_jax.data.loader import eval_rows
+from moe_jax.data.loader import EvalRows
 from moe_jax.data.prepare import PreparedData, Split
 from moe_jax.errors import FieldError
 from moe_jax.evaluate.estimate import ratio
@@ -145,7 +145,7 @@ def measure(config: config_lib.RunConfig, forward: Forward, prepared: PreparedDa
   is dense.
   """
   split, labels = prepared.splits[split_name], _labels(prepared)
-  rows = eval_rows(prepared, split_name, config.data.seq_len)
+  rows = EvalRows(split, config.data.seq_len)
   domain_D = _domain_of_label(prepared, labels)[split.domain_D]
   nats_D, nats_at_capacity_D, targets_D = np.zeros((3, split.n_documents))
   sums, routing = None, RoutingCounts(

@@ -1,7 +1,6 @@
 """Held-out loss against sparsity and against the number of experts, as a picture."""
 
 import collections
-import io
 import textwrap
 from collections.abc import Sequence
 
@@ -9,6 +8,7 @@ from etils import epath
 
 from moe_jax.evaluate.results import Row
 from moe_jax.files import write_bytes
+from moe_jax.laws.publish.page import png
 from moe_jax.laws.publish.style import COLOURS, MARKERS
 from moe_jax.laws.registry.chinchilla import TOKENS_PER_PARAMETER
 from moe_jax.text import short
@@ -18,9 +18,7 @@ _STYLES = tuple(zip(COLOURS, MARKERS, strict=True))
 
 def plot(rows: Sequence[Row], path: epath.Path) -> None:
   """Writes `figure` as a PNG."""
-  image = io.BytesIO()
-  figure(rows).savefig(image, format="png")
-  write_bytes(path, image.getvalue())
+  write_bytes(path, png(figure(rows)))
 
 
 def figure(rows: Sequence[Row]):

@@ -4,9 +4,7 @@ It is derived: made anew from config.json, status.json and eval/*.json of every 
 experiment that is on disk.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +16,7 @@ from moe_jax import config as config_lib
 from moe_jax.arch import count
 from moe_jax.config import RunConfig
 from moe_jax.errors import FieldError
-from moe_jax.files import read_json, write_text
+from moe_jax.files import csv_text, read_json, write_text
 from moe_jax.run_dir import RunDir
 from moe_jax.text import natural
 
@@ -101,7 +99,7 @@ def rows_of(run_dir: RunDir) -> list[Row]:
   `tokens` and `training_flops` are those up to the evaluated checkpoint. `tokens_per_second`,
   `mfu`, `device_kind`, `n_devices` and `commit` are of the training. Where the text has several
   domains there are `loss.LABEL` and `bits_per_byte.LABEL` with their errors for each; where the
-  cost of inference was measured, its columns (inference.columns); where tasks were asked of that
+  cost of inference was measured, its columns (cost.columns); where tasks were asked of that
   checkpoint, `TASK.METRIC` and `TASK.METRIC_se`.
 
   Raises:
@@ -190,10 +188,5 @@ def collect(out: str | os.PathLike, experiment: str,
 
 
 def write_csv(path: epath.Path, rows: Sequence[Row]) -> None:
-  """Writes rows; None, and a column that a row has not, is an empty field."""
-  text = io.StringIO()
-  columns = dict.fromkeys(name for row in rows for name in row)
-  writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
-  write_text(path, text.getvalue())
+  """Writes rows; see csv_text."""
+  write_text(path, csv_text(rows))

@@ -21,6 +21,7 @@ from moe_jax.export import layouts, tokenizer_files
 from moe_jax.export import shards as shards_lib
 from moe_jax.export.layouts import Weight
 from moe_jax.export.shards import DTYPES, Shards
+from moe_jax.files import is_local
 from moe_jax.grid import Cell
 from moe_jax.mesh import make_mesh
 from moe_jax.model.functional import abstract_params
@@ -113,7 +114,7 @@ def write_weights(shards: Shards, stored: StoredParams, weights: Iterable[Weight
 
 
 def _free_target(hf: str | os.PathLike) -> pathlib.Path:
-  require("://" not in os.fspath(hf), "hf", os.fspath(hf), "must be a local path")
+  require(is_local(hf), "hf", os.fspath(hf), "must be a local path")
   target = pathlib.Path(hf).expanduser().absolute()
   require(not target.exists(), "hf", os.fspath(hf), "exists, and is not overwritten")
   existing = next(path for path in target.parents if path.exists())

@@ -11,7 +11,7 @@ from absl import flags
 from moe_jax import cli
 from moe_jax.laws import intervals
 from moe_jax.laws.analysis import analyse
-from moe_jax.laws.forms import FORMS
+from moe_jax.laws.flags import define_law_flag, define_rows_flags
 from moe_jax.laws.power import MARGIN, Margin
 from moe_jax.laws.publish.page import check_path, publish
 from moe_jax.laws.publish.sections import law_sections, lead_of, title_of
@@ -20,10 +20,8 @@ from moe_jax.laws.report import report
 from moe_jax.laws.table import read_results
 
 _RESULTS = flags.DEFINE_string("results", None, "results.csv of an experiment.", required=True)
-_LAW = flags.DEFINE_string("law", "paper", f"The form to fit: {', '.join(FORMS)}.")
-_WHERE = flags.DEFINE_multi_string(
-    "where", [], "COLUMN=VALUE: keep these rows alone, e.g. state=finished. May be repeated.")
-_WITHOUT = flags.DEFINE_list("without", [], "Cells to leave out, by name.")
+_LAW = define_law_flag()
+_WHERE, _WITHOUT = define_rows_flags()
 _REPORT = flags.DEFINE_string("report", None, "Write the report as this .html file, with its "
                               "pictures and tables in a folder beside it.")
 _MARGIN = flags.DEFINE_float("margin_percent", MARGIN.percent, "Margin of the equivalence "

@@ -81,15 +81,14 @@ def choose(pool: Pool, noise: Noise, target: Target, n_add: int,
   at a time, for as long as that helps and the budget allows.
 
   Args:
-    n_add: at most so many runs.
-    budget: most that they may cost together.
+    n_add: at most so many runs, 1 or more.
+    budget: most that they may cost together: the caller's --flops.
 
   Raises:
-    FieldError: n_add is below 1, or the budget pays for no run at all.
+    FieldError: the budget pays for no run at all.
   """
-  require(n_add >= 1, "add", n_add, "must be at least 1")
-  require(budget >= pool.cost_N.min(), "budget", budget,
-          f"pays for no run: the cheapest costs {pool.cost_N.min():.3g}")
+  require(budget >= pool.cost_N.min(), "flops", budget,
+          f"pays for no run: the cheapest takes {pool.cost_N.min():.3g}")
   added = _grow(pool, noise, target, [], n_add, budget)
   for _ in range(_MAX_PASSES):
     before = list(added)

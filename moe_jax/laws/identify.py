@@ -69,7 +69,7 @@ def identify(form: Form, cells: Cells) -> Identified:
     shared = {p for j, other in enumerate(terms) if j != k for p in other}
     condition = max(condition, _condition(_columns(term, cells)))
     terms[k] = _without_collinear(term, shared, cells, refused, combinations)
-  terms = _merged(terms, cells, refused)
+  terms = _merged(terms, refused)
   reduced = form if not refused else Form(form.name, form.formula, tuple(terms))
   _check_enough(reduced, cells)
   return Identified(form, reduced, refused, combinations, condition)
@@ -185,7 +185,7 @@ def _rewritten(term: Term, tied: list[str], drivers: list[str], cells: Cells,
   return kept
 
 
-def _merged(terms: list[Term], cells: Cells, refused: dict[str, str]) -> list[Term]:
+def _merged(terms: list[Term], refused: dict[str, str]) -> list[Term]:
   """Without terms that have the same shape as an earlier one, e.g. two constants."""
   kept: list[Term] = []
   for term in terms:

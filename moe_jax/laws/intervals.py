@@ -179,11 +179,6 @@ def profile(fitted: Fit, level: float = 0.95) -> dict[str, Interval]:
   free, stays below RSS (1 + t² / (n - P)): for a log-log form this is Student's t
   interval, exact under normal errors.
   """
-  return {name: profile_one(fitted, p, level) for p, name in enumerate(fitted.parameters)}
-
-
-def profile_one(fitted: Fit, p: int, level: float = 0.95) -> Interval:
-  """The profile-likelihood interval of parameter number `p`."""
   from scipy import stats
   problem = fitted.problem
   theta = fitted.least_squares.theta
@@ -191,13 +186,21 @@ def profile_one(fitted: Fit, p: int, level: float = 0.95) -> Interval:
   quantile = stats.t.ppf((1 + level) / 2, max(1, n - k))
   j_NP = problem.jacobian(problem.to_phi @ theta) @ problem.to_phi
   rss = float(np.sum(fitted.residual**2))
-  error = np.sqrt(np.linalg.pinv(j_NP.T @ j_NP)[p, p] * rss / max(1, n - k))
-  if fitted.form.is_linear or error == 0:
-    ends = theta[p] - quantile * error, theta[p] + quantile * error
-  else:
-    ends = tuple(_profile_end(problem, theta, p, side * error, rss, quantile**2 / (n - k))
-                 for side in (-1, 1))
-  return Interval(float(theta[p]), float(ends[0]), float(ends[1]), level, "profile likelihood")
+  # Along a direction that the data say nothing of, the inverse has rounding alone, of either sign.
+  inverse_P = np.diag(np.linalg.pinv(j_NP.T @ j_NP))
+  error_P = np.sqrt(np.where(inverse_P > 0, inverse_P, np.inf) * rss / max(1, n - k))
+  found = {}
+  for p, (name, error) in enumerate(zip(fitted.parameters, error_P, strict=True)):
+    if not np.isfinite(error):
+      ends = -np.inf, np.inf
+    elif fitted.form.is_linear or error == 0:
+      ends = theta[p] - quantile * error, theta[p] + quantile * error
+    else:
+      ends = tuple(_profile_end(problem, theta, p, side * error, rss, quantile**2 / (n - k))
+                   for side in (-1, 1))
+    found[name] = Interval(float(theta[p]), float(ends[0]), float(ends[1]), level,
+                           "profile likelihood")
+  return found
 
 
 def _profile_end(problem: Problem, theta, p: int, step: float, rss: float,

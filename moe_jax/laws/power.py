@@ -53,7 +53,6 @@ class Power:
   Attributes:
     parameter: its name.
     df: degrees of freedom of its interval.
-    standard_error: of its estimate.
     half_width: expected half-width of its 95 % interval.
     detectable: least true value whose interval excludes 0 in 80 % of grids.
     margin: least equivalence margin that 80 % of grids show if the true value is 0.
@@ -62,7 +61,6 @@ class Power:
 
   parameter: str
   df: float
-  standard_error: float
   half_width: float
   detectable: float
   margin: float
@@ -84,9 +82,8 @@ def power_of(design: Design, noise: Noise, margin: float) -> list[Power]:
   found = []
   for p, (name, error) in enumerate(design.standard_errors(noise).items()):
     df = design.degrees_of_freedom(noise, np.eye(len(design.parameters))[p])
-    found.append(Power(name, df, error, error * t_quantile(df), error * detectable(df),
-                       error * equivalence_margin(df),
-                       equivalence_power(margin / error, df)))
+    found.append(Power(name, df, error * t_quantile(df), error * detectable(df),
+                       error * equivalence_margin(df), equivalence_power(margin / error, df)))
   return found
 
 
@@ -112,10 +109,10 @@ def detection_power(effect: float, df: float) -> float:
 
 
 @functools.cache
-def detectable(df: float, power: float = POWER) -> float:
-  """The effect, in standard errors, that is detected with this power."""
+def detectable(df: float) -> float:
+  """The effect, in standard errors, that is detected with a power of POWER."""
   import scipy.optimize
-  return float(scipy.optimize.brentq(lambda effect: detection_power(effect, df) - power,
+  return float(scipy.optimize.brentq(lambda effect: detection_power(effect, df) - POWER,
                                      0, 3 * t_quantile(df)))
 
 
@@ -128,10 +125,10 @@ def equivalence_power(margin: float, df: float, effect: float = 0.0) -> float:
 
 
 @functools.cache
-def equivalence_margin(df: float, power: float = POWER) -> float:
-  """The margin, in standard errors, that is shown with this power if there is no effect."""
+def equivalence_margin(df: float) -> float:
+  """The margin, in standard errors, that is shown with a power of POWER if there is no effect."""
   import scipy.optimize
-  return float(scipy.optimize.brentq(lambda margin: equivalence_power(margin, df) - power,
+  return float(scipy.optimize.brentq(lambda margin: equivalence_power(margin, df) - POWER,
                                      0, 6 * t_quantile(df, 0.90)))
 
 

@@ -14,12 +14,13 @@ from moe_jax.errors import FieldError
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import Fit
 from moe_jax.laws.information import degrees_of_freedom
+from moe_jax.laws.power import t_quantile
 from moe_jax.laws.validate import LeftOut
 
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-  """Predicted losses [n] and the ends of their two-sided interval."""
+  """Predicted losses [n] and the ends of their two-sided 95 % interval."""
 
   loss: np.ndarray
   low: np.ndarray
@@ -40,19 +41,17 @@ def points(fitted: Fit, **columns: np.ndarray) -> Cells:
   return Cells.of(np.ones(n), **held, **columns)
 
 
-def band(fitted: Fit, parts: list[LeftOut], at: Cells, level: float = 0.95) -> Band:
-  """The law's losses at some cells, with their interval.
+def band(fitted: Fit, parts: list[LeftOut], at: Cells) -> Band:
+  """The law's losses at some cells, with their 95 % interval.
 
   Args:
     fitted: the law.
     parts: of validate.leave_one_architecture_out.
     at: where.
-    level: of the interval.
 
   Raises:
     FieldError: without one of the architectures the law cannot be fitted.
   """
-  from scipy import stats
   if not parts or any(part.theta is None for part in parts):
     raise FieldError("cells", len(fitted.cells), "cannot be fitted without one of the "
                      "architectures: no interval for the curve")
@@ -61,5 +60,5 @@ def band(fitted: Fit, parts: list[LeftOut], at: Cells, level: float = 0.95) -> B
   g = len(parts)
   error = np.sqrt((g - 1) / g * np.sum((around - centre)**2, axis=0))
   df = degrees_of_freedom(len(fitted.cells), len(fitted.parameters), g)
-  width = stats.t.ppf((1 + level) / 2, df) * error
+  width = t_quantile(df) * error
   return Band(np.exp(centre), np.exp(centre - width), np.exp(centre + width))

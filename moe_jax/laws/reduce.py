@@ -62,7 +62,7 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
   values = np.array(list(kept))
   log_loss, share = np.array(list(kept.values())).T
   cells = Cells.of(
-      np.exp(log_loss), names=tuple(_name(groups[key]) for key in kept),
+      np.exp(log_loss), names=tuple(shortest_name(groups[key]) for key in kept),
       architecture=values[:, :len(ARCHITECTURE)],
       loss_se=noise * np.sqrt(share) * np.exp(log_loss), seeds=1 / share,
       notes=tuple(_notes(rows, groups, kept, noise, df, unused)),
@@ -87,12 +87,12 @@ def check_repeats(group: Sequence[Row], source: str) -> None:
                      f"choose with --where={column}={values[0]}")
 
 
-def _name(group: list[Row]) -> str:
+def shortest_name(group: list[Row]) -> str:
   """The shortest of the runs' names: those of a sweep and of seeds have suffixes."""
   return min((row["cell"] for row in group), key=lambda name: (len(name), name))
 
 
-def _by_learning_rate(group: list[Row]) -> dict[float, list[float]]:
+def by_learning_rate(group: list[Row]) -> dict[float, list[float]]:
   """Learning rate, ascending -> ln L of each seed."""
   found = collections.defaultdict(list)
   for row in group:
@@ -104,7 +104,7 @@ def _seed_noise(groups: dict[tuple, list[Row]]) -> tuple[float, int]:
   """Standard deviation of ln L between seeds, pooled, and its degrees of freedom."""
   squares, df = 0.0, 0
   for group in groups.values():
-    for losses in _by_learning_rate(group).values():
+    for losses in by_learning_rate(group).values():
       squares += float(np.sum((np.array(losses) - np.mean(losses))**2))
       df += len(losses) - 1
   return (math.sqrt(squares / df), df) if df else (math.nan, 0)
@@ -115,7 +115,7 @@ def _envelope(group: list[Row]) -> tuple[float, float] | None:
 
   None where that is at the edge of those swept.
   """
-  swept = _by_learning_rate(group)
+  swept = by_learning_rate(group)
   means = np.array([np.mean(losses) for losses in swept.values()])
   counts = np.array([len(losses) for losses in swept.values()])
   if len(means) == 1:
@@ -142,7 +142,7 @@ def _notes(rows, groups, kept, noise, df, unused) -> list[str]:
   for row in unused:
     why[row[UNUSED]].append(row["cell"])
   found += [f"NOT USED, {reason}: {', '.join(names)}" for reason, names in why.items()]
-  swept = sum(len(_by_learning_rate(group)) > 1 for group in groups.values())
+  swept = sum(len(by_learning_rate(group)) > 1 for group in groups.values())
   if not swept:
     found.append("one learning rate a cell: the best one moves with sparsity, so every "
                  "slope may carry a bias that these data cannot show")

@@ -19,6 +19,7 @@ from moe_jax.laws.forms import Form, log_sum
 DELTA = 1e-3
 N_STARTS = 64
 _UNMOVED = 1e-7
+_MOST_REWEIGHTED = 500  # passes of a linear Huber regression
 _FLOOR_SHARE = 1e-6  # a coefficient of zero has no logarithm
 
 
@@ -102,20 +103,19 @@ def least_squares(problem: Problem, phi: np.ndarray, max_evaluations: int = 200)
   return found.x
 
 
-def huber_regression(x_NP: np.ndarray, y_N: np.ndarray, delta: float = DELTA,
-                     max_iterations: int = 500) -> np.ndarray:
+def huber_regression(x_NP: np.ndarray, y_N: np.ndarray) -> np.ndarray:
   """Linear Huber regression by iteratively reweighted least squares, from least squares."""
   root_N = np.ones(len(y_N))
   beta = np.zeros(x_NP.shape[1])
-  for _ in range(max_iterations):
+  for _ in range(_MOST_REWEIGHTED):
     last, beta = beta, np.linalg.lstsq(x_NP * root_N[:, None], y_N * root_N, rcond=None)[0]
     if np.max(np.abs(beta - last)) < 1e-10:
       break
-    root_N = np.sqrt(np.minimum(1, delta / np.maximum(np.abs(y_N - x_NP @ beta), 1e-300)))
+    root_N = np.sqrt(np.minimum(1, DELTA / np.maximum(np.abs(y_N - x_NP @ beta), 1e-300)))
   return beta
 
 
-def huber_from(problem: Problem, phi: np.ndarray, delta: float = DELTA,
+def huber_from(problem: Problem, phi: np.ndarray,
                max_iterations: int = 3000) -> tuple[np.ndarray, float]:
   """One L-BFGS run on the summed Huber loss -> (phi, the sum).
 
@@ -123,20 +123,20 @@ def huber_from(problem: Problem, phi: np.ndarray, delta: float = DELTA,
   """
   import scipy.optimize
   if problem.form.is_linear:
-    phi = huber_regression(problem.centred_KNP[0], problem.y_N, delta)
-    return phi, huber_sum(problem.residual(phi), delta)
+    phi = huber_regression(problem.centred_KNP[0], problem.y_N)
+    return phi, huber_sum(problem.residual(phi))
 
   def objective(at):
     residual = problem.residual(at)
-    slope = np.clip(residual, -delta, delta)
-    # In units of delta: the same optimum, and tolerances that mean something.
-    return huber_sum(residual, delta) / delta, problem.jacobian(at).T @ slope / delta
+    slope = np.clip(residual, -DELTA, DELTA)
+    # In units of DELTA: the same optimum, and tolerances that mean something.
+    return huber_sum(residual) / DELTA, problem.jacobian(at).T @ slope / DELTA
 
   found = scipy.optimize.minimize(
       objective, phi, jac=True, method="L-BFGS-B",
       options=dict(maxiter=max_iterations, maxfun=4 * max_iterations, maxcor=30, ftol=1e-15,
                    gtol=1e-9))
-  return found.x, float(found.fun) * delta
+  return found.x, float(found.fun) * DELTA
 
 
 def huber(problem: Problem, n_starts: int = N_STARTS, seed: int = 0,

@@ -63,9 +63,13 @@ class Attention(nnx.Module):
       self.query_norm_Hh, self.key_norm_Kh = init.ones(heads, h), init.ones(kv_heads, h)
 
   def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, gather, mesh: Mesh) -> jax.Array:
-    """Attends, within documents if data.mask_documents.
+    """y_BSD: causal attention, within documents if data.mask_documents.
 
-    `gather` makes a weight ready to multiply (gather_whole).
+    Args:
+      x_BSD: tokens.
+      segments_BS: int32, the document of each token.
+      gather: makes a weight ready to multiply (transformer.gather_whole).
+      mesh: with B split over all its axes.
     """
     query_BSHh, key_BSKh, value_BSKh = self.project(x_BSD, gather, mesh)
     with jax.named_scope("attention"):
@@ -76,7 +80,10 @@ class Attention(nnx.Module):
   def project(self, x_BSD: jax.Array, gather, mesh: Mesh,
               position_BS: jax.Array | None = None
               ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values; those that are compared are normalised and rotated."""
+    """query_BSHh, key_BSKh, value_BSKh; queries and keys normalised and rotated.
+
+    `position_BS` are the positions to rotate by, by default 0 to S - 1.
+    """
     model = self.config.model
     weights = map(gather, (self.w_query_DHh, self.w_key_DKh, self.w_value_DKh))
     query_BSHh, key_BSKh, value_BSKh = multiply_each(x_BSD, list(weights), mesh)

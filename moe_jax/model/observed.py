@@ -1,4 +1,4 @@
-"""The forward pass with its eyes open: which experts each token was sent to, layer by layer.
+"""The forward pass that also returns which experts each token was sent to, layer by layer.
 
 Blocks run as they are. What a router makes of what it sees is computed once more, beside it.
 """
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from moe_jax.mesh import batch_sharding
 from moe_jax.model.transformer import Block, Transformer, gather_whole
 from moe_jax.moe.dispatch import assign_slots
-from moe_jax.moe.expert_parallel import priority
+from moe_jax.moe.layer import priority
 from moe_jax.moe.router import RouterSums, route
 
 
@@ -61,7 +61,7 @@ def _choices(block: Block, x_BSD, mesh, counted_BS) -> Choices:
                   gather_whole(moe.w_router_DE, mesh, jnp.float32), semantics.n_topk,
                   semantics.norm_topk_prob, None if moe.bias_E is None else moe.bias_E[...])
   dropped_TK = jnp.zeros(routing.expert_TK.shape, bool)
-  if semantics.capacity is not None:
+  if semantics.dispatch == "capacity":
     slots = assign_slots(routing.expert_TK, routing.prob_TE.shape[1], semantics.group_tokens,
                          semantics.capacity, priority(routing, semantics, counted_BS.ravel()))
     dropped_TK = (slots.slot_KT == slots.assignment_S.size).T

@@ -5,7 +5,7 @@ a plain nested dict.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,13 @@ from moe_jax.model import init, splash
 from moe_jax.model.attention import Attention, rms_norm
 from moe_jax.model.embedding import look_up
 from moe_jax.moe import expert_parallel, router
-from moe_jax.moe.expert_parallel import (
-  EXPERT_AXES,
-  Experts,
-  Semantics,
-  gated,
-  sharded_moe_layer,
-)
+from moe_jax.moe.expert_parallel import sharded_moe_layer
+from moe_jax.moe.experts import EXPERT_AXES, Experts, gated
+from moe_jax.moe.layer import Semantics
 from moe_jax.moe.router import RouterSums
 from moe_jax.products import einsum, multiply, multiply_each, precision_of
+
+Gather = Callable[..., jax.Array]  # gather_whole for a mesh and a type
 
 _save_named = jax.checkpoint_policies.save_only_these_names
 _REMAT_POLICIES = {
@@ -55,7 +53,8 @@ class SwiGLU(nnx.Module):
     self.w_down_FD = init.matrix(rngs, (hidden, d_model), (None, "d_model"), fan_in=hidden,
                                  scale=down_scale)
 
-  def __call__(self, x_BSD: jax.Array, gather, mesh: Mesh) -> jax.Array:
+  def __call__(self, x_BSD: jax.Array, gather: Gather, mesh: Mesh) -> jax.Array:
+    """y_BSD; `gather` makes a weight ready to multiply."""
     gate_BSF, up_BSF = multiply_each(x_BSD, [gather(self.w_gate_DF), gather(self.w_up_DF)], mesh)
     return multiply(gated(gate_BSF, up_BSF), gather(self.w_down_FD), mesh)
 
@@ -85,8 +84,9 @@ class MoE(nnx.Module):
     if arch.n_shared_experts:
       self.shared = SwiGLU(d, arch.n_shared_experts * f, down_scale, rngs)
 
-  def __call__(self, x_BSD: jax.Array, gather, mesh: Mesh, counted_BS: jax.Array | None,
+  def __call__(self, x_BSD: jax.Array, gather: Gather, mesh: Mesh, counted_BS: jax.Array | None,
                noise_key_B: jax.Array | None) -> tuple[jax.Array, RouterSums]:
+    """y_BSD and the router's sums; for the arguments see sharded_moe_layer."""
     experts = Experts(self.w_gate_EDF[...], self.w_up_EDF[...], self.w_down_EFD[...])
     bias_E = None if self.bias_E is None else self.bias_E[...]
     y_BSD, sums = sharded_moe_layer(x_BSD, gather(self.w_router_DE, dtype=jnp.float32), experts,
@@ -113,6 +113,7 @@ class Block(nnx.Module):
   def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, mesh: Mesh,
                counted_BS: jax.Array | None, noise_key_B: jax.Array | None
                ) -> tuple[jax.Array, RouterSums | None]:
+    """y_BSD, and the sums of its router where it has one; see Transformer.features."""
     return self.feed_forward(self.attend(x_BSD, segments_BS, mesh), mesh, counted_BS, noise_key_B)
 
   def attend(self, x_BSD: jax.Array, segments_BS: jax.Array, mesh: Mesh) -> jax.Array:

@@ -6,7 +6,7 @@ Several implementations, one truth:
 
 `run_experts(x_ERD, weight_ER=None)` maps rows, R for each expert, to outputs of the same shape,
 times the weight of each row where there are weights; it knows the experts and where they live
-(see expert_parallel.py). Where experts have unequal numbers of rows (dropless.py), it is
+(see layer.py). Where experts have unequal numbers of rows (dropless.py), it is
 `run_groups(x_SD, weight_S, size_E)`, on the rows of one expert after another. `dropped_T` counts
 each token's assignments that found no slot. Everything is index-based: no [T, E, C] tensor exists,
 so the cost of dispatch follows the rows that move, T*K*D, and not the number of experts.
@@ -73,6 +73,9 @@ def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts
     n_devices: over how many the experts lie, in equal parts. Rows come with the first expert of
       each device, then the second of each, and so on: so that they travel without being
       put in another order first.
+
+  Returns:
+    y_TD, and dropped_T: int32, assignments of each token that found no slot.
   """
   n_exp, d_model = routing.prob_TE.shape[-1], x_TD.shape[-1]
   expert_TK = routing.expert_TK
@@ -113,6 +116,11 @@ def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: 
   batch-prioritized routing (arXiv 2106.05974, section 4.1) is the same for n_topk = 1; above,
   it ranks tokens by their largest weight and serves all first choices before second ones,
   where here each expert ranks what was assigned to it.
+
+  Args:
+    expert_TK: int32, the experts of each token; T must be whole groups.
+    n_exp: E, how many experts there are.
+    group_tokens, capacity, priority_TK: see capacity_dispatch.
   """
   n_tokens, n_topk = expert_TK.shape
   n_groups, remainder = divmod(n_tokens, group_tokens)

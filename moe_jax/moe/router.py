@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Name of who goes where: experts of tokens, slots. Whatever else remat computes again, these it
-# keeps: they are a few integers a token, and finding them again would take sorts.
+# Name of routing decisions (experts of tokens, slots), which every remat policy saves: they are
+# a few integers a token, and computing them again would take sorts.
 SAVED = "route"
 
-# Sigmoids, unlike a softmax, may all be 0 in float32: their weights then are, and not NaN. Its
-# square, which the gradient divides by, is a number of float32, too.
+# Added to denominators: where all sigmoid scores of a token underflow, its weights are 0 and not
+# NaN. Its square, by which the gradient divides, is still a number in float32.
 _NO_SCORE = 1e-15
 
 
@@ -137,13 +137,13 @@ def of_chosen(score_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
 
 
 def gathered(score_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
-  """By an index for each, T*K of them, and a scatter back."""
+  """score_TK by take_along_axis, whose gradient is a scatter: fast on CPUs."""
   return jnp.take_along_axis(score_TE, expert_TK, axis=-1)
 
 
 @jax.custom_vjp
 def compared(score_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
-  """By comparing with every expert, there and back: for vector units, which do that in passing.
+  """score_TK by comparing with every expert, forward and backward: fast on vector units.
 
   A TPU gathers numbers one by one, and sorts what it scatters. There the T*K*E comparisons, which
   grow with the square of granularity, are part of the sum that they go into. A CPU makes them one
@@ -201,7 +201,15 @@ def router_sums(routing: Routing, dropped_T: jax.Array,
 def sums_over_tokens(prob_TE: jax.Array, logit_TE: jax.Array, *, assigned_E: jax.Array,
                      dropped_T: jax.Array, left_behind_T: jax.Array,
                      counted_T: jax.Array) -> RouterSums:
-  """RouterSums of the tokens that count; `assigned_E` is counted already."""
+  """RouterSums of the tokens that count.
+
+  Args:
+    prob_TE, logit_TE: float32, the router's scores.
+    assigned_E: assignments to each expert, of counted tokens alone.
+    dropped_T: assignments of each token that found no slot.
+    left_behind_T: bool, whether no expert served it.
+    counted_T: bool, False for padding.
+  """
   lse_T = jax.nn.logsumexp(logit_TE, axis=-1)
   # No loss: and the derivative at a probability of 0 would be infinite.
   entropy_T = jax.scipy.special.entr(jax.lax.stop_gradient(prob_TE)).sum(-1)
@@ -236,9 +244,9 @@ def router_metrics(sums: RouterSums) -> dict[str, jax.Array]:
   """Plain numbers to log, over layers where the sums have them.
 
   drop_rate: share of assignments without a slot. left_behind: share of tokens that no expert
-  served. load_variation: standard deviation of
-  expert loads over their mean, worst layer. max_load: busiest expert's load over the mean,
-  worst layer. dead_experts: share of experts that no token chose. router_entropy: nats, mean.
+  served. load_variation: standard deviation of expert loads over their mean, worst layer.
+  max_load: busiest expert's load over the mean, worst layer. dead_experts: share of experts that
+  no token chose. router_entropy: nats, mean.
   """
   load_E = sums.assigned_E / sums.assigned_E.mean(-1, keepdims=True)
   return {

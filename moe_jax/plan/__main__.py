@@ -14,6 +14,7 @@ from absl import flags
 
 from moe_jax import cli
 from moe_jax.errors import FieldError, require
+from moe_jax.files import csv_text
 
 _CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string(
@@ -83,7 +84,7 @@ def main(overrides: list[str]) -> int:
     console.print(sizes)
   print(table.summary(chosen, price))
   if _CSV.value:
-    pathlib.Path(_CSV.value).write_text(table.csv_text(rows))
+    pathlib.Path(_CSV.value).write_text(csv_text(rows))
   if _JSON.value:
     detailed = [flat | {name: plan.result.get(name, []) for name in ("dearest", "largest")}
                 for flat, plan in zip(rows, plans, strict=True)]

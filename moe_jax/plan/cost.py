@@ -17,7 +17,6 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 
 from moe_jax.plan import collectives, hlo
 from moe_jax.plan.collectives import Devices
@@ -32,8 +31,7 @@ PARTS = ("matmul", "attention", "dispatch", "collective", "optimizer", "head", "
 
 # Innermost scope that matches wins. The scopes are `jax.named_scope`s of the model and the step.
 _SCOPES = {"attention": "attention", "route": "dispatch", "dispatch": "dispatch",
-           "combine": "dispatch", "experts": "matmul", "optimizer": "optimizer", "head": "head",
-           "loss": "head"}
+           "combine": "dispatch", "optimizer": "optimizer", "head": "head", "loss": "head"}
 _FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
                    "partition-id", "replica-id", "opt-barrier"))
 _BY_BYTES = frozenset(("sort", "gather", "scatter", "fusion", "custom-call", "copy", "select",
@@ -356,9 +354,9 @@ def splash_flops(computation: Computation, kernel: Instruction) -> int:
   return 2 * _SPLASH_PRODUCTS[found[1]] * scores * h
 
 
-def part_of(op_name: str, is_matmul: bool, scopes: Mapping[str, str] = _SCOPES) -> str:
+def part_of(op_name: str, is_matmul: bool) -> str:
   """Which part of the step an instruction belongs to, from its innermost known scope."""
   for scope in reversed(re.split(r"[/()]+", op_name)):
-    if scope in scopes:
-      return scopes[scope]
+    if scope in _SCOPES:
+      return _SCOPES[scope]
   return "matmul" if is_matmul else "other"

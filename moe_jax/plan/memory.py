@@ -59,7 +59,7 @@ class _Walk:
     """
     values, own, inner = {}, set(), {}
     for instruction in computation.instructions:
-      values[instruction.name] = self._value(computation, instruction, values, given, own)
+      values[instruction.name] = self._value(instruction, values, given, own)
       inner[instruction.name] = self._called(instruction, values)
     last = {}
     for index, instruction in enumerate(computation.instructions):
@@ -78,7 +78,7 @@ class _Walk:
       alive -= {number for number in alive if last[number] <= index and number not in always}
     return peak
 
-  def _value(self, computation, instruction: Instruction, values, given, own) -> tuple[int, ...]:
+  def _value(self, instruction: Instruction, values, given, own) -> tuple[int, ...]:
     operands = [number for name in instruction.operands for number in values.get(name, ())]
     opcode = instruction.opcode
     if opcode == "parameter" and given is not None:

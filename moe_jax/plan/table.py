@@ -1,7 +1,5 @@
 """Plans as a table for people, and as rows for programs. No JAX here."""
 
-import csv
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,13 +155,3 @@ def row(plan: Plan, price: float | None) -> dict[str, Any]:
     flat[f"{name}_exposed_seconds"] = collective["exposed_seconds"]
     flat[f"{name}_hidden_seconds"] = collective["hidden_seconds"]
   return flat
-
-
-def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-  """Rows whose columns differ as one CSV."""
-  columns = list(dict.fromkeys(name for flat in rows for name in flat))
-  text = io.StringIO()
-  writer = csv.DictWriter(text, columns, lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
-  return text.getvalue()

@@ -47,7 +47,7 @@ class Contest:
       rows.append(("other" if i else "choice", cell_name(config, recipe),
                    short(count.n_total(arch)), short(count.n_active(arch)),
                    f"{arch.sparsity:g}", f"{arch.granularity:.3g}", f"{loss:.4f}"))
-    return [*self.notes, *aligned(rows, left=2)]
+    return [*self.notes, *aligned(rows, left=(0, 1))]
 
 
 def contest(fitted: Fit, history: SoFar, memory_gb: float, active_params: float, others: int = 10,

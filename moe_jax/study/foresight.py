@@ -14,11 +14,12 @@ import numpy as np
 from etils import epath
 
 from moe_jax.config import identity_hash
-from moe_jax.design.judge import gradient, jackknife
+from moe_jax.design.judge import jackknife
 from moe_jax.errors import FieldError, require
 from moe_jax.grid import Cell
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import Fit, fit
+from moe_jax.laws.information import design_of
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.table import UNUSED, Row
 from moe_jax.study import sample
@@ -77,7 +78,7 @@ def predict(cells: Sequence[Cell], rows: Sequence[Row], law: str,
   at = Cells.of(np.ones(len(asked)), names=tuple(cell.name for cell in asked),
                 **dict(zip(sample.COLUMNS, values.T, strict=True)))
   covariance_PP, df = jackknife(fitted)
-  x_NP = gradient(fitted.form, fitted.least_squares.theta, at)
+  x_NP = design_of(fitted.form, at, fitted.least_squares.theta).x_NP
   half_N = stats.t.ppf((1 + LEVEL) / 2, df) * np.sqrt(
       np.einsum("np,pq,nq->n", x_NP, covariance_PP, x_NP) + fitted.scatter_of_one_run**2)
   centre_N, fingerprint = fitted.log_loss(at), fingerprint_of(fitted)

@@ -1,8 +1,8 @@
 """Runs kept small, so that they can be committed: all of a run but what is large.
 
 A folder of them is laid out as an --out and read like one. A run's record there has config.json,
-status.json, the evaluations as they were, and one file of metrics, thinned. Folders of several
-sittings are merged run by run: what has come further stays.
+status.json, the held-out evaluation as it was, and one file of metrics, thinned. Folders of
+several sittings are merged run by run: what has come further stays.
 """
 
 import itertools
@@ -28,7 +28,6 @@ from moe_jax.run_dir import RunDir
 POINTS, DIGITS = 200, 5
 TRAINING_DROP_RATE = "training_drop_rate"
 NOT_RUN, NOT_OF_THE_GRID = "not run", "not of the grid"
-_EVALS = (HELDOUT,)  # what is kept of eval/
 
 # How far a run has come: a record is replaced by one that is further alone.
 EVALUATED, FINISHED, ENDED, BEGUN, NOTHING = 4, 3, 2, 1, 0
@@ -52,7 +51,7 @@ def keep_run(source: RunDir, target: RunDir) -> bool:
     Whether it was written.
 
   Raises:
-    FieldError: the record there is of another identity, or a file is damaged.
+    FieldError: the record there is of another identity or another text, or a file is damaged.
   """
   ours, theirs = source.read_config(), target.read_config()
   if ours is None:
@@ -61,11 +60,14 @@ def keep_run(source: RunDir, target: RunDir) -> bool:
     require(identity_hash(ours) == identity_hash(theirs), "out", str(source.path),
             f"is another run than the one kept as {target.path}: {identity_hash(ours)} and "
             f"{identity_hash(theirs)}")
+    text, kept_text = fingerprint(source), fingerprint(target)
+    require(None in (text, kept_text) or text == kept_text, "out", str(source.path),
+            f"is of another text than the same run kept as {target.path}: data_fingerprint "
+            f"{text} and {kept_text}")
     if progress(source) <= progress(target):
       return False
-  for name in _EVALS:
-    if (file := source.path / "eval" / f"{name}.json").exists():
-      write_bytes(target.path / "eval" / f"{name}.json", file.read_bytes())
+  if (file := source.path / "eval" / f"{HELDOUT}.json").exists():
+    write_bytes(target.path / "eval" / file.name, file.read_bytes())
   lines = [json.dumps({key: _rounded(value) for key, value in record.items()})
            for record in thinned(source.read_metrics())]
   if lines:
@@ -76,6 +78,17 @@ def keep_run(source: RunDir, target: RunDir) -> bool:
     write_json(target.path / "status.json", status | {"host": "", "pid": 1})
   write_bytes(target.path / "config.json", (source.path / "config.json").read_bytes())
   return True
+
+
+def fingerprint(run: RunDir) -> str | None:
+  """Which text a run's held-out evaluation is of: an identity has the name of its corpus alone.
+
+  None where it has no evaluation.
+  """
+  config, found = run.read_config(), run.read_eval(HELDOUT) or {}
+  if config is None or found.get("identity") != identity_hash(config):
+    return None
+  return found.get("data_fingerprint")
 
 
 def thinned(records: Sequence[dict[str, Any]], points: int = POINTS) -> list[dict[str, Any]]:
@@ -131,7 +144,7 @@ def table(kept: str | os.PathLike, grid: Grid) -> list[tuple[RunConfig, Row]]:
   A trunk is no result: it has a row where it went wrong alone.
 
   Raises:
-    FieldError: a record is damaged.
+    FieldError: a record is damaged, or two are of one corpus's name and not of one text.
   """
   folder = epath.Path(kept) / grid.name
   trunks = {config.train.branch_run for config in grid.cells}
@@ -149,7 +162,21 @@ def table(kept: str | os.PathLike, grid: Grid) -> list[tuple[RunConfig, Row]]:
       config = run.read_config()
       found += [(config, row | {"state": NOT_OF_THE_GRID})
                 for row in _rows(grid.name, run.path.name, config, run)]
+  _require_one_text(folder, [row for _, row in found])
   return found
+
+
+def _require_one_text(folder: epath.Path, rows: Iterable[Row]) -> None:
+  """One fingerprint for each corpus and tokenizer, among the rows that have one."""
+  first: dict[tuple[str, str], Row] = {}
+  for row in rows:
+    text = row.get("data_fingerprint")
+    if text is None:
+      continue
+    other = first.setdefault((row["corpus"], row["tokenizer"]), row)
+    require(text == other["data_fingerprint"], "out", str(folder),
+            f"{other['cell']} and {row['cell']} are of two texts of one name, {row['corpus']!r}: "
+            f"data_fingerprint {other['data_fingerprint']} and {text}; take the runs of one away")
 
 
 def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Row]:

@@ -16,13 +16,13 @@ from etils import epath
 from moe_jax import cli
 from moe_jax.errors import require
 from moe_jax.files import write_json
+from moe_jax.laws.flags import define_rows_flags
 from moe_jax.laws.table import read_results
 from moe_jax.study import rate_report, rates
 from moe_jax.study.noise import SEED_SD
 
 _RESULTS = flags.DEFINE_string("results", None, "results.csv of the sweeps.", required=True)
-_WHERE = flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: keep these rows alone.")
-_WITHOUT = flags.DEFINE_list("without", [], "Cells to leave out, by name.")
+_WHERE, _WITHOUT = define_rows_flags()
 _SEED_SD = flags.DEFINE_float("seed_sd", SEED_SD, "Standard deviation of ln L between seeds.")
 _WRITE = flags.DEFINE_string("write", None, "Write the law as this .json file.")
 _CHECK = flags.DEFINE_string("check", None, "Fit nothing; hold this law, a file of --write, "

@@ -12,14 +12,14 @@ from absl import flags
 from moe_jax import cli
 from moe_jax.design.units import parse_count
 from moe_jax.errors import require
-from moe_jax.laws.forms import FORMS
-from moe_jax.study.noise import ARCHITECTURE_SD, SEED_SD
+from moe_jax.laws.flags import define_law_flag, define_rows_flags
+from moe_jax.study import noise as noise_lib
 from moe_jax.study.targets import ALL, CHOICE, MEAN
 
 _RESULTS = flags.DEFINE_string("results", None, "results.csv of the runs so far.", required=True)
 _CONFIG = flags.DEFINE_string("config", None, "Their experiment file; needed where their "
                               "config.json do not lie beside the table.")
-_LAW = flags.DEFINE_string("law", "paper", f"The form: {', '.join(FORMS)}.")
+_LAW = define_law_flag()
 _TARGET = flags.DEFINE_string(
     "target", "b_minus_c", f"A coefficient of the form; {ALL}: the joint volume of all "
     f"exponents; {MEAN}: their mean variance; {CHOICE}: which architecture is best for "
@@ -38,13 +38,8 @@ _GRANULARITY = flags.DEFINE_list("granularity", None, "d_model / d_expert; defau
 _ASPECT = flags.DEFINE_float("aspect", None, "d_model / n_layers to hold.")
 _N_LAYERS = flags.DEFINE_integer("n_layers", None, "Depth to hold. Default: the depth of the "
                                  "runs where a size has one, else their mean aspect.")
-_SEED_SD = flags.DEFINE_float("seed_sd", None, "Standard deviation of ln L between seeds; "
-                              f"default: from repeated runs, else {SEED_SD}.")
-_ARCHITECTURE_SD = flags.DEFINE_float(
-    "architecture_sd", None, "The same of what the form does not know of an architecture; "
-    f"default: from the residuals, else {ARCHITECTURE_SD}.")
-_WHERE = flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: keep these rows alone.")
-_WITHOUT = flags.DEFINE_list("without", [], "Cells to leave out, by name.")
+_SEED_SD, _ARCHITECTURE_SD = noise_lib.define_flags()
+_WHERE, _WITHOUT = define_rows_flags()
 _CHOICE_TOTAL = flags.DEFINE_string("choice_n_total", None, "N_total of the architectures to "
                                     "choose from, e.g. 1B.")
 _CHOICE_ACTIVE = flags.DEFINE_string("choice_n_active", None, "Most N_active they may have.")

@@ -1,12 +1,24 @@
 """The noise that losses scatter by: measured where it can be, given or assumed elsewhere."""
 
 import numpy as np
+from absl import flags
 
 from moe_jax.laws.fit import Fit
 from moe_jax.laws.information import Noise, noise_of
 
 # Of ln L: 0.2 % of the loss is what benchmarks.law_coverage plants between seeds.
 SEED_SD = ARCHITECTURE_SD = 0.002
+
+flags.disclaim_key_flags()  # they are the commands', whose --help lists them
+
+
+def define_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
+  """Declares --seed_sd and --architecture_sd, None where they are not given."""
+  return (
+      flags.DEFINE_float("seed_sd", None, "Standard deviation of ln L between seeds; default: "
+                         f"from repeated runs, else {SEED_SD}."),
+      flags.DEFINE_float("architecture_sd", None, "The same of what the form does not know of an "
+                         f"architecture; default: from the residuals, else {ARCHITECTURE_SD}."))
 
 
 def given(seed_sd: float | None, architecture_sd: float | None) -> Noise:

@@ -21,7 +21,7 @@ from moe_jax.errors import FieldError, require
 from moe_jax.laws import intervals
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import Fit, fit
-from moe_jax.laws.forms import FORMS
+from moe_jax.laws.flags import define_law_flag, define_rows_flags
 from moe_jax.laws.table import ARCHITECTURE, DETAILS, RECIPE, UNUSED, Row, read_results
 from moe_jax.text import aligned
 
@@ -29,9 +29,8 @@ _RESULTS = flags.DEFINE_multi_string("results", None, "results.csv of an experim
                                      "repeated.", required=True)
 _OF = flags.DEFINE_string("of", "tokens", "The column that tells the runs of a pair apart.")
 _VALUES = flags.DEFINE_list("values", None, "Its two values: FIRST,SECOND.", required=True)
-_LAW = flags.DEFINE_string("law", "paper", f"A log-log form: {', '.join(FORMS)}.")
-_WHERE = flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: keep these rows alone.")
-_WITHOUT = flags.DEFINE_list("without", [], "Cells to leave out, by name.")
+_LAW = define_law_flag("The form to fit, a log-log one")
+_WHERE, _WITHOUT = define_rows_flags()
 
 _ALIKE = ("seed_init", "seed_data")
 

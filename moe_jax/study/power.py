@@ -11,28 +11,23 @@ from moe_jax.errors import FieldError, require
 from moe_jax.laws import power
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import fit
-from moe_jax.laws.forms import FORMS, Form, form_for
+from moe_jax.laws.flags import define_law_flag, define_rows_flags
+from moe_jax.laws.forms import Form, form_for
 from moe_jax.laws.identify import Identified, identify
 from moe_jax.laws.information import Design, Noise, design_of
 from moe_jax.laws.power import MARGIN, Margin
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.table import read_results
 from moe_jax.study import noise as noise_lib
-from moe_jax.study.noise import ARCHITECTURE_SD, SEED_SD
 from moe_jax.study.sample import not_yet_run
 from moe_jax.text import aligned
 
 _CONFIG = cli.define_config_flag(required=False)
 _RESULTS = flags.DEFINE_string("results", None, "results.csv of a grid that has been run; its "
                                "noise is taken from it.")
-_LAW = flags.DEFINE_string("law", "paper", f"The form to fit: {', '.join(FORMS)}.")
-_WHERE = flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: keep these rows alone.")
-_WITHOUT = flags.DEFINE_list("without", [], "Cells to leave out, by name.")
-_SEED_SD = flags.DEFINE_float("seed_sd", None, "Standard deviation of ln L between seeds; "
-                              f"default: from repeated runs, else {SEED_SD}.")
-_ARCHITECTURE_SD = flags.DEFINE_float(
-    "architecture_sd", None, "The same of what the form does not know of an architecture; "
-    f"default: from the residuals, else {ARCHITECTURE_SD}.")
+_LAW = define_law_flag()
+_WHERE, _WITHOUT = define_rows_flags(cells_of="--config or --results")
+_SEED_SD, _ARCHITECTURE_SD = noise_lib.define_flags()
 _FOLD = flags.DEFINE_float("fold", MARGIN.fold, "Effects are told as percent of the loss where a "
                            "variable grows so many fold.")
 _MARGIN = flags.DEFINE_float("margin_percent", MARGIN.percent, "Margin of the equivalence "
@@ -91,7 +86,7 @@ def report(cells: Cells, found: Identified, design: Design, noise: Noise,
   if len(rows) == 1:
     raise FieldError("law", found.form.name, "has no slope of ln L along one variable: take a "
                      "log-log form, such as paper")
-  return lines + aligned(rows, left=2)
+  return lines + aligned(rows, left=(0, 1))
 
 
 def _variable(form: Form, parameter: str) -> str | None:

@@ -9,25 +9,21 @@ uncertainty of the law, by the jackknife over architectures, and the scatter of 
 it. Every line has the identity's hash of its run and a fingerprint of the fit.
 """
 
-import csv
-import io
-
 from absl import flags
 from etils import epath
 
 from moe_jax import cli
 from moe_jax.errors import FieldError, require
-from moe_jax.files import write_text
-from moe_jax.laws.forms import FORMS
+from moe_jax.files import csv_text, write_text
+from moe_jax.laws.flags import define_law_flag, define_rows_flags
 from moe_jax.laws.table import read_results
 from moe_jax.study import foresight
 
 _RESULTS = flags.DEFINE_multi_string("results", None, "results.csv of an experiment; may be "
                                      "repeated.", required=True)
 _CONFIG = cli.define_config_flag(required=False)
-_LAW = flags.DEFINE_string("law", "paper", f"The form to fit: {', '.join(FORMS)}.")
-_WHERE = flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: keep these rows alone.")
-_WITHOUT = flags.DEFINE_list("without", [], "Cells of --results to leave out, by name.")
+_LAW = define_law_flag()
+_WHERE, _WITHOUT = define_rows_flags()
 _WRITE = flags.DEFINE_string("write", None, "Write the predictions as this .csv file; none that "
                              "exists.")
 _PREDICTIONS = flags.DEFINE_string("predictions", None, "A file of --write, to be compared with "
@@ -54,12 +50,8 @@ def main(overrides: list[str]) -> None:
   found = foresight.predict(cells, rows, _LAW.value, ", ".join(_RESULTS.value))
   print("\n".join(found.lines()))
   if _WRITE.value is not None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, foresight.COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found.rows)
     try:
-      write_text(epath.Path(_WRITE.value), text.getvalue())
+      write_text(epath.Path(_WRITE.value), csv_text(found.rows))
     except OSError as error:
       raise FieldError("write", _WRITE.value, str(error)) from None
     print(f"written: {_WRITE.value}; commit it before these cells run")

@@ -16,7 +16,7 @@ import numpy as np
 from moe_jax.arch import count
 from moe_jax.arch.architecture import Architecture
 from moe_jax.errors import FieldError, require
-from moe_jax.laws.reduce import check_repeats
+from moe_jax.laws.reduce import by_learning_rate, check_repeats, shortest_name
 from moe_jax.laws.table import ARCHITECTURE, LEFT_OUT, UNUSED, Row
 from moe_jax.run_dir import DIVERGED, FAILED, FINISHED
 from moe_jax.text import short
@@ -63,20 +63,18 @@ class Optimum:
     sweep: which.
     rate: the vertex of the parabola.
     low, high: its 95 % interval; 0 and infinity where the noise allows no curvature at all.
-    coefficients: ln L = c[0] + c[1] u + c[2] u² with u = ln(rate) - centre.
-    centre: see there.
+    curvature: of the parabola, ln L per (ln rate)².
   """
 
   sweep: Sweep
   rate: float
   low: float
   high: float
-  coefficients: tuple[float, float, float]
-  centre: float
+  curvature: float
 
   def loss_above(self, rate: float) -> float:
     """ln L at a rate minus that at the optimum, by the parabola."""
-    return self.coefficients[2] * math.log(rate / self.rate)**2
+    return self.curvature * math.log(rate / self.rate)**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,22 +125,17 @@ def sweeps_of(rows: Sequence[Row], source: str) -> list[Sweep]:
 
 
 def _sweep(group: list[Row]) -> Sweep:
-  losses = collections.defaultdict(list)
-  for row in group:
-    if UNUSED not in row:
-      losses[row["learning_rate"]].append(math.log(row["loss"]))
-  rates = sorted(losses)
+  losses = by_learning_rate([row for row in group if UNUSED not in row])
   without = {row["learning_rate"] for row in group
-             if row["state"] in (FINISHED, DIVERGED, FAILED)} - set(rates)
-  awaited = {row["learning_rate"] for row in group} - without - set(rates)
+             if row["state"] in (FINISHED, DIVERGED, FAILED)} - set(losses)
+  awaited = {row["learning_rate"] for row in group} - without - set(losses)
   row = group[0]
-  return Sweep(min((row["cell"] for row in group), key=lambda name: (len(name), name)),
-               {"n_total": row["n_total"], "sparsity": row["n_exp"] / row["n_topk"],
-                "n_exp": row["n_exp"]},
-               np.array(rates), np.array([np.mean(losses[rate]) for rate in rates]),
-               np.array([len(losses[rate]) for rate in rates]), tuple(sorted(without)),
-               tuple(sorted(awaited)),
-               tuple(str(row.get("identity", "")) for row in group))
+  variables = {"n_total": row["n_total"], "sparsity": row["n_exp"] / row["n_topk"],
+               "n_exp": row["n_exp"]}
+  return Sweep(shortest_name(group), variables,
+               np.array(list(losses)), np.array([np.mean(each) for each in losses.values()]),
+               np.array([len(each) for each in losses.values()]), tuple(sorted(without)),
+               tuple(sorted(awaited)), tuple(str(row.get("identity", "")) for row in group))
 
 
 def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
@@ -185,8 +178,7 @@ def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
   if c[2] <= _QUANTILE * math.sqrt(covariance_PP[2, 2]):
     half = math.inf
   return Optimum(sweep, math.exp(centre + vertex), math.exp(centre + vertex - half),
-                 math.exp(centre + vertex + half) if half < 700 else math.inf,
-                 tuple(float(x) for x in c), centre)
+                 math.exp(centre + vertex + half) if half < 700 else math.inf, float(c[2]))
 
 
 def _edge(sweep: Sweep, at: int, step: float) -> FieldError:

@@ -6,6 +6,7 @@ import numpy as np
 
 from moe_jax.arch import count
 from moe_jax.arch.architecture import Architecture
+from moe_jax.design import answer
 from moe_jax.errors import FieldError, did_you_mean
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.exchange import Target
@@ -92,5 +93,4 @@ def choice(archs: list[Architecture], asked: Cells, form: Form, theta_P: np.ndar
 
 
 def _named(arch: Architecture) -> str:
-  return (f"l{arch.n_layers}-d{arch.d_model}-f{arch.d_expert}-e{arch.n_exp}-k{arch.n_topk} "
-          f"({short(count.n_active(arch))} active)")
+  return f"{answer.name(arch)} ({short(count.n_active(arch))} active)"

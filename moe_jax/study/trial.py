@@ -17,7 +17,7 @@ from moe_jax.design.units import parse_count, parse_gigabytes
 from moe_jax.errors import require
 from moe_jax.grid import Grid, load_grid
 from moe_jax.laws.fit import fit
-from moe_jax.laws.forms import FORMS
+from moe_jax.laws.flags import define_law_flag, define_rows_flags
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.table import read_results
 from moe_jax.study import contest, rates
@@ -29,9 +29,8 @@ _RESULTS = flags.DEFINE_string("results", None, "results.csv: of the runs that t
                                "to; with --rank, of the trial.", required=True)
 _CONFIG = flags.DEFINE_string("config", None, "Experiment file of the runs; needed where their "
                               "config.json do not lie beside the table.")
-_LAW = flags.DEFINE_string("law", "paper", f"The form to fit: {', '.join(FORMS)}.")
-_WHERE = flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: keep these rows alone.")
-_WITHOUT = flags.DEFINE_list("without", [], "Cells to leave out, by name.")
+_LAW = define_law_flag()
+_WHERE, _WITHOUT = define_rows_flags()
 _MEMORY = flags.DEFINE_string("memory_gb", None, "Memory for weights and one row's cache, e.g. "
                               "0.013.")
 _ACTIVE = flags.DEFINE_string("active_params", None, "Active parameters at most, e.g. 3M.")

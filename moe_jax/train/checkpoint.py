@@ -216,7 +216,7 @@ def restore_model(run_dir: RunDir, abstract_model: Mapping[str, Any],
       abstract_model.get(name))) + (META,)
   step = files.sound_step(run_dir, step, items)
   model, _, meta = checkpoint_format.read(files.step_dir(run_dir, step), abstract_model,
-                                          with_data=False, cast=True)
+                                          model_only=True)
   return step, model, meta
 
 

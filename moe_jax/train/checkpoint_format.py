@@ -53,27 +53,27 @@ def save_args(state: Mapping[str, Any], data: Any, meta: Mapping[str, Any]
       meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta}))
 
 
-def read(directory: epath.Path, abstract_state: Mapping[str, Any], with_data: bool = True,
-         cast: bool = False) -> tuple[Any, Any, dict[str, Any]]:
-  """(state, data, meta) of the sound checkpoint at `directory`; data may be left out.
+def read(directory: epath.Path, abstract_state: Mapping[str, Any],
+         model_only: bool = False) -> tuple[Any, Any, dict[str, Any]]:
+  """(state, data, meta) of the sound checkpoint at `directory`.
 
   Args:
     directory: of one step.
     abstract_state: the state, or those of its entries that are wanted, as
       jax.ShapeDtypeStruct, with the shardings to restore to.
-    with_data: whether `data` is read; it is None otherwise.
-    cast: whether floats may be asked for in another type of float, to which they are rounded.
+    model_only: for a model that trains no further: `data` is None, and floats may be asked for in
+      another type of float, to which they are rounded.
 
   Raises:
     CheckpointError: another format version, or other arrays.
   """
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
     json_items = {name: ocp.args.JsonRestore()
-                  for name in ((DATA, META) if with_data else (META,))}
+                  for name in ((META,) if model_only else (DATA, META))}
     plain = reader.restore(directory, args=ocp.args.Composite(**json_items))
   require_version(directory, plain[META])
   wanted = _items(jax.tree.map(_placed, abstract_state))
-  stored = {name: require_same_arrays(directory, name, tree, cast)
+  stored = {name: require_same_arrays(directory, name, tree, model_only)
             for name, tree in wanted.items()}
   restored = {}
   for name, tree in wanted.items():
@@ -83,7 +83,7 @@ def read(directory: epath.Path, abstract_state: Mapping[str, Any], with_data: bo
           tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)))
   nested = {name: restored.get(name, {}) for name in (PARAMS, ROUTER)}
   nested |= restored.get(OPTIMIZER, {})
-  return _unnamed(nested, abstract_state), plain[DATA] if with_data else None, plain[META]
+  return _unnamed(nested, abstract_state), plain.get(DATA), plain[META]
 
 
 def _named(tree: Any) -> Any:

@@ -62,7 +62,7 @@ class Member:
     """Whether it has steps to take."""
     return self.ended is None and self.step < self.steps
 
-  # the way
+  # training
 
   def begin(self, checkpointer: Checkpointer) -> step_lib.State:
     """The state to go on with: from the last checkpoint, the trunk's, or new."""
@@ -138,7 +138,7 @@ class Member:
     self._writer.write(step, values)
     return True
 
-  # the end
+  # ending
 
   def close(self) -> None:
     """Waits for the last save, and closes the metrics."""

@@ -30,7 +30,7 @@ State = dict[str, Any]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-# What XLA's TPU compiler does only when told: rows travel to some experts while others compute.
+# XLA:TPU options, off by default, that overlap the experts' all-to-all with their products.
 TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": True,
                "xla_tpu_enable_async_ragged_all_to_all": True}
 

@@ -112,7 +112,6 @@ def test_hand_computed():
   assert count.decode_flops_per_token(arch, 5) == 2 * 2 * (192 + 24 + 192) + 160 + 2 * 160
   assert count.weight_bytes(arch, "bfloat16") == 2 * 1224
   assert count.optimizer_bytes(arch) == 8 * 1224
-  assert count.training_state_bytes(arch) == 12 * 1224
   assert count.kv_cache_bytes(arch, batch=3, context=7, dtype="bfloat16") == (
       2 * 2 * 4 * 3 * 7 * 2)
 
@@ -152,6 +151,9 @@ def test_counts_are_whole_numbers():
     (lambda: count.kv_cache_bytes(OLMOE, 1, 0, "float8"), "context=0: must be at least 1"),
     (lambda: count.forward_flops_per_token(OLMOE, 0), "seq_len=0: must be at least 1"),
     (lambda: count.decode_flops_per_token(OLMOE, 0), "context=0: must be at least 1"),
+    (lambda: dataclasses.replace(OLMOE, n_layers=2.5), "n_layers=2.5: must be a whole number"),
+    (lambda: dataclasses.replace(OLMOE, d_expert="8"), "d_expert='8': must be a whole number"),
+    (lambda: dataclasses.replace(OLMOE, head_dim=2.5), "head_dim=2.5: must be at least 1, or none"),
 ])
 def test_refuses(call, message):
   with pytest.raises(FieldError, match=message):

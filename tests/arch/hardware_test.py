@@ -34,10 +34,23 @@ def test_tpu_figures_are_near_those_jax_has(name, version, cores):
   info = pltpu.get_tpu_info_for_chip(getattr(pltpu.ChipVersion, version), cores)
   # JAX's are per TensorCore; a logical device of v4 and v5p is two of them.
   assert chip.device_bf16_flops == pytest.approx(cores * info.bf16_ops_per_second, rel=0.01)
-  assert chip.device_hbm_bytes == pytest.approx(cores * info.hbm_capacity_bytes, rel=0.02)
+  assert chip.hbm_bytes / chip.devices_per_chip == pytest.approx(
+      cores * info.hbm_capacity_bytes, rel=0.02)
   # v5p differs by 12 %: 2765 GB/s published, 2460 GB/s there.
   assert chip.device_hbm_bytes_per_second == pytest.approx(
       cores * info.mem_bw_bytes_per_second, rel=0.13)
+
+
+@pytest.mark.parametrize("name, flops, memory, bandwidth", [
+    ("a100-80", 312e12, 80e9, 2039e9), ("h100", 989e12, 80e9, 3350e9),
+    ("h200", 989e12, 141e9, 4800e9), ("b200", 2250e12, 180e9, 8000e9)])
+def test_gpu_figures_are_those_of_the_data_sheets(name, flops, memory, bandwidth):
+  """NVIDIA's, of the SXM parts: bfloat16 is dense here, half of what is told with sparsity."""
+  chip = HARDWARE[name]
+  assert chip.devices_per_chip == 1
+  assert chip.device_bf16_flops == pytest.approx(flops, rel=1e-3)
+  assert chip.hbm_bytes == memory
+  assert chip.device_hbm_bytes_per_second == pytest.approx(bandwidth, rel=1e-3)
 
 
 @pytest.mark.parametrize("name, both_directions", [

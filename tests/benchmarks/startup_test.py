@@ -2,6 +2,7 @@ import pytest
 
 from benchmarks import startup
 from benchmarks.startup_child import STAGES
+from tests.experiment_files import BASE, write_tiny
 
 
 def test_a_cold_start_finds_the_text_and_no_programs_and_a_cached_one_finds_both(
@@ -24,7 +25,8 @@ def test_a_cold_start_finds_the_text_and_no_programs_and_a_cached_one_finds_both
 @pytest.mark.slow
 def test_the_trainer_tells_its_stages_and_ends_after_a_step(tmp_path, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "")  # one device, as for a user: the cell's groups suit no eight
-  row = startup.start("experiments/quickstart.py:l2-d80-f42-e32-k4", tmp_path)
+  file, out = write_tiny(tmp_path), tmp_path / "runs"
+  row = startup.start(f"{file}:{BASE}", out)
   assert tuple(row) == STAGES and all(seconds > 0 for seconds in row.values())
   with pytest.raises(RuntimeError, match="no such cell"):
-    startup.start("experiments/quickstart.py:l2-d80", tmp_path)
+    startup.start(f"{file}:{BASE[:-1]}", out)

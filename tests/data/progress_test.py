@@ -42,7 +42,9 @@ def test_on_a_pipe_a_line_now_and_then_and_at_the_end():
 
 
 def test_on_a_terminal_a_bar():
-  assert "mine: reading" in show([1, 2, 3], terminal=True)
+  drawn = show([1, 2, 3], terminal=True)
+  assert "mine: reading" in drawn
+  assert "15.0/50.0 MB" in drawn.rpartition("mine: reading")[2]
 
 
 def write(file, fail=False):

@@ -17,6 +17,7 @@ from moe_jax.evaluate.text import Text
 from moe_jax.run_dir import RunDir
 from moe_jax.train import checksums
 from tests.evaluate.conftest import STATUS, cells_of, finish
+from tests.train.checkpoint_states import files_below, flip_a_byte
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +39,8 @@ def result_of(out, cell):
   return RunDir.of(out, cell).read_evals().get("heldout")
 
 
-def flip_a_byte(folder):
-  file = max((file for file in pathlib.Path(folder).rglob("*") if file.is_file()),
-             key=lambda file: file.stat().st_size)
-  content = bytearray(file.read_bytes())
-  content[len(content) // 2] ^= 1
-  file.write_bytes(content)
+def damage(folder):
+  flip_a_byte(max(files_below(folder), key=lambda file: file.stat().st_size))
 
 
 def test_survey_tells_how_each_cell_stands(out):
@@ -121,7 +118,7 @@ def test_another_content_of_the_same_step_is_evaluated_again(out):
 def test_a_damaged_checkpoint_is_passed_over_and_the_row_tells_its_step(out):
   (cell,) = cells_of(seeds=1)
   run_dir = finish(out, cell)
-  flip_a_byte(run_dir.checkpoints / "4" / "params")
+  damage(run_dir.checkpoints / "4" / "params")
   said, failed = evaluate([cell], out)
   assert not failed and "step 2" in said[0] and result_of(out, cell)["step"] == 2
 
@@ -130,7 +127,7 @@ def test_what_is_broken_is_named_and_the_others_are_evaluated(out):
   cells = cells_of(seeds=4)
   ruined = finish(out, cells[0])
   for step in (2, 4):
-    flip_a_byte(ruined.checkpoints / str(step) / "params")
+    damage(ruined.checkpoints / str(step) / "params")
   finish(out, cells[1], fingerprint="of-another-text")
   finish(out, cells[2])
   finish(out, cells[3])

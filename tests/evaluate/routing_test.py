@@ -1,5 +1,8 @@
 """Counts of what routers chose, against loops, and what the information in them means."""
 
+import collections
+import math
+
 import numpy as np
 import pytest
 
@@ -11,11 +14,14 @@ L, B, S, K, E, G, V = 2, 4, 6, 2, 5, 2, 7
 
 
 def batch(seed=0):
+  """Experts that are chosen at random, but some by preference for a domain or for tokens."""
   rng = np.random.default_rng(seed)
-  expert_LBSK = rng.permuted(np.tile(np.arange(E), (L, B, S, 1)), axis=-1)[..., :K]
+  token_BS, domain_BS = rng.integers(0, V, (B, S)), rng.integers(0, G, (B, S))
+  liked_BSE = np.eye(E)[domain_BS] + np.eye(E)[token_BS % E]
+  expert_LBSK = np.argsort(-rng.random((L, B, S, E)) - liked_BSE, axis=-1)[..., :K]
   choices = Choices(expert_LBSK.astype(np.int16), rng.random((L, B, S, K)) < 0.3,
                     rng.random((L, B, S)).astype(np.float32))
-  return choices, rng.integers(0, V, (B, S)), rng.integers(0, G, (B, S)), rng.random((B, S)) < 0.8
+  return choices, token_BS, domain_BS, rng.random((B, S)) < 0.8
 
 
 def counts_of(*batches, keep=False):
@@ -47,7 +53,27 @@ def test_the_numbers_are_those_of_loops_over_two_batches():
   np.testing.assert_allclose(found["drop_rate"][1], dropped_G / tokens_G / K, **close)
   np.testing.assert_allclose(found["coactivation"][1], pair_EE / np.diag(pair_EE)[:, None],
                              **close)
-  assert len(found["domain_information"]) == len(found["token_information"]) == L
+  for name, of_BS in (("domain_information", lambda one: one[2]),
+                      ("token_information", lambda one: one[1])):
+    for layer in range(L):
+      pairs = [(of_BS(one)[b, s], expert) for one in batches
+               for b, s in zip(*np.nonzero(one[3]), strict=True)
+               for expert in one[0].expert_LBSK[layer, b, s]]
+      share = share_by_hand(pairs)
+      assert 0 < share < 1 and found[name][layer] == pytest.approx(share, abs=1e-6), name
+
+
+def share_by_hand(pairs):
+  """(H(A) + H(E) - H(A, E)) / H(E) of pairs (a, e), each entropy with half of how many values
+  there are, less one, for each pair added (Miller and Madow)."""
+
+  def entropy(values):
+    counts = collections.Counter(values)
+    shares = [count / len(values) for count in counts.values()]
+    return -sum(p * math.log(p) for p in shares) + (len(counts) - 1) / (2 * len(values))
+
+  a, e = zip(*pairs, strict=True)
+  return (entropy(a) + entropy(e) - entropy(pairs)) / entropy(e)
 
 
 def test_one_domain_tells_nothing_of_domains():

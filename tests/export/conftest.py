@@ -11,7 +11,7 @@ from moe_jax.export.to_hf import export
 from moe_jax.grid import Cell
 from moe_jax.run_dir import RunDir
 from moe_jax.train.checkpoint import Checkpointer
-from tests.evaluate.conftest import STATUS, out_with_data, small_corpus  # noqa: F401
+from tests.evaluate.conftest import STATUS, out, out_with_data, small_corpus  # noqa: F401
 from tests.small import ARCH, random_params, small_config
 
 ARCHS = {
@@ -37,7 +37,7 @@ def cell_of(layout):
   return Cell("kinds", f"kinds.py:{layout}", layout, config_of(layout))
 
 
-def leave_run(out: pathlib.Path, cell: Cell, params=None) -> RunDir:
+def leave_run(out: pathlib.Path, cell: Cell, params=None) -> RunDir:  # noqa: F811
   """A finished run with random parameters."""
   run_dir = RunDir.of(out, cell)
   run_dir.claim(cell)
@@ -58,9 +58,3 @@ def exported(out_with_data):  # noqa: F811
     export(cell_of(layout), out_with_data, folder / layout,
            shard_bytes=4e9 if layout == "mixtral" else 20e3)
   return folder
-
-
-@pytest.fixture
-def out(out_with_data, tmp_path):  # noqa: F811
-  (tmp_path / "_data").symlink_to(out_with_data / "_data")
-  return tmp_path

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ExecutionConfig
-from moe_jax.data.loader import eval_rows
+from moe_jax.data.loader import EvalRows
 from moe_jax.data.prepare import prepare
 from moe_jax.evaluate import heldout
 from moe_jax.export import from_hf
@@ -79,7 +79,7 @@ def trained(exported, out_with_data):
 
 def documents(config, prepared):
   """Every piece of a document that stands in a row, and its last target; -1 fills it up."""
-  rows, pieces = eval_rows(prepared, "heldout", config.data.seq_len), []
+  rows, pieces = EvalRows(prepared.splits["heldout"], config.data.seq_len), []
   for batch in rows.batches(8, 0):
     for inputs, targets, segments, mask in zip(*(batch[f"{name}_BS"] for name in (
         "inputs", "targets", "segments", "mask")), strict=True):

@@ -29,6 +29,7 @@ from moe_jax.run_dir import EXIT_BUSY, EXIT_PREEMPTED, is_gone
 from tests.experiment_files import ROOT, write, write_tiny
 from tests.launch.branch_test import SOURCE
 from tests.launch.submitter import TRAINER
+from tests.launch.waiting import wait_until
 
 PATIENCE = 300  # seconds, in which a starved machine too has done it
 
@@ -56,13 +57,6 @@ def _run(file, **environment):
 def _launches(file):
   todo = from_text(file.read_text(), file)
   return [read_launch(todo.run_dir(name)) for name in todo.cells]
-
-
-def _wait_until(condition):
-  deadline = time.monotonic() + PATIENCE
-  while not condition():
-    assert time.monotonic() < deadline, "it did not happen"
-    time.sleep(0.02)
 
 
 def test_cells_are_trained_in_turn_and_failures_have_a_budget(tmp_path):
@@ -176,7 +170,7 @@ def test_what_a_trainer_left_behind_is_ended_once(monkeypatch):
   killed = []
   monkeypatch.setattr(os, "killpg", lambda *group: killed.append(group))
   trainer = Trainer(("python", "-c", ""), {})
-  _wait_until(lambda: trainer.poll() is not None)
+  wait_until(lambda: trainer.poll() is not None, PATIENCE)
   assert (trainer.poll(), trainer.stop(), killed) == (0, 0, [(trainer.pid, signal.SIGKILL)])
 
 
@@ -220,8 +214,8 @@ def test_told_to_stop_it_saves_and_the_next_agent_goes_on(tmp_path):
   file = _work(tmp_path, ["slow"], steps=100)
   agent = _run(file)
   status = tmp_path / "runs" / "tiny"
-  _wait_until(lambda: any(json.loads(found.read_text())["step"] > 3
-                          for found in status.glob("l*/status.json")))
+  wait_until(lambda: any(json.loads(found.read_text())["step"] > 3
+                         for found in status.glob("l*/status.json")), PATIENCE)
   agent.send_signal(signal.SIGTERM)
   output, _ = agent.communicate(timeout=PATIENCE)
   assert agent.returncode == 75, output
@@ -238,12 +232,24 @@ def test_all_hosts_are_in_the_same_attempt(tmp_path):
   """A crash on the leader begins a new attempt on the follower too."""
   file = _work(tmp_path, ["crash_once", "ok"], hosts=2)
   log = tmp_path / "follower.txt"
+  waiting = tmp_path / "leader.py"  # each attempt of it waits until the follower has begun its own
+  waiting.write_text(
+      "import os, pathlib, sys, time\n"
+      f"attempts, theirs = pathlib.Path({str(tmp_path / 'leader.txt')!r}), "
+      f"pathlib.Path({str(log)!r})\n"
+      "with open(attempts, 'a') as file: print('one', file=file)\n"
+      "def lines(file): return len(file.read_text().split()) if file.exists() else 0\n"
+      f"deadline = time.monotonic() + {PATIENCE / 5}\n"
+      "while lines(theirs) < lines(attempts) and time.monotonic() < deadline: time.sleep(0.02)\n"
+      "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n")
   script = tmp_path / "follower.py"  # what a host beside the leader runs: it only says so
   script.write_text("import pathlib, sys, time\n"
                     f"with open({str(log)!r}, 'a') as log: print(sys.argv[1], file=log)\n"
                     "time.sleep(600)\n")
-  leader = _run(file, SLURM_PROCID="0")
   todo = json.loads(file.read_text())
+  file.write_text(json.dumps(todo | {"cells": {
+      name: ["python", str(waiting), *command[1:]] for name, command in todo["cells"].items()}}))
+  leader = _run(file, SLURM_PROCID="0")
   todo["cells"] = {name: ["python", str(script), name] for name in todo["cells"]}
   theirs = file.with_name("follower-work.json")
   theirs.write_text(json.dumps(todo))
@@ -251,9 +257,8 @@ def test_all_hosts_are_in_the_same_attempt(tmp_path):
   assert leader.wait(PATIENCE) == 0
   output, _ = follower.communicate(timeout=PATIENCE)
   assert follower.returncode == 0, output
-  names = list(todo["cells"])
-  began = log.read_text().split() if log.exists() else []
-  assert began == sorted(began, key=names.index)  # in the leader's order, none after the end
+  first, second = todo["cells"]
+  assert log.read_text().split() == [first, first, second]
   hosts = sorted(found.name for found in file.parent.glob("host-*.json"))
   assert hosts == ["host-0-0.json", "host-0-1.json"]
 
@@ -275,11 +280,11 @@ def test_the_word_of_an_earlier_life_is_not_followed(tmp_path):
 
   now(4, "", name)  # as the first life left it
   follower = _run(file, SLURM_PROCID="1", SLURM_RESTART_COUNT="1")
-  _wait_until(lambda: (file.parent / "host-0-1.json").exists())
+  wait_until(lambda: (file.parent / "host-0-1.json").exists(), PATIENCE)
   time.sleep(0.5)  # ten looks
   assert not begun.exists()
   now(5, "1", name)
-  _wait_until(begun.exists)
+  wait_until(begun.exists, PATIENCE)
   now(6, "1", None)
   output, _ = follower.communicate(timeout=PATIENCE)
   assert (follower.returncode, begun.read_text()) == (0, "x"), output

@@ -1,5 +1,7 @@
-"""How machines get the code: the image's boot.py and the TPU VM's start-up script, really run."""
+"""How machines get the code: the image's boot.py, the TPU VM's start-up script and the script of
+SLURM's array, really run."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import pytest
 from etils import epath
 
 from launch import budget
-from launch.backends import gcloud
+from launch.backends import gcloud, slurm
 from launch.code import pack
 from launch.host.agent import Agent, Pace
 from launch.work import from_text
@@ -159,3 +161,44 @@ def test_code_that_was_changed_is_not_run(tmp_path, out, code):
   script.kill()
   script.wait(60)
   assert not (tmp_path / "seen").exists()
+
+
+def _task(tmp_path, out, code, end):
+  """Runs the script as SLURM would run task 3 of job 41; its `srun` ends with that code.
+
+  Returns:
+    (exit code, what `srun` and `scontrol` were told, each with the folder it was told in)
+  """
+  tools, told = tmp_path / "tools", tmp_path / "told"
+  tools.mkdir(exist_ok=True)
+  told.write_text("")
+  for tool, exit_code in (("srun", end), ("scontrol", 0)):
+    (tools / tool).write_text(
+        f'#!/bin/bash\n{{ pwd; printf "%s\\n" {tool} "$@"; echo; }} >> {told}\nexit {exit_code}\n')
+    (tools / tool).chmod(0o755)
+  text = slurm.script(f"{out}/e x/_slices/s0", slurm.Options(python=sys.executable), code, str(out))
+  done = subprocess.run(
+      ["bash"], input=text, text=True, timeout=60, cwd="/", capture_output=True,
+      env={"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "41",
+           "SLURM_ARRAY_TASK_ID": "3"})
+  return done.returncode, [tuple(said.split("\n")) for said in told.read_text().split("\n\n")[:-1]]
+
+
+@pytest.mark.parametrize("end", [0, 1, 75])
+def test_an_array_task_trains_its_share_and_goes_back_where_it_was_told_to_stop(
+    tmp_path, out, code, end):
+  home = out / "_code" / code.file_name.removesuffix(".tar.gz")
+  train = (str(home), "srun", "--kill-on-bad-exit=1", sys.executable, "-m", "launch.host",
+           f"--work={out}/e x/_slices/s0/3/work.json")
+  requeue = (str(home), "scontrol", "requeue", "41_3")
+  for _ in range(2):  # the second time the code is there
+    assert _task(tmp_path, out, code, end) == (end, [train, *([requeue] if end == 75 else [])])
+  assert (home / "launch" / "host.py").exists()
+  assert sorted(file.name for file in home.parent.iterdir()) == [home.name, code.file_name]
+
+
+def test_an_array_task_runs_no_code_that_was_changed(tmp_path, out, code):
+  """Though it can be unpacked."""
+  archive = gzip.compress(gzip.decompress(code.archive), mtime=1)
+  (out / "_code" / code.file_name).write_bytes(archive)
+  assert _task(tmp_path, out, code, 0) == (1, [])

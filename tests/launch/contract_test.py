@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from hypothesis import given, settings
 
-from launch import slices
+from launch import slices, tpu
 from launch.backends import gcloud, gke, slurm
 from launch.code import Code
 from launch.host import machine
@@ -97,6 +97,22 @@ def test_the_fakes_speak_the_sdks_messages(tmp_path, capsys):
   assert sorted(unknown) == ["state.since", "state.state"]
 
 
+# As Google's pages have them: "TPU software versions", and "Plan TPUs in GKE".
+RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5litepod": "v2-alpha-tpuv5-lite",
+            "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+GKE_ACCELERATORS = {"v4": "tpu-v4-podslice", "v5litepod": "tpu-v5-lite-podslice",
+                    "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x"}
+GKE_TOPOLOGIES = {"v4-8": "2x2x1", "v5litepod-16": "4x4", "v5p-64": "2x4x4", "v6e-1": "1x1",
+                  "v6e-8": "2x4", "v6e-256": "16x16", "tpu7x-64": "2x4x4"}
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    (tpu.RUNTIMES, RUNTIMES), (tpu.GKE_ACCELERATORS, GKE_ACCELERATORS)])
+def test_the_tables_of_chips_are_those_of_the_pages(ours, theirs):
+  named = {"v5litepod": "v5e"}  # in accelerator types
+  assert ours == {named.get(chip, chip): name for chip, name in theirs.items()}
+
+
 # Flags per command as gcloud 528 documents them, for machines without gcloud.
 _CREATE = {"--project", "--zone", "--accelerator-type", "--runtime-version", "--node-id",
            "--node-count", "--node-prefix", "--spot", "--reserved", "--labels",
@@ -112,12 +128,36 @@ _FLAGS = {"create": _CREATE, "describe": {"--project", "--zone", "--format"},
 @settings(max_examples=60, deadline=None)
 @given(options=GCLOUD)
 def test_queued_resources_get_only_their_ga_flags(options, jobs):
-  for line in _lines(options, jobs):
-    if line[:4] == ("gcloud", "compute", "tpus", "queued-resources"):
-      flags = {word.partition("=")[0] for word in line if word.startswith("--")}
-      assert flags <= _FLAGS[line[4]]
-      if line[4] == "create":
-        assert ("--node-id" in flags) != ("--node-count" in flags)
+  found = [line for line in _lines(options, jobs)
+           if line[:4] == ("gcloud", "compute", "tpus", "queued-resources")]
+  assert {line[4] for line in found} == _FLAGS.keys()
+  for line in found:
+    flags = {word.partition("=")[0] for word in line if word.startswith("--")}
+    assert flags <= _FLAGS[line[4]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(options=GCLOUD)
+def test_a_queued_resource_is_asked_for_as_the_options_say(options, jobs):
+  shares = gcloud.plan(jobs, options, _CODE, "/runs").slices
+  creates = [command for share in shares for command in share.commands if "create" in command]
+  assert len(creates) == len(shares) == min(options.slices, len(jobs))
+  chosen = {"--network": options.network, "--subnetwork": options.subnetwork,
+            "--service-account": options.service_account,
+            "--valid-until-duration": options.valid_until, "--project": options.project,
+            "--zone": options.zones[0], "--accelerator-type": options.topology}
+  for line in creates:
+    assert [word for word in ("--spot", "--reserved") if word in line] == {
+        "spot": ["--spot"], "reserved": ["--reserved"], "on-demand": []}[options.capacity]
+    assert ("--internal-ips" in line) == options.internal_ips
+    given_to = dict(word.split("=", 1) for word in line if "=" in word)
+    assert {flag: given_to.get(flag) for flag in chosen} == chosen
+    assert given_to["--runtime-version"] == (options.runtime_version or RUNTIMES[
+        options.topology.partition("-")[0]])
+    nodes = {flag: value for flag, value in given_to.items() if flag.startswith("--node-")}
+    name = line[5]
+    assert nodes == ({"--node-id": name} if options.slices_per_run == 1 else {
+        "--node-count": str(options.slices_per_run), "--node-prefix": name})
 
 
 # kubectl
@@ -135,7 +175,9 @@ def _validator():
 @settings(max_examples=60, deadline=None)
 @given(options=GKE)
 def test_every_manifest_is_valid(options, jobs):
-  for share in gke.plan(jobs, options, _CODE, "gs://bucket/runs").slices:
+  shares = gke.plan(jobs, options, _CODE, "gs://bucket/runs").slices
+  assert len(shares) == min(options.slices, len(jobs))
+  for share in shares:
     manifest = json.loads(share.files[1].text)
     assert [error.message for error in _validator().iter_errors(manifest)] == []
     (job,) = manifest["spec"]["replicatedJobs"]
@@ -143,6 +185,13 @@ def test_every_manifest_is_valid(options, jobs):
     chips = spec["template"]["spec"]["containers"][0]["resources"]["limits"]["google.com/tpu"]
     assert job["replicas"] * spec["completions"] * chips == options.slice.topology.chips
     assert manifest["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") == options.queue
+    assert spec["template"]["spec"]["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator":
+            GKE_ACCELERATORS[options.topology.partition("-")[0]],
+        "cloud.google.com/gke-tpu-topology": GKE_TOPOLOGIES[options.topology],
+        **({"cloud.google.com/gke-spot": "true"} if options.capacity == "spot" else {}),
+        **({"cloud.google.com/reservation-name": "r1"} if options.capacity == "reserved" else {})}
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] == options.max_restarts
 
 
 def test_the_schema_does_refuse(jobs):
@@ -167,7 +216,14 @@ def test_an_sbatch_array_has_a_task_a_share(options, jobs):
   (array,) = slurm.plan(jobs, options, _CODE, "/runs").slices
   (command,) = array.commands
   tasks = len(array.files) - 1
-  assert any(word.startswith(f"--array=0-{tasks - 1}") for word in command)
+  limit = "" if options.max_running is None else f"%{options.max_running}"
+  assert f"--array=0-{tasks - 1}{limit}" in command
+  given_to = dict(word.split("=", 1) for word in command if "=" in word)
+  chosen = {"--gpus-per-node": str(options.gpus_per_node) if options.gpus_per_node else None,
+            "--nodes": str(options.nodes), "--partition": options.partition,
+            "--ntasks-per-node": str(options.gpus_per_node or options.tasks_per_node or 1),
+            "--account": options.account, "--time": options.time}
+  assert {flag: given_to.get(flag) for flag in chosen} == chosen
   assert sorted(array.cells) == sorted(job.name for job in jobs)
   assert "--requeue" in command and not any("gpus-per-task" in word for word in command)
   todo = json.loads(array.files[0].text)

@@ -7,7 +7,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from etils import epath
@@ -20,6 +19,7 @@ from moe_jax.grid import select
 from moe_jax.run_dir import RunDir
 from tests.experiment_files import BASE, ROOT, write_tiny
 from tests.launch import submitter
+from tests.launch.waiting import wait_until
 
 PATIENCE = 60  # seconds a loaded machine may take for what takes one
 
@@ -182,13 +182,6 @@ def launcher(tmp_path):
   return start
 
 
-def _wait_until(condition):
-  deadline = time.monotonic() + PATIENCE
-  while not condition():
-    assert time.monotonic() < deadline, "it did not happen"
-    time.sleep(0.02)
-
-
 def _steps(spec, out):
   return [row.step or 0 for row in states_of(out, select(spec))]
 
@@ -199,7 +192,7 @@ def test_a_signal_saves_every_cell_and_the_next_launch_goes_on(tmp_path, launche
                                                                code):
   spec, out = write_tiny(tmp_path, seeds=3, steps=200), tmp_path / "runs"
   process = launcher(spec, "slow", "slow", "slow")
-  _wait_until(lambda: min(_steps(spec, out)[:2]) > 2)
+  wait_until(lambda: min(_steps(spec, out)[:2]) > 2, PATIENCE)
   process.send_signal(number)
   output, _ = process.communicate(timeout=PATIENCE)
   assert process.returncode == code
@@ -219,10 +212,10 @@ def test_ctrl_c_in_the_terminal_reaches_the_launcher_alone(tmp_path, launcher):
   # a terminal signals the whole foreground group: the children must not be in it
   spec, out = write_tiny(tmp_path, seeds=1, steps=200), tmp_path / "runs"
   process = launcher(spec, "deaf", start_new_session=True)
-  _wait_until(lambda: _steps(spec, out)[0] > 2)
+  wait_until(lambda: _steps(spec, out)[0] > 2, PATIENCE)
   os.killpg(process.pid, signal.SIGINT)
   seen = _steps(spec, out)[0]
-  _wait_until(lambda: _steps(spec, out)[0] > seen + 3)  # deaf to the SIGTERM, and alive
+  wait_until(lambda: _steps(spec, out)[0] > seen + 3, PATIENCE)  # deaf to the SIGTERM, and alive
   assert process.poll() is None
   os.killpg(process.pid, signal.SIGINT)  # the second one kills
   process.communicate(timeout=PATIENCE)
@@ -237,7 +230,7 @@ def test_the_children_save_even_if_nobody_reads_the_launcher(tmp_path, launcher)
   reader, writer = os.pipe()
   process = launcher(spec, "slow", stdout=writer)
   os.close(writer)
-  _wait_until(lambda: _steps(spec, out)[0] > 2)
+  wait_until(lambda: _steps(spec, out)[0] > 2, PATIENCE)
   os.close(reader)
   process.send_signal(signal.SIGINT)
   assert process.wait(timeout=PATIENCE) == 130
@@ -247,7 +240,7 @@ def test_the_children_save_even_if_nobody_reads_the_launcher(tmp_path, launcher)
 def test_a_killed_launcher_leaves_children_that_the_next_one_sees(tmp_path, launcher):
   spec, out = write_tiny(tmp_path, steps=400), tmp_path / "runs"
   process = launcher(spec, "slow", "slow", parallel=1)
-  _wait_until(lambda: _steps(spec, out)[0] > 2)
+  wait_until(lambda: _steps(spec, out)[0] > 2, PATIENCE)
   process.kill()
   process.wait(PATIENCE)
   child = json.loads((out / "tiny" / BASE / "status.json").read_text())["pid"]
@@ -258,7 +251,7 @@ def test_a_killed_launcher_leaves_children_that_the_next_one_sees(tmp_path, laun
   assert f"{BASE}: not started: {out}/tiny/{BASE} is in use by process {child} on" in output
   assert _states(spec, out) == ["running", "finished"]
   os.kill(child, signal.SIGKILL)
-  _wait_until(lambda: _states(spec, out)[0] == "dead")
+  wait_until(lambda: _states(spec, out)[0] == "dead", PATIENCE)
   assert _submit(spec, out, ["ok", "ok"]) == 0
 
 

@@ -128,9 +128,9 @@ def curve(run_dir):
   return [(record["step"], record["loss"]) for record in run_dir.read_metrics()]
 
 
-def submit(spec, out):
+def submit(spec, out, *arguments):
   return run_module("-m", "launch.submit", f"--config={spec}", f"--out={out}", "--parallel=2",
-                    timeout=600, **ENVIRONMENT)
+                    *arguments, timeout=600, **ENVIRONMENT)
 
 
 @pytest.mark.slow
@@ -145,8 +145,10 @@ def test_a_sweep_is_one_population_and_each_cell_ends_in_its_own_way(tmp_path):
   assert launches[0].pid == launches[1].pid == launches[2].pid != launches[3].pid
   assert [launch.exit_code for launch in launches] == [0, 0, 76, 0]
   assert str(RunDir.of(out, cells[0]).log) in RunDir.of(out, cells[1]).log.read_text()
-  again = submit(spec, out)
-  assert "3 already finished, 1 to run" in again.stdout
+  again = submit(spec, out, "--dry_run")
+  assert again.stdout.count(" is finished\n") == 3
+  (line,) = [line for line in again.stdout.splitlines() if not line.startswith("#")]
+  assert f"--config={spec}:{cells[2].name}" in shlex.split(line)
 
 
 @pytest.mark.slow

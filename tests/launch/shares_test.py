@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from launch.backends import gcloud, gke, slurm
 from launch.code import Code
-from launch.jobs import jobs_of, require_trunks
+from launch.jobs import jobs_of, require_sources
 from launch.shares import deal, families
 from launch.work import from_text, work_of
 from moe_jax import population
@@ -20,6 +20,7 @@ from moe_jax.config import (
 )
 from moe_jax.errors import FieldError
 from moe_jax.fields import override
+from moe_jax.files import write_json
 from moe_jax.grid import Cell, Grid, select, trunk_and_branches
 from tests.experiment_files import write, write_tiny
 from tests.launch.branch_test import SOURCE
@@ -122,7 +123,7 @@ def test_a_plan_says_what_trains_together_and_a_run_how_many_devices_it_has(
   names = [job.name for job in jobs]
   pairs = [(*names[0:2],), (*names[2:4],), (names[4],)]
   # SLURM's array has a task a family; the others' one slice trains all.
-  assert groups == [(pair,) for pair in pairs] if backend is slurm else [tuple(pairs)]
+  assert groups == ([(pair,) for pair in pairs] if backend is slurm else [tuple(pairs)])
 
 
 def test_a_run_and_what_begins_with_its_parameters_stay_together(tmp_path):
@@ -142,12 +143,16 @@ def test_what_a_run_begins_from_must_be_there_before_machines_are(tmp_path):
         second.cell.config, {"train.init_from": source})))
 
   own = f"{first.cell.experiment}/{first.name}"
-  require_trunks([first, beginning(own)])
+  require_sources([first, beginning(own)])
   for source in ("nowhere/none", own):
     with pytest.raises(FieldError, match="is to begin .*: that checkpoint is not there"):
-      require_trunks([beginning(source)])
+      require_sources([beginning(source)])
   (first.run_dir.checkpoints / "20").mkdir(parents=True)
-  require_trunks([beginning(own)])
-  require_trunks([beginning(f"{own}@20")])
+  with pytest.raises(FieldError, match="that run has not finished"):
+    require_sources([beginning(own)])
+  write_json(first.run_dir.checksums(20), {})
+  first.run_dir.write_status({"state": "finished", "step": 20})
+  require_sources([beginning(own)])
+  require_sources([beginning(f"{own}@20")])
   with pytest.raises(FieldError, match="that checkpoint is not there"):
-    require_trunks([beginning(f"{own}@10")])
+    require_sources([beginning(f"{own}@10")])

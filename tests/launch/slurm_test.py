@@ -20,8 +20,10 @@ from launch.code import pack
 from launch.jobs import plan, read_launch
 from moe_jax.grid import select
 from tests.experiment_files import write_tiny
+from tests.launch.waiting import wait_until
 
 PATIENCE = 600  # seconds; a loaded machine compiles slowly
+_PAUSE = 0.2  # between two looks
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 
 
@@ -80,7 +82,7 @@ def cluster(monkeypatch):
                                     stderr=subprocess.DEVNULL))
     time.sleep(1)
   try:
-    _wait_until(lambda: "idle" in _said("sinfo", "--noheader", "--format=%T"), 60)
+    wait_until(lambda: "idle" in _said("sinfo", "--noheader", "--format=%T"), 60, _PAUSE)
     yield folder
   finally:
     _said("scancel", "--me", "--signal=KILL", "--full")
@@ -93,13 +95,6 @@ def cluster(monkeypatch):
 
 def _said(*command):
   return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
-
-
-def _wait_until(condition, patience=PATIENCE):
-  deadline = time.monotonic() + patience
-  while not condition():
-    assert time.monotonic() < deadline, "it did not happen"
-    time.sleep(0.2)
 
 
 @pytest.mark.slow
@@ -122,10 +117,10 @@ def test_a_run_of_two_processes_is_requeued_and_finishes(tmp_path, cluster, monk
     return file.read_text() if file.exists() else ""
 
   try:
-    _wait_until(run_dir.has_checkpoint)
+    wait_until(run_dir.has_checkpoint, PATIENCE, _PAUSE)
     _said("scontrol", "requeue", job)
-    _wait_until(lambda: run_dir.read_status().get("state") == "finished")
-    _wait_until(lambda: not _said("squeue", "--me", "--noheader"))
+    wait_until(lambda: run_dir.read_status().get("state") == "finished", PATIENCE, _PAUSE)
+    wait_until(lambda: not _said("squeue", "--me", "--noheader"), PATIENCE, _PAUSE)
   except AssertionError:
     pytest.fail(f"{_said('squeue', '--me', '--all')}\n{log()}\n"
                 f"{(cluster / 'slurmd.log').read_text()[-3000:]}")

@@ -22,16 +22,6 @@ from tests.experiment_files import BASE, write_tiny
 
 
 @pytest.fixture
-def cell(tmp_path):
-  return select(f"{write_tiny(tmp_path)}:{BASE}")[0]
-
-
-@pytest.fixture
-def run_dir(tmp_path, cell):
-  return RunDir.of(tmp_path / "runs", cell)
-
-
-@pytest.fixture
 def ended_pid():
   """The number of a process that has just ended."""
   process = subprocess.Popen([sys.executable, "-c", ""])

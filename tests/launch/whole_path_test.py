@@ -58,7 +58,7 @@ def _losses(run_dir):
 
 @pytest.mark.slow
 def test_a_grid_goes_through_a_preemption_and_ends_as_if_undisturbed(tmp_path, fake, monkeypatch):
-  spec, out = write_tiny(tmp_path, seeds=4), str(tmp_path / "runs")
+  spec, out = write_tiny(tmp_path, seeds=2), str(tmp_path / "runs")
   jobs = plan(select(spec), out, [])
   options = gcloud.Options("p", ("us-east5-b", "europe-west4-a"), "v6e-8", python=sys.executable)
   code = pack(spec)
@@ -80,8 +80,8 @@ def test_a_grid_goes_through_a_preemption_and_ends_as_if_undisturbed(tmp_path, f
   assert (record.preemptions, record.failures, record.zone) == (1, 0, "europe-west4-a")
   assert json.loads((fake / "cloud.json").read_text())["resources"] == {}
   attempts = [read_launch(job.run_dir).attempt for job in jobs]
-  assert attempts == [2, 1, 1, 1]
-  assert {job.run_dir.read_status()["commit"] for job in jobs} <= {None, code.commit}
+  assert attempts == [2, 1]
+  assert {job.run_dir.read_status()["commit"] for job in jobs} == {code.commit}
 
   alone = str(tmp_path / "alone")
   for shared in ("_data", "_compilation_cache"):  # the same programs, compiled once

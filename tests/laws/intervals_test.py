@@ -1,9 +1,11 @@
 """Intervals have the width that theory gives them where theory knows it."""
 
+import dataclasses
 import re
 
 import numpy as np
 import pytest
+import scipy.optimize
 from scipy import stats
 
 from benchmarks.law_coverage import LAWS, SCENARIOS, coverage
@@ -13,6 +15,12 @@ from moe_jax.laws.fit import fit
 from moe_jax.laws.reduce import to_cells
 from tests.laws.fit_test import PLANTED, grid_of_runs
 from tests.laws.results_file import rows_of
+
+
+def curved():
+  """The law of dense models, fitted to planted data that bound each of its parameters."""
+  return fit(grid_of_runs(noise=0.003)("chinchilla", PLANTED["chinchilla"]), "chinchilla",
+             n_starts=8)
 
 
 def t_width(fitted, p):
@@ -25,11 +33,6 @@ def t_width(fitted, p):
 
 def width(interval):
   return interval.high - interval.low
-
-
-@pytest.fixture(scope="module")
-def fitted():
-  return fit(to_cells(rows_of(n_cells=40)), "paper")
 
 
 def test_the_profile_of_a_log_log_form_is_students_interval(fitted):
@@ -89,12 +92,43 @@ def test_errors_shared_by_an_architecture_widen_the_interval():
 
 
 def test_a_profile_of_a_curved_form_ends_where_the_fit_gets_worse_by_the_quantile():
-  cells = grid_of_runs(noise=0.003)("chinchilla", PLANTED["chinchilla"])
-  fitted = fit(cells, "chinchilla", n_starts=8)
-  found = intervals.profile(fitted)
-  for p, name in enumerate(fitted.parameters):
-    assert found[name].low < fitted.value(name) < found[name].high
-    assert found[name].covers(PLANTED["chinchilla"][p]) or name != "alpha"
+  fitted = curved()
+  problem = fitted.problem
+  n, k = len(fitted.cells), len(fitted.parameters)
+  rss = np.sum(fitted.residual**2)
+  for p, (name, interval) in enumerate(intervals.profile(fitted).items()):
+    assert interval.low < fitted.value(name) < interval.high
+    for end in (interval.low, interval.high):
+      # The others are refitted with the parameter held there, by another method.
+      at, free = fitted.least_squares.theta.copy(), np.arange(k) != p
+      at[p] = end
+
+      def residual(others, at=at, free=free):
+        at[free] = others
+        return problem.residual(problem.to_phi @ at)
+
+      refitted = scipy.optimize.least_squares(residual, at[free], x_scale="jac", xtol=1e-12,
+                                              ftol=1e-14, gtol=1e-14)
+      worse = 2 * refitted.cost / rss - 1
+      assert worse == pytest.approx(stats.t.ppf(0.975, n - k)**2 / (n - k), rel=1e-2), name
+
+
+@pytest.mark.parametrize("left", [-1e-40, 0.0, 1e-40])
+def test_a_parameter_that_the_data_say_nothing_of_has_no_ends(monkeypatch, left):
+  """What rounding leaves of its variance may be below zero or nothing."""
+  fitted = curved()
+  gone = dataclasses.replace(fitted.least_squares, theta=np.append(
+      fitted.least_squares.theta[:-1], -95.0))  # ln_E: a floor of e^-95
+  inverse = np.linalg.pinv
+
+  def pinv(of):
+    found = inverse(of)
+    found[-1, -1] = left
+    return found
+
+  monkeypatch.setattr(np.linalg, "pinv", pinv)
+  found = intervals.profile(dataclasses.replace(fitted, least_squares=gone))["ln_E"]
+  assert (found.low, found.high) == (-np.inf, np.inf)
 
 
 def test_what_the_data_do_not_bound_has_an_infinite_end():
@@ -110,11 +144,12 @@ def test_what_the_data_do_not_bound_has_an_infinite_end():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["swept", "several tokens"])
-def test_intervals_cover_the_truth_as_often_as_they_say(scenario):
-  """Over 2,000 planted grids 95 % intervals hold each coefficient 93 to 97 % of the time."""
-  found = coverage("paper", 2000, huber_every=10**6, **SCENARIOS[scenario])
+def test_intervals_cover_the_truth_as_often_as_they_say(monkeypatch, scenario):
+  """Over 1,000 planted grids 95 % intervals hold each coefficient 93 to 97 % of the time."""
+  monkeypatch.setattr(intervals, "profile", lambda fitted: {})  # of which nothing is asked here
+  found = coverage("paper", 1000, huber_every=10**6, **SCENARIOS[scenario])
   quoted = {name: hits / n for (method, name), (hits, n) in found.items()
-            if "bootstrap-t" in method and n >= 1900}
+            if "bootstrap-t" in method and n >= 950}
   assert {"c0", "a", "b_minus_c", "c"} <= set(quoted)
   assert all(0.93 <= share <= 0.97 for share in quoted.values()), quoted
 
@@ -124,9 +159,11 @@ def test_intervals_cover_the_truth_as_often_as_they_say(scenario):
     ("paper", "swept, two seeds", 200), ("paper", "one learning rate", 200),
     ("paper", "several tokens, one learning rate", 200), ("paper-curved", "swept", 200),
     ("experts-or-core", "swept", 200), ("paper-tokens", "several tokens", 60)])
-def test_the_intervals_of_other_forms_and_grids_cover_too(law, scenario, grids):
+def test_the_intervals_of_other_forms_and_grids_cover_too(monkeypatch, law, scenario, grids):
   """The limits are three standard errors of what so few grids can tell."""
-  found = coverage(law, grids, huber_every=10**6, granularities=LAWS[law][1],
+  monkeypatch.setattr(intervals, "profile", lambda fitted: {})  # of which nothing is asked here
+  draws = 100 if law == "paper-tokens" else 399  # a curved form's are refits
+  found = coverage(law, grids, draws=draws, huber_every=10**6, granularities=LAWS[law][1],
                    **SCENARIOS[scenario])
   quoted = {name: (hits / n, n) for (method, name), (hits, n) in found.items()
             if "bootstrap-t" in method or "least squares" in method}

@@ -74,7 +74,7 @@ def test_bad_margin():
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens,seeds,least", [((1e9,), 1, 0.74), ((1e9, 4e9), 2, 0.65)])
 def test_a_planted_effect_is_found_as_often_as_stated(tokens, seeds, least):
-  """By claims.assess, on 400 grids each: the least detectable effect, and none at all."""
+  """By claims.assess, on 200 grids each: the least detectable effect, and none at all."""
   plan = grid(seeds, tokens)
   noise = Noise(0.003, 0.002)
   form = form_for("paper", plan)
@@ -85,7 +85,7 @@ def test_a_planted_effect_is_found_as_often_as_stated(tokens, seeds, least):
   verdicts = {}
   for effect in (stated.detectable, 0.0):
     theta = np.array([truth[p] if p != "b_minus_c" else effect for p in form.parameters])
-    errors = drawn(plan, noise, np.random.default_rng(1), 400)
+    errors = drawn(plan, noise, np.random.default_rng(1), 200)
     verdicts[effect] = [
         next(claim.verdict for claim in claims.assess(_with(plan, design.x_NP @ theta + error),
                                                       margin)

@@ -46,6 +46,13 @@ def test_krajewski_is_of_the_total_parameters():
   assert abs(at_64_times / 3.133 - 1) > 0.02
 
 
+def test_krajewski_of_dense_models():
+  # c + a / N^alpha + b / D^beta with a 16.3, alpha 0.126, b 26.7, beta 0.127, c 0.47:
+  # N^0.126 = 10^1.134 = 13.6144, D^0.127 = 10^(0.127 * 10.30103) = 20.3344.
+  by_hand = 0.47 + 1.19726 + 1.31305
+  assert LAWS["krajewski-dense"].at(N=1e9, D=2e10) == pytest.approx(by_hand, abs=1e-4)
+
+
 @pytest.mark.parametrize("compute,n_exp,n_active,tokens", _OPTIMA)
 def test_joint_moe_optima(compute, n_exp, n_active, tokens):
   n = np.geomspace(1e8, 1e11, 20_001)

@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_jax.arch import count, iso
 from moe_jax.arch.architecture import Architecture
+from moe_jax.design.answer import name
 from moe_jax.laws.table import Row
 
 SIZES = (2_000_000, 6_000_000, 16_000_000)
@@ -48,8 +49,7 @@ def _row(arch: Architecture, step: int, repeat: int, rng: np.random.Generator,
               + t["c"] * log_s + t["q"] / 2 * (log_s - math.log(4))**2
               + 0.02 * (step * math.log(2) / 2 + 0.1)**2 + noise * rng.standard_normal())
   rate = 4e-3 * 2**(step / 2)
-  cell = (f"l{arch.n_layers}-d{arch.d_model}-f{arch.d_expert}-e{arch.n_exp}-k{arch.n_topk}"
-          + (f"-lr{rate:.3g}" if step else "") + (f"-s{repeat}" if repeat else ""))
+  cell = name(arch) + (f"-lr{rate:.3g}" if step else "") + (f"-s{repeat}" if repeat else "")
   return {
       "experiment": "rehearsal", "cell": cell,
       "identity": hashlib.sha256(cell.encode()).hexdigest()[:12], "evaluation": "heldout",

@@ -9,12 +9,13 @@ from flax import nnx
 
 from moe_jax.mesh import make_mesh
 from moe_jax.model import attention, functional, init
-from moe_jax.model.transformer import SwiGLU
-from moe_jax.moe import expert_parallel
-from moe_jax.moe.expert_parallel import Experts, Semantics, moe_layer
+from moe_jax.model.transformer import MoE, SwiGLU, gather_whole
+from moe_jax.moe.experts import Experts, swiglu
+from moe_jax.moe.layer import Semantics, moe_layer
+from moe_jax.moe.router import route
 from tests.small import ARCH, small_config
 
-swiglu = functools.partial(expert_parallel.swiglu, platform="cpu")
+swiglu = functools.partial(swiglu, platform="cpu")
 
 
 def build(config):
@@ -74,17 +75,27 @@ def test_a_dense_layer_rounds_as_an_expert_does():
   np.testing.assert_array_equal(np.float32(ours).reshape(16, 16), np.float32(theirs[0]))
 
 
-def test_one_expert_equals_a_dense_model():
-  """n_exp = n_topk = 1 without normalisation: the weight is 1 and nothing can drop."""
-  arch = dataclasses.replace(ARCH, n_exp=1, n_topk=1)
+def test_one_expert_and_two_shared_ones_equal_a_dense_model():
+  """n_exp = n_topk = 1 without normalisation: the weight is 1 and nothing can drop.
+
+  Experts that all tokens see are one feed-forward layer, as wide as all of them together.
+  """
+  arch = dataclasses.replace(ARCH, n_exp=1, n_topk=1, n_shared_experts=2)
   params, run = build(small_config(arch))
-  dense_arch = dataclasses.replace(arch, n_dense_layers=arch.n_layers)
+  dense_arch = dataclasses.replace(ARCH, n_dense_layers=arch.n_layers,
+                                   d_dense=3 * arch.d_expert)
   dense_params, dense_run = build(small_config(dense_arch))
   layers, moe = params["moe_layers"], params["moe_layers"]["moe"]
+
+  def as_dense(moe):
+    routed = {"w_gate_DF": moe["w_gate_EDF"][:, 0], "w_up_DF": moe["w_up_EDF"][:, 0],
+              "w_down_FD": moe["w_down_EFD"][:, 0]}
+    return {name: jnp.concatenate([weight, moe["shared"][name]], axis=name.index("F") - len(name))
+            for name, weight in routed.items()}
+
   dense_params = {name: leaf for name, leaf in params.items() if name != "moe_layers"} | {
       "dense_layers": {name: leaf for name, leaf in layers.items() if name != "moe"} | {
-          "ff": {"w_gate_DF": moe["w_gate_EDF"][:, 0], "w_up_DF": moe["w_up_EDF"][:, 0],
-                 "w_down_FD": moe["w_down_EFD"][:, 0]}}}
+          "ff": as_dense(moe)}}
   tokens_BS, segments_BS = tokens_like(), jnp.zeros((8, 16), jnp.int32)
 
   def loss(run, params):
@@ -93,8 +104,9 @@ def test_one_expert_equals_a_dense_model():
   value, grads = jax.value_and_grad(lambda p: loss(run, p))(params)
   dense_value, dense_grads = jax.value_and_grad(lambda p: loss(dense_run, p))(dense_params)
   np.testing.assert_allclose(value, dense_value, rtol=1e-6)
-  np.testing.assert_allclose(grads["moe_layers"]["moe"]["w_down_EFD"][:, 0],
-                             dense_grads["dense_layers"]["ff"]["w_down_FD"], rtol=1e-4, atol=1e-6)
+  for name, grad in as_dense(grads["moe_layers"]["moe"]).items():
+    np.testing.assert_allclose(grad, dense_grads["dense_layers"]["ff"][name], rtol=1e-4,
+                               atol=1e-6, err_msg=name)
   np.testing.assert_allclose(grads["embedding_VD"], dense_grads["embedding_VD"], rtol=1e-4,
                              atol=1e-6)
 
@@ -150,6 +162,27 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_masters_and_logits():
   assert logits.dtype == jnp.float32
   error = np.abs(logits - exact)
   assert error.max() > 1e-4 and np.median(error) < 2**-5  # it rounds, and no more than that
+
+
+def test_a_bfloat16_model_routes_by_the_routers_float32_weights():
+  """Experts' weights that differ by less than bfloat16 tells apart: rounded, all would tie."""
+  config = small_config(model={"compute_dtype": "bfloat16"})
+  mesh = make_mesh(config, jax.devices()[:1])
+  moe = MoE(config, nnx.Rngs(0))
+  w_router_DE = jnp.ones((ARCH.d_model, 1)) * (1 + jnp.arange(ARCH.n_exp) * 2.0**-12)
+  moe.w_router_DE[...] = w_router_DE
+  x_BSD = jax.random.normal(jax.random.key(0), (8, 16, ARCH.d_model), jnp.bfloat16)
+  gather = functools.partial(gather_whole, mesh=mesh, dtype=x_BSD.dtype)
+  _, sums = jax.jit(lambda x_BSD: moe(x_BSD, gather, mesh, None, None))(x_BSD)
+
+  def assigned(w_router_DE):
+    expert_TK = route(x_BSD.reshape(-1, ARCH.d_model), w_router_DE, ARCH.n_topk, True).expert_TK
+    return np.bincount(expert_TK.ravel(), minlength=ARCH.n_exp)
+
+  np.testing.assert_array_equal(sums.assigned_E, assigned(w_router_DE))
+  rounded = assigned(w_router_DE.astype(jnp.bfloat16))
+  assert (rounded[:ARCH.n_topk] == 8 * 16).all()  # ties go to the first experts
+  assert sums.assigned_E[-1] > 8
 
 
 @pytest.mark.parametrize("shift", [1, 7])

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import Architecture, FieldError
+from moe_jax.config import Architecture
+from moe_jax.errors import FieldError
 from moe_jax.fields import override
 from moe_jax.mesh import make_mesh
 from moe_jax.model import functional, upcycle

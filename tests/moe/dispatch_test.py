@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.moe import dispatch, expert_parallel, router
-from moe_jax.moe.expert_parallel import Experts, Semantics, moe_layer
+from moe_jax.moe import dispatch, router
+from moe_jax.moe.experts import Experts, swiglu
+from moe_jax.moe.layer import Semantics, moe_layer
 
-swiglu = functools.partial(expert_parallel.swiglu, platform="cpu")
+swiglu = functools.partial(swiglu, platform="cpu")
 
 # (groups, tokens in a group, experts, n_topk, capacity): few shapes, so that each compiles once,
 # and many assignments.
@@ -138,7 +139,7 @@ def by_hand(x_TD, w_router_DE, experts, n_topk, norm_topk_prob):
 @pytest.mark.parametrize("n_topk", [1, 2, 6])
 def test_reference_is_the_formula(n_topk, norm_topk_prob):
   layer = random_layer()
-  y_TD, sums = run(*layer, Semantics(n_topk, norm_topk_prob, 48, None))
+  y_TD, sums = run(*layer, Semantics(n_topk, norm_topk_prob, 48, 0, "reference"))
   np.testing.assert_allclose(y_TD, by_hand(*layer, n_topk, norm_topk_prob), rtol=1e-4,
                              atol=1e-4)
   assert sums.dropped == 0
@@ -149,12 +150,12 @@ def test_capacity_equals_reference_where_nothing_drops(n_topk):
   """Outputs and every gradient, the router's too."""
   layer = random_layer()
 
-  def loss(layer, capacity):
-    y_TD, sums = run(*layer, Semantics(n_topk, n_topk > 1, 12, capacity))
+  def loss(layer, dispatch):
+    y_TD, sums = run(*layer, Semantics(n_topk, n_topk > 1, 12, 12, dispatch))
     return (y_TD * jnp.cos(jnp.arange(y_TD.size).reshape(y_TD.shape))).sum(), sums
 
-  (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(layer, 12)
-  (truth, _), true_grads = jax.value_and_grad(loss, has_aux=True)(layer, None)
+  (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(layer, "capacity")
+  (truth, _), true_grads = jax.value_and_grad(loss, has_aux=True)(layer, "reference")
   assert sums.dropped == 0
   np.testing.assert_allclose(value, truth, rtol=1e-5)
   for grad, true_grad in zip(jax.tree.leaves(grads), jax.tree.leaves(true_grads), strict=True):
@@ -240,7 +241,7 @@ def test_bfloat16_stays_bfloat16_and_close_to_the_reference():
   x_TD, w_router_DE, experts = random_layer()
   x_TD = x_TD.astype(jnp.bfloat16)
   y_TD, _ = run(x_TD, w_router_DE, experts, Semantics(2, True, 12, 12))
-  truth_TD, _ = run(x_TD, w_router_DE, experts, Semantics(2, True, 12, None))
+  truth_TD, _ = run(x_TD, w_router_DE, experts, Semantics(2, True, 12, 0, "reference"))
   assert y_TD.dtype == truth_TD.dtype == jnp.bfloat16
   # Four roundings of relative size 2^-9 on sums of a few tens of terms.
   scale = float(jnp.abs(truth_TD.astype(jnp.float32)).max())

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.moe import dispatch, dropless, expert_parallel, grouped_matmul
-from moe_jax.moe.expert_parallel import Experts, Semantics, grouped_swiglu, moe_layer
+from moe_jax.moe import dispatch, dropless, grouped_matmul
+from moe_jax.moe.experts import Experts, grouped_swiglu, swiglu
+from moe_jax.moe.layer import Semantics, moe_layer
 from moe_jax.moe.router import Routing
 
-swiglu = functools.partial(expert_parallel.swiglu, platform="cpu")
+swiglu = functools.partial(swiglu, platform="cpu")
 
 # (tokens, experts, n_topk): a prime number of tokens, n_topk = n_exp, one token.
 SHAPES = [(101, 9, 4), (37, 5, 5), (1, 4, 1)]
@@ -151,9 +152,9 @@ def test_the_layer_routes_sorts_and_counts():
   w_router_DE = jnp.asarray(np.random.default_rng(1).normal(size=(D_MODEL, 6)), jnp.float32)
   y_TD, sums = moe_layer(x_TD, w_router_DE,
                          functools.partial(grouped_swiglu, experts=experts, platform="cpu"),
-                         Semantics(2, True, 48, None, dropless=True))
+                         Semantics(2, True, 48, 0, "dropless"))
   truth_TD, true_sums = moe_layer(x_TD, w_router_DE, functools.partial(swiglu, experts=experts),
-                                  Semantics(2, True, 48, None))
+                                  Semantics(2, True, 48, 0, "reference"))
   np.testing.assert_allclose(y_TD, truth_TD, rtol=1e-5, atol=1e-5)
   jax.tree.map(np.testing.assert_array_equal, sums, true_sums)
   assert sums.dropped == 0

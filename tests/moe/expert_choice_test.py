@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 
 from moe_jax.mesh import MESH_AXES
-from moe_jax.moe import expert_choice, expert_parallel
-from moe_jax.moe.expert_parallel import Experts, Semantics, moe_layer, sharded_moe_layer
+from moe_jax.moe import expert_choice
+from moe_jax.moe.expert_parallel import sharded_moe_layer
+from moe_jax.moe.experts import Experts, swiglu
+from moe_jax.moe.layer import Semantics, moe_layer
 from moe_jax.moe.router import balance_loss, router_metrics
 
-swiglu = functools.partial(expert_parallel.swiglu, platform="cpu")
+swiglu = functools.partial(swiglu, platform="cpu")
 
 N_EXP, N_TOPK, GROUP = 6, 2, 12
 CAPACITY = GROUP * N_TOPK // N_EXP
 
 
 def semantics(dispatch="capacity", n_topk=N_TOPK):
-  capacity = None if dispatch == "reference" else GROUP * n_topk // N_EXP
-  return Semantics(n_topk, False, GROUP, capacity, router="expert_choice")
+  return Semantics(n_topk, False, GROUP, 0, dispatch, router="expert_choice")
 
 
 def layer(n_tokens=36, d_model=8, n_exp=N_EXP, d_expert=5):
@@ -148,7 +149,7 @@ def test_the_same_on_a_mesh(shape):
   keys = jax.random.split(jax.random.key(0), 2)
   x_BSD = jax.random.normal(keys[0], (16, 6, 16))
   _, w_router_DE, experts = layer(d_model=16, n_exp=8, d_expert=12)
-  rules = Semantics(2, False, 12, 3, router="expert_choice")
+  rules = Semantics(2, False, 12, 0, router="expert_choice")
 
   def run(shape):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:np.prod(shape)]).reshape(shape), MESH_AXES)

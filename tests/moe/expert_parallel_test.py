@@ -9,13 +9,15 @@ import pytest
 
 from moe_jax.mesh import MESH_AXES
 from moe_jax.moe import expert_parallel
-from moe_jax.moe.expert_parallel import Experts, Semantics, sharded_moe_layer
+from moe_jax.moe.expert_parallel import sharded_moe_layer
+from moe_jax.moe.experts import Experts
+from moe_jax.moe.layer import Semantics
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (1, 2, 4), (2, 2, 2),
           (1, 4, 2)]
 N_TOPK, GROUP = 3, 12
-REFERENCE = Semantics(N_TOPK, True, GROUP, None)
-DROPLESS = Semantics(N_TOPK, True, GROUP, None, dropless=True)
+REFERENCE = Semantics(N_TOPK, True, GROUP, 0, "reference")
+DROPLESS = Semantics(N_TOPK, True, GROUP, 0, "dropless")
 
 
 def mesh_of(shape):
@@ -81,10 +83,8 @@ def test_capacity_equals_reference_on_every_mesh(shape, reference, padded):
 
 
 # The rest is in the matrix test of the whole model.
-@pytest.mark.parametrize("shape", [
-    shape if shape[2] > 1 and shape[0] != 4 else pytest.param(shape, marks=pytest.mark.slow)
-    for shape in MESHES], ids=str)
-def test_dropless_equals_reference_on_every_mesh(shape, reference):
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 2, 4), (2, 2, 2), (1, 4, 2)], ids=str)
+def test_dropless_equals_the_reference(shape, reference):
   """Outputs, sums and all gradients to 1e-5."""
   ours = value_and_grads(shape, DROPLESS)
   np.testing.assert_array_equal(ours[1].assigned_E, reference[1].assigned_E)

@@ -69,7 +69,14 @@ def test_what_no_group_has_counts_for_nothing(platform):
     assert jnp.isfinite(x).all()
 
 
-def test_bfloat16_is_rounded_once(platform="tpu"):
+@pytest.fixture
+def without_kernels(monkeypatch):
+  """The loop over blocks in bfloat16 too, as on a GPU whose JAX has no Triton."""
+  monkeypatch.setattr(gm, "_kernels", lambda *_: None)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_bfloat16_is_rounded_once(platform, without_kernels):
   """Products of bfloat16 numbers are summed in float32: the error is that of one rounding."""
   sizes = [70, 0, 3, 20, 5]
   x_SD, w_EDF = random_groups(sizes, 0, jnp.bfloat16)
@@ -82,6 +89,22 @@ def test_bfloat16_is_rounded_once(platform="tpu"):
     assert a.dtype == jnp.bfloat16
     a, b = (np.float32(x[:sum(sizes)]) for x in (a, b))
     np.testing.assert_allclose(a, b, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_gradient_of_many_blocks_is_rounded_once(platform, without_kernels):
+  """Sums of positive numbers: in bfloat16, each block would add its own rounding."""
+  n_rows, rng = 8192, np.random.default_rng(0)
+
+  def positive(*shape):
+    return jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.bfloat16)
+
+  x_SD, dy_SF = (jnp.pad(positive(n_rows, width), ((0, gm.SPARE_ROWS), (0, 0)))
+                 for width in (D_MODEL, WIDTH))
+  _, _, dw_EDF = value_and_grads(x_SD, positive(1, D_MODEL, WIDTH), jnp.array([n_rows]), dy_SF,
+                                 platform)
+  truth = np.float64(x_SD).T @ np.float64(dy_SF)
+  np.testing.assert_allclose(np.float64(dw_EDF[0]), truth, rtol=1.01 * 2**-8)
 
 
 def test_the_gradient_of_the_matrices_is_no_array_of_all_rows_for_each_expert():

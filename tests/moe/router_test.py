@@ -15,11 +15,12 @@ def routed(n_tokens=32, d_model=8, n_exp=6, n_topk=2, norm=True, seed=0):
   return router.route(x_TD, w_router_DE, n_topk, norm)
 
 
-@hypothesis.given(n_exp=st.integers(1, 17), n_topk=st.integers(1, 17), norm=st.booleans(),
-                  seed=st.integers(0, 1000))
+@hypothesis.given(  # few shapes, for each is a program to compile
+    shape=st.sampled_from([(1, 1), (2, 1), (5, 5), (8, 2), (16, 3), (17, 17)]),
+    norm=st.booleans(), seed=st.integers(0, 1000))
 @hypothesis.settings(max_examples=40, deadline=None)
-def test_top_k_takes_the_most_probable_and_weights_follow(n_exp, n_topk, norm, seed):
-  n_topk = min(n_topk, n_exp)
+def test_top_k_takes_the_most_probable_and_weights_follow(shape, norm, seed):
+  n_exp, n_topk = shape
   routing = routed(n_exp=n_exp, n_topk=n_topk, norm=norm, seed=seed)
   prob_TE = np.asarray(routing.prob_TE)
   np.testing.assert_allclose(prob_TE.sum(1), 1, rtol=1e-5)

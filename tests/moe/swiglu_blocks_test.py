@@ -34,3 +34,28 @@ def test_equals_the_separate_products_forward_and_gradient(dtype, tolerance):
   truth = run(separate_products, [x.astype(jnp.float32) for x in arrays])
   for ours, true in zip(run(swiglu_blocks, arrays), truth, strict=True):
     assert np.linalg.norm(np.float32(ours) - true) <= tolerance * np.linalg.norm(true)
+
+
+def test_the_weights_gradients_are_summed_over_blocks_in_float32():
+  """Of positive numbers: in bfloat16, each of 32 blocks would add its own rounding."""
+  n_rows, rng = 8192, np.random.default_rng(0)
+
+  def positive(*shape):
+    return jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.bfloat16)
+
+  x_SD, dy_SD = (jnp.pad(positive(n_rows, D), ((0, SPARE_ROWS), (0, 0))) for _ in range(2))
+  weights = positive(1, D, 2 * F) / 4, positive(1, F, D)
+
+  def blocks(w_gate_up_EDH, w_down_EFD):
+    return swiglu_blocks(x_SD, jnp.ones(len(x_SD)), w_gate_up_EDH, w_down_EFD,
+                         jnp.array([n_rows]))
+
+  def plain(w_gate_up_EDH, w_down_EFD):
+    gate_SF, up_SF = jnp.split(x_SD.astype(jnp.float32) @ w_gate_up_EDH[0], 2, axis=-1)
+    return (jax.nn.silu(gate_SF) * up_SF) @ w_down_EFD[0]
+
+  ours = jax.vjp(blocks, *weights)[1](dy_SD)
+  truth = jax.vjp(plain, *(w.astype(jnp.float32) for w in weights))[1](dy_SD.astype(jnp.float32))
+  for grad, true in zip(ours, truth, strict=True):
+    # The rounding of the sum; those of the rows cancel.
+    np.testing.assert_allclose(np.float32(grad), true, rtol=1.1 * 2**-8)

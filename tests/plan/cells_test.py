@@ -14,6 +14,7 @@ from moe_jax import cli, fields
 from moe_jax.arch import count
 from moe_jax.config import MeshConfig, resolve_mesh
 from moe_jax.errors import FieldError
+from moe_jax.files import csv_text
 from moe_jax.plan import cells, coarse, compilers, cost, table, topology, worker
 from tests.small import small_config
 
@@ -287,7 +288,7 @@ def test_tables_hold_every_plan():
   assert rows[0]["all-gather[fsdp]_bytes"] == 5 and rows[0]["hbm_left"] == 80.74 * 2**30
   (moved,) = (list(column.cells) for column in table.collectives(plans).columns[1:2])
   assert moved == ["all-gather over fsdp"]
-  text = table.csv_text(rows)
+  text = csv_text(rows)
   assert len(text.splitlines()) == 4 and "a reason" in text
   json.dumps(rows)
   assert table.table(plans, 4.2).row_count == 3

@@ -6,12 +6,6 @@ import pytest
 
 from moe_jax.grid import load_grid
 from tests.experiment_files import run_module
-from tests.study import planted
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-  return planted.write_runs(tmp_path_factory.mktemp("runs"), planted.grid())
 
 
 def test_power_of_a_grid_that_has_not_been_run():

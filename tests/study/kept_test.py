@@ -120,6 +120,31 @@ def test_runs_of_another_identity_are_refused_and_listed(tmp_path):
     kept.keep(tmp_path / "none", tmp_path / "to", [GRID.name])
 
 
+def test_a_run_of_another_text_is_refused_and_listed(tmp_path):
+  """An identity names its corpus, whose text may differ between machines."""
+  write(tmp_path / "one", 0, 2.0)
+  write(tmp_path / "two", 0, 3.0, text="other")
+  write(tmp_path / "three", 0, None, state="preempted")  # of no text that is known
+  kept.keep(tmp_path / "one", tmp_path / "to", [GRID.name])
+  written, same, (line,) = kept.keep(tmp_path / "two", tmp_path / "to", [GRID.name])
+  assert (written, same) == (0, 0) and "\n" not in line
+  assert line.startswith(f"planted/{FIRST}: not kept: ")
+  assert line.endswith("data_fingerprint other and planted")
+  assert kept.keep(tmp_path / "three", tmp_path / "to", [GRID.name]) == (0, 1, [])
+  assert rows_of(tmp_path / "to")[FIRST]["loss"] == 2.0
+
+
+def test_a_table_joins_runs_of_one_text(tmp_path):
+  write(tmp_path, 0)
+  write(tmp_path, 2, None, state="diverged")
+  assert len(rows_of(tmp_path)) == len(GRID.names)
+  write(tmp_path, 1, text="other")
+  with pytest.raises(FieldError, match=f"{FIRST} and {SECOND} are of two texts of one name, "
+                     "'sotu': data_fingerprint planted and other") as refused:
+    kept.table(tmp_path, GRID)
+  assert "\n" not in str(refused.value)
+
+
 def test_packed_in_parts_and_taken_up(tmp_path):
   for number in range(6):
     write(tmp_path / "one", number, records=150)

@@ -52,10 +52,12 @@ def log_loss(known: dict) -> float:
 
 def write_run(folder: pathlib.Path, experiment: str, cell: str, config: RunConfig,
               loss: float | None, state: str = "finished", error: str | None = None,
-              records: int = 3, drop_rate: float = 0.0, every: int = 1) -> None:
+              records: int = 3, drop_rate: float = 0.0, every: int = 1,
+              text: str = "planted") -> None:
   """One run's directory as trainer and evaluation leave it; without a loss, not evaluated.
 
-  It has so many records of metrics, one `every` so many steps.
+  It has so many records of metrics, one `every` so many steps. `text` is the fingerprint of what
+  it was trained on.
   """
   run = RunDir(epath.Path(folder) / experiment / cell)
   run.claim(Cell(experiment, f"planted.py:{cell}", cell, config))
@@ -67,7 +69,7 @@ def write_run(folder: pathlib.Path, experiment: str, cell: str, config: RunConfi
   write_text(run.metrics_file(1, 1), "\n".join(lines) + "\n")
   if loss is not None:
     run.write_eval("heldout", {"step": config.train.steps, "identity": identity_hash(config),
-                               "loss": loss, "loss_se": 0.01, "data_fingerprint": "planted"})
+                               "loss": loss, "loss_se": 0.01, "data_fingerprint": text})
 
 
 def write_runs(folder: pathlib.Path, of: Grid, noise: float = 0.002, configs: bool = True,

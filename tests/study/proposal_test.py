@@ -15,11 +15,6 @@ from moe_jax.study.proposal import Ask, propose
 from tests.study import planted
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-  return planted.write_runs(tmp_path_factory.mktemp("runs"), planted.grid())
-
-
 def cells_of(path):
   return to_cells(read_results(path), path)
 

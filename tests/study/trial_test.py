@@ -22,11 +22,6 @@ from tests.study import planted
 BUDGET = (0.0042, 1.3e6)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-  return planted.write_runs(tmp_path_factory.mktemp("runs"), planted.grid())
-
-
 def held(results, **asked):
   rows = read_results(results)
   return contest.contest(fit(to_cells(rows), "paper"), so_far(rows, results), *BUDGET, **asked)

@@ -1,6 +1,7 @@
 """A model's checkpoint of any mesh is read on any other, whole, in part, in another type."""
 
 import dataclasses
+import functools
 import math
 import types
 
@@ -24,6 +25,7 @@ ALL_MESHES = {**MESHES, "one": ONE_DEVICE}
 WRITTEN_ON = "data2_fsdp2_expert2"  # in the fast tests: every axis splits something
 
 
+@functools.cache
 def wanted_on(name):
   """The state of a model that has every kind of array, on that mesh."""
   mesh = ALL_MESHES[name]
@@ -32,6 +34,7 @@ def wanted_on(name):
   return abstract_state(config, make_mesh(config, jax.devices()[:1 if name == "one" else 8]))
 
 
+@functools.cache
 def content():
   """A value for every element, the same whatever the mesh."""
   rng = np.random.default_rng(0)
@@ -70,8 +73,8 @@ def test_a_checkpoint_is_read_on_every_mesh_and_on_one_device(run_dir, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written", ALL_MESHES)
-def test_every_mesh_reads_what_every_other_wrote(tmp_path, written):
+@pytest.mark.parametrize("written", ["one", "fsdp8", "expert8"])  # and WRITTEN_ON above
+def test_every_mesh_reads_what_others_wrote(tmp_path, written):
   run_dir = saved_on(written, tmp_path)
   for name in ALL_MESHES:
     assert_restores(run_dir, name)

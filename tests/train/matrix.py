@@ -1,10 +1,11 @@
 """Every way to compute a training step computes the same step; a test file for each router.
 
-{reference, capacity, dropless} x {softmax, sigmoid with a bias} x {shared experts, dense first
-layer} x eight meshes x {float32, bfloat16}: loss, every gradient leaf and the experts of every
+{reference, capacity, dropless} x {softmax, sigmoid with a bias} x meshes x {float32, bfloat16},
+with shared experts and a dense first layer: loss, every gradient leaf and the experts of every
 token, against the reference on one device. Some always, all under the slow marker. Capacity
 multiplies empty slots, as on accelerators; "packed" leaves them out, as CPUs do that hold all
-experts on one device.
+experts on one device. Meshes are all eight for the softmax router; the reference, with which
+nobody trains, and the sigmoid router, which differs before anything travels, have some.
 """
 
 import collections
@@ -13,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -23,26 +25,24 @@ import pytest
 from moe_jax.config import Architecture
 from moe_jax.mesh import MESH_AXES, make_mesh
 from moe_jax.model import functional
-from moe_jax.moe import expert_parallel
+from moe_jax.moe import expert_parallel, layer
 from moe_jax.train import step
 from tests.small import ARCH, MESHES, ONE_DEVICE, small_config
-from tests.train.step_test import batch_of
+from tests.train.step_test import SHARED_AND_DENSE, batch_of
 
 NO_DROPS = {"dispatch": "capacity", "capacity_factor": ARCH.n_exp / ARCH.n_topk}
 DISPATCHES = {"reference": {"dispatch": "reference"}, "capacity": NO_DROPS, "packed": NO_DROPS,
               "dropless": {"dispatch": "dropless"}}
-ARCHS = {"shared": dataclasses.replace(ARCH, n_shared_experts=1),
-         "dense": dataclasses.replace(ARCH, n_dense_layers=1)}
+REFERENCE_ON = ("expert8", "data2_fsdp2_expert2")
 DTYPES = ("float32", "bfloat16")
 
 
-def arch_of(name: str, dtype: str) -> Architecture:
+def arch_of(dtype: str) -> Architecture:
   """In bfloat16 with one MoE layer alone: a second one would see tokens that differ by
   rounding, and those near a boundary would be given other experts, so that no bound held."""
-  arch = ARCHS[name]
   if dtype == "float32":
-    return arch
-  return dataclasses.replace(arch, n_layers=1 + arch.n_dense_layers)
+    return SHARED_AND_DENSE
+  return dataclasses.replace(SHARED_AND_DENSE, n_layers=1 + SHARED_AND_DENSE.n_dense_layers)
 
 
 def tolerance_of(arch: Architecture, dtype: str) -> float:
@@ -65,11 +65,12 @@ def tolerance_of(arch: Architecture, dtype: str) -> float:
   return math.sqrt(2 * (3 * forward + 7)) * 2**-8
 
 
-def cells(fast: set[tuple[str, ...]]) -> list[Any]:
-  """(dispatch, architecture, mesh, type) of every cell; those not in `fast` marked slow."""
-  everything = [(dispatch, arch, name, dtype) for dispatch, arch, name, dtype
-                in itertools.product(DISPATCHES, ARCHS, MESHES, DTYPES)
-                if dispatch != "packed" or (arch == "shared" and MESHES[name].expert == 1)]
+def cells(fast: set[tuple[str, ...]], meshes: Iterable[str] = MESHES) -> list[Any]:
+  """(dispatch, mesh, type) of every cell; those not in `fast` marked slow."""
+  everything = [(dispatch, name, dtype) for dispatch, name, dtype
+                in itertools.product(DISPATCHES, meshes, DTYPES)
+                if (dispatch != "packed" or MESHES[name].expert == 1)
+                and (dispatch != "reference" or name in REFERENCE_ON)]
   assert fast <= set(everything)
   return [cell if cell in fast else pytest.param(*cell, marks=pytest.mark.slow)
           for cell in everything]
@@ -89,12 +90,12 @@ class Result(NamedTuple):
   experts_LTK: np.ndarray
 
 
-def check(router: str, dispatch: str, arch: str, mesh_name: str, dtype: str) -> None:
+def check(router: str, dispatch: str, mesh_name: str, dtype: str) -> None:
   """One cell against the reference on one device."""
-  ours = result_of(router, dispatch, arch, mesh_name, dtype)
-  truth = reference_of(router, arch, dtype)
+  ours = result_of(router, dispatch, mesh_name, dtype)
+  truth = reference_of(router, dtype)
   np.testing.assert_array_equal(ours.experts_LTK, truth.experts_LTK)
-  tolerance = tolerance_of(arch_of(arch, dtype), dtype)
+  tolerance = tolerance_of(arch_of(dtype), dtype)
   np.testing.assert_allclose(ours.loss, truth.loss, rtol=tolerance)
   for (path, grad), true_grad in zip(jax.tree.leaves_with_path(ours.grads),
                                      jax.tree.leaves(truth.grads), strict=True):
@@ -108,15 +109,14 @@ def check(router: str, dispatch: str, arch: str, mesh_name: str, dtype: str) -> 
 
 
 @functools.cache
-def reference_of(router: str, arch: str, dtype: str) -> Result:
-  return result_of(router, "reference", arch, None, dtype)
+def reference_of(router: str, dtype: str) -> Result:
+  return result_of(router, "reference", None, dtype)
 
 
-def result_of(router: str, dispatch: str, arch: str, mesh_name: str | None,
-              dtype: str) -> Result:
+def result_of(router: str, dispatch: str, mesh_name: str | None, dtype: str) -> Result:
   """A step from the first parameters, on the mesh of that name or on one device."""
   config = small_config(
-      arch_of(arch, dtype), model={"compute_dtype": dtype},
+      arch_of(dtype), model={"compute_dtype": dtype},
       moe={"router": router, **DISPATCHES[dispatch]},
       execution={"mesh": MESHES.get(mesh_name, ONE_DEVICE)})
   n_devices = 1 if mesh_name is None else 8
@@ -161,7 +161,7 @@ def put_model(config, mesh, params) -> dict[str, Any]:
 @contextlib.contextmanager
 def recorded_routing():
   """Has each device tell, layer by layer, which experts its tokens were given."""
-  chosen, original = collections.defaultdict(list), expert_parallel.route
+  chosen, original = collections.defaultdict(list), layer.route
 
   def record(expert_TK, *device):
     chosen[tuple(map(int, device))].append(np.asarray(expert_TK))
@@ -171,5 +171,5 @@ def recorded_routing():
     jax.debug.callback(record, routing.expert_TK, *map(jax.lax.axis_index, MESH_AXES))
     return routing
 
-  with mock.patch.object(expert_parallel, "route", route):
+  with mock.patch.object(layer, "route", route):
     yield chosen

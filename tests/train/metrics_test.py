@@ -6,11 +6,8 @@ import math
 import struct
 
 import jax.numpy as jnp
-import pytest
-from etils import epath
 from tensorboardX.proto import event_pb2
 
-from moe_jax.run_dir import RunDir
 from moe_jax.train.metrics import FLUSH_SECONDS, MetricsWriter
 
 
@@ -19,11 +16,6 @@ class Clock:
 
   def __call__(self):
     return self.now
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-  return RunDir(epath.Path(tmp_path / "run"))
 
 
 def strict(line):

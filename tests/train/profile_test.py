@@ -5,17 +5,10 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-from etils import epath
 
-from moe_jax.run_dir import RunDir
 from moe_jax.train import profile as profile_lib
 from moe_jax.train.profile import Profile
 from tests.experiment_files import BASE, run_module, write_tiny
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-  return RunDir(epath.Path(tmp_path / "run"))
 
 
 def traced(run_dir):

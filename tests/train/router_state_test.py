@@ -70,8 +70,6 @@ def test_the_bias_moves_against_the_load_of_each_layer():
 
 @pytest.mark.parametrize("execution", [
     {"mesh": MESHES["data2_fsdp2_expert2"]}, {"microbatches": 4, "remat": "dots"},
-    pytest.param({"mesh": MESHES["expert8"]}, marks=pytest.mark.slow),
-    pytest.param({"mesh": MESHES["data4_fsdp2"]}, marks=pytest.mark.slow),
     pytest.param({"mesh": MESHES["fsdp2_expert4"]}, marks=pytest.mark.slow),
 ], ids=str)
 def test_bias_and_jitter_are_those_of_the_global_batch(execution, one_device):

@@ -115,6 +115,7 @@ def test_labels_do_not_run_into_each_other(study):
 def test_what_cannot_be_drawn_says_why(cells, law, reasons, tmp_path):
   found = analyse(cells, law, draws=99)
   sections = law_sections(found)
+  assert reasons.keys() <= {section.key for section in sections}
   for section in sections:
     if section.key in reasons:
       assert section.figure is None and reasons[section.key] in text_of([section])
