@@ -103,6 +103,15 @@ def count_compiles():
   jax.monitoring.unregister_event_duration_listener(heard)
 
 
+def test_the_cache_that_is_given_is_used_up(softmax):
+  """There is room for one."""
+  texts = np.array(prompts(16, 16))
+  given = softmax.empty_cache(2, 64)
+  _, cache = softmax.prefill(given, texts, np.full(2, 16, np.int32))
+  softmax.decode(cache, texts[:, 0], np.full(2, 16, np.int32))
+  assert all(leaf.is_deleted() for leaf in (*given, *cache))
+
+
 def test_two_hundred_tokens_compile_nothing_new(softmax):
   """And neither do other prompts of these lengths, or another way to sample."""
   softmax.generate(prompts(5, 9), 200)

@@ -116,6 +116,8 @@ def test_remat_keeps_what_it_is_named_for():
     products[remat] = program.count("= dot_general[")
     exchanges[remat] = program.count("= all_to_all[")
   assert products["none"] < products["dots"] < products["rows"] == products["full"]
+  # Kept: of attention and of the shared expert the first product and the last.
+  assert products["full"] - products["dots"] == 4
   # Rows and their weights go to the experts, outputs come back, and so do the gradients of the
   # three. What went there travels again, unless it was kept; outputs are in no gradient.
   assert exchanges == {"none": 6, "dots": 8, "rows": 7, "full": 8}
