@@ -159,7 +159,9 @@ class Grid:
     follows it to its new name. TOKENS stands for the number of steps that is nearest to so many."""
     overridden = [override(config, _in_steps(changes, config)) for config in self.cells]
     cells, followed = overridden, None
-    while cells != followed:  # a new name may change that of the next, to the end of the chain
+    for _ in range(len(self.cells) + 2):  # a new name may change that of the next in the chain
+      if cells == followed:
+        break
       new = {old: cell_name(config, self.recipe)
              for old, config in zip(self.names, cells, strict=True)}
       followed, cells = cells, [

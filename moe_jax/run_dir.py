@@ -172,8 +172,7 @@ class RunDir:
 
   def _check_source(self, config: RunConfig) -> None:
     """The identity has the name of the run that it begins from, which two roots may both have."""
-    began = self.read_began_from()
-    if began is None or config.train.init_run is None:
+    if config.train.init_run is None or (began := self.read_began_from()) is None:
       return
     there = RunDir.named(self.path.parent.parent, config.train.init_run)
     with contextlib.suppress(DamagedFile):
