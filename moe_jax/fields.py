@@ -13,7 +13,7 @@ from moe_jax.errors import FieldError, did_you_mean
 
 T = TypeVar("T")
 
-_LARGEST_INT = 10**15
+_LARGEST_INT = 10**15  # float64, in which sizes and times are computed, holds such numbers exactly
 
 
 @functools.cache
@@ -103,8 +103,8 @@ def parse(text: str, hint: Any, path: str) -> Any:
 
 def checked(value: Any, hint: Any, path: str) -> Any:
   """`value` if it has the annotated type (an int passes as a float), else FieldError."""
-  if type(value) is int and abs(value) > _LARGEST_INT:  # larger ones are no numbers of float64
-    raise FieldError(path, value, f"must lie between -{_LARGEST_INT} and {_LARGEST_INT}")
+  if type(value) is int and abs(value) > _LARGEST_INT:
+    raise FieldError(path, value, "is too large a number")
   if type(value) is hint and hint is not float:  # a float must also be finite
     return value
   if isinstance(hint, types.UnionType) and value is None:

@@ -109,8 +109,8 @@ class Grid:
       result = tuple((path, value) for path, value in identity(config).items()
                      if path != "train.branch_from")
       first = seen.setdefault(result, name)
-      require(first == name, "grid.cells", name, f"is the run that {first} is, only branched "
-              "elsewhere: one length, given to all, makes branches of several lengths the same")
+      require(first == name, "grid.cells", name, f"is the run that {first} is: they differ in "
+              "the step at which they branch, and in nothing that follows from it")
 
   def _with_its_own_trunk(self, config: RunConfig) -> RunConfig:
     """A branch of EXPERIMENT/CELL, where that is this experiment, as a branch of CELL: all that
@@ -161,26 +161,29 @@ class Grid:
     cells, followed = overridden, None
     for _ in range(len(self.cells) + 2):  # a new name may change that of the next in the chain
       if cells == followed:
-        break
+        return dataclasses.replace(self, cells=tuple(cells))
       new = {old: cell_name(config, self.recipe)
              for old, config in zip(self.names, cells, strict=True)}
       followed, cells = cells, [
           override(config, renamed) if (renamed := _to_new_names(
               config.train, self.name, new, changes)) else config for config in overridden]
-    return dataclasses.replace(self, cells=tuple(cells))
+    raise FieldError("grid.cells", self.name, "has a cell that begins, if by way of others, from "
+                     "itself")
 
-  def only(self, wanted: Sequence[str], with_sources: bool) -> "Grid":
-    """The grid of those cells, and behind them of those that they branch or begin from.
+  def only(self, wanted: Sequence[str], changes: Mapping[str, Any]) -> "Grid":
+    """The grid of those cells, and behind them of those that they will follow to new names.
 
     Raises:
       FieldError: there is no such cell.
     """
     kept = {cell: self.get_config(cell) for cell in wanted}
-    ahead = list(kept.values()) if with_sources else []
+    ahead = list(kept.values())
     while ahead:
       train = ahead.pop().train
-      for cell in (train.branch_run, _own_cell(train.init_run, self.name)):
-        if cell in self.names and cell not in kept:
+      followed = {"train.branch_from": train.branch_run,
+                  "train.init_from": _own_cell(train.init_run, self.name)}
+      for path, cell in followed.items():
+        if path not in changes and cell in self.names and cell not in kept:
           ahead.append(kept.setdefault(cell, self.get_config(cell)))
     return dataclasses.replace(self, cells=tuple(kept.values()))
 
@@ -323,7 +326,7 @@ def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, .
   grid = load_grid(path)
   changes = changes or {}
   if wanted:
-    grid = grid.only(wanted, with_sources=not {"train.branch_from", "train.init_from"} & {*changes})
+    grid = grid.only(wanted, changes)
   base_names = grid.names
   try:
     grid = grid.override(changes)

@@ -68,7 +68,8 @@ def _require_directory(root: epath.Path) -> None:
   """Raises FieldError where `root` neither is a directory nor can be made one."""
   nearest = next(path for path in (root, *root.absolute().parents) if os.path.lexists(path))
   if not nearest.is_dir():
-    what = "is a file" if nearest == root else f"lies below the file {nearest}"
+    kind = "a file" if nearest.exists() else "a link to nothing"
+    what = f"is {kind}" if nearest == root else f"lies below {nearest}, {kind}"
     raise FieldError("out", os.fspath(root), f"{what}; a directory is wanted")
 
 
@@ -158,8 +159,7 @@ class RunDir:
     """Whether the run has begun; writes nothing.
 
     Raises:
-      FieldError: the directory belongs to a run of another identity, of which the fields are
-        named, or to one that began from another run's parameters.
+      FieldError: the directory belongs to a run of another identity; names the fields.
     """
     theirs = self.read_config()
     if theirs is not None:
@@ -167,11 +167,16 @@ class RunDir:
       if differing:
         raise FieldError("out", str(self.path), "holds a run of another identity: "
                          + "; ".join(differing))
-      self._check_source(cell.config)
     return theirs is not None
 
-  def _check_source(self, config: RunConfig) -> None:
-    """The identity has the name of the run that it begins from, which two roots may both have."""
+  def check_source(self, config: RunConfig) -> None:
+    """Checks that a run which has begun is the one that begins with what `init_from` names now.
+
+    The identity has the name of that run alone, which runs of several roots may have.
+
+    Raises:
+      FieldError: it began with another run's parameters.
+    """
     if config.train.init_run is None or (began := self.read_began_from()) is None:
       return
     there = RunDir.named(self.path.parent.parent, config.train.init_run)
@@ -179,8 +184,9 @@ class RunDir:
       source = there.read_config()
       if source is not None and began["identity"] not in (
           config_lib.identity_hash(source), there.read_identity()):
-        raise FieldError("out", str(self.path), f"holds a run that began from {began['run']} of "
-                         f"identity {began['identity']}, and {there.path} is another run")
+        raise FieldError("config.train.init_from", config.train.init_from, f"{self.path} began "
+                         f"from another run of that name, of identity {began['identity']}: give "
+                         "that run's path, or another --out")
 
   def claim(self, cell: Cell, branched_from: Mapping[str, Any] | None = None,
             began_from: Mapping[str, Any] | None = None) -> None:
@@ -196,6 +202,7 @@ class RunDir:
     Raises:
       FieldError: the directory belongs to a run of another identity; names the fields.
     """
+    self.check_source(cell.config)
     if (self.check_identity(cell) and branched_from in (None, self.read_branched_from())
         and began_from in (None, self.read_began_from())):
       return

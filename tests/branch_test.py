@@ -164,10 +164,18 @@ def test_one_length_for_branches_of_several_is_refused(tmp_path):
   """They would be one run, and count as three."""
   spec = write(tmp_path, SOURCE)
   for change in ({"train.steps": 1200}, {"train.tokens": 1200 * RECIPE.batch_tokens}):
-    with pytest.raises(FieldError, match=r"two|is the run that .*-branch200 is, only branched els"):
+    with pytest.raises(FieldError, match=r"overrides give grid\.cells='.*-branch400': is the run "
+                                         r"that .*-branch200 is: they differ in the step at which"):
       select(spec, change)
   (cell,) = select(f"{spec}:{GRID.names[3]}", {"train.steps": 1200})  # one may be longer
   assert (cell.config.train.steps, cell.config.train.branch_step) == (1200, 800)
+
+
+@pytest.mark.parametrize("change", [{"train.init_from": "old/run@3"}, {"seed_data": 3}], ids=str)
+def test_a_cell_alone_is_what_it_is_in_its_grid(tmp_path, change):
+  spec = write(tmp_path, SOURCE)
+  for cell in select(spec, change):
+    assert select(cell.selector, change) == (cell,)
 
 
 def test_keep_steps_come_from_the_command_line_and_branch_points_stay(tmp_path):

@@ -20,6 +20,7 @@ from moe_jax.config import (
     identity_hash,
     to_dict,
 )
+from moe_jax.fields import override
 from moe_jax.grid import Grid, load_grid
 
 FOLDER = pathlib.Path(__file__).with_name("golden")
@@ -44,7 +45,9 @@ GRIDS = {
     "default": Grid("default", _DEFAULT, (_DEFAULT,)),
     "dense": Grid("dense", _DENSE, (_DENSE,)),
     "everything": Grid("everything", _EVERYTHING, (
-        _EVERYTHING, dataclasses.replace(_DEFAULT, seed_data=7))),
+        _EVERYTHING, dataclasses.replace(_DEFAULT, seed_data=7),
+        override(_EVERYTHING, {"arch.d_dense": 80}),  # which is the default
+        override(_EVERYTHING, {"data.corpus": "sotu:3,python:1"}))),
 }
 
 

@@ -202,8 +202,11 @@ def test_a_root_that_is_a_file_is_refused(tmp_path, cell):
   (tmp_path / "file").write_text("")
   with pytest.raises(FieldError, match="is a file; a directory is wanted"):
     RunDir.of(tmp_path / "file", cell)
-  with pytest.raises(FieldError, match="lies below the file .*/file; a directory is wanted"):
+  with pytest.raises(FieldError, match="lies below .*/file, a file; a directory is wanted"):
     RunDir.of(tmp_path / "file" / "runs", cell)
+  (tmp_path / "link").symlink_to(tmp_path / "gone")
+  with pytest.raises(FieldError, match="is a link to nothing; a directory is wanted"):
+    RunDir.of(tmp_path / "link", cell)
 
 
 @pytest.mark.parametrize("out", ["s3://bucket/runs", "file:///tmp/runs"])
@@ -229,11 +232,13 @@ def test_runs_that_begin_from_two_of_one_name_are_told_apart(tmp_path, cell):
   began = RunDir(epath.Path(tmp_path / "a/old/run")).read_identity()
   run_dir.claim(ours, began_from={"run": "old/run", "step": 20, "identity": began,
                                   "checkpoint": "0"})
-  assert run_dir.check_identity(ours)
-  assert run_dir.check_identity(gone)  # on another machine there is nothing to compare with
-  with pytest.raises(FieldError, match=f"began from old/run of identity {began}, and .*/b/old/run "
-                                       "is another run"):
-    run_dir.check_identity(theirs)
+  run_dir.check_source(ours.config)
+  run_dir.check_source(gone.config)  # on another machine there is nothing to compare with
+  assert run_dir.check_identity(theirs)  # it may be evaluated, whatever lies there now
+  for check in (lambda: run_dir.check_source(theirs.config), lambda: run_dir.claim(theirs)):
+    with pytest.raises(FieldError, match=f"init_from='.*/b/old/run@20': .* began from another run "
+                                         f"of that name, of identity {began}"):
+      check()
 
 
 @pytest.mark.parametrize("wrong", [{"pid": "x"}, {"pid": 10**20}, {"heartbeat": None}])

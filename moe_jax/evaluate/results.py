@@ -63,7 +63,7 @@ def facts(config: RunConfig) -> Row:
       "n_total": count.n_total(arch), "n_active": count.n_active(arch),
       "n_total_with_embedding": count.n_total_with_embedding(arch),
       "n_active_with_embedding": count.n_active_with_embedding(arch),
-      "corpus": data.corpus, "tokenizer": data.tokenizer, "seq_len": data.seq_len,
+      "corpus": data.canonical_corpus, "tokenizer": data.tokenizer, "seq_len": data.seq_len,
       "mask_documents": data.mask_documents, "dispatch": moe.dispatch,
       "capacity_factor": moe.capacity_factor, "routing_group_tokens": config.group_tokens,
       "norm_topk_prob": moe.norm_topk_prob, "balance_coef": moe.balance_weight,

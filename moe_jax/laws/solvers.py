@@ -19,7 +19,7 @@ from moe_jax.laws.forms import Form, log_sum
 DELTA = 1e-3
 N_STARTS = 64
 _UNMOVED = 1e-7
-_MOST_REWEIGHTED = 500  # passes of a linear Huber regression
+_MAX_ITERATIONS = 500  # passes of a linear Huber regression
 _FLOOR_SHARE = 1e-6  # a coefficient of zero has no logarithm
 
 
@@ -107,7 +107,7 @@ def huber_regression(x_NP: np.ndarray, y_N: np.ndarray) -> np.ndarray:
   """Linear Huber regression by iteratively reweighted least squares, from least squares."""
   root_N = np.ones(len(y_N))
   beta = np.zeros(x_NP.shape[1])
-  for _ in range(_MOST_REWEIGHTED):
+  for _ in range(_MAX_ITERATIONS):
     last, beta = beta, np.linalg.lstsq(x_NP * root_N[:, None], y_N * root_N, rcond=None)[0]
     if np.max(np.abs(beta - last)) < 1e-10:
       break

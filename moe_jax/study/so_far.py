@@ -64,7 +64,8 @@ def _config(row: Row, results: str, known: dict[str, RunConfig]) -> RunConfig:
                        f"configuration has {value:g}")
   if row.get("identity") not in (None, "", identity_hash(config)):
     raise FieldError("config", cell, f"is {identity_hash(config)} in the configuration and "
-                     f"{row['identity']} in {results}: its file was changed since it ran")
+                     f"{row['identity']} in {results}: the file was changed since it ran, or the "
+                     "table is of an older version: evaluate it again")
   return config
 
 

@@ -84,9 +84,10 @@ class Member:
           f"the text of {config.data.corpus!r} has changed since step {restored.step} was "
           f"saved (fingerprint {theirs} then, {self._prepared.fingerprint} now): put the old "
           "text back, or begin the run anew elsewhere")
-    if restored.meta["identity"] != identity:  # config.json was lost
-      where = (self._trunk.run_dir if self._trunk else self.run_dir).path
-      raise CheckpointError(f"step {restored.step} in {where} was saved by a run of another "
+    owner = self._trunk.run_dir if self._trunk else self.run_dir
+    # Older versions hashed a default that was written out; which is then in config.json too.
+    if restored.meta["identity"] not in (identity, owner.read_identity()):  # config.json was lost
+      raise CheckpointError(f"step {restored.step} in {owner.path} was saved by a run of another "
                             f"identity, {restored.meta['identity']}")
     self.batches.set_state(restored.data)
     self.step = self._saved_step = restored.step

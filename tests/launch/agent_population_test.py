@@ -4,6 +4,7 @@ import itertools
 import signal
 import time
 
+import pytest
 from etils import epath
 
 from launch.code import Code
@@ -15,7 +16,7 @@ from moe_jax.grid import select
 from moe_jax.run_dir import is_gone
 from tests.experiment_files import write, write_tiny
 from tests.launch.agent_test import PATIENCE, _here, _run
-from tests.launch.population_test import BRANCHES
+from tests.launch.population_test import BRANCHES, ENVIRONMENT, SWEEP
 from tests.launch.submitter import TRAINER
 
 
@@ -156,3 +157,15 @@ def test_branches_train_together_after_their_trunks(tmp_path, capfd):
   assert [len({launch.pid for launch in group}) for group in launches] == [1, 1, 1]
   begun = [group[0].started for group in launches]
   assert begun == sorted(begun)
+
+
+@pytest.mark.slow
+def test_a_sweep_really_trains_in_one_process(tmp_path):
+  todo = _submitted(tmp_path, SWEEP)
+  assert [len(group) for group in todo.groups] == [3, 1]
+  agent = _run(_write(tmp_path, todo), **ENVIRONMENT)
+  output, _ = agent.communicate(timeout=PATIENCE)
+  assert agent.returncode == 0, output
+  launches = [read_launch(todo.run_dir(name)) for group in todo.groups for name in group]
+  assert [launch.state for launch in launches] == ["finished", "finished", "diverged", "finished"]
+  assert launches[0].pid == launches[1].pid == launches[2].pid != launches[3].pid

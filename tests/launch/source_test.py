@@ -105,6 +105,8 @@ def get_grid():
   jobs = jobs_of(select(spec), tmp_path / "runs", [])
   with pytest.raises(FieldError, match=r"init_from='up/.*': makes l1-.* wait for itself"):
     require_sources(jobs)
+  with pytest.raises(FieldError, match="has a cell that begins, if by way of others, from itself"):
+    select(spec, {"train.learning_rate": 5e-3})
 
 
 def _command(spec, out, *arguments):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax import config as config_lib
 from moe_jax.config import Architecture, ExecutionConfig, RunConfig, identity_hash
 from moe_jax.errors import FieldError
 from moe_jax.evaluate.results import rows_of
@@ -16,7 +17,7 @@ from moe_jax.fields import override
 from moe_jax.grid import Cell, Grid, trunk_and_branches
 from moe_jax.mesh import make_mesh
 from moe_jax.run_dir import RunDir
-from moe_jax.train import loop
+from moe_jax.train import loop, member
 from moe_jax.train.checkpoint import restore_step
 from moe_jax.train.checkpoint_files import checkpoint_steps
 from moe_jax.train.checkpoint_format import CheckpointError
@@ -112,6 +113,20 @@ def test_a_branch_under_way_goes_on_without_its_trunk(out, trunk_alone):
   shutil.rmtree(RunDir.of(trunk_alone, CELLS[0]).path)
   assert loop.train(cell, trunk_alone) == 0
   assert run_dir.read_status()["branched_from"]["step"] == 6
+
+
+def test_runs_of_a_version_that_hashed_otherwise_go_on(out, tmp_path, monkeypatch):
+  (tmp_path / "_data").symlink_to(out / "_data")
+  monkeypatch.setattr(loop, "use_compilation_cache", lambda out: None)
+  with monkeypatch.context() as older:
+    for module in (config_lib, member):
+      older.setattr(module, "identity_hash", lambda config: 12 * "0")
+    assert loop.train(CELLS[0], tmp_path) == 0
+  trunk = RunDir.of(tmp_path, CELLS[0])
+  assert trunk.read_identity() == 12 * "0"
+  trunk.write_status(trunk.read_status() | {"state": "preempted"})
+  for cell in CELLS[:2]:  # it and its branch
+    assert loop.train(cell, tmp_path) == 0
 
 
 @pytest.mark.parametrize("reference", ["budgets/{}", "{out}/budgets/{}"])

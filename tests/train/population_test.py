@@ -89,9 +89,11 @@ def batched(monkeypatch):
 @pytest.mark.parametrize("moe, how", [
     ({"capacity_factor": 1.0}, "one after another"),
     ({"capacity_factor": 1.0}, "batched"),
+    pytest.param({"capacity_factor": 1.0, "router": "sigmoid", "jitter": 0.1}, "one after another",
+                 marks=pytest.mark.slow),
     pytest.param(ALL_ELSE, "one after another", marks=pytest.mark.slow),
     pytest.param(ALL_ELSE, "batched", marks=pytest.mark.slow)],
-    ids=["softmax", "softmax-batched", "all-else", "all-else-batched"])
+    ids=["softmax", "softmax-batched", "sigmoid-jitter", "all-else", "all-else-batched"])
 def test_each_member_is_the_run_done_alone(moe, how, request):
   if how == "batched":
     request.getfixturevalue("batched")

@@ -59,20 +59,22 @@ def dropping():
   return loss_and_grads(small_config(SHARED_AND_DENSE, moe={"capacity_factor": 0.75}))
 
 
-# The layer alone is compared on all eight meshes in tests/moe, the whole model in the matrix of
-# this folder.
+# The layer alone is compared on all eight meshes in tests/moe, the whole model without drops in
+# the matrix of this folder.
 SOME_MESHES = ("expert8", "fsdp4_expert2", "data2_fsdp2_expert2")
+ALL_MESHES = [name if name in SOME_MESHES else pytest.param(name, marks=pytest.mark.slow)
+              for name in MESHES]
 
 
 @pytest.mark.parametrize("name", SOME_MESHES)
-def test_loss_and_every_gradient_equal_the_reference_on_every_mesh(name, reference):
+def test_loss_and_every_gradient_equal_the_reference_on_some_meshes(name, reference):
   ours = loss_and_grads(small_config(SHARED_AND_DENSE, moe={"capacity_factor": 4.0},
                                      execution={"mesh": MESHES[name]}))
   assert ours[0][1]["drop_rate"] == 0
   assert_same(ours, reference)
 
 
-@pytest.mark.parametrize("name", SOME_MESHES)
+@pytest.mark.parametrize("name", ALL_MESHES)
 def test_where_tokens_drop_the_mesh_changes_nothing(name, dropping):
   ours = loss_and_grads(small_config(SHARED_AND_DENSE, moe={"capacity_factor": 0.75},
                                      execution={"mesh": MESHES[name]}))
