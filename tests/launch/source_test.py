@@ -6,7 +6,9 @@ import pytest
 
 from launch.jobs import jobs_of, read_launch, require_sources
 from launch.state import states_of
+from moe_jax.config import to_dict
 from moe_jax.errors import FieldError
+from moe_jax.files import write_json
 from moe_jax.grid import select
 from moe_jax.run_dir import RunDir
 from tests.experiment_files import run_module, write
@@ -107,6 +109,22 @@ def get_grid():
     require_sources(jobs)
   with pytest.raises(FieldError, match="has a cell that begins, if by way of others, from itself"):
     select(spec, {"train.learning_rate": 5e-3})
+
+
+def test_one_that_began_from_another_run_of_that_name_is_not_taken_for_it(spec, tmp_path):
+  (dense,) = [cell for cell in select(spec) if cell.config.train.init_from is None]
+  there = RunDir.of(tmp_path / "b", dense)
+  there.claim(dense)
+  (cell,) = select(f"{spec}:{select(spec)[0].name}",
+                   {"train.init_from": f"{there.path}@10"})
+  (job,) = jobs_of([cell], tmp_path / "runs", [])
+  ours = {"run": f"up/{dense.name}", "step": 10, "checkpoint": "0"}
+  for identity, same in ((there.read_identity(), True), (12 * "0", False)):
+    write_json(job.run_dir.path / "config.json", {
+        "identity": "", "config": to_dict(cell.config),
+        "began_from": ours | {"identity": identity}})
+    job.run_dir.write_status({"state": "finished", "step": 20, "steps": 20})
+    assert job.is_finished() == same
 
 
 def _command(spec, out, *arguments):
