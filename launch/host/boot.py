@@ -1,8 +1,8 @@
-"""In the container image: fetches one submission's code, checks it, and runs it.
+"""Entry point of the container image: fetches a submission's code, verifies it, and runs it.
 
     python boot.py --code=URI --sha256=HASH -- -m launch.host --work=URI
 
-It is copied into the image alone, so it imports nothing of the project.
+The image has no other file of the project, so this one imports nothing from it.
 """
 
 import hashlib
