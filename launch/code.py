@@ -1,6 +1,6 @@
 """Packs a submission's exact code: HEAD, uncommitted changes to tracked files, the experiment.
 
-Untracked files are left out, since they may be secrets; only the experiment itself is included.
+Untracked files, which may hold secrets, are left out, except for the experiment file itself.
 """
 
 import dataclasses

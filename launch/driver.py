@@ -42,7 +42,7 @@ class Slice:
 
   @classmethod
   def read(cls, folder: epath.Path) -> "Slice":
-    """Raises FieldError where the file is damaged."""
+    """Reads a slice's folder. Raises FieldError if slice.json is damaged."""
     stored = read_json(folder / "slice.json")
     try:
       return cls(folder, from_json(Record, stored["record"]),

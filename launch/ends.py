@@ -41,7 +41,7 @@ def told_error(run_dir: RunDir, pid: int) -> str | None:
 
 
 def is_finished(run_dir: RunDir) -> bool:
-  """Whether the run finished and has not lost its end. Raises FieldError on a damaged status."""
+  """Whether it finished and `lost_end` finds no fault. Raises FieldError on a damaged status."""
   return (run_dir.read_status().get("state") == run_dir_lib.FINISHED
           and lost_end(run_dir) is None)
 

@@ -27,7 +27,7 @@ class Policy:
   """Retry budgets, and times in seconds.
 
   Attributes:
-    max_preemptions: how often machines may be taken away.
+    max_preemptions: how often machines may be taken away, or prove unusable.
     max_failures: how often a resource may fail, or its machines fall silent.
     pause, longest_pause: initial and maximum backoff, which doubles with each attempt in a row.
     patience: how long to wait for capacity in one zone if there are others.

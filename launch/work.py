@@ -44,7 +44,7 @@ class HostWord:
 
 
 def read_host(file: epath.Path) -> HostWord | None:
-  """Reads a report; None if the file is gone or damaged, which says nothing."""
+  """Reads a report; None if the file is gone or damaged, which counts as no report."""
   with contextlib.suppress(DamagedFile):
     return read_as(HostWord, file)
   return None

@@ -84,7 +84,7 @@ def kubectl_in(namespace: str, context: str | None, *arguments: str) -> tuple[st
 
 
 def jobset(name: str, options: Options, code: Code, out: str, experiment: str) -> dict[str, Any]:
-  """The JobSet of one share (jobset.x-k8s.io/v1alpha2)."""
+  """Returns the JobSet of one share (jobset.x-k8s.io/v1alpha2)."""
   labels = {LABEL: owner(out, experiment)}
   queue = {} if options.queue is None else {"kueue.x-k8s.io/queue-name": options.queue}
   return {

@@ -125,7 +125,7 @@ class Agent:
     self._meter.count(ended=True)
 
   def _gather(self) -> None:
-    """Waits until all hosts of the run are alive or the money is spent. Raises Useless.
+    """Waits until all hosts of the run are alive or the limit is reached. Raises Useless.
 
     Without this, a trainer that waits in vain for a late host would count as a program failure.
     """
@@ -184,7 +184,7 @@ class Agent:
 
   def _begun(self, name: str, trainer: Trainer) -> Launch:
     before, saved = read_launch(self._run_dir(name)), self._run_dir(name).saved_step()
-    # Progress resets the count: only failures since the last new checkpoint make a run fail.
+    # Progress resets the count: only failures since the last new checkpoint matter.
     failures = before.failures if before and saved <= before.saved else 0
     launch = Launch(self._work.backend, trainer.command, 1 + (before.attempt if before else 0),
                     socket.gethostname(), trainer.pid, trainer.started, failures=failures,

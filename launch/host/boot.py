@@ -2,7 +2,7 @@
 
     python boot.py --code=URI --sha256=HASH -- -m launch.host --work=URI
 
-The image has no other file of the project, so this one imports nothing from it.
+No other module of the project is in the image, so this one imports none.
 """
 
 import hashlib
