@@ -1,1 +1,1 @@
-"""Starts the cells of a grid and says how they stand. No JAX: it answers at once."""
+"""Launches the cells of a grid and reports their state. Imports no JAX, so commands start fast."""

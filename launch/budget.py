@@ -1,11 +1,11 @@
-"""What an experiment may cost, counted by its own machines: it holds without a launcher too.
+"""Enforces an experiment's spending limit from its own machines, so no launcher need be alive.
 
-    <out>/<experiment>/_slices/limit.json         by submissions: US dollars
-    <out>/<experiment>/_slices/NAME/used.json     by the leader of each slice: what that has cost
+    <out>/<experiment>/_slices/limit.json         by submissions: the limit in US dollars
+    <out>/<experiment>/_slices/NAME/used.json     by each slice's leader: the slice's cost so far
 
-Counted is from when the machines begin to work, in all their lives; a launcher that drives counts
-from when they may have been there. A TPU VM that never begins to work ends its slice when that has
-cost its share (host/startup.sh).
+Cost is counted from when the machines start to work, across restarts; a launcher that drives the
+slices counts from when machines may have existed. A TPU VM that never starts to work ends its
+slice when that has cost its share of the limit (host/startup.sh).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from etils import epath
 from moe_jax.files import read_as, write_json
 
 LIMIT = "limit.json"
-MARGIN_SECONDS = 200.0  # in which it is noticed by all machines, and they save and end
+MARGIN_SECONDS = 200.0  # for all machines to notice the limit, save and end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,23 +28,23 @@ class _Limit:
 @dataclasses.dataclass(frozen=True)
 class _Used:
   usd: float
-  usd_per_second: float  # 0 when it has ended
+  usd_per_second: float  # 0 once the slice has ended
 
 
 def set_limit(folder: epath.Path, max_cost_usd: float | None) -> None:
-  """Of the experiment whose `_slices` this is; None: there is none."""
+  """Sets the limit of the experiment whose `_slices` folder this is; None means no limit."""
   write_json(folder / LIMIT, {"max_cost_usd": max_cost_usd})
 
 
 def account(folder: epath.Path) -> list[str]:
-  """A line for each slice that counts by itself and that no launcher drives."""
+  """Returns a line for each slice that counts its own cost and that no launcher drives."""
   return [f"{file.parent.name}: ${used.usd:.2f} since its machines began to work"
           for file in sorted(folder.glob("*/used.json"))
           if not (file.parent / "slice.json").exists() and (used := read_as(_Used, file))]
 
 
 class Meter:
-  """Counts what one slice costs, and looks at what all of the experiment's cost."""
+  """Counts what one slice costs and checks the cost of all slices against the limit."""
 
   def __init__(self, folder: epath.Path, usd_per_second: float,
                clock: Callable[[], float] = time.monotonic):
@@ -54,7 +54,7 @@ class Meter:
     self.count()
 
   def count(self, ended: bool = False) -> None:
-    """Adds the time since it was last asked to."""
+    """Adds the cost since the last call and writes the total to used.json."""
     now = self._clock()
     self._usd, self._counted = self._usd + (now - self._counted) * self._rate, now
     if self._rate:
@@ -62,7 +62,7 @@ class Meter:
           _Used(self._usd, 0.0 if ended else self._rate)))
 
   def why_too_dear(self) -> str | None:
-    """Why nothing more may be trained, in one line, or None."""
+    """Returns why nothing more may be trained, in one line, or None."""
     limit = read_as(_Limit, self._folder.parent / LIMIT)
     if limit is None or limit.max_cost_usd is None:
       return None

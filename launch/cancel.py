@@ -1,8 +1,9 @@
-"""Ends what an experiment has on other machines; runs keep their checkpoints.
+"""Cancels what an experiment has on other machines; runs keep their checkpoints.
 
     python -m launch.cancel --out=gs://BUCKET/runs --experiment=NAME
 
-The same `launch.submit` goes on later. Cells on this machine end by Ctrl-C of their launcher.
+The same `launch.submit` resumes it later. To stop cells on this machine, press Ctrl-C in their
+launcher.
 """
 
 from absl import flags

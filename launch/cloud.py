@@ -1,4 +1,4 @@
-"""Queued resources through gcloud: what its answers mean."""
+"""Interprets gcloud's answers about queued resources."""
 
 import json
 import re
@@ -9,13 +9,13 @@ from launch.backends.gcloud import LABEL, Options
 from launch.remote import Answer, Run
 from launch.slices import Seen
 
-# As gcloud says it, case and all: "gcloud crashed (FileNotFoundError)" says nothing of a resource.
+# Case-sensitive: "gcloud crashed (FileNotFoundError)" says nothing about a resource.
 _NOT_FOUND = re.compile(r"\bNOT_FOUND\b|was not found|\bnotFound\b|\bcode=404\b")
 _EXISTS = re.compile(r"ALREADY_EXISTS|already exists", re.IGNORECASE)
-# gcloud names the account in every answer of 401, 403 and 404 ("... which is the active account").
+# Must not match "... which is the active account": gcloud ends every 401, 403 and 404 with it.
 _CREDENTIALS = re.compile(r"not (currently )?have an active account|reauth|invalid_grant|"
                           r"UNAUTHENTICATED|auth tokens|auth login", re.IGNORECASE)
-# It also asks for a login where it only could not reach the server that refreshes its token.
+# gcloud also asks for a login when it only failed to reach the server that refreshes its token.
 _NETWORK = re.compile(r"ConnectionPool|NameResolution|max retries|timed? ?out|temporary failure|"
                       r"connection (refused|reset|aborted)|unreachable", re.IGNORECASE)
 _LATER = re.compile(r"\b429\b|rate.?limit|too many requests|per minute|UNAVAILABLE|"
@@ -24,15 +24,15 @@ _LATER = re.compile(r"\b429\b|rate.?limit|too many requests|per minute|UNAVAILAB
 
 
 class Unclear(RuntimeError):
-  """The cloud gave no answer that says anything: it is asked again later."""
+  """The cloud's answer is inconclusive; the caller asks again later."""
 
 
 class NoCredentials(RuntimeError):
-  """The account must log in again; nobody else can."""
+  """The account must log in again, which only a person can do."""
 
 
 def describe(name: str, options: Options, zone: str, label: str, run: Run) -> Seen | None:
-  """The queued resource of that name, or None. Raises Unclear or NoCredentials."""
+  """Returns the queued resource of that name, or None. Raises Unclear or NoCredentials."""
   answer = run(gcloud.describe(name, options, zone))
   if not answer.ok:
     if _is_not_found(answer):
@@ -46,7 +46,7 @@ def describe(name: str, options: Options, zone: str, label: str, run: Run) -> Se
 
 
 def parse(resource: dict[str, Any], label: str) -> Seen:
-  """A QueuedResource message of the Cloud TPU API v2, as gcloud prints it."""
+  """Parses a QueuedResource message of the Cloud TPU API v2, as gcloud prints it."""
   state = resource["state"]
   failed = state.get("failedData", {}).get("error", {})
   return Seen(state["state"], state.get("stateInitiator"), failed.get("message"),
@@ -54,25 +54,25 @@ def parse(resource: dict[str, Any], label: str) -> Seen:
 
 
 def label_of(resource: dict[str, Any]) -> str | None:
-  """Whose resource it is, by this project's label; None if nobody's."""
+  """Returns the value of this project's label on a resource, or None if it has none."""
   specs = resource.get("tpu", {}).get("nodeSpec", [])
   return specs[0].get("node", {}).get("labels", {}).get(LABEL) if specs else None
 
 
 def create_error(answer: Answer) -> tuple[str, bool] | None:
-  """None if the resource was asked for, else (why not, whether to ask again in a while).
+  """Returns None if the resource was requested, else (why not, whether to retry later).
 
   Raises:
     NoCredentials: the account must log in again.
   """
-  if answer.ok or _EXISTS.search(answer.stderr):  # whose it is, the next look tells
+  if answer.ok or _EXISTS.search(answer.stderr):  # the next describe shows whose it is
     return None
   _require_credentials(answer)
   return answer.error, answer.code is None or _LATER.search(answer.stderr) is not None
 
 
 def delete(name: str, options: Options, zone: str, run: Run) -> str | None:
-  """Asks for a deletion; whether it happens, the next look tells.
+  """Requests a deletion; the next `describe` shows whether it happens.
 
   Returns:
     Why it was refused, or None.
@@ -88,7 +88,7 @@ def delete(name: str, options: Options, zone: str, run: Run) -> str | None:
 
 
 def list_ours(options: Options, zone: str, run: Run) -> dict[str, str]:
-  """Name -> label of all that this project has in a zone. Raises Unclear or NoCredentials."""
+  """Returns name -> label of this project's resources in a zone. Raises Unclear, NoCredentials."""
   answer = run(gcloud.list_all(options, zone))
   if not answer.ok:
     _require_credentials(answer)
@@ -106,7 +106,7 @@ def _is_not_found(answer: Answer) -> bool:
 
 
 def _is_of_network(answer: Answer) -> bool:
-  """By gcloud's own words: what stands in quotes are names of the user's."""
+  """Whether gcloud's own words report a network error; quoted text is the user's names."""
   return _NETWORK.search(re.sub(r"'[^']*'", "", answer.stderr)) is not None
 
 

@@ -1,6 +1,6 @@
-"""The exact code of a submission: HEAD, what differs from it in tracked files, and the experiment.
+"""Packs a submission's exact code: HEAD, uncommitted changes to tracked files, the experiment.
 
-Untracked files stay behind, save the experiment itself: among them may be secrets.
+Untracked files, which may hold secrets, are left out, except for the experiment file itself.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ _IDENTITY = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for w
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-  """What a machine unpacks before it trains.
+  """The code that a machine unpacks before it trains.
 
   Attributes:
     commit: HEAD, with `+` if tracked files differ from it.
-    sha256: of the archive, which is also its name.
-    experiment: the experiment file's path in it.
+    sha256: hash of the archive, which also names it.
+    experiment: the experiment file's path in the archive.
     archive: the content, a .tar.gz.
-    left_out: untracked Python files that are not in it.
+    left_out: untracked Python files that are not in the archive.
   """
 
   commit: str
@@ -45,12 +45,12 @@ class Code:
 
 
 def pack(experiment: str, root: pathlib.Path = _ROOT) -> Code:
-  """The code at `root`, a git checkout, with the experiment file.
+  """Packs the code at `root`, a git checkout, with the experiment file.
 
-  The same files give the same bytes.
+  Deterministic: the same files give the same bytes.
 
   Raises:
-    FieldError: `root` is no checkout with a commit.
+    FieldError: `root` is not a git checkout with a commit.
   """
   file = pathlib.Path(experiment).resolve()
   inside = file.is_relative_to(root)
@@ -64,7 +64,7 @@ def pack(experiment: str, root: pathlib.Path = _ROOT) -> Code:
       git("add", "--force", "--", where)
     tree = git("write-tree")
     dirty = tree != git("rev-parse", "HEAD^{tree}")
-    # A commit, and not the bare tree: the files in the archive then have its time.
+    # A commit rather than the bare tree, so that files in the archive get its fixed time.
     date = git("show", "--no-patch", "--format=%ct +0000", "HEAD")
     snapshot = git("commit-tree", tree, "-p", head, "-m", "submitted", date=date)
     tar = git.bytes("archive", "--format=tar", snapshot)
@@ -78,12 +78,12 @@ def pack(experiment: str, root: pathlib.Path = _ROOT) -> Code:
 
 
 class _Git:
-  """git in a checkout, with an index and an object store of its own: nothing there changes."""
+  """Runs git in a checkout with a scratch index and object store, so nothing there changes."""
 
   def __init__(self, root: pathlib.Path, scratch: str):
     self._root = root
     self._environ = os.environ | _IDENTITY
-    # GIT_DIR and its like, as inside a hook, would point elsewhere.
+    # Inside a git hook these are set, and would point elsewhere.
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY"):
       self._environ.pop(name, None)
     objects = self("rev-parse", "--path-format=absolute", "--git-path", "objects")

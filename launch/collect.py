@@ -1,8 +1,9 @@
-"""Brings an experiment home, to a folder here: all but checkpoints, logs and traces.
+"""Copies an experiment's results to a local folder: all but checkpoints, logs and traces.
 
     python -m launch.collect --out=gs://BUCKET/runs --experiment=NAME --to=runs
 
-Metrics that have not grown since are not copied again. results.csv is made anew from what is there.
+Metrics files that have not grown since the last copy are skipped. results.csv is rebuilt from the
+local copies.
 """
 
 import pathlib

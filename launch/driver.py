@@ -1,8 +1,8 @@
-"""Drives the slices of an experiment, from what is written in `<out>/<experiment>/_slices/`.
+"""Drives an experiment's slices until all have ended, from `<out>/<experiment>/_slices/`.
 
-Each slice has a folder there: `slice.json` (its record and its options), `work.json`, a start-up
-script for each zone. Any machine that sees them can drive, one at a time; one that dies loses
-nothing, since a record is written before what it says is done.
+Each slice has a folder there with `slice.json` (its record and its options), `work.json`, and a
+start-up script for each zone. Any machine that sees these files can drive, one at a time. A driver
+may die at any point: each record is written before the action that it calls for.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _UNDELETED = "it cannot be deleted: "
 
 @dataclasses.dataclass
 class Slice:
-  """A slice's folder, read."""
+  """The state of a slice, as read from its folder."""
 
   folder: epath.Path
   record: Record
@@ -42,7 +42,7 @@ class Slice:
 
   @classmethod
   def read(cls, folder: epath.Path) -> "Slice":
-    """Raises FieldError where the file is damaged."""
+    """Reads a slice's folder. Raises FieldError if slice.json is damaged."""
     stored = read_json(folder / "slice.json")
     try:
       return cls(folder, from_json(Record, stored["record"]),
@@ -61,7 +61,7 @@ class Slice:
     return work.from_text(path.read_text(), path)
 
   def plan(self) -> SlicePlan:
-    """What creating it in its zone runs."""
+    """Returns the plan that creates the slice in its record's zone."""
     name, zone = self.record.name, self.record.zone
     script = self.folder / f"startup-{zone}.sh"
     return SlicePlan(name, (), (File(f"{name}/{script.name}", script.read_text()),),
@@ -71,13 +71,13 @@ class Slice:
     todo = self.work
     hosts = [host for file in self.folder.glob("host-*.json") if (host := work.read_host(file))]
     troubles = [host.trouble for host in hosts if host.trouble]
-    # Without one of its hosts a slice trains nothing, so the longest silence counts.
+    # A slice trains nothing without all of its hosts, so the longest silence counts.
     beat = min(host.heartbeat for host in hosts) if len(hosts) >= todo.hosts else None
     return Progress(all(work.why_ended(todo, name) for name in todo.cells), beat,
                     troubles[0] if troubles else None)
 
   def forget_machines(self) -> None:
-    """Removes what earlier machines said, before new ones are asked for."""
+    """Removes the files that earlier machines wrote, before new machines are requested."""
     for file in (*self.folder.glob("host-*.json"), self.folder / "now.json"):
       file.unlink(missing_ok=True)
 
@@ -91,16 +91,16 @@ class Slice:
 
 
 def read_all(folder: epath.Path) -> list[Slice]:
-  """All slices of an experiment. Raises FieldError on a damaged file."""
+  """Reads all slices of an experiment. Raises FieldError on a damaged file."""
   return [Slice.read(file.parent) for file in sorted(folder.glob("*/slice.json"))]
 
 
 def want(planned: Plan, jobs: Sequence[Job], options: Options, out: str,
          clock: Callable[[], float] = time.time) -> None:
-  """Writes down which slices are wanted. One that is at work already stays as it is.
+  """Records which slices are wanted. Of one already at work only limit and price are updated.
 
   Raises:
-    FieldError: a cell is another slice's, which has not ended.
+    FieldError: a cell belongs to another slice, which has not ended.
     lease.Held: another driver is at work.
   """
   folder = epath.Path(planned.out)
@@ -120,7 +120,7 @@ def _before(mine: epath.Path) -> Slice | None:
 
 
 def _require_free(folder: epath.Path, share: SlicePlan) -> None:
-  """Raises FieldError where another slice at work has one of its cells."""
+  """Raises FieldError if another slice that has not ended has one of the share's cells."""
   mine = folder / share.name
   before = _before(mine)
   if before is not None and before.record.state not in slices.FINAL:
@@ -150,7 +150,7 @@ def _want_one(folder: epath.Path, planned: Plan, share: SlicePlan, jobs: Sequenc
 
 
 def preflight(options: Options, out: str, run: remote.Run) -> str | None:
-  """Why nothing should be created, or None. Warns of a bucket in another region."""
+  """Returns why nothing should be created, or None. Warns of a bucket in another region."""
   for zone in dict.fromkeys(options.zones):
     answer = run(gcloud.accelerator(options, zone))
     if not answer.ok:
@@ -173,7 +173,7 @@ def preflight(options: Options, out: str, run: remote.Run) -> str | None:
 
 
 class Driver:
-  """Looks at every slice, decides, acts; until all have ended."""
+  """Polls every slice, decides and acts, until all have ended."""
 
   def __init__(self, folder: epath.Path, run: remote.Run = remote.run,
                clock: Callable[[], float] = time.time,
@@ -185,7 +185,7 @@ class Driver:
     self._policy, self._say = policy or Policy(), say
 
   def drive(self) -> bool:
-    """Until all slices have ended: whether all are done.
+    """Drives until all slices have ended. Returns whether all are done.
 
     Raises:
       lease.Held, lease.Lost: another driver is at work.
@@ -203,7 +203,7 @@ class Driver:
         except Exception as error:
           if not is_of_storage(error):
             raise
-          # A full disk, a bucket out of reach: what is not written down is not done either.
+          # A full disk, an unreachable bucket: an action whose record is not written is not taken.
           self._say(f"once more in {POLL_SECONDS:.0f} s: {' '.join(str(error).split())}")
         self._sleep(POLL_SECONDS)
     finally:
@@ -228,14 +228,14 @@ class Driver:
       record = dataclasses.replace(record, error=None)
     record, action = slices.decide(record, seen, progress, one.options.zones, now, self._policy,
                                    self._random)
-    held.require(remote.TIMEOUT_SECONDS)  # the look may have taken long, or this host slept
+    held.require(remote.TIMEOUT_SECONDS)  # describe may have taken long, or this host slept
     self._keep(one, record)
     if action is not None:
       held.require(remote.TIMEOUT_SECONDS)
       self._act(one, action, held)
 
   def _why_too_dear(self, one: Slice, found: Sequence[Slice]) -> str | None:
-    """Why a slice may not go on, if what may be spent on the experiment would be passed."""
+    """Returns why a slice must end if the experiment would pass its spending limit, or None."""
     limits = [other.options.max_cost_usd for other in found
               if other.record.state not in slices.FINAL and other.options.max_cost_usd]
     accounts = [(other.record, other.usd_per_second) for other in found]
@@ -270,7 +270,7 @@ class Driver:
 
 
 def drive(folder: epath.Path, run: remote.Run = remote.run, **driver: Any) -> int:
-  """Drives an experiment's slices and says in the end how they stand. The exit code."""
+  """Drives an experiment's slices and prints their final states. Returns the exit code."""
   signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
   try:
     done = Driver(folder, run, **driver).drive()
@@ -292,8 +292,9 @@ def drive(folder: epath.Path, run: remote.Run = remote.run, **driver: Any) -> in
 
 
 def end_all(folder: epath.Path, sleep: Callable[[float], Any] = time.sleep, **options: Any) -> bool:
-  """Says that all slices are to end, and drives them where no other driver does: whether none is
-  left. A driver at work ends them; for one that is no more this takes over when its lease is out.
+  """Marks all slices for cancellation and sees that they end. Returns whether none is left.
+
+  A live driver ends them; otherwise this process drives, once a dead driver's lease has expired.
   """
   for one in read_all(folder):
     if one.record.state not in slices.FINAL:
@@ -318,7 +319,7 @@ def _left(folder: epath.Path) -> bool:
 
 
 def table(found: Sequence[Slice]) -> list[str]:
-  """A line a slice: what it is at, and what it has used."""
+  """Returns a line per slice with its state and its usage, then a line with the total."""
   lines = []
   for one in found:
     record, cost = one.record, one.record.held_seconds * one.usd_per_second

@@ -1,4 +1,4 @@
-"""How a trainer's process ended for each of the cells that it trained, and what it left."""
+"""Reads how a trainer's process ended for each of its cells, and whether the results are intact."""
 
 import contextlib
 import os
@@ -14,15 +14,15 @@ _EXIT_OF_STATE = {
 
 
 def own_code(run_dir: RunDir, pid: int, code: int) -> int | None:
-  """The exit code that the trainer would have had if it had trained this cell alone.
+  """Returns the exit code the trainer would have had if it had trained this cell alone.
 
   Args:
-    run_dir: of the cell.
-    pid: of the process, which trained others beside it.
-    code: with which it ended, the worst of what became of them.
+    run_dir: the cell's run directory.
+    pid: the process, which trained other cells beside this one.
+    code: the exit code of the process, the worst over its cells.
 
   Returns:
-    None where the process has said nothing of this cell.
+    The code, or None if the process has written no status for this cell.
   """
   with contextlib.suppress(FieldError):
     status = run_dir.read_status()
@@ -32,7 +32,7 @@ def own_code(run_dir: RunDir, pid: int, code: int) -> int | None:
 
 
 def told_error(run_dir: RunDir, pid: int) -> str | None:
-  """The error in the status that the process left, in one line, or None."""
+  """Returns the error in the status that the process left, in one line, or None."""
   with contextlib.suppress(FieldError):
     status = run_dir.read_status()
     if status.get("pid") == pid and status.get("error"):
@@ -41,24 +41,24 @@ def told_error(run_dir: RunDir, pid: int) -> str | None:
 
 
 def is_finished(run_dir: RunDir) -> bool:
-  """Whether the run is done and its end is still there. Raises FieldError on a damaged status."""
+  """Whether it finished and `lost_end` finds no fault. Raises FieldError on a damaged status."""
   return (run_dir.read_status().get("state") == run_dir_lib.FINISHED
           and lost_end(run_dir) is None)
 
 
 def lost_end(run_dir: RunDir) -> str | None:
-  """What is wrong with the last checkpoint of a run that has finished, as a phrase, or None.
+  """Returns what is wrong with the last checkpoint of a finished run, as a phrase, or None.
 
-  A look at names and sizes, where the trainer reads every byte; it comes to no harsher verdict.
-  On an object store, where a file is there whole or not at all and each look is a request, it is
-  not taken. Raises FieldError on a damaged status.
+  Checks names and sizes only, where the trainer reads every byte, and is never the stricter of
+  the two. Skipped on an object store, where a file is either whole or absent and each check is a
+  request. Raises FieldError on a damaged status.
   """
   status = run_dir.read_status()
   if status.get("state") != run_dir_lib.FINISHED or not is_local(run_dir.path):
     return None
   steps = [int(folder.name) for folder in run_dir.checkpoints.glob("[0-9]*")
            if folder.name.isdecimal()]
-  if not steps:  # all were deleted, which is somebody's wish
+  if not steps:  # all were deleted, presumably on purpose
     return None
   last = max(steps)
   if last != status.get("step", last):

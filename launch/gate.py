@@ -1,5 +1,6 @@
-"""What earlier plans say of a submission to TPU slices: what does not fit is refused, the rest is
-priced. No JAX: plans are files that `python -m moe_jax.plan` wrote on this machine.
+"""Checks a TPU submission against earlier plans: refuses what does not fit, prices the rest.
+
+Imports no JAX: plans are files that `python -m moe_jax.plan` wrote on this machine.
 """
 
 import subprocess
@@ -15,38 +16,38 @@ from moe_jax.plan import cells as cells_lib
 from moe_jax.plan.cells import Plan
 from moe_jax.plan.topology import Topology
 
-KNOWN, MAKE, IGNORE = "known", "make", "ignore"  # what may be done about plans
+KNOWN, MAKE, IGNORE = "known", "make", "ignore"  # the values of --plan
 
 
 def folder(out: str) -> str:
-  """Where plans are kept: under --out, or on this machine's default where that is a bucket."""
+  """Returns the folder of plans: --out or, where that is a bucket, this machine's default."""
   return out if is_local(out) else "runs"
 
 
 def command(spec: str, topology: Topology, out: str,
             overrides: Sequence[str]) -> tuple[str, ...]:
-  """What plans these cells, `python` standing for the interpreter."""
+  """Returns the command that plans these cells, in which `python` stands for the interpreter."""
   slices = (f"--slices={topology.n_slices}",) if topology.n_slices > 1 else ()
   return ("python", "-m", "moe_jax.plan", f"--config={spec}", f"--topology={topology.name}",
           *slices, f"--out={out}", *overrides)
 
 
 def make(planning: Sequence[str]) -> None:
-  """Runs that command, whose output is shown. Raises FieldError where it cannot plan."""
+  """Runs the planning command and shows its output. Raises FieldError if it cannot plan."""
   done = subprocess.run((sys.executable, *planning[1:]), check=False)
-  if done.returncode not in (0, 1):  # 1: a cell does not fit, which is the gate's to say
+  if done.returncode not in (0, 1):  # 1: a cell does not fit, which notes() reports
     raise FieldError("plan", MAKE, f"moe_jax.plan ended with exit code {done.returncode}")
 
 
 def notes(jobs: Sequence[Job], topology: Topology, out: str, price: float | None,
           planning: Sequence[str]) -> tuple[str, ...]:
-  """The estimated bill, and which cells have no plan, a line each.
+  """Returns lines that give the estimated bill and how many cells have no plan.
 
   Args:
     jobs: all cells of the submission.
-    topology: what each run gets.
+    topology: the topology of each run.
     out: directory of the plans, see `folder`.
-    price: US dollars a chip-hour; None takes the catalogue's.
+    price: US dollars per chip-hour; None means the catalog's.
     planning: the command that makes the plans.
 
   Raises:
@@ -64,7 +65,7 @@ def notes(jobs: Sequence[Job], topology: Topology, out: str, price: float | None
 
 
 def require_mesh(jobs: Sequence[Job], devices: int | None) -> None:
-  """Raises FieldError where a cell cannot be split over so many devices; None: not known."""
+  """Raises FieldError if a cell cannot be split over `devices`; None (unknown) skips the check."""
   for job in jobs if devices else ():
     try:
       resolve_mesh(job.cell.config, devices)

@@ -1,10 +1,10 @@
-"""Finds queued resources of this project that no experiment under --out accounts for.
+"""Garbage-collects orphans: queued resources that no experiment under --out accounts for.
 
     python -m launch.gc --project=P --zones=us-east5-b --out=gs://BUCKET/runs
 
-They are listed, and deleted if the answer is yes (`--yes` answers). Only what carries the
-project's label is looked at; another --out, a colleague's say, may account for it: hence the
-question.
+Lists them, and deletes them after confirmation (`--yes` skips the question). Only resources with
+the project's label are considered. It asks because an experiment under another --out, such as a
+colleague's, may account for them.
 """
 
 from absl import flags

@@ -1,4 +1,4 @@
-"""A job: one cell, its run directory, the command that trains it, and launch.json."""
+"""Defines jobs: a cell, its run directory, the command that trains it, and launch.json."""
 
 import contextlib
 import dataclasses
@@ -17,29 +17,29 @@ from moe_jax.grid import Cell
 from moe_jax.population import deal
 from moe_jax.run_dir import RunDir
 
-# What a launcher says of a cell, where the trainer's own states do not fit.
-STARTING = "starting"  # launched, not ended; the trainer may not have spoken yet
-REFUSED = "refused"  # the trainer found its input bad
+# States that a launcher gives a cell where none of the trainer's own fits.
+STARTING = "starting"  # launched, not ended; the trainer may not have written its status yet
+REFUSED = "refused"  # the trainer rejected its input
 BUSY = "busy"  # another process holds the run directory
 STOPPED = "stopped"  # told to stop, and ended before it had saved
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-  """launch.json: the launcher's last word on a run.
+  """The launcher's latest record of a run, stored in launch.json.
 
   Attributes:
     backend: name of the backend.
     command: the trainer's command line.
     attempt: how many times the run has been launched.
     host, pid: the trainer's process.
-    started, ended: seconds since the epoch; None while it runs.
-    state: `starting`, and in the end how it ended.
-    exit_code: of the trainer; negative is the signal that killed it.
-    error: one line, where it did not finish.
-    failures: how many attempts the program itself failed, where a budget of them is kept, since
-      the run last saved something new.
-    saved: the newest step that was saved when it began.
+    started, ended: seconds since the epoch; `ended` is None while it runs.
+    state: `starting` until it ends, then how it ended.
+    exit_code: the trainer's; a negative one is the signal that killed it.
+    error: why it did not finish, in one line.
+    failures: attempts that the program itself failed since the run last saved a new checkpoint,
+      where a budget limits them.
+    saved: the newest checkpoint's step when the attempt began.
   """
 
   backend: str
@@ -57,7 +57,7 @@ class Launch:
 
 
 def read_launch(run_dir: RunDir) -> Launch | None:
-  """None where the run has never been launched. Raises FieldError on a damaged file."""
+  """Reads launch.json; None if the run was never launched. Raises FieldError if it is damaged."""
   return read_as(Launch, run_dir.launch)
 
 
@@ -67,12 +67,12 @@ def write_launch(run_dir: RunDir, launch: Launch) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What a backend runs.
+  """The unit of work of a backend.
 
   Attributes:
     cell: the cell, overrides applied.
     run_dir: its directory.
-    command: the command that trains it and, run again, goes on with it.
+    command: the command that trains it and, when run again, resumes it.
   """
 
   cell: Cell
@@ -84,7 +84,7 @@ class Job:
     return self.cell.name
 
   def is_finished(self) -> bool:
-    """Whether its run is done. One whose files cannot be read is not: the trainer decides."""
+    """Whether its run is finished. False if its files are unreadable: the trainer decides."""
     try:
       self.run_dir.check_source(self.cell.config)
       return ends.is_finished(self.run_dir) and self.run_dir.check_identity(self.cell)
@@ -92,7 +92,7 @@ class Job:
       return False
 
   def missing_trunk(self) -> RunDir | None:
-    """The run it branches from, while that has not saved the step where this one begins."""
+    """Returns the run it branches from while that has not saved the branch step, else None."""
     trunk = self.run_dir.trunk(self.cell.config)
     if (trunk is None or trunk.has_checkpoint(self.cell.config.train.branch_step)
         or self.run_dir.has_checkpoint()):
@@ -100,7 +100,7 @@ class Job:
     return trunk
 
   def missing_source(self) -> RunDir | None:
-    """The run with whose parameters it begins, while that has not saved them."""
+    """Returns the run whose parameters it starts from while those are not saved, else None."""
     train = self.cell.config.train
     if train.init_run is None or self.run_dir.has_checkpoint():
       return None
@@ -115,14 +115,14 @@ class Job:
 
 def train_command(cell: Cell, out: str | os.PathLike,
                   overrides: Sequence[str]) -> tuple[str, ...]:
-  """The trainer's command line for one cell, with this interpreter."""
+  """Returns the trainer's command line for one cell, with this interpreter."""
   return (sys.executable, "-m", "moe_jax.train", f"--config={cell.selector}",
           f"--out={os.fspath(out)}", *overrides)
 
 
 def jobs_of(cells: Sequence[Cell], out: str | os.PathLike,
             overrides: Sequence[str]) -> tuple[Job, ...]:
-  """The jobs of the cells, each behind those that it goes on from; reads nothing.
+  """Returns the jobs of the cells, each after its predecessors; reads no files.
 
   Args:
     cells: what `--config` and the overrides select.
@@ -137,11 +137,11 @@ def jobs_of(cells: Sequence[Cell], out: str | os.PathLike,
 
 def plan(cells: Sequence[Cell], out: str | os.PathLike,
          overrides: Sequence[str]) -> tuple[Job, ...]:
-  """The same, after a look at the run directories.
+  """Like `jobs_of`, but also checks the run directories.
 
   Raises:
-    FieldError: `out` is out of reach, or a run directory holds a run of another identity;
-      names the fields. One whose files are damaged is its trainer's to refuse.
+    FieldError: `out` is unreachable, or a run directory holds a run of another identity (the
+      message names the fields) or source. Damaged files are left for the trainer to refuse.
   """
   jobs = jobs_of(cells, out, overrides)
   with reaching(out):
@@ -154,27 +154,26 @@ def plan(cells: Sequence[Cell], out: str | os.PathLike,
 
 
 def lost_ends(jobs: Sequence[Job]) -> list[str]:
-  """A line for each run that had finished and whose end is lost: it is trained again."""
+  """Returns a line for each finished run that lost its last checkpoint and must be resumed."""
   lines = []
   for job in jobs:
-    with contextlib.suppress(FieldError):  # the trainer's to refuse
+    with contextlib.suppress(FieldError):  # left for the trainer to refuse
       if (lost := ends.lost_end(job.run_dir)) is not None:
         lines.append(f"{job.name} was finished, but {lost}: it goes on from one that is sound")
   return lines
 
 
 def require_sources(jobs: Sequence[Job]) -> None:
-  """Raises FieldError where what a run begins from is neither among the jobs nor there, or is of
-  no use to it.
+  """Raises FieldError if a run's trunk or source is neither submitted nor saved, or does not fit.
 
-  Machines that cost money, or a start of JAX, should not be spent on what cannot begin.
+  Fails before paid machines, or the time to start JAX, are spent on a run that cannot begin.
   """
   ours = {job.run_dir for job in jobs}
   found = predecessors(jobs)
   for job in jobs:
     train = job.cell.config.train
     if (train.branch_run or train.init_run) is None or job.is_finished():
-      continue  # of one that is finished, what it began from may have been deleted since
+      continue  # the trunk or source of a finished run may have been deleted since
     _require_trunk(job, ours)
     if (source := job.missing_source()) is not None:
       require(not _waits_for_itself(job.name, found), "config.train.init_from", train.init_from,
@@ -191,7 +190,7 @@ def _require_trunk(job: Job, ours: set[RunDir]) -> None:
     raise FieldError("config", job.name, f"branches from {trunk.path.parent.name}/"
                      f"{trunk.path.name}, which has not saved step "
                      f"{config.train.branch_step} and is not submitted with it")
-  with contextlib.suppress(DamagedFile):  # its trainer's to refuse
+  with contextlib.suppress(DamagedFile):  # left for the trainer to refuse
     if (theirs := trunk.read_config()) is not None:
       try:
         branch.require_trunk(config, theirs)
@@ -211,7 +210,7 @@ def _require_source(job: Job, source: RunDir, ours: set[RunDir]) -> None:
 
 
 def require_texts(jobs: Sequence[Job], out: str) -> None:
-  """Raises FieldError where a text is neither built in nor where the machines look for it."""
+  """Raises FieldError if a corpus is neither built in nor where the machines look for it."""
   wanted = {name for job in jobs for name in job.cell.config.data.mixture} - CORPORA.keys()
   for name in sorted(wanted):
     if not (epath.Path(out) / "_data" / name / "dataset" / CARD).exists():
@@ -219,16 +218,15 @@ def require_texts(jobs: Sequence[Job], out: str) -> None:
 
 
 def trained_together(jobs: Sequence[Job]) -> list[tuple[Job, ...]]:
-  """The jobs that are not finished, in the groups in which they are trained: those of one shape
-  in one process where `execution.population` says so, every other by itself."""
+  """Groups the unfinished jobs as they are trained: those of one shape share a process where
+  `execution.population` says so; every other job is alone."""
   by_name = {job.name: job for job in jobs if not job.is_finished()}
   return [tuple(by_name[cell.name] for cell in group)
           for group in deal([job.cell for job in by_name.values()])]
 
 
 def joint_command(commands: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-  """The command that trains in one process what each of them trains, which differ in their cells
-  alone."""
+  """Merges commands that differ only in their cells into one that trains them in one process."""
   first, *others = commands
   others = [selection.rpartition(":")[2] for command in others for selection in command
             if selection.startswith("--config=")]
@@ -237,8 +235,8 @@ def joint_command(commands: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def predecessors(jobs: Sequence[Job]) -> dict[str, tuple[str, ...]]:
-  """For each job's name those of the others that it goes on from: its trunk, and the run with
-  whose parameters it begins."""
+  """Returns job name -> the names of its predecessors among the jobs: its trunk, and the run
+  whose parameters it starts from."""
   names = {job.name: job.name for job in jobs}
   by_path = {f"{job.cell.experiment}/{job.name}": job.name for job in jobs}
   found = {job.name: (names.get(job.cell.config.train.branch_run),
@@ -260,7 +258,7 @@ def _predecessors_first(jobs: Sequence[Job]) -> tuple[Job, ...]:
   found = predecessors(jobs)
 
   depth = dict.fromkeys(found, 0)
-  for _ in found:  # no chain is longer; in a circle, which is refused later, there is no first
+  for _ in found:  # an upper bound on a chain; a cycle, which is refused later, has no order
     deeper = {name: max((1 + depth[other] for other in others), default=0)
               for name, others in found.items()}
     if deeper == depth:

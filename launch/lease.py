@@ -1,9 +1,9 @@
-"""One driver at a time: a lease with generations that needs nothing but create-if-absent.
+"""Ensures one driver at a time: a lease with generations that only needs create-if-absent.
 
-`<folder>/driver-00000007.json` is the seventh lease. Whoever would drive creates the next number,
-which a file system and an object store both let only one do; only its maker writes it again, to
-say that it still drives. A maker that finds a higher number has lost the lease, for good.
-Before anything that costs money is done, the lease must hold for longer than that can take.
+`<folder>/driver-00000007.json` is the seventh lease. To drive, a process creates the next number,
+which both a file system and an object store allow only one process to do; only its creator
+rewrites it, to renew it. A holder that finds a higher number has lost the lease for good.
+Before any action that costs money, the lease must hold for longer than the action can take.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from moe_jax.errors import DamagedFile
 from moe_jax.files import is_local, read_json, write_json
 from moe_jax.run_dir import is_gone
 
-SECONDS = 300.0  # for which a lease holds after its maker last wrote
-_SKEW = 60.0  # by which two machines' clocks may differ
+SECONDS = 300.0  # for which a lease holds after its last renewal
+_SKEW = 60.0  # upper bound on the difference between two machines' clocks
 
 
 class Held(RuntimeError):
@@ -31,17 +31,17 @@ class Held(RuntimeError):
 
 
 class Lost(RuntimeError):
-  """This driver was taken for dead, and another is at work."""
+  """This driver was presumed dead, and another is at work."""
 
 
 def create(path: epath.Path, text: str) -> bool:
-  """Writes a new file whole, unless there is one: whether this call made it."""
+  """Creates a file atomically unless it exists. Returns whether this call created it."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if not is_local(path):
-    import gcsfs  # of the extra [gcs]; it loads slowly
+    import gcsfs  # from the extra [gcs]; slow to import
     try:
       gcsfs.GCSFileSystem().pipe_file(os.fspath(path), text.encode(), mode="create")
-    except FileExistsError:  # if it is ours, the answer to a first request was lost
+    except FileExistsError:  # it is ours if a first request's answer was lost
       return path.read_text() == text
     return True
   with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".lease-") as partial:
@@ -56,7 +56,7 @@ def create(path: epath.Path, text: str) -> bool:
 
 @dataclasses.dataclass
 class Lease:
-  """A lease that this process made.
+  """A lease that this process acquired.
 
   Attributes:
     folder: where leases are kept.
@@ -70,13 +70,13 @@ class Lease:
   clock: Callable[[], float]
 
   def renew(self) -> None:
-    """Says that this driver lives. Raises Lost."""
+    """Renews the lease. Raises Lost."""
     self._require_newest()
     self.written = self.clock()
     write_json(_file(self.folder, self.generation), _word(self.written))
 
   def require(self, seconds: float) -> None:
-    """Raises Lost unless the lease surely holds for so long; renews it where that is needed."""
+    """Raises Lost unless the lease holds for `seconds` more; renews it if necessary."""
     if self.clock() + seconds > self.written + SECONDS:
       self.renew()
     else:
@@ -84,7 +84,7 @@ class Lease:
 
   def release(self) -> None:
     """Lets the next driver begin at once."""
-    with contextlib.suppress(Exception):  # it runs out by itself; each file system has its errors
+    with contextlib.suppress(Exception):  # best-effort: it expires anyway; errors differ by storage
       if _newest(self.folder) == self.generation:
         write_json(_file(self.folder, self.generation), _word(0.0))
 
@@ -95,7 +95,7 @@ class Lease:
 
 
 def acquire(folder: epath.Path, clock: Callable[[], float] = time.time) -> Lease:
-  """The next lease. Raises Held, which names the holder, while another one holds."""
+  """Acquires the next lease. Raises Held, which names the holder, while another one holds."""
   newest = _newest(folder)
   if newest:
     word = _read(_file(folder, newest))
@@ -105,7 +105,7 @@ def acquire(folder: epath.Path, clock: Callable[[], float] = time.time) -> Lease
   written = clock()
   if not create(_file(folder, newest + 1), json.dumps(_word(written))):
     raise Held("another driver began at the same moment")
-  for number in range(max(1, newest - 8), newest):  # kept short, but never the newest
+  for number in range(max(1, newest - 8), newest):  # remove old leases, but never the newest
     _file(folder, number).unlink(missing_ok=True)
   return Lease(folder, newest + 1, written, clock)
 
@@ -115,7 +115,7 @@ def _word(written: float) -> dict[str, object]:
 
 
 def _read(file: epath.Path) -> dict[str, Any]:
-  """What `_word` said. Raises DamagedFile."""
+  """Reads what `_word` returned when it was written. Raises DamagedFile."""
   word = read_json(file)
   kinds = {"host": str, "pid": int, "written": (int, float)}
   if not isinstance(word, dict) or not all(

@@ -2,7 +2,7 @@
 
     python -m launch.logs --out=gs://BUCKET/runs --experiment=NAME --slice=NAME --worker=0
 
-Ctrl-C ends the following and nothing else.
+Ctrl-C stops following; the slice continues.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the slices of an experiment have cost, and when that would pass what may be spent. Pure."""
+"""Computes what an experiment's slices cost, and whether that would pass its limit. Pure."""
 
 import math
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ _AT_RISK = (slices.CREATING, slices.QUEUED, slices.ACTIVE, slices.DELETING)  # m
 
 
 def require_money(price: float | None, limit: float | None, topology: Topology) -> None:
-  """Raises FieldError unless both are amounts or None, and a limit has a price to count by."""
+  """Raises FieldError unless both are valid amounts or None, and a limit has a known price."""
   require(price is None or (math.isfinite(price) and price >= 0), "usd_per_chip_hour", price,
           "must be 0 or more")
   require(limit is None or (math.isfinite(limit) and limit > 0), "max_cost_usd", limit,
@@ -28,23 +28,23 @@ def require_money(price: float | None, limit: float | None, topology: Topology) 
 
 
 def usd_per_second(topology: Topology, price: float | None) -> float | None:
-  """Of all slices of a run; `price` is that of a chip-hour and replaces the catalogue's. None:
-  unknown."""
+  """Returns the US dollars per second of all slices of a run, or None if unknown. `price`, per
+  chip-hour, replaces the catalog's."""
   usd = topology.hardware.usd_per_chip_hour if price is None else price
   return None if usd is None else usd * topology.chips / 3600
 
 
 def spent(accounts: Iterable[tuple[Record, float]]) -> float:
-  """US dollars for the machine time counted so far of (slice, its US dollars a second)."""
+  """Returns the US dollars spent so far; accounts are (slice record, US dollars per second)."""
   return sum(record.held_seconds * rate for record, rate in accounts)
 
 
 def would_pass(accounts: Iterable[tuple[Record, float]], one: Record, limit: float, now: float,
                margin: float) -> bool:
-  """Whether keeping, or asking for, the slice `one` could pass the limit.
+  """Whether keeping, or requesting, the slice `one` could pass the limit.
 
-  All that may have machines is taken to have had them since the cloud was last asked, and to
-  keep them for `margin` seconds more, in which a deletion is asked for and done.
+  An upper bound: each slice that may have machines is assumed to have had them since the cloud
+  was last asked, and to keep them for `margin` more seconds, while a deletion takes effect.
   """
   total = 0.0
   for record, rate in accounts:

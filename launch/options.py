@@ -1,6 +1,6 @@
 """Options of the backends: frozen dataclasses whose fields are flags of `launch.submit`.
 
-A field's metadata has its help; a field without a default is required by its backend. One flag
+A field's metadata holds its help; a field without a default is required by its backend. One flag
 may belong to several backends.
 """
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 flags.disclaim_key_flags()  # the flags declared here are listed by --help of the command
 
-# What Google Cloud, Kubernetes and SLURM call things; nothing a shell or gcloud could misread.
+# Names in Google Cloud, Kubernetes and SLURM; nothing that a shell or gcloud could misread.
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:-]{0,254}")
 _SECRET_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _SECRET_MANAGER = re.compile(
@@ -29,12 +29,12 @@ _FILE = re.compile(r"(/[A-Za-z0-9._-]+)+")
 
 
 def option(text: str, **default: Any) -> Any:
-  """A field with its help; `default=...` makes it optional."""
+  """Returns a dataclass field with its help; `default=...` makes it optional."""
   return dataclasses.field(metadata={"help": text}, **default)
 
 
 def define_flags(backends: Iterable[types.ModuleType]) -> dict[str, flags.FlagHolder]:
-  """Declares a flag for every field of the backends' `Options`, absent unless given."""
+  """Declares a flag for every field of the backends' `Options`, None unless given."""
   holders: dict[str, flags.FlagHolder] = {}
   users: dict[str, list[str]] = {}
   helps: dict[str, str] = {}
@@ -48,7 +48,7 @@ def define_flags(backends: Iterable[types.ModuleType]) -> dict[str, flags.FlagHo
 
 
 class _DryRunFlag(flags.Flag):
-  """`--dry_run`, or `--dry_run=json`: absl's boolean flags take no value, others need one."""
+  """`--dry_run`, or `--dry_run=json`: absl's boolean flags take no value, others require one."""
 
   def __init__(self):
     super().__init__(
@@ -62,15 +62,15 @@ class _DryRunFlag(flags.Flag):
 
 
 def define_dry_run_flag() -> flags.FlagHolder:
-  """Its value is "" (not given), "true" or "json"."""
+  """Declares --dry_run, whose value is "" (not given), "true" or "json"."""
   return flags.DEFINE_flag(_DryRunFlag())
 
 
 def from_flags(cls: type[T], backend: str, given: Mapping[str, str | None]) -> T:
-  """The options of a backend from the flags' texts; None was not given.
+  """Builds a backend's options from the flags' texts; None means that a flag was not given.
 
   Raises:
-    FieldError: a flag of another backend, one that is missing, or a value that is refused.
+    FieldError: a flag belongs to another backend, a required one is missing, or a value is invalid.
   """
   hints = field_types(cls)
   fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -89,7 +89,7 @@ def from_flags(cls: type[T], backend: str, given: Mapping[str, str | None]) -> T
 
 
 def require_words(options: Any, *names: str) -> None:
-  """Raises FieldError unless these fields are plain words, tuples of such, or None."""
+  """Raises FieldError unless these fields are plain words, tuples of them, or None."""
   for name in names:
     value = getattr(options, name)
     for word in value if isinstance(value, tuple) else (value,):
@@ -104,14 +104,14 @@ def require_python(path: str | None) -> None:
 
 
 def parse_secrets(secrets: tuple[str, ...], kubernetes: bool = False) -> dict[str, str]:
-  """`NAME=WHERE` texts -> variable -> where its value lies. A value itself is never accepted.
+  """Parses `NAME=WHERE` into variable -> where its value is stored. Never accepts a value itself.
 
   Args:
-    secrets: WHERE is a Secret Manager version, or a file on the machine that trains.
+    secrets: the texts; WHERE is a Secret Manager version or a file on the machine that trains.
     kubernetes: WHERE is `kubernetes/SECRET/KEY` instead.
 
   Raises:
-    FieldError: another form; what was given is not repeated, since it may be a secret.
+    FieldError: a text has another form; it is not repeated, since it may be a secret.
   """
   found = {}
   for entry in secrets:
@@ -126,7 +126,7 @@ def parse_secrets(secrets: tuple[str, ...], kubernetes: bool = False) -> dict[st
 
 
 def require_path(name: str, path: str) -> None:
-  """Raises FieldError unless a path goes through shells, gcloud and sbatch as it is."""
+  """Raises FieldError unless shells, gcloud and sbatch all take the path literally."""
   require(re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./:=+@-]*|gs://[A-Za-z0-9_./=+@-]+", path)
           is not None, name, path, "must be of letters, digits and . _ / = + @ - alone, where "
           "other machines are to read it")

@@ -1,4 +1,4 @@
-"""What the launcher shows while cells run: lines that stay, and a table that lives."""
+"""Shows the progress of running cells: permanent lines and a live table."""
 
 import contextlib
 import os
@@ -20,13 +20,13 @@ PLAIN_SECONDS = 30.0
 class Overview:
   """A live table of the running cells on a terminal, plain lines where there is none.
 
-  A terminal or pipe that goes away (hang-up, `| tee` killed by the same Ctrl-C) silences
-  it: the children matter more than what is printed about them.
+  If the terminal or pipe goes away (hang-up, `| tee` killed by the same Ctrl-C), output is
+  discarded: the children matter more than what is printed about them.
   """
 
   def __init__(self):
     self._console = rich.console.Console(markup=False, highlight=False, emoji=False)
-    # Refreshed by hand: a thread that draws would be one more thing to stop.
+    # Refreshed manually: a drawing thread would be one more thing to stop.
     self._live = rich.live.Live(console=self._console, auto_refresh=False, transient=True)
     self._draws = self._console.is_terminal and not self._console.is_dumb_terminal
     self._next = time.monotonic() + (0 if self._draws else PLAIN_SECONDS)
@@ -41,7 +41,7 @@ class Overview:
       self._live.stop()
 
   def line(self, text: str) -> None:
-    """Prints a line that stays."""
+    """Prints a permanent line."""
     with self._surviving():
       if self._draws:
         self._console.print(text, soft_wrap=True)
@@ -49,7 +49,7 @@ class Overview:
         print(text, flush=True)
 
   def show(self, running: Callable[[], Sequence[CellState]], summary: str) -> None:
-    """Shows the running cells, whose states are read only when it is time to."""
+    """Shows the running cells; calls `running` only when a refresh is due."""
     if time.monotonic() < self._next:
       return
     rows = running()
@@ -68,5 +68,5 @@ class Overview:
   def _surviving(self):
     try:
       yield
-    except OSError:  # all that follows, and what is still buffered, goes nowhere
+    except OSError:  # discard all further output, and what is still buffered
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""A plan: what submitting would write and run. Pure values, which a dry run prints."""
+"""Defines plans: the files and commands of a submission, as pure values for a dry run to print."""
 
 import dataclasses
 import json
@@ -10,10 +10,10 @@ from moe_jax.files import is_local
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """A file to be written whole.
+  """A file that a submission writes atomically.
 
   Attributes:
-    path: below `<out>/<experiment>/_slices/`.
+    path: relative to `<out>/<experiment>/_slices/`.
     text: its content.
   """
 
@@ -26,10 +26,10 @@ class SlicePlan:
   """One slice: a queued resource, a JobSet or an sbatch array.
 
   Attributes:
-    name: of the resource.
-    cells: their names, in the order in which they are trained.
-    files: written before the commands are run.
-    commands: argument lists, never shell text. `{slices}` in one stands for the folder
+    name: name of the resource.
+    cells: names of its cells, in the order in which they are trained.
+    files: files to write before the commands run.
+    commands: argument lists, never shell text. `{slices}` in an argument stands for the folder
       `<out>/<experiment>/_slices`, or for a local copy of it.
   """
 
@@ -44,7 +44,7 @@ class Plan:
   """All slices of a submission.
 
   Attributes:
-    backend, experiment: names.
+    backend, experiment: their names.
     out: the folder of the slices' files.
     slices: one plan each.
     notes: what a person should know before money is spent, a line each.
@@ -58,14 +58,14 @@ class Plan:
 
 
 def with_folder(command: Sequence[str], folder: str) -> tuple[str, ...]:
-  """The command with `{slices}` replaced by a folder."""
+  """Returns the command with `{slices}` replaced by a folder."""
   return tuple(argument.replace("{slices}", folder) for argument in command)
 
 
 def to_text(plan: Plan) -> list[str]:
-  """Lines that a shell could run, once the files are there; the rest are comments."""
+  """Returns lines that a shell can run once the files exist; all else is in comments."""
   lines, folder = [f"# {note}" for note in plan.notes], plan.out
-  if not is_local(folder):  # where these tools do not read files
+  if not is_local(folder):  # from which gcloud and kubectl read no files
     lines.append(f"# below, _slices is a copy of {folder} in this folder")
     folder = "_slices"
   for share in plan.slices:
@@ -77,7 +77,7 @@ def to_text(plan: Plan) -> list[str]:
 
 
 def to_json(plan: Plan) -> str:
-  """The whole plan, files included, for a program."""
+  """Returns the whole plan, files included, as JSON for programs."""
   found = dataclasses.asdict(plan)
   for share in found["slices"]:
     share["commands"] = [with_folder(command, plan.out) for command in share["commands"]]

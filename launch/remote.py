@@ -1,4 +1,4 @@
-"""Submitting to machines that are not this one: code and files first, then commands."""
+"""Submits work to other machines: uploads code and files first, then runs commands."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 120.0
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What a command said. `code` is None where it did not answer in time."""
+  """A command's exit code and output. `code` is None if it timed out."""
 
   code: int | None
   stdout: str
@@ -45,7 +45,7 @@ Run = Callable[[Sequence[str]], Answer]
 
 
 def run(command: Sequence[str]) -> Answer:
-  """Runs a command of a cloud's own tool. Raises FieldError where the tool is missing."""
+  """Runs a command of a cloud's own tool. Raises FieldError if the tool is not installed."""
   try:
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
                           stdin=subprocess.DEVNULL, errors="replace")
@@ -62,19 +62,19 @@ def _text(output: bytes | str | None) -> str:
 
 
 def why_not_writable(out: str) -> str | None:
-  """Why nothing can be written under `out`, in one line, or None."""
+  """Returns why nothing can be written under `out`, in one line, or None."""
   probe = epath.Path(out) / "_code" / "probe"
   try:
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.write_text("writable")
     probe.unlink()
-  except Exception as error:  # each file system has its own
+  except Exception as error:  # each file system raises its own
     return f"--out={out} cannot be written: {' '.join(str(error).split())}"
   return None
 
 
 def upload(code: Code, out: str) -> None:
-  """Puts the code where the machines find it, once; its name is its hash."""
+  """Uploads the code, named by its hash, unless it is already there."""
   target = epath.Path(out) / "_code" / code.file_name
   if not target.exists():
     write_bytes(target, code.archive)
@@ -86,7 +86,7 @@ def write_files(plan: Plan, share: SlicePlan) -> None:
 
 
 def execute(share: SlicePlan, run: Run) -> str | None:
-  """Runs a slice's commands, beside a local copy of its files. The error, or None."""
+  """Runs a slice's commands with a local copy of its files. Returns the first error, or None."""
   with tempfile.TemporaryDirectory(prefix="moe_jax-") as folder:
     for file in share.files:
       copy = pathlib.Path(folder, file.path)
@@ -100,15 +100,15 @@ def execute(share: SlicePlan, run: Run) -> str | None:
 
 
 def note_on(out: str) -> tuple[str, ...]:
-  """What to know of an --out that only this machine may see."""
+  """Returns a note if --out is a local path, which other machines may not see."""
   if not is_local(out):
     return ()
   return (f"--out={out} is a path: every machine must see this directory under it",)
 
 
 def begin_anew(plan: Plan, share: SlicePlan, jobs: Sequence[Job]) -> None:
-  """Before a slice's work begins: what earlier attempts left of their agents' talk is removed,
-  and cells that were given up may fail again."""
+  """Resets a slice before its work begins: removes the now.json of earlier agents, and makes
+  unfinished cells eligible again, with no failures counted."""
   for file in share.files:
     if file.path.endswith("work.json"):
       (epath.Path(plan.out) / file.path).with_name("now.json").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Cells dealt out to few slices: families together, work even, always the same."""
+"""Distributes cells over slices: keeps families together and balances work, deterministically."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ from moe_jax import population
 from moe_jax.arch.count import n_active
 from moe_jax.errors import require
 
-# Room for what clouds append: a node's number within a multislice, a pod's within a job.
+# Leaves room for what clouds append: a node's index in a multislice, a pod's in a job.
 _NAME_LIMIT = 45
 
 
@@ -19,8 +19,8 @@ class Share:
   """The cells that one slice trains, one after another.
 
   Attributes:
-    name: of the slice and of its files: an RFC 1035 label.
-    jobs: in the order in which they are trained, each behind those that it goes on from.
+    name: name of the slice and of its folder: an RFC 1035 label.
+    jobs: its jobs in the order in which they are trained, each after its predecessors.
   """
 
   name: str
@@ -28,10 +28,10 @@ class Share:
 
 
 def families(jobs: Sequence[Job]) -> list[list[Job]]:
-  """Of one family are a trunk and its branches, a run and what begins with its parameters, and
-  cells that train together.
+  """Groups jobs into families: a trunk and its branches, a run and those that start from its
+  parameters, and cells that train together.
 
-  What is finished counts too: else submitting again would deal them otherwise.
+  Finished jobs count too, or else submitting again would distribute the jobs differently.
   """
   elder = {job.name: job.name for job in jobs}
 
@@ -52,14 +52,14 @@ def families(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def deal(jobs: Sequence[Job], slices: int) -> tuple[Share, ...]:
-  """The shares of `slices` slices, or of fewer where there are fewer families.
+  """Distributes jobs over `slices` shares, or fewer if there are fewer families.
 
-  The heaviest family first, each to the slice that has least to do. The same jobs give the
-  same shares and names: submitting again finds what is there.
+  Greedy: heaviest family first, each to the slice with the least work. The same jobs give the
+  same shares and names, so that submitting again finds the existing slices.
 
   Args:
     jobs: as `launch.jobs.plan` orders them.
-    slices: how many there may be.
+    slices: maximum number of shares.
 
   Raises:
     FieldError: fewer than one slice.
@@ -79,14 +79,14 @@ def deal(jobs: Sequence[Job], slices: int) -> tuple[Share, ...]:
 
 
 def _work(job: Job) -> float:
-  """In proportion to the FLOPs of a cell: active parameters times tokens."""
+  """Returns a number proportional to a cell's FLOPs: active parameters times tokens."""
   config = job.cell.config
   return float(n_active(config.arch)) * config.train.steps * config.train.batch_size * (
       config.data.seq_len)
 
 
 def _share(index: int, jobs: Sequence[Job]) -> Share:
-  # The directories are part of the name: the same grid under another --out is another thing.
+  # Run directories are part of the name: the same grid under another --out needs another one.
   tag = digest(*(str(job.run_dir.path) for job in jobs))
   stem = resource_name(jobs[0].cell.experiment, _NAME_LIMIT - 13)
   return Share(f"{stem}-{index}-{tag}", tuple(jobs))

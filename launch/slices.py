@@ -1,9 +1,9 @@
-"""The states of a slice's resource, apart from those of the cells it trains. Pure.
+"""The state machine of a slice's resource, independent of the states of its cells. Pure.
 
     waiting -> creating -> queued -> active -> deleting -> waiting, done, failed or cancelled
 
-`decide` looks at a record and at what the cloud says, and answers with the next record and what
-is to be done. The record is kept before that is done, so a driver may die anywhere.
+`decide` takes a record and what the cloud reports, and returns the next record and an action.
+The record is saved before the action is taken, so a driver may die at any point.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ WAITING, CREATING, QUEUED, ACTIVE = "waiting", "creating", "queued", "active"
 DELETING, DONE, FAILED, CANCELLED = "deleting", "done", "failed", "cancelled"
 FINAL = (DONE, FAILED, CANCELLED)
 
-CREATE, DELETE = "create", "delete"  # what is to be done
+CREATE, DELETE = "create", "delete"  # actions
 
 # A queued resource's states before it has machines, with them, and after.
 _BEFORE = ("ACCEPTED", "CREATING", "WAITING_FOR_RESOURCES", "PROVISIONING")
@@ -24,17 +24,17 @@ _AFTER = ("SUSPENDED", "FAILED")
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """Budgets, and pauses in seconds.
+  """Retry budgets, and times in seconds.
 
   Attributes:
-    max_preemptions: times that machines may be taken away.
-    max_failures: times that a resource may fail, or its machines fall silent.
-    pause, longest_pause: before the next attempt, doubled with each in a row.
-    patience: for capacity in one zone, where there are others.
-    cooldown: for which a zone without capacity is left alone.
-    silence: without a word from the machines, after which they are replaced.
-    delete_again: before an unanswered deletion is asked for again.
-    margin: for which all slices must still be paid for when the last deletion is asked for.
+    max_preemptions: how often machines may be taken away, or prove unusable.
+    max_failures: how often a resource may fail, or its machines fall silent.
+    pause, longest_pause: initial and maximum backoff, which doubles with each attempt in a row.
+    patience: how long to wait for capacity in one zone if there are others.
+    cooldown: how long a zone without capacity is avoided.
+    silence: how long machines may go without a heartbeat before they are replaced.
+    delete_again: how long until a deletion that shows no effect is requested again.
+    margin: how long the budget must still pay for all slices when a deletion is requested.
   """
 
   max_preemptions: int = 100
@@ -50,25 +50,25 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """slice.json: what is known of one slice.
+  """What is known of one slice, stored in slice.json.
 
   Attributes:
-    name: of the resource.
-    state: see above; since when, in seconds since the epoch.
-    zone: of the resource there is, or was.
-    next_at: nothing is tried before.
-    attempts: resources asked for.
-    preemptions, failures: of the budgets.
-    in_a_row: attempts since machines last worked.
-    exhausted: zone -> until when it is left alone.
-    after: what a deletion leads to.
-    cancel: a person wants it ended.
-    beat, heard: what its machines last said of the time, and when that was news here: their
-      clocks may go otherwise.
+    name: name of the resource.
+    state, since: the state, see above, and when it began, in seconds since the epoch.
+    zone: zone of the current or last resource.
+    next_at: time before which nothing is tried.
+    attempts: number of resources requested.
+    preemptions, failures: how much of the budgets is used up.
+    in_a_row: failed attempts since machines last worked.
+    exhausted: zone -> time until which it is avoided.
+    after: the state that follows a deletion.
+    cancel: whether it is to end, by a person's wish or the spending limit.
+    beat, heard: the machines' last heartbeat by their clocks, and when it arrived by the
+      driver's, since these may differ.
     looked: when the cloud was last asked.
-    may_hold: whether there may have been machines since.
-    held_seconds: for which there were machines, at most: an interval between two looks counts
-      unless there surely were none.
+    may_hold: whether there may have been machines since then.
+    held_seconds: upper bound on the time with machines: an interval between two looks counts
+      unless there were certainly none.
     error: why it is not at work, in one line.
   """
 
@@ -97,10 +97,10 @@ class Seen:
   """A queued resource, as the cloud describes it.
 
   Attributes:
-    state: Cloud TPU's word for it.
-    initiator: USER or SERVICE, of who ended it.
+    state: its state, as Cloud TPU names it.
+    initiator: who caused the state, USER or SERVICE.
     error: why it failed.
-    ours: whether its label says that it is this experiment's.
+    ours: whether its label is this experiment's.
   """
 
   state: str
@@ -111,12 +111,13 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """What the slice's machines and cells say.
+  """What the slice's machines and cells report.
 
   Attributes:
     ended: all cells are finished or given up.
-    beat: what the machine that is silent for longest last said of the time, by its own clock.
-    trouble: why a machine is of no use.
+    beat: the oldest of the machines' last heartbeats, by their own clocks; None until all of
+      them have reported.
+    trouble: why a machine is unusable.
   """
 
   ended: bool = False
@@ -125,7 +126,7 @@ class Progress:
 
 
 def is_about_capacity(error: str) -> bool:
-  """Whether an error says that this zone has no room, which another may have."""
+  """Whether an error says that this zone lacks capacity, which another may have."""
   text = error.lower()
   return any(word in text for word in ("quota", "capacity", "stockout", "resource_exhausted",
                                        "resources to fulfill", "exhausted"))
@@ -133,16 +134,16 @@ def is_about_capacity(error: str) -> bool:
 
 def decide(record: Record, seen: Seen | None, progress: Progress, zones: tuple[str, ...],
            now: float, policy: Policy, random: random_lib.Random) -> tuple[Record, str | None]:
-  """The next record, and CREATE, DELETE or None.
+  """Returns the next record and the action to take: CREATE, DELETE or None.
 
   Args:
-    record: as it was kept.
-    seen: what the cloud says; None where there is no resource of that name.
-    progress: of the slice's work.
-    zones: that may be tried, in this order.
+    record: the saved record.
+    seen: what the cloud reports; None if there is no resource of that name.
+    progress: progress of the slice's work.
+    zones: zones to try, in this order.
     now: seconds since the epoch.
-    policy: budgets and pauses.
-    random: for the jitter.
+    policy: retry budgets and times.
+    random: source of the jitter.
   """
   record = _billed(record, seen, now)
   if record.state in FINAL:
@@ -175,8 +176,8 @@ def _wait(record, progress, zones, now, policy, random):
 
 
 def _missing(record, now, policy, random):
-  """There is no such resource, though there should be."""
-  if record.state == CREATING:  # the driver died before it asked, or the answer was an error
+  """Handles a resource that is missing though it should exist."""
+  if record.state == CREATING:  # the driver died before the request, or it failed
     if now < record.next_at:
       return record, None
     return dataclasses.replace(record, in_a_row=record.in_a_row + 1, may_hold=True,
@@ -253,18 +254,21 @@ def _leave_zone(record, error, now, policy):
 
 
 def refused(record: Record, error: str, retry: bool, now: float, policy: Policy) -> Record:
-  """After a CREATE that the cloud answered with an error.
+  """Returns the record after a CREATE that the cloud answered with an error.
 
   Args:
-    error: what it said.
-    retry: whether the same request may be answered otherwise in a while.
+    record: the record that called for the CREATE.
+    error: the cloud's message.
+    retry: whether the same request may succeed later.
+    now: seconds since the epoch.
+    policy: retry budgets and times.
   """
   if not retry:
     record = dataclasses.replace(record, may_hold=False)
   if is_about_capacity(error) and not retry:
     return _to(record, WAITING, now, error=error,
                exhausted={**record.exhausted, record.zone: now + policy.cooldown})
-  if retry:  # it may have been heard: the next look tells
+  if retry:  # it may have arrived all the same: the next look shows
     return dataclasses.replace(record, error=error)
   failures = record.failures + 1
   return _to(record, FAILED if failures > policy.max_failures else WAITING, now, error=error,
@@ -277,7 +281,7 @@ def _end(record, seen, state, now):
 
 
 def _delete(record, after, now, **changes):
-  # Asked for at the next look, once it is written down.
+  # The deletion is requested at the next look, once this record is saved.
   return _to(record, DELETING, now, after=after, next_at=now, **changes), None
 
 
@@ -286,15 +290,15 @@ def _to(record: Record, state: str, now: float, **changes) -> Record:
 
 
 def _pause(record: Record, policy: Policy, random: random_lib.Random) -> float:
-  """Exponential, with jitter: many slices must not all come back at once."""
+  """Returns an exponential backoff with jitter, so that slices do not all retry at once."""
   pause = policy.pause * 2**min(record.in_a_row, 20)
   return min(policy.longest_pause, pause) * random.uniform(0.5, 1.0)
 
 
 def _billed(record: Record, seen: Seen | None, now: float) -> Record:
-  """Counts the time since the last look, unless there surely were no machines in it.
+  """Counts the time since the last look, unless there were certainly no machines in it.
 
-  States only go forward: a resource that has none yet never had any.
+  A resource's states only move forward: one that has no machines yet never had any.
   """
   exists = seen is not None and seen.ours
   had_none = not record.may_hold and not (exists and seen.state in _HELD)

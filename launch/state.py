@@ -1,4 +1,4 @@
-"""How cells stand, from the files in their run directories alone."""
+"""Reads the state of cells from the files in their run directories alone."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from moe_jax.grid import Cell
 from moe_jax.run_dir import FINISHED, RUNNING, RunDir, is_gone
 from moe_jax.text import natural
 
-# Beside the trainer's own states (moe_jax.run_dir) and the launcher's (launch.jobs):
+# In addition to the trainer's own states (moe_jax.run_dir) and the launcher's (launch.jobs):
 PENDING = "pending"  # nothing has run
 DEAD = "dead"  # the status says running, but its process is gone or silent
 STALE = "stale identity"  # the directory holds a run of another identity
@@ -26,14 +26,14 @@ DAMAGED = "damaged"  # a file cannot be read
 
 @dataclasses.dataclass(frozen=True)
 class CellState:
-  """One row. What is not known is None.
+  """One row of the status table. What is unknown is None.
 
   Attributes:
     experiment, cell: the run's two names.
-    identity: hash of the identity of the run there is, or of the one that is wanted.
+    identity: identity hash of the wanted run or, if none is given, of the run that is there.
     n_total, n_active: parameters without embedding and head.
-    state: the trainer's, or one of those above.
-    step, steps: done and wanted.
+    state: the trainer's, the launcher's, or one of those above.
+    step, steps: steps done, and steps in total.
     loss: the latest training loss, in nats per token.
     tokens_per_second: the trainer's latest reading.
     heartbeat_age: seconds since the trainer last wrote its status.
@@ -55,17 +55,17 @@ class CellState:
 
 
 def read_state(run_dir: RunDir, wanted: Cell | None = None) -> CellState:
-  """The state of the run in a directory.
+  """Reads the state of the run in a directory.
 
   Args:
     run_dir: its directory, which need not exist.
-    wanted: the cell that should be there; None takes whatever is there.
+    wanted: the cell that should be there; None accepts any.
   """
   row = CellState(run_dir.path.parent.name, run_dir.path.name)
   if wanted is not None:
     row = dataclasses.replace(row, **_facts(wanted.config))
   try:
-    # One of the very identity that is wanted is not compared field by field: a grid has many.
+    # Equal identity hashes save reading and comparing all fields: a grid has many runs.
     config = (None if row.identity is not None and run_dir.read_identity() == row.identity
               else run_dir.read_config())
     status = run_dir.read_status()
@@ -87,12 +87,12 @@ def read_state(run_dir: RunDir, wanted: Cell | None = None) -> CellState:
 
 
 def states_of(out: str | os.PathLike, cells: Sequence[Cell]) -> list[CellState]:
-  """A row for each cell, in the grid's order, run or not."""
+  """Returns a row for each cell, launched or not, in the grid's order."""
   return [read_state(RunDir.of(out, cell), cell) for cell in cells]
 
 
 def states_under(out: str | os.PathLike) -> list[CellState]:
-  """A row for every run under `out`. Raises FieldError where there is none."""
+  """Returns a row for every run under `out`. Raises FieldError if there is none."""
   found = sorted(epath.Path(out).glob("*/*/config.json"),
                  key=lambda file: natural("/".join(file.parts[-3:-1])))
   require(bool(found), "out", os.fspath(out), "holds no runs; --config=FILE lists the cells "
@@ -111,7 +111,7 @@ def _facts(config: RunConfig) -> dict[str, Any]:
 
 def _judge(run_dir: RunDir, status: Mapping[str, Any],
            launch: Launch | None) -> tuple[str, str | None]:
-  """(state, error) from the trainer's last word and the launcher's; the later one counts."""
+  """Returns (state, error) from the trainer's status or launch.json, whichever is later."""
   if run_dir.is_alive(status):
     return RUNNING, None
   if launch is not None and launch.started > status.get("heartbeat", 0):

@@ -1,10 +1,10 @@
-"""Prints how every cell stands.
+"""Prints the state of every cell.
 
     python -m launch.status --config=experiments/quickstart.py    a row for each of its cells
     python -m launch.status                                       every run under --out
 
-`--json` prints the same rows as a list of objects, `--watch` prints anew every half a minute.
-Slices of TPUs are listed below, with what they have used.
+`--json` prints the same rows as a list of objects; `--watch` prints them again every 30 seconds.
+TPU slices are listed below the cells, with what they have used.
 """
 
 import dataclasses
@@ -58,14 +58,14 @@ def _print(overrides: list[str]) -> list[CellState]:
 
 
 def _driven(rows: Sequence[CellState]) -> bool:
-  """Whether slices are at work, which train a run again whose machines were taken."""
+  """Whether slices are at work, which resume runs whose machines were preempted."""
   return any(one.record.state not in slices.FINAL and not one.progress().ended
              for experiment in {row.experiment for row in rows}
              for one in driver.read_all(epath.Path(_OUT.value) / experiment / "_slices"))
 
 
 def _slices(rows: Sequence[CellState]) -> list[str]:
-  """What the experiments have in the cloud; nothing where they have none."""
+  """Returns lines on the experiments' slices in the cloud; empty if there are none."""
   lines = []
   for experiment in dict.fromkeys(row.experiment for row in rows):
     folder = epath.Path(_OUT.value) / experiment / "_slices"

@@ -4,9 +4,9 @@
     python -m launch.submit --config=experiments/quickstart.py --backend=gcloud \\
       --project=P --zones=us-east5-b,europe-west4-a --topology=v6e-16 --out=gs://BUCKET/runs
 
-Finished cells are skipped, all others start or go on where they stopped: the same command
-is the way to begin, to resume, and to retry. `--dry_run` prints what would be run and writes
-nothing; `--dry_run=json` prints it for a program, files included.
+Finished cells are skipped; all others start, or resume where they stopped. The same command
+starts, resumes and retries. `--dry_run` prints what would be run and writes nothing;
+`--dry_run=json` prints it as JSON for programs, files included.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def _submit_local(cells, overrides: list[str], backend: types.ModuleType) -> int
   for job in jobs:
     require(_PROCESSES.value == 1 or job.cell.config.execution.population == 1, "processes",
             _PROCESSES.value, "must be 1 where cells train together (execution.population)")
-  with reaching(_OUT.value):  # in a dry run too: what would be run is nothing
+  with reaching(_OUT.value):  # in a dry run too, since nothing could be run
     require_sources(jobs)
   if _DRY_RUN.value == "json":
     print(json.dumps({"backend": backends.LOCAL, "commands": [
@@ -95,7 +95,7 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
     require(number == 1 or chosen.run_devices == 1, "config.execution.population", number,
             f"must be 1: cells train together on one device, and each run has "
             f"{chosen.run_devices}; v6e-1, v5litepod-1 and one GPU of one node are one")
-  if is_local(out) or not _DRY_RUN.value:  # a dry run asks no object store
+  if is_local(out) or not _DRY_RUN.value:  # a dry run makes no requests to an object store
     with reaching(out):
       require_sources(jobs)
       require_texts(jobs, out)
@@ -116,7 +116,7 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
 
 
 def _gate(jobs: tuple[Job, ...], chosen, out: str, overrides: list[str]) -> tuple[str, ...]:
-  """What plans say, where the machines are TPU slices. Raises FieldError: cells do not fit."""
+  """Returns notes from plans, if on TPU slices. Raises FieldError if cells do not fit."""
   if not hasattr(chosen, "slice"):
     require(not flags.FLAGS["plan"].present, "plan", _PLAN.value, "is for TPU slices")
     gate.require_mesh(jobs, chosen.devices)

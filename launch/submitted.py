@@ -1,4 +1,4 @@
-"""What an experiment has on other machines, from what its submission wrote."""
+"""Finds what an experiment has on other machines, from the files that its submission wrote."""
 
 import json
 import pathlib
@@ -14,21 +14,21 @@ from launch.backends.gke import kubectl_in
 from moe_jax.errors import FieldError, require
 from moe_jax.files import absolute, reaching, write_bytes
 
-flags.disclaim_key_flags()  # they are the verbs', whose --help lists them
+flags.disclaim_key_flags()  # the --help of each command lists them
 
 _SMALL = ("config.json", "status.json", "launch.json", "metrics/*.jsonl", "eval/*.json",
           "eval/*.npz", "eval/steps/*/*.json", "checksums/*.json")
 
 
 def define_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
-  """Declares --out and --experiment, which say what a verb is about."""
+  """Declares --out and --experiment, which select what a command acts on."""
   return (flags.DEFINE_string("out", "runs", "Root of the run directories."),
           flags.DEFINE_string("experiment", None, "Name of the experiment: its directory under "
                               "--out.", required=True))
 
 
 def folder_of(out: str, experiment: str) -> epath.Path:
-  """The folder of the experiment's slices. Raises FieldError where nothing was submitted."""
+  """Returns the folder of the experiment's slices. Raises FieldError if nothing was submitted."""
   found = epath.Path(absolute(out)) / experiment / "_slices"
   with reaching(out):
     require("/" not in experiment and found.exists(), "experiment", experiment,
@@ -39,7 +39,7 @@ def folder_of(out: str, experiment: str) -> epath.Path:
 
 
 def submissions(folder: epath.Path) -> dict[str, list[epath.Path]]:
-  """Backend -> the folders of what was submitted through it."""
+  """Returns backend -> the folders of what was submitted through it."""
   marks = {"gcloud": "slice.json", "gke": "jobset.json", "slurm": "run.sh"}
   found = {backend: sorted(file.parent for file in folder.glob(f"*/{mark}"))
            for backend, mark in marks.items()}
@@ -47,13 +47,13 @@ def submissions(folder: epath.Path) -> dict[str, list[epath.Path]]:
 
 
 def kubectl_for(jobset: epath.Path, context: str | None, *arguments: str) -> Sequence[str]:
-  """kubectl in the namespace of a JobSet's folder."""
+  """Returns a kubectl command in the namespace of the JobSet whose folder is given."""
   manifest = json.loads((jobset / "jobset.json").read_text())
   return kubectl_in(manifest["metadata"]["namespace"], context, *arguments)
 
 
 def one_of(folders: Sequence[epath.Path], name: str | None) -> epath.Path:
-  """The folder of that name, or the only one. Raises FieldError."""
+  """Returns the folder of that name or, without a name, the only one. Raises FieldError."""
   names = [folder.name for folder in folders]
   if name is None and len(names) == 1:
     return folders[0]
@@ -64,7 +64,7 @@ def one_of(folders: Sequence[epath.Path], name: str | None) -> epath.Path:
 
 def log_command(one: epath.Path, backend: str, worker: str, lines: int, follow: bool,
             context: str | None) -> tuple[str, ...]:
-  """What shows the log. Raises FieldError where the slice has no machines."""
+  """Returns the command that shows the log. Raises FieldError if the slice has no machines."""
   require(worker == "all" or worker.isdecimal(), "worker", worker, "must be a number or all")
   tail = ("tail", f"--lines={lines}", *(("--follow=name", "--retry") if follow else ()))
   if backend == "slurm":
@@ -85,12 +85,12 @@ def log_command(one: epath.Path, backend: str, worker: str, lines: int, follow: 
 
 
 def orphans(options: Options, out: epath.Path, run: remote.Run) -> list[tuple[str, str, str]]:
-  """(name, zone, label) of what no slice that is at work accounts for.
+  """Returns (name, zone, label) of each resource that no slice at work accounts for.
 
   Raises:
-    cloud.Unclear, cloud.NoCredentials: gcloud cannot tell.
+    cloud.Unclear, cloud.NoCredentials: gcloud gave no usable answer.
   """
-  # Before the records are read: a record is there before its resource is.
+  # Listed before the records are read, since a record is written before its resource exists.
   there = {zone: cloud.list_ours(options, zone, run) for zone in options.zones}
   accounted = {(one.record.name, one.record.zone, one.label)
                for folder in out.glob("*/_slices") for one in driver.read_all(folder)
@@ -100,12 +100,12 @@ def orphans(options: Options, out: epath.Path, run: remote.Run) -> list[tuple[st
 
 
 def copy_home(source: epath.Path, target: pathlib.Path) -> tuple[int, int]:
-  """Copies one experiment's files. (files copied, files that were there already)"""
+  """Copies an experiment's small files. Returns (files copied, files that were there already)."""
   copied = same = 0
   for kind in _SMALL:
     for file in source.glob(f"[!_]*/{kind}"):
       there = epath.Path(target) / file.relative_to(source)
-      # Metrics only grow; all others may have been written anew.
+      # Metrics files only grow; all others may have been rewritten.
       if file.suffix == ".jsonl" and there.exists() and (
           there.stat().length == file.stat().length):
         same += 1

@@ -1,4 +1,4 @@
-"""Rows of cells as text for people."""
+"""Formats rows of cells as text."""
 
 import collections
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from moe_jax.text import aligned, short
 
 
 def _age(seconds: float | None) -> str:
-  """`12 s`, `3 min`, `5 h` or `2 d`, rounded down."""
+  """Formats an age as `12 s`, `3 min`, `5 h` or `2 d`, rounded down."""
   if seconds is None:
     return ""
   for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -20,7 +20,7 @@ def _age(seconds: float | None) -> str:
 
 
 def shapes(cells: Sequence[Cell]) -> list[str]:
-  """What will be trained: exact sizes, and how far each is from the grid's N_total."""
+  """Returns a table of the cells' exact sizes, and how far each is from the grid's N_total."""
   lines = [("cell", "N_total", "residual", "N_active", "s", "g")]
   for cell in cells:
     arch = cell.config.arch
@@ -32,7 +32,7 @@ def shapes(cells: Sequence[Cell]) -> list[str]:
 
 
 def table(rows: Sequence[CellState]) -> list[str]:
-  """How cells stand."""
+  """Returns a table of the states of cells."""
   experiments = {row.experiment for row in rows}
   lines = [("cell", "N_total", "N_active", "state", "step", "loss", "tokens/s", "heard",
             "error")]
@@ -47,13 +47,13 @@ def table(rows: Sequence[CellState]) -> list[str]:
 
 
 def counts(rows: Sequence[CellState]) -> str:
-  """`9 cells: 7 finished, 2 running`."""
+  """Counts cells by state: `9 cells: 7 finished, 2 running`."""
   found = collections.Counter(row.state for row in rows)
   return f"{len(rows)} cells: " + ", ".join(f"{n} {state}" for state, n in found.items())
 
 
 def progress(row: CellState) -> str:
-  """`running, step 120/400, loss 2.3456, 15.2k tokens/s`, as far as known."""
+  """Formats a row as `running, step 120/400, loss 2.3456, 15.2k tokens/s`, as far as known."""
   parts = [row.state]
   if row.step is not None:
     parts.append(f"step {row.step}/{row.steps}")

@@ -3,12 +3,12 @@
     python -m launch.together 4 python -m moe_jax.train --config=... --out=...
 
 Each process gets --coordinator_address, --num_processes and --process_id. SIGTERM and SIGHUP are
-passed on to all (Ctrl-C reaches them by itself). Where one is killed the others, who could not go
-on without it, are ended at once; where one fails they have GRACE_SECONDS to end by themselves,
-with its error as their last line. The exit code is that of the first that failed.
+forwarded to all (the terminal sends Ctrl-C to all itself). If one is killed, the others, which
+could not continue without it, are killed at once. If one fails, they have GRACE_SECONDS to end by
+themselves, with its error as their last line. The exit code is that of the first that failed.
 
-Devices are shared out by JAX's own rules: on processors each process has its own (fake) ones; one
-process by itself drives all GPUs of a machine, so that there is no need for more.
+JAX assigns the devices by its own rules: on CPUs each process has its own (fake) devices; a single
+process drives all GPUs of a machine, so there is no need for more.
 """
 
 import signal
@@ -23,14 +23,14 @@ GRACE_SECONDS = 20.0
 
 
 def command(n: int, trainer: Sequence[str]) -> tuple[str, ...]:
-  """The command that runs `trainer` as n processes; of one process, the trainer's own."""
+  """Returns the command that runs `trainer` as n processes; for n = 1, the trainer's own."""
   if n == 1:
     return tuple(trainer)
   return (sys.executable, "-m", "launch.together", str(n), *trainer)
 
 
 def run(n: int, trainer: Sequence[str]) -> int:
-  """Runs n processes; returns the exit code, 128 + its number for a signal."""
+  """Runs n processes. Returns the exit code, 128 + the signal's number if one was killed."""
   with socket.create_server(("localhost", 0)) as free:
     address = f"localhost:{free.getsockname()[1]}"
   children: list[subprocess.Popen] = []
@@ -54,7 +54,7 @@ def run(n: int, trainer: Sequence[str]) -> int:
 
 
 def _wait(children: Sequence[subprocess.Popen]) -> int:
-  """Waits for all, or for the first that fails and a little longer."""
+  """Waits for all processes, or until GRACE_SECONDS after the first failure."""
   until, first = float("inf"), 0
   while time.monotonic() < until:
     codes = [child.poll() for child in children]

@@ -1,8 +1,8 @@
-"""Drives what was submitted to queued resources, from any machine that sees --out.
+"""Drives an experiment's queued resources, from any machine that sees --out.
 
     python -m launch.watch --out=gs://BUCKET/runs --experiment=NAME
 
-It takes up where the last driver ended or died. GKE and SLURM need no driver.
+It resumes where the last driver ended or died. GKE and SLURM need no driver.
 """
 
 from launch import driver, submitted

@@ -1,5 +1,4 @@
-"""work.json: what the machines of one slice are to do. The launcher writes it, `launch.host`
-reads it."""
+"""Defines work.json, one slice's work, which the launcher writes and `launch.host` reads."""
 
 import contextlib
 import dataclasses
@@ -24,15 +23,15 @@ MAX_FAILURES = 3  # times a cell's program may fail before it is given up
 
 @dataclasses.dataclass(frozen=True)
 class HostWord:
-  """host-SLICE-HOST.json: what a machine of the slice last said.
+  """The latest report of a machine of the slice, stored in host-SLICE-HOST.json.
 
   Attributes:
-    state: of its agent.
-    trouble: why it is of no use.
-    cell: that is trained there.
+    state: state of its agent.
+    trouble: why the machine is unusable.
+    cell: the cell that it is training.
     host, pid: the agent's process.
-    heartbeat: when it said so, by its own clock.
-    life: of all the hosts, where SLURM or JobSet counts them (machine.life).
+    heartbeat: when it wrote this, by its own clock.
+    life: which life of all the hosts, where SLURM or JobSet counts restarts (machine.life).
   """
 
   state: str
@@ -45,7 +44,7 @@ class HostWord:
 
 
 def read_host(file: epath.Path) -> HostWord | None:
-  """None where there is no such file any more, or it is damaged: that says nothing."""
+  """Reads a report; None if the file is gone or damaged, which counts as no report."""
   with contextlib.suppress(DamagedFile):
     return read_as(HostWord, file)
   return None
@@ -56,18 +55,18 @@ class Work:
   """The cells of a slice.
 
   Attributes:
-    name: of the slice.
-    experiment, out: of all its cells.
+    name: name of the slice.
+    experiment, out: the experiment and --out of all its cells.
     cells: name -> the trainer's command line; its first word stands for the interpreter.
-    hosts: machines that take part in each run.
-    secrets: variable -> where its value lies, never the value.
-    max_failures: of one cell's program, before it is given up.
+    hosts: number of machines that take part in each run.
+    secrets: variable -> where its value is stored, never the value.
+    max_failures: how often a cell's program may fail before the cell is given up.
     backend: name of the backend.
-    commit: of the code.
-    usd_per_second: what the machines cost, 0 where nobody counts it.
-    trunks: branch -> (the cell of this slice that it branches from, the step where it does).
+    commit: commit of the code.
+    usd_per_second: US dollars per second of the machines; 0 where it is not counted.
+    trunks: branch -> (its trunk among the slice's cells, the branch step).
     groups: all cells in the groups that one process may train together, in the order in which
-      they are trained; empty: each by itself.
+      they are trained; if empty, each cell is trained alone.
   """
 
   name: str
@@ -84,21 +83,21 @@ class Work:
   groups: tuple[tuple[str, ...], ...] = ()
 
   def in_groups(self) -> tuple[tuple[str, ...], ...]:
-    """The cells as they are trained: see `groups`."""
+    """Returns the cells in the groups in which they are trained; see `groups`."""
     return self.groups or tuple((name,) for name in self.cells)
 
   def command(self, names: Sequence[str]) -> tuple[str, ...]:
-    """The command line that trains cells of one group in one process."""
+    """Returns the command line that trains cells of one group in one process."""
     return joint_command([self.cells[name] for name in names])
 
   def run_dir(self, name: str) -> RunDir:
-    """The directory of a cell's run."""
+    """Returns the run directory of a cell."""
     return RunDir(epath.Path(self.out) / self.experiment / name)
 
 
 def work_of(share: Share, code: Code, out: str, backend: str, hosts: int = 1,
             secrets: Mapping[str, str] | None = None, usd_per_second: float = 0.0) -> Work:
-  """The work of a share, with the experiment file where the unpacked code has it."""
+  """Returns the work of a share; its commands name the experiment file in the unpacked code."""
   cells = {job.name: ("python", *(_in_archive(word, code) for word in job.command[1:]))
            for job in share.jobs}
   here = {job.run_dir: job.name for job in share.jobs}
@@ -118,7 +117,7 @@ def _in_archive(word: str, code: Code) -> str:
 
 
 def why_ended(work: Work, name: str) -> str | None:
-  """`finished`, or why the cell is given up; None while there is something to try."""
+  """Returns `finished`, or why the cell is given up; None while it may still be tried."""
   run_dir = work.run_dir(name)
   try:
     if ends.is_finished(run_dir):
@@ -144,7 +143,7 @@ def to_text(work: Work) -> str:
 
 
 def from_text(text: str, where: str | os.PathLike) -> Work:
-  """Raises DamagedFile, which names `where`."""
+  """Parses work.json. Raises DamagedFile, which names `where`."""
   try:
     return from_json(Work, json.loads(text))
   except (json.JSONDecodeError, FieldError) as error:

@@ -1,13 +1,13 @@
-"""Where cells can run. A backend is a module here; its name is what `--backend` takes.
+"""The backends, i.e. where cells can run. Each is a module here, named as in `--backend`.
 
-`local` runs them on this machine:
+`local` runs cells on this machine:
 
     dry_run(jobs) -> list[str]           the exact shell lines that submit would run
-    submit(jobs, parallel) -> int        runs them; the launcher's exit code
+    submit(jobs, parallel) -> int        runs them; returns the launcher's exit code
 
-The others send them elsewhere. Planning is pure, and a dry run prints what it gives:
+The others send cells to other machines. Planning is pure, and a dry run prints the plan:
 
-    Options                              a frozen dataclass, whose fields are flags
+    Options                              a frozen dataclass, whose fields become flags
     plan(jobs, options, code, out) -> Plan
     submit(plan, jobs, options, code, out) -> int
 """
@@ -24,10 +24,10 @@ def names() -> list[str]:
 
 
 def load(name: str) -> types.ModuleType:
-  """The backend of that name, one of `names()`."""
+  """Returns the backend called `name`, one of `names()`."""
   return importlib.import_module(f"{__name__}.{name}")
 
 
 def remote() -> list[types.ModuleType]:
-  """All backends that send cells elsewhere."""
+  """Returns all backends that send cells to other machines."""
   return [load(name) for name in names() if name != LOCAL]

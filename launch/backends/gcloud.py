@@ -1,7 +1,7 @@
-"""Cloud TPU slices as queued resources, by gcloud's GA commands.
+"""Runs cells on Cloud TPU slices, requested as queued resources with gcloud's GA commands.
 
-One queued resource a share of the grid; each of its machines runs `launch/host/startup.sh` at
-every boot. tpu7x and later are not served by this API: `--backend=gke` has them.
+Each share of the grid gets one queued resource, whose machines run `launch/host/startup.sh` at
+every boot. This API does not serve tpu7x and later; `--backend=gke` does.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from launch.plans import File, Plan, SlicePlan
 from launch.shares import Share, deal
 from moe_jax.errors import FieldError, require
 
-LABEL = "moe-jax"  # the label of all that this project creates; its value says from which --out
+LABEL = "moe-jax"  # on every resource we create; its value identifies --out and experiment
 _QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
 _CAPACITY = {"spot": ("--spot",), "on-demand": (), "reserved": ("--reserved",)}
 _DURATION = re.compile(r"([0-9]{1,5}[smhd]){1,4}")
@@ -30,7 +30,7 @@ _DURATION = re.compile(r"([0-9]{1,5}[smhd]){1,4}")
 
 @dataclasses.dataclass(frozen=True)
 class Options(tpu.OnSlices):
-  """Flags of this backend; see the field's help."""
+  """Flags of this backend; see each field's help."""
 
   project: str = option("Google Cloud project that pays.")
   zones: tuple[str, ...] = option("Zones to try, in this order, e.g. us-east5-b,europe-west4-a.")
@@ -80,7 +80,7 @@ class Options(tpu.OnSlices):
 
 
 def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
-  """What submitting the jobs would write and run, each slice in the first of the zones."""
+  """Returns what submitting the jobs would write and run, with each slice in the first zone."""
   shares = deal(jobs, options.slices)
   experiment = jobs[0].cell.experiment
   found = tuple(_slice_plan(share, options, code, out) for share in shares)
@@ -88,7 +88,7 @@ def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
 
 
 def _slice_plan(share: Share, options: Options, code: Code, out: str) -> SlicePlan:
-  """A slice's files, a start-up script for each zone, and the command for the first zone."""
+  """Returns a slice's files, with one start-up script per zone, and the first zone's command."""
   secrets = parse_secrets(options.secrets)
   todo = work.work_of(share, code, out, "gcloud", options.hosts, secrets, options.usd_per_second)
   scripts = (File(f"{share.name}/startup-{zone}.sh",
@@ -101,12 +101,12 @@ def _slice_plan(share: Share, options: Options, code: Code, out: str) -> SlicePl
 
 
 def owner(out: str, experiment: str) -> str:
-  """The label's value of all that belongs to one experiment's directory."""
+  """Returns the label value shared by all resources of one experiment's directory."""
   return resource_name(experiment, 40) + "-" + digest(out, experiment)
 
 
 def create(name: str, options: Options, zone: str, label: str) -> tuple[str, ...]:
-  """The command that asks for a slice. `{slices}` stands for the folder of its files."""
+  """Returns the command that requests a slice. `{slices}` stands for the `_slices` folder."""
   version = options.runtime_version or tpu.RUNTIMES[options.slice.topology.hardware.name]
   nodes = ((f"--node-id={name}",) if options.slices_per_run == 1 else
            (f"--node-count={options.slices_per_run}", f"--node-prefix={name}"))
@@ -126,30 +126,30 @@ def describe(name: str, options: Options, zone: str) -> tuple[str, ...]:
 
 
 def delete(name: str, options: Options, zone: str) -> tuple[str, ...]:
-  """Ends the resource and its nodes, in whichever state they are."""
+  """Returns the command that deletes the resource and its nodes, whatever their state."""
   return (*_QUEUED, "delete", name, *_where(options, zone), "--force", "--async", "--quiet")
 
 
 def list_all(options: Options, zone: str) -> tuple[str, ...]:
-  """All queued resources of a zone; which are ours is told by their label."""
+  """Returns the command that lists all queued resources of a zone; ours carry LABEL."""
   return (*_QUEUED, "list", *_where(options, zone), "--format=json")
 
 
 def ssh(name: str, options: Options, zone: str, command: str, worker: str) -> tuple[str, ...]:
-  """Runs a command on workers of all nodes; `worker` is a number or `all`."""
+  """Returns the line that runs `command` on workers of all nodes; `worker`: a number or `all`."""
   return (*_QUEUED, "ssh", name, *_where(options, zone), "--node=all", f"--worker={worker}",
           f"--command={command}", *(("--internal-ip",) if options.internal_ips else ()),
           "--quiet")
 
 
 def accelerator(options: Options, zone: str) -> tuple[str, ...]:
-  """Succeeds if the zone has the accelerator and the account may ask."""
+  """Returns a command that succeeds if the zone has the accelerator and the account has access."""
   return ("gcloud", "compute", "tpus", "accelerator-types", "describe", options.topology,
           *_where(options, zone), "--format=json")
 
 
 def bucket(options: Options, name: str) -> tuple[str, ...]:
-  """Describes a bucket: its location."""
+  """Returns the command that describes a bucket, including its location."""
   return ("gcloud", "storage", "buckets", "describe", f"gs://{name}",
           f"--project={options.project}", "--format=json")
 
@@ -160,7 +160,7 @@ def _where(options: Options, zone: str) -> tuple[str, ...]:
 
 def startup_script(name: str, options: Options, code: Code, out: str, experiment: str,
                    zone: str) -> str:
-  """`launch/host/startup.sh` with this slice's values, each quoted for the shell."""
+  """Returns `launch/host/startup.sh` with this slice's values filled in, each shell-quoted."""
   slices = f"{out}/{experiment}/_slices"
   ending = delete(name, options, zone) if options.delete_when_done else ()
   values = {
@@ -176,12 +176,12 @@ def startup_script(name: str, options: Options, code: Code, out: str, experiment
 
 def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out: str,
            run: remote.Run = remote.run) -> int:
-  """Writes down the slices that are wanted, and drives them until all have ended.
+  """Records the wanted slices and drives them until all have ended.
 
   Returns:
     The launcher's exit code.
   """
-  from launch import driver, lease  # which import this module
+  from launch import driver, lease  # here, since driver imports this module
   error = driver.preflight(options, out, run)
   if error is not None:
     print(f"nothing was created: {error}")

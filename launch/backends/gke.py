@@ -1,9 +1,9 @@
-"""TPU slices on GKE: a JobSet a share of the grid, applied with kubectl, queued by Kueue.
+"""Runs cells on TPU slices in GKE: one JobSet per share of the grid, applied with kubectl.
 
-A pod a VM of the slice. Its image is that of `launch/Dockerfile`: an interpreter, the locked
-dependencies and `boot.py`, which fetches this submission's exact code. JobSet recreates all
-pods of a run when one ends early: as often as machines are taken away, and `max_restarts`
-times when programs fail.
+Kueue may queue the JobSets. Each VM of a slice runs one pod, from the image that
+`launch/Dockerfile` builds: an interpreter, the locked dependencies and `boot.py`, which fetches
+this submission's exact code. JobSet recreates all pods of a run when one ends early: without
+limit after preemptions, and up to `max_restarts` times after program failures.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from moe_jax.run_dir import EXIT_PREEMPTED
 
 @dataclasses.dataclass(frozen=True)
 class Options(tpu.OnSlices):
-  """Flags of this backend; see the field's help."""
+  """Flags of this backend; see each field's help."""
 
   topology: str = option("TPU slice, e.g. v6e-16 or tpu7x-64.")
   image: str = option("Container image made of launch/Dockerfile, with its tag or digest.")
@@ -56,7 +56,7 @@ class Options(tpu.OnSlices):
 
 
 def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
-  """What submitting the jobs would write and run."""
+  """Returns what submitting the jobs would write and run."""
   shares = deal(jobs, options.slices)
   experiment = jobs[0].cell.experiment
   return Plan("gke", experiment, f"{out}/{experiment}/_slices",
@@ -84,14 +84,14 @@ def kubectl_in(namespace: str, context: str | None, *arguments: str) -> tuple[st
 
 
 def jobset(name: str, options: Options, code: Code, out: str, experiment: str) -> dict[str, Any]:
-  """The JobSet of one share (jobset.x-k8s.io/v1alpha2)."""
+  """Returns the JobSet of one share (jobset.x-k8s.io/v1alpha2)."""
   labels = {LABEL: owner(out, experiment)}
   queue = {} if options.queue is None else {"kueue.x-k8s.io/queue-name": options.queue}
   return {
       "apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet",
       "metadata": {
           "name": name, "namespace": options.namespace, "labels": labels | queue,
-          # A slice is one node pool: pods of two runs never share it.
+          # A slice is one node pool, which pods of two runs never share.
           "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology":
                           "cloud.google.com/gke-nodepool"}},
       "spec": {
@@ -108,7 +108,7 @@ def _job(name: str, options: Options, code: Code, out: str, experiment: str,
          labels: dict[str, str]) -> dict[str, Any]:
   return {
       "parallelism": options.slice.vms, "completions": options.slice.vms, "backoffLimit": 0,
-      # A drained or preempted node, and a trainer told to stop, are not the program's failures.
+      # A drained or preempted node, or a trainer told to stop, does not count as a failure.
       "podFailurePolicy": {"rules": [
           {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget",
                                                      "status": "True"}]},
@@ -157,7 +157,7 @@ def _container(name: str, options: Options, code: Code, out: str,
 
 def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out: str,
            run: remote.Run = remote.run) -> int:
-  """Applies the JobSets that are not there yet. The launcher's exit code."""
+  """Applies the JobSets that are missing or left cells unfinished. Returns the exit code."""
   if (error := remote.why_not_writable(out) or _why_not_allowed(options, run)) is not None:
     print(f"nothing was applied: {error}")
     return 1
@@ -177,7 +177,11 @@ def _why_not_allowed(options: Options, run: remote.Run) -> str | None:
 
 def _apply(planned: Plan, share: SlicePlan, jobs: Sequence[Job], options: Options,
            run: remote.Run) -> tuple[bool, str]:
-  """(whether it is there, what became of it). One that has ended is made anew if cells are left."""
+  """Applies a JobSet that is missing, and recreates one that has ended with cells left.
+
+  Returns:
+    (whether it is in place, a phrase that says what was done).
+  """
   answer = run(kubectl(options, "get", "jobset", share.name, "--ignore-not-found",
                        "--output=jsonpath={.metadata.name} {.status.terminalState}"))
   match answer.stdout.split() if answer.ok else None:

@@ -1,24 +1,26 @@
-"""Runs cells on this machine, one process each, or one for several cells of one shape where
-`execution.population` says so.
+"""Runs cells on this machine, one process per cell.
 
-A cell is run once in a launch. One that crashes (exit 1, or killed by a signal) is started
-once more if it got further than where it began, since then the crash may not repeat. One
-that found its input bad, diverged, was told to stop or is run by another process is left as
-it is. The next launch takes up all cells that are not finished.
+Cells of one shape share a process where `execution.population` says so.
 
-Ctrl-C (SIGINT), SIGTERM or SIGHUP to the launcher sends SIGTERM to every child, whose
-trainer saves a checkpoint and ends; a second one kills them. The launcher's exit code is 0
+Each launch runs a cell once. A cell that crashes (exit 1, or killed by a signal) is retried
+once if it got further than where it began, since then the crash may not repeat. A cell that
+rejected its input, diverged, was told to stop or is held by another process is left as it is.
+The next launch resumes all cells that are not finished.
+
+Ctrl-C (SIGINT), SIGTERM or SIGHUP to the launcher sends SIGTERM to every child, whose trainer
+saves a checkpoint and ends; a second signal kills the children. The launcher's exit code is 0
 if all cells are finished, 128 + the signal's number if it was stopped, else 1.
 
-A branch waits until its trunk has saved the checkpoint that it begins with, and then runs beside
-it; so does a run that begins with another's parameters (`train.init_from`), or, where it names no
-step, until that run is finished. Where the other ends without, it is not started.
+A branch waits until its trunk has saved the checkpoint it branches from, and then runs beside
+it. A run that starts from another run's parameters (`train.init_from`) waits for the step it
+names or, if it names none, until that run is finished. If the other run ends without saving
+that checkpoint, the waiting one is not started.
 
-A killed launcher leaves its children running. They hold their run directories, so that the
-next launch sees them, names the process, and leaves those cells alone.
+A killed launcher leaves its children running. They hold the locks of their run directories, so
+the next launch detects them, names the process, and leaves those cells alone.
 
-Children inherit the environment. On a GPU several at a time get a share of its memory each; a TPU
-is one process's at a time: there keep --parallel=1.
+Children inherit the environment. Those that share a GPU each get a share of its memory. A TPU
+serves one process at a time: keep --parallel=1 there.
 """
 
 import collections
@@ -61,7 +63,7 @@ _STATE_OF_EXIT = {
 
 
 def dry_run(jobs: Sequence[Job]) -> list[str]:
-  """The shell lines that `submit` would run; a comment for each cell it would skip."""
+  """Returns the shell lines that `submit` would run, with a comment for each cell it would skip."""
   return [*(f"# {job.name} is finished" for job in jobs if job.is_finished()),
           *(shlex.join(joint_command([job.command for job in group]))
             for group in trained_together(jobs))]
@@ -71,7 +73,7 @@ def submit(jobs: Sequence[Job], parallel: int) -> int:
   """Runs the jobs, `parallel` at a time.
 
   Returns:
-    The launcher's exit code, see above.
+    The launcher's exit code; see the module's docstring.
 
   Raises:
     FieldError: a run directory is not on a file system of this machine.
@@ -85,8 +87,8 @@ def submit(jobs: Sequence[Job], parallel: int) -> int:
 
 @dataclasses.dataclass
 class _Child:
-  """A running trainer of one cell or several; `launches` and `first_steps` (what the runs had
-  reached when it was started) are theirs, in order."""
+  """A running trainer of one or several cells. `launches` and `first_steps` (the steps that the
+  runs had reached when it was started) are in the order of `jobs`."""
 
   jobs: tuple[Job, ...]
   process: subprocess.Popen
@@ -95,7 +97,7 @@ class _Child:
 
 
 class _Launcher:
-  """The jobs of one launch, waiting, running and ended."""
+  """Runs the jobs of one launch; tracks which are waiting, running and ended."""
 
   def __init__(self, jobs: Sequence[Job], parallel: int, overview: Overview):
     self._jobs, self._parallel, self._overview = jobs, parallel, overview
@@ -107,7 +109,7 @@ class _Launcher:
     self._retried: set[str] = set()
     self._unfinished: dict[str, str] = {}  # cell name -> why
     self._received: list[int] = []  # signals
-    self._passed_on = 0  # how many of them the children know of
+    self._passed_on = 0  # how many of them were passed on to the children
 
   def run(self) -> int:
     todo = sum(not job.is_finished() for job in self._jobs)
@@ -147,7 +149,7 @@ class _Launcher:
   def _catching_signals(self) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     for number in _SIGNALS:
-      if number != signal.SIGHUP or before[number] != signal.SIG_IGN:  # nohup
+      if number != signal.SIGHUP or before[number] != signal.SIG_IGN:  # respect nohup
         signal.signal(number, lambda received, _: self._received.append(received))
     try:
       yield
@@ -162,7 +164,7 @@ class _Launcher:
         self._say(f"stopping: {sum(map(len, self._trained))} running cells save a checkpoint; "
                   "once more (Ctrl-C) kills them")
       for child in self._running:
-        if self._passed_on == 1:  # the trainer alone: its data workers are its own affair
+        if self._passed_on == 1:  # only the trainer, which handles its own data workers
           child.process.terminate()
         else:
           _kill_group(child.process)
@@ -189,8 +191,8 @@ class _Launcher:
                   f"log {ready[0].run_dir.log}")
 
   def _can_start(self, job: Job) -> bool:
-    """Whether it is to be started; if it should be and cannot, the reason is told."""
-    if job.is_finished():  # by another launcher meanwhile
+    """Whether to start the job; logs the reason if it should start but cannot."""
+    if job.is_finished():  # meanwhile, by another launcher
       return False
     if (trunk := job.missing_trunk()) and self._is_ours(trunk):
       self._not_started(job, f"its trunk {trunk.path.name} ended before it saved step "
@@ -213,7 +215,7 @@ class _Launcher:
     self._say(f"{job.name}: not started: {why}")
 
   def _next_ready(self) -> tuple[Job, ...] | None:
-    """Takes the first waiting cells that wait for nothing that is still to come."""
+    """Pops the first waiting group that needs no checkpoint which this launch may still save."""
     to_come = {job.run_dir for group in (*self._waiting, *self._trained) for job in group}
     for group in self._waiting:
       if not any({job.missing_trunk(), job.missing_source()} & to_come for job in group):
@@ -233,7 +235,7 @@ class _Launcher:
       again = []
       for i, job in enumerate(child.jobs):
         launch = _outcome(child, i, stopping=bool(self._received))
-        with contextlib.suppress(OSError):  # a full disk: the trainer's files tell the same
+        with contextlib.suppress(OSError):  # a full disk; the trainer's own files have it too
           write_launch(job.run_dir, launch)
         if self._is_tried_again(job, launch, child.first_steps[i]):
           again.append(job)
@@ -241,7 +243,7 @@ class _Launcher:
         self._waiting.appendleft(tuple(again))
 
   def _is_tried_again(self, job: Job, launch: Launch, first_step: int) -> bool:
-    """Tells how a run ended, and whether it is to be started once more."""
+    """Logs how a run ended. Returns whether to retry it."""
     row = read_state(job.run_dir, job.cell)
     if launch.state == run_dir_lib.FINISHED:
       self._say(f"{job.name}: {progress(row)}, {launch.ended - launch.started:.0f} s")
@@ -279,7 +281,7 @@ class _Launcher:
 def _start(jobs: tuple[Job, ...], environ: Mapping[str, str]) -> _Child:
   """Starts the trainer in a process group of its own, so that Ctrl-C does not reach it.
 
-  Its output goes to the log of the first cell, to which the logs of the others refer.
+  Its output goes to the log of the first cell; the logs of the others refer to that one.
   """
   attempts = tuple(_attempts(job) + 1 for job in jobs)
   first_steps = tuple(read_state(job.run_dir, job.cell).step or 0 for job in jobs)
@@ -297,7 +299,7 @@ def _start(jobs: tuple[Job, ...], environ: Mapping[str, str]) -> _Child:
                           host=socket.gethostname(), pid=process.pid, started=started)
                    for attempt in attempts)
   for job, launch in zip(jobs, launches, strict=True):
-    with contextlib.suppress(OSError):  # the child runs: it must not be forgotten now
+    with contextlib.suppress(OSError):  # the child is running and must stay tracked
       write_launch(job.run_dir, launch)
   return _Child(jobs, process, launches, first_steps)
 
@@ -305,13 +307,13 @@ def _start(jobs: tuple[Job, ...], environ: Mapping[str, str]) -> _Child:
 def _attempts(job: Job) -> int:
   try:
     previous = read_launch(job.run_dir)
-  except FieldError:  # only the count is lost
+  except FieldError:  # a damaged file only costs the count
     return 0
   return previous.attempt if previous else 0
 
 
 def _outcome(child: _Child, i: int, stopping: bool) -> Launch:
-  """The launch of the child's i-th cell with its end: state, exit code and error."""
+  """Returns the launch of the child's i-th cell with its final state, exit code and error."""
   job = child.jobs[i]
   code = _code_of(child, job)
   if code == 0 and job.is_finished():
@@ -329,21 +331,21 @@ def _outcome(child: _Child, i: int, stopping: bool) -> Launch:
 
 
 def _code_of(child: _Child, job: Job) -> int:
-  """The exit code that the trainer would have had if it had trained this cell alone."""
+  """Returns the exit code the trainer would have had if it had trained this cell alone."""
   code = child.process.returncode
   own = ends.own_code(job.run_dir, child.process.pid, code) if len(child.jobs) > 1 else None
   return code if own is None else own
 
 
 def _error_of(child: _Child, job: Job) -> str:
-  """The error in the trainer's status, or, where it left none, the last line of its log."""
+  """Returns the error in the trainer's status or, if there is none, the last line of its log."""
   if told := ends.told_error(job.run_dir, child.process.pid):
     return told
   with open(child.jobs[0].run_dir.log, "rb") as log:
     log.seek(max(0, os.fstat(log.fileno()).st_size - 8192))
     lines = log.read().decode(errors="replace").split("\n")
   last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-  return last.removeprefix("error: ")  # of a refusal
+  return last.removeprefix("error: ")  # how a refusal begins
 
 
 def _kill_group(process: subprocess.Popen) -> None:

@@ -1,7 +1,7 @@
-"""A SLURM cluster with a file system that all its nodes see: an sbatch array, a task a share.
+"""Runs cells on a SLURM cluster with a shared file system: an sbatch array, one task per share.
 
-JAX wants one task for each GPU of a node, with all of them visible, which is what is asked
-for. A task that SLURM preempts or stops at its time limit saves and goes back into the queue.
+JAX wants one task per GPU of a node, with all of the node's GPUs visible to each, so that is what
+sbatch requests. A task that SLURM preempts or stops at its time limit saves and is requeued.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from moe_jax.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Flags of this backend; see the field's help."""
+  """Flags of this backend; see each field's help."""
 
   slices: int | None = option("Over how many array tasks the cells are dealt out; by default "
                               "each family has its own.", default=None)
@@ -63,17 +63,17 @@ class Options:
 
   @property
   def run_devices(self) -> int:
-    """JAX devices of each run; on CPUs the fewest it can have, one a process."""
+    """JAX devices of each run; on CPUs a lower bound, one per process."""
     return self.nodes * self.tasks
 
   @property
   def devices(self) -> int | None:
-    """Of each run; None where only the nodes know."""
+    """GPUs of each run; None on CPUs, whose devices are known only on the nodes."""
     return self.nodes * self.gpus_per_node or None
 
 
 def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
-  """One array for all jobs. Raises FieldError where `out` is no path."""
+  """Plans one array for all jobs. Raises FieldError if `out` is not an absolute path."""
   require(out.startswith("/"), "out", out, "must be a directory that all nodes see")
   shares = deal(jobs, options.slices or len(families(jobs)))
   experiment = jobs[0].cell.experiment
@@ -91,13 +91,13 @@ def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:
 
 
 def job_name(jobs: Sequence[Job]) -> str:
-  """The array's name: the same for the same cells under the same --out."""
+  """Returns the array's name, the same for the same cells under the same --out."""
   tag = digest(*(os.fspath(job.run_dir.path) for job in jobs))
   return f"{resource_name(jobs[0].cell.experiment, 40)}-{tag}"
 
 
 def sbatch(name: str, tasks: int, options: Options, folder: str) -> tuple[str, ...]:
-  """The command that submits the array; `folder` is that of its files."""
+  """Returns the command that submits the array, whose files are in `folder`."""
   limit = "" if options.max_running is None else f"%{options.max_running}"
   gpus = (f"--gpus-per-node={options.gpus_per_node}",) if options.gpus_per_node else ()
   optional = {"--partition": options.partition, "--account": options.account,
@@ -111,17 +111,17 @@ def sbatch(name: str, tasks: int, options: Options, folder: str) -> tuple[str, .
 
 
 def _pattern(folder: str) -> str:
-  """A folder in a pattern of sbatch, where % has a meaning of its own."""
+  """Escapes a folder for use in an sbatch file name pattern, where % is special."""
   return folder.replace("%", "%%")
 
 
 def queued(name: str) -> tuple[str, ...]:
-  """Prints a line for each task of the array that is queued or runs."""
+  """Returns the command that prints a line for each queued or running task of the array."""
   return ("squeue", "--noheader", "--me", f"--name={name}", "--format=%i %T")
 
 
 def script(folder: str, options: Options, code: Code, out: str) -> str:
-  """What each array task runs."""
+  """Returns the script that each array task runs."""
   values = {"CODE": f"{out}/_code/{code.file_name}", "SHA256": code.sha256, "FOLDER": folder,
             "PYTHON": options.python or sys.executable}
   text = resources.files("launch.host").joinpath("slurm.sh").read_text()
@@ -130,7 +130,7 @@ def script(folder: str, options: Options, code: Code, out: str) -> str:
 
 def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out: str,
            run: remote.Run = remote.run) -> int:
-  """Puts the array into the queue, unless it is there. The launcher's exit code."""
+  """Submits the array unless it is queued or running. Returns the launcher's exit code."""
   (array,) = planned.slices
   waiting = run(queued(array.name))
   if not waiting.ok:

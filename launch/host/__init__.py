@@ -1,1 +1,1 @@
-"""What runs on the machines of a slice."""
+"""The code that runs on the machines of a slice."""

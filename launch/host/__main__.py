@@ -1,4 +1,7 @@
-"""python -m launch.host --work=OUT/EXPERIMENT/_slices/NAME/work.json, on each of its machines."""
+"""Runs the agent on a machine of a slice.
+
+    python -m launch.host --work=OUT/EXPERIMENT/_slices/NAME/work.json
+"""
 
 import os
 import sys

@@ -1,17 +1,18 @@
-"""The agent: on every machine of a slice, it trains the slice's cells one after another; cells
-that may train together (`execution.population`), in one process.
+"""The agent, which runs on every machine of a slice and trains its cells one after another.
 
-The leader (host 0 of slice 0) decides which cell is next and says so in now.json, numbered;
-the others follow the numbers. So all hosts are always in the same attempt at the same cell:
-when one fails, all are told to begin the next attempt. Numbers of a life that is over (before
-SLURM or JobSet began all hosts anew) are not followed. Each host says in a file of its own that it
-lives.
+Cells that may train together (`execution.population`) share one process.
 
-When what all slices have cost is about to pass the limit, the leader ends as if all was done.
+The leader (host 0 of slice 0) decides which cell is next and publishes it in now.json under a
+sequence number, which the other hosts follow. So all hosts are always in the same attempt at the
+same cell: when one fails, all are told to begin the next attempt. Numbers from an earlier life
+(before SLURM or JobSet restarted all hosts) are ignored. Each host writes its heartbeat to a file
+of its own.
 
-A cell's program may fail `max_failures` times; being stopped from outside does not count. Of cells
-that train together, one that another process holds waits until the others have ended, and the last
-attempt of each is one by itself: none of them fails for good because of another.
+When the cost of all slices is about to pass the limit, the leader ends as if all cells were done.
+
+A cell's program may fail `max_failures` times; being stopped from outside does not count. Among
+cells that train together, one that another process holds waits until the others have ended, and
+each cell makes its last attempt alone, so that none fails for good because of another.
 """
 
 import dataclasses
@@ -37,23 +38,23 @@ from moe_jax.errors import FieldError
 from moe_jax.files import is_of_storage, read_json, write_json
 from moe_jax.run_dir import RunDir
 
-HANG_SECONDS = 1800.0  # without a step; the first one of a large model compiles for minutes
+HANG_SECONDS = 1800.0  # without a step; a large model's first step compiles for minutes
 HEARTBEAT_SECONDS = 30.0
-_MAX_BUSY = 20  # a run's old heartbeat takes two minutes to be taken for dead
+_MAX_BUSY = 20  # in a row; a stale heartbeat takes two minutes to count as dead
 _FINAL = {EXIT_BAD_INPUT: jobs_lib.REFUSED, run_dir_lib.EXIT_DIVERGED: run_dir_lib.DIVERGED}
 
 
 class Stopped(Exception):
-  """The machine is going away: everything was told to save."""
+  """The machine is going away; the trainer was told to save."""
 
 
 class Useless(Exception):
-  """Nothing can be trained on these machines; says why in one line."""
+  """Nothing can be trained on these machines; the message says why in one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-  """How often the agent looks, in seconds; tests look more often."""
+  """The agent's intervals and time limits in seconds; tests use shorter ones."""
 
   poll: float = 5.0
   retry: float = 15.0
@@ -61,7 +62,7 @@ class Pace:
 
 
 class Agent:
-  """One host's part in a slice's work."""
+  """Does one host's part of a slice's work."""
 
   def __init__(self, work: Work, folder: epath.Path, worker: str, pace: Pace = Pace(),
                life: str = "", trouble: Callable[[], str | None] = machine.trouble,
@@ -70,13 +71,18 @@ class Agent:
     self._life, self._trouble, self._clock = life, trouble, clock
     self._stopping = False
     self._said = 0.0
-    self._meter: Meter | None = None  # the leader's
+    self._meter: Meter | None = None  # only the leader has one
     self._environ: dict[str, str] = {}
-    self._heard: dict[tuple[str, int], tuple[float | None, float]] = {}  # host -> its word, when
-    self._busy: dict[str, int] = {}  # cell -> how many attempts in a row found it held
+    # (host, pid) -> (its latest heartbeat, when that arrived by our clock)
+    self._heard: dict[tuple[str, int], tuple[float | None, float]] = {}
+    self._busy: dict[str, int] = {}  # cell -> consecutive attempts that found it held
 
   def run(self) -> int:
-    """Works until all cells have ended. The exit code: 0, or EXIT_PREEMPTED when stopped."""
+    """Works until all cells have ended.
+
+    Returns:
+      The exit code: 0, EXIT_PREEMPTED when stopped, or 1 if nothing can be trained here.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, lambda *_: setattr(self, "_stopping", True))
     self._say("starting")
@@ -119,9 +125,9 @@ class Agent:
     self._meter.count(ended=True)
 
   def _gather(self) -> None:
-    """Waits until all hosts of the run live, or there is no more money. Raises Useless.
+    """Waits until all hosts of the run are alive or the limit is reached. Raises Useless.
 
-    A trainer that waits in vain for one that is late ends as if its program had failed.
+    Without this, a trainer that waits in vain for a late host would count as a program failure.
     """
     until = self._clock() + self._pace.hang
     while (there := self._alive()) < self._work.hosts and not self._meter.why_too_dear():
@@ -139,7 +145,7 @@ class Agent:
                and word.life == self._life and self._is_young(word) for word in words)
 
   def _is_young(self, word: HostWord) -> bool:
-    """Whether it has been said of late, by this host's clock: the other's may go otherwise."""
+    """Whether the heartbeat changed recently by our clock; the other host's may differ."""
     host = word.host, word.pid
     last, heard = self._heard.get(host, (None, 0.0))
     if word.heartbeat != last:
@@ -148,7 +154,7 @@ class Agent:
     return self._clock() - heard < 4 * HEARTBEAT_SECONDS
 
   def _together(self, names: Sequence[str]) -> Sequence[str]:
-    """Those of a group's unfinished cells that the next process trains."""
+    """Returns those of a group's unfinished cells that the next process trains."""
     if len(names) == 1:
       return names
     ready = [name for name in names if self._is_free(name)
@@ -156,13 +162,13 @@ class Agent:
     return ready or names[:1]
 
   def _attempt(self, names: Sequence[str]) -> None:
-    """One attempt at cells that train together, recorded in the launch.json of each."""
+    """Makes one attempt at cells that train together; records it in each one's launch.json."""
     self._publish(names)
     trainer = Trainer(self._work.command(names), self._environ)
     try:
       launches = {name: self._begun(name, trainer) for name in names}
       code, error, stopped = self._watch(trainer, names)
-    except BaseException:  # it would hold the accelerator against the next agent
+    except BaseException:  # the trainer would keep the accelerator from the next agent
       if trainer.poll() is None:
         trainer.stop()
       raise
@@ -178,7 +184,7 @@ class Agent:
 
   def _begun(self, name: str, trainer: Trainer) -> Launch:
     before, saved = read_launch(self._run_dir(name)), self._run_dir(name).saved_step()
-    # A run that gets on is not given up for what befell it on its way.
+    # Progress resets the count: only failures since the last new checkpoint matter.
     failures = before.failures if before and saved <= before.saved else 0
     launch = Launch(self._work.backend, trainer.command, 1 + (before.attempt if before else 0),
                     socket.gethostname(), trainer.pid, trainer.started, failures=failures,
@@ -188,7 +194,7 @@ class Agent:
 
   def _ended(self, name: str, launch: Launch, code: int, error: str | None, stopped: bool,
              alone: bool) -> Launch:
-    """Its launch with how it ended, written down."""
+    """Returns the launch with how it ended, and writes it to launch.json."""
     run_dir, told = self._run_dir(name), alone
     if not alone:
       own = ends.own_code(run_dir, launch.pid, code)
@@ -203,7 +209,7 @@ class Agent:
     return launch
 
   def _watch(self, trainer: Trainer, names: Sequence[str]) -> tuple[int, str | None, bool]:
-    """Waits for the trainer's end. (exit code, error of ours or None, whether we told it to)."""
+    """Waits for the trainer. Returns (exit code, our own error or None, whether we stopped it)."""
     steps, since = None, self._clock()
     while (code := trainer.poll()) is None:
       if self._stopping or (self._beat(names[0]) and self._meter.why_too_dear()):
@@ -296,7 +302,7 @@ class Agent:
       raise Stopped
 
   def _beat(self, cell: str | None) -> bool:
-    """Says that this host lives, if it is time to: whether it was."""
+    """Writes this host's heartbeat if it is due. Returns whether it was."""
     if time.time() - self._said <= HEARTBEAT_SECONDS:
       return False
     self._say("working", cell=cell)
@@ -312,10 +318,10 @@ class Agent:
 
 def _outcome(launch: Launch, code: int, error: str, finished: bool, told: bool,
              stopped: bool) -> Launch:
-  """The launch with how it ended; only the program's own failures count as such.
+  """Returns the launch with how it ended; only the program's own failures count as failures.
 
-  `told` is whether the exit code is this cell's own, not that of all that trained with it;
-  `stopped` whether it was told to stop, in which case it may have been killed for taking too long.
+  `told` says whether the exit code is this cell's own rather than that of the whole group;
+  `stopped`, whether the trainer was told to stop, and may have been killed for taking too long.
   """
   launch = dataclasses.replace(launch, ended=time.time(), exit_code=code, error=error)
   if finished:

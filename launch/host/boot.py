@@ -1,8 +1,8 @@
-"""In the container image: fetches one submission's code, checks it, and runs it.
+"""Entry point of the container image: fetches a submission's code, verifies it, and runs it.
 
     python boot.py --code=URI --sha256=HASH -- -m launch.host --work=URI
 
-It is copied into the image alone, so it imports nothing of the project.
+No other module of the project is in the image, so this one imports none.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The machine that a slice's agent finds itself on: its number, its accelerator, its secrets."""
+"""Inspects the machine that an agent runs on: its number, its accelerator, its secrets."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribu
 
 
 def metadata(key: str) -> str | None:
-  """An attribute of this Google Cloud machine, or None."""
+  """Returns a metadata attribute of this Google Cloud machine, or None."""
   request = urllib.request.Request(_METADATA + key, headers={"Metadata-Flavor": "Google"})
   try:
     with urllib.request.urlopen(request, timeout=5) as answer:
@@ -24,15 +24,15 @@ def metadata(key: str) -> str | None:
 
 def worker_number(hosts: int, environ: Mapping[str, str],
                   read: Callable[[str], str | None] = metadata) -> str:
-  """`SLICE-HOST` of this machine among those of its run, `0-0` for the one that leads.
+  """Returns this machine's `SLICE-HOST` number within its run; the leader's is `0-0`.
 
   Args:
-    hosts: of the run.
-    environ: os.environ, in which SLURM and Kubernetes say it.
-    read: a key of the metadata server, in which Cloud TPU says it.
+    hosts: number of hosts of the run.
+    environ: os.environ, where SLURM and Kubernetes put the number.
+    read: reads a key of the metadata server, where Cloud TPU puts it.
 
   Raises:
-    RuntimeError: the run has several hosts and nothing says which this one is.
+    RuntimeError: the run has several hosts and nothing says which one this is.
   """
   if hosts == 1:
     return LEADER
@@ -45,7 +45,7 @@ def worker_number(hosts: int, environ: Mapping[str, str],
     raise RuntimeError(f"the run has {hosts} hosts, and neither SLURM, Kubernetes nor Cloud "
                        "TPU's metadata says which this one is")
   about = read("tpu-env")
-  if about is None:  # taken for slice 0 it might be a second leader
+  if about is None:  # assuming slice 0 might create a second leader
     raise RuntimeError("the metadata server does not answer for tpu-env, which says which slice "
                        "this host is of")
   found = re.search(r"^MEGASCALE_SLICE_ID: *'?([0-9]+)", about, re.MULTILINE)
@@ -53,23 +53,23 @@ def worker_number(hosts: int, environ: Mapping[str, str],
 
 
 def life(environ: Mapping[str, str]) -> str:
-  """What tells this life of all hosts from those before, where SLURM or JobSet counts them.
+  """Returns SLURM's or JobSet's restart count, which identifies this life of all hosts.
 
-  TPU VMs have no such number: their launcher clears the folder before it asks for new ones.
+  TPU VMs have none and get "": their launcher clears the folder before it requests new VMs.
   """
   return environ.get("SLURM_RESTART_COUNT") or environ.get("MOE_JAX_RESTART") or ""
 
 
 def trouble(proc: pathlib.Path = pathlib.Path("/proc"),
             lock: pathlib.Path = pathlib.Path("/tmp/libtpu_lockfile")) -> str | None:
-  """Why the accelerator cannot be had, in one line, or None.
+  """Returns why the accelerator is unavailable, in one line, or None.
 
-  A lock file that libtpu left behind is removed, if nobody holds the chips.
+  Removes a stale lock file of libtpu if no process holds the chips.
   """
   for link in proc.glob("[0-9]*/fd/*"):
     try:
       target = os.readlink(link)
-    except OSError:  # it ended meanwhile
+    except OSError:  # the process ended meanwhile
       continue
     if re.fullmatch(r"/dev/(vfio/[0-9]+|accel[0-9]+)", target):
       return f"{target} is held by process {link.parts[-3]}"
@@ -81,22 +81,22 @@ def trouble(proc: pathlib.Path = pathlib.Path("/proc"),
 
 
 def say_at_work(environ: Mapping[str, str]) -> None:
-  """Tells the start-up script, where one waits for it, that from now on this slice is counted."""
+  """Tells the start-up script, if any, that the agent counts this slice's cost from now on."""
   if file := environ.get("MOE_JAX_AT_WORK"):
     pathlib.Path(file).touch()
 
 
 def read_secrets(secrets: Mapping[str, str]) -> dict[str, str]:
-  """Variable -> value, read from where it lies: a file, or Secret Manager by way of gcloud.
+  """Returns variable -> value, read from a file or, through gcloud, from Secret Manager.
 
   Raises:
-    RuntimeError: one cannot be read; the message names it and where it lies.
+    RuntimeError: a secret cannot be read; the message names it and its location.
   """
   return {name: _read_secret(name, where) for name, where in secrets.items()}
 
 
 def secret_command(where: str) -> tuple[str, ...]:
-  """Prints a version of a secret, projects/P/secrets/S/versions/V."""
+  """Returns the command that prints a secret's version, projects/P/secrets/S/versions/V."""
   _, project, _, secret, _, version = where.split("/")
   return ("gcloud", "secrets", "versions", "access", version, f"--secret={secret}",
           f"--project={project}")

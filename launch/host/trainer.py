@@ -1,4 +1,4 @@
-"""One trainer as a child of the agent: started, watched, stopped."""
+"""Starts, polls and stops a trainer as a child process of the agent."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-STOP_SECONDS = 100.0  # a spot machine has two minutes, a pod its grace period
+STOP_SECONDS = 100.0  # within a spot machine's two minutes and a pod's grace period
 
 
 class Trainer:
@@ -22,16 +22,16 @@ class Trainer:
     self.started = time.time()
 
   def poll(self) -> int | None:
-    """The exit code, or None while it runs; negative is the signal that killed it."""
+    """Returns the exit code (negative: the signal that killed it), or None while it runs."""
     if self._process.returncode is None and self._process.poll() is not None:
-      # Workers that it left behind; at once, since later the number may be another's.
+      # Kill workers that it left behind, at once: later their group's id may be reused.
       with contextlib.suppress(ProcessLookupError):
         os.killpg(self.pid, signal.SIGKILL)
     return self._process.returncode
 
   def stop(self, patience: float = STOP_SECONDS, sleep: Callable[[float], None] = time.sleep
            ) -> int:
-    """Asks it to save and end; kills it after `patience` seconds. The exit code."""
+    """Asks it to save and end; kills it after `patience` seconds. Returns the exit code."""
     self._process.terminate()
     deadline = time.monotonic() + patience
     while self.poll() is None and time.monotonic() < deadline:

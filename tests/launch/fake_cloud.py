@@ -1,7 +1,7 @@
-"""A Cloud TPU that exists on paper: queued resources along a scripted timeline, by a virtual clock.
+"""A fake Cloud TPU: queued resources follow scripted timelines on a virtual clock.
 
 `FakeCloud.run` answers gcloud's command lines in this process. It knows how long each resource
-really had machines, which is what a launcher's account is compared with.
+really had machines, against which a launcher's account is checked.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ ACCOUNT = ("This command is authenticated as me@example.com which is the active 
 
 @dataclasses.dataclass
 class Resource:
-  """A queued resource. `timeline` has (seconds after its creation, state, initiator, error)."""
+  """A queued resource. `timeline` lists (seconds after its creation, state, initiator, error)."""
 
   name: str
   zone: str
@@ -29,7 +29,7 @@ class Resource:
   deleted: float | None = None
 
   def state_at(self, now):
-    """(state, initiator, error), or None when it is gone."""
+    """Returns (state, initiator, error), or None once it is gone."""
     if self.deleted is not None and now >= self.deleted:
       return None if now >= self.deleted + DELETION_SECONDS else ("DELETING", "USER", None)
     found = ("ACCEPTED", None, None)
@@ -39,7 +39,7 @@ class Resource:
     return found
 
   def held(self, now):
-    """Seconds for which it had machines, until `now`."""
+    """Returns the seconds for which it had machines, up to `now`."""
     end = now if self.deleted is None else min(now, self.deleted)
     times = [(self.created + seconds, state) for seconds, state, *_ in self.timeline]
     total = 0.0
@@ -52,7 +52,7 @@ class Resource:
     return total
 
   def message(self, now):
-    """As gcloud prints it."""
+    """Returns the resource as gcloud prints it."""
     state, initiator, error = self.state_at(now)
     told = {"state": state}
     if initiator:
@@ -69,10 +69,16 @@ class Resource:
 
 
 class FakeCloud:
-  """Attributes: now (the virtual clock), commands (all that were run), past (what is gone)."""
+  """A cloud that answers gcloud's commands.
+
+  Attributes:
+    now: the virtual clock.
+    commands: all commands that were run.
+    past: resources that are gone.
+  """
 
   def __init__(self, timelines, on_command=None):
-    """`timelines(name, zone, attempt)` -> a Resource's timeline, or an error's text."""
+    """`timelines(name, zone, attempt)` returns a Resource's timeline, or an error's text."""
     self.now = 1000.0
     self.commands, self.past, self.present = [], [], {}
     self._timelines, self._on_command = timelines, on_command
@@ -125,12 +131,12 @@ class FakeCloud:
         self.past.append(self.present.pop(key))
 
   def active(self):
-    """The resources that have machines now."""
+    """Returns the resources that have machines now."""
     self._sweep()
     return [one for one in self.present.values()
             if one.state_at(self.now)[0] in ("ACTIVE", "SUSPENDING")]
 
   def held(self):
-    """Seconds for which there were machines, of all resources that ever were."""
+    """Returns the seconds with machines, summed over all resources that ever existed."""
     self._sweep()
     return sum(one.held(self.now) for one in [*self.past, *self.present.values()])

@@ -1,9 +1,10 @@
-"""A gcloud for PATH, whose TPU VMs are process groups on this machine that run the real start-up
-script: python fake_gcloud.py FOLDER ARGUMENTS...
+"""A fake gcloud for PATH; its TPU VMs are local process groups that run the real start-up script.
 
-FOLDER/cloud.json holds the queued resources. On the first one's machine the trainer stands still
-after the step that FOLDER/preempt_at.json names, once its last checkpoint is saved; then that
-machine is taken away by force, and its zone has no capacity. A queued resource moves on by one
+    python fake_gcloud.py FOLDER ARGUMENTS...
+
+FOLDER/cloud.json holds the queued resources. On the first one's machine the trainer freezes after
+the step that FOLDER/preempt_at.json names, once its last checkpoint is saved; then the machine is
+preempted without warning, and its zone has no more capacity. A queued resource advances by one
 state each time it is described.
 """
 
@@ -122,7 +123,7 @@ def _give_machine(folder, found):
 
 
 def processes_of(home):
-  """The processes of a machine, this one left out."""
+  """Returns the ids of a machine's processes, except for this one."""
   mark, found = f"MOE_JAX_HOME={home}".encode(), []
   for process in pathlib.Path("/proc").glob("[0-9]*"):
     with contextlib.suppress(OSError):  # it ended meanwhile
@@ -132,7 +133,7 @@ def processes_of(home):
 
 
 def _take_machine(found):
-  """As when the host is gone: nothing of it is asked."""
+  """Kills a machine's processes without warning, as when its host is lost."""
   if found["home"] is None:
     return
   for pid in processes_of(found["home"]):

@@ -1,9 +1,9 @@
-"""Random timelines, faults and deaths of the driver, over a fake cloud by a virtual clock.
+"""Plays random timelines, faults and driver deaths against a fake cloud on a virtual clock.
 
     python -m tests.launch.soak --timelines=1000
 
-After each nothing may be left behind, and no machine's time may be missing from the account. A
-seed that fails is printed; `--first=SEED --timelines=1` plays it again.
+After each, no resource may be orphaned, and no machine time may be missing from the account. A
+failing seed is printed; `--first=SEED --timelines=1` replays it.
 """
 
 import pathlib
@@ -28,11 +28,11 @@ _ERRORS = ("RESOURCE_EXHAUSTED: Quota limit has been exceeded", "There is no mor
 
 
 class Killed(BaseException):
-  """The driver dies here."""
+  """Simulates the death of the driver."""
 
 
 def timeline(chance: random.Random) -> list | str:
-  """What becomes of one queued resource; a text is what its creation is answered with."""
+  """Returns a queued resource's random timeline, or the error text that answers its creation."""
   if chance.random() < 0.15:
     return chance.choice(_ERRORS)
   waits = [(chance.uniform(1, 300), "WAITING_FOR_RESOURCES", None, None)]
@@ -51,7 +51,7 @@ def timeline(chance: random.Random) -> list | str:
 
 
 def play(seed: int, folder: pathlib.Path) -> str:
-  """One random life of an experiment. Returns how it ended, raises what must not happen."""
+  """Plays one random life of an experiment. Returns how it ended; raises if a check fails."""
   chance = random.Random(seed)
 
   def timelines(name, zone, attempt):

@@ -1,10 +1,10 @@
-"""A trainer without a model: what the contract asks of one, in real files and signals.
+"""A fake trainer without a model that keeps the trainer's contract with real files and signals.
 
     python trainer.py BEHAVIOUR --config=FILE:CELL[,CELL...] --out=DIR [--config.PATH=VALUE ...]
 
 Its checkpoint is a file with the step in it, saved every `execution.checkpoint_every` steps, and
 a folder for each of `execution.keep_steps`.
-BEHAVIOUR is one, or one for each value of seed_init with commas between them, of
+BEHAVIOUR is one of these, or a comma-separated list with one for each value of seed_init:
 
     ok          trains
     slow        trains, 50 ms a step
@@ -14,9 +14,9 @@ BEHAVIOUR is one, or one for each value of seed_init with commas between them, o
     killed_once SIGKILLs itself at step 7 of the first attempt
     diverge     the loss is NaN at step 7
     broken      raises before it has written anything
-    hang_once   stops at step 7 of the first attempt, and is silent
+    hang_once   hangs silently at step 7 of the first attempt
     deaf        trains slowly and ignores SIGTERM
-    liar        ends with exit code 0 without having trained
+    liar        exits with code 0 without training
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""A fake cloud, a grid, and machines that do no work but say that they did: for the driver."""
+"""A world for testing the driver: a fake cloud, a grid, and machines that only pretend to work."""
 
 import dataclasses
 import random
@@ -24,12 +24,12 @@ PREEMPTED = [*QUICK, (200, "SUSPENDING", "SERVICE", None), (220, "SUSPENDED", "S
 
 
 def first(timeline, then=QUICK):
-  """A timeline for the first resource, another for those after it."""
+  """Returns `timelines` with one timeline for the first resource and another for later ones."""
   return lambda name, zone, attempt: timeline if attempt == 1 else then
 
 
 class World:
-  """Runs a driver over a cloud until it ends; the clock moves only when the driver sleeps."""
+  """Runs a driver against a fake cloud; the clock advances only when the driver sleeps."""
 
   def __init__(self, tmp_path, timelines=lambda *_: QUICK, on_command=None, cells=2, slices=1,
                policy=None, silent=False, seed=0, out=None, **options):
@@ -52,7 +52,7 @@ class World:
                   random.Random(self.seed), self.policy, self.say)
 
   def sleep(self, seconds):
-    """The machines work meanwhile."""
+    """Advances the clock while the machines work."""
     self.ticks += 1
     assert self.ticks < 5000, self.said[-10:]
     self.cloud.now += seconds
@@ -66,7 +66,7 @@ class World:
         self.finish(name)
 
   def hear(self, name, state="working", trouble=None):
-    """A machine of the slice speaks, by its own clock."""
+    """Writes a report of one of the slice's machines, by its own clock."""
     write_json(self.folder / name / "host-0-0.json", dataclasses.asdict(HostWord(
         state, trouble, None, "vm", 1, self.cloud.now + self.skew)))
 
@@ -82,7 +82,7 @@ class World:
     return [one.record for one in driver.read_all(self.folder)]
 
   def check(self):
-    """Nothing leaks, and nothing that was used is left out of the account."""
+    """Asserts that no resource is orphaned and that all machine time is accounted for."""
     self.cloud.active()  # what is gone by now is taken from the present
     assert not self.cloud.present, f"left behind: {list(self.cloud.present)}"
     counted, used = sum(record.held_seconds for record in self.records()), self.cloud.held()
