@@ -101,12 +101,11 @@ class Job:
 
   def missing_source(self) -> RunDir | None:
     """Returns the run whose parameters it starts from while those are not saved, else None."""
-    train = self.cell.config.train
-    if train.init_run is None or self.run_dir.has_checkpoint():
+    source, step = self.run_dir.source(self.cell.config), self.cell.config.train.init_step
+    if source is None or self.run_dir.has_checkpoint():
       return None
-    source = RunDir.named(self.run_dir.path.parent.parent, train.init_run)
-    if train.init_step is not None:
-      return None if source.has_checkpoint(train.init_step) else source
+    if step is not None:
+      return None if source.has_checkpoint(step) else source
     with contextlib.suppress(FieldError):  # a damaged status: its trainer decides
       if ends.is_finished(source) and source.has_checkpoint():
         return None

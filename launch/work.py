@@ -65,6 +65,8 @@ class Work:
     commit: commit of the code.
     usd_per_second: US dollars per second of the machines; 0 where it is not counted.
     trunks: branch -> (its trunk among the slice's cells, the branch step).
+    sources: run -> (the cell of the slice whose parameters it begins with, the step of that; None
+      for its last).
     groups: all cells in the groups that one process may train together, in the order in which
       they are trained; if empty, each cell is trained alone.
   """
@@ -80,6 +82,7 @@ class Work:
   commit: str = ""
   usd_per_second: float = 0.0
   trunks: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+  sources: Mapping[str, tuple[str, int | None]] = dataclasses.field(default_factory=dict)
   groups: tuple[tuple[str, ...], ...] = ()
 
   def in_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -103,11 +106,13 @@ def work_of(share: Share, code: Code, out: str, backend: str, hosts: int = 1,
   here = {job.run_dir: job.name for job in share.jobs}
   trunks = {job.name: (here[trunk], job.cell.config.train.branch_step) for job in share.jobs
             if (trunk := job.run_dir.trunk(job.cell.config)) in here}
+  sources = {job.name: (here[source], job.cell.config.train.init_step) for job in share.jobs
+             if (source := job.run_dir.source(job.cell.config)) in here}
   groups = tuple(tuple(cell.name for cell in group)
                  for group in population.deal([job.cell for job in share.jobs]))
   return Work(share.name, share.jobs[0].cell.experiment, out, cells, hosts, secrets or {},
               backend=backend, commit=code.commit, usd_per_second=usd_per_second, trunks=trunks,
-              groups=groups)
+              sources=sources, groups=groups)
 
 
 def _in_archive(word: str, code: Code) -> str:
@@ -125,16 +130,27 @@ def why_ended(work: Work, name: str) -> str | None:
     launch = read_launch(run_dir)
   except FieldError as error:
     return f"given up: {error}"
-  if name in work.trunks and not run_dir.has_checkpoint():
-    trunk, step = work.trunks[name]
-    if not work.run_dir(trunk).has_checkpoint(step) and why_ended(work, trunk) is not None:
-      return f"given up: its trunk {trunk} ended before it saved step {step}"
+  if not run_dir.has_checkpoint() and (why := _why_not_begun(work, name)) is not None:
+    return f"given up: {why}"
   if launch is None:
     return None
   if launch.state in (REFUSED, DIVERGED):
     return f"given up: {launch.state}: {launch.error}"
   if launch.failures >= work.max_failures:
     return f"given up after {launch.failures} failures: {launch.error}"
+  return None
+
+
+def _why_not_begun(work: Work, name: str) -> str | None:
+  """Returns why what a cell begins from will never be saved; None where it is, or may yet be."""
+  for kind, begins in (("trunk", work.trunks), ("source", work.sources)):
+    if name in begins:
+      other, step = begins[name]
+      end = why_ended(work, other)
+      if step is None and end not in (None, FINISHED):
+        return f"its {kind} {other} did not finish"
+      if step is not None and end is not None and not work.run_dir(other).has_checkpoint(step):
+        return f"its {kind} {other} ended before it saved step {step}"
   return None
 
 

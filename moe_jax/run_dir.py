@@ -114,6 +114,12 @@ class RunDir:
     root, experiment = self.path.parent.parent, self.path.parent.name
     return RunDir.named(root, run if "/" in run else f"{experiment}/{run}")
 
+  def source(self, config: RunConfig) -> "RunDir | None":
+    """The directory of the run whose parameters this one, of that configuration, begins with; None
+    if it begins with its own."""
+    run = config.train.init_run
+    return None if run is None else RunDir.named(self.path.parent.parent, run)
+
   @property
   def checkpoints(self) -> epath.Path:
     return self.path / "checkpoints"
@@ -177,9 +183,9 @@ class RunDir:
     Raises:
       FieldError: it began with another run's parameters.
     """
-    if config.train.init_run is None or (began := self.read_began_from()) is None:
+    there = self.source(config)
+    if there is None or (began := self.read_began_from()) is None:
       return
-    there = RunDir.named(self.path.parent.parent, config.train.init_run)
     with contextlib.suppress(DamagedFile):
       source = there.read_config()
       if source is not None and began["identity"] not in (

@@ -84,7 +84,7 @@ def find_source(run_dir: RunDir, config: RunConfig) -> Source | None:
   train = config.train
   if train.init_from is None or checkpoint_steps(run_dir):
     return None
-  there = RunDir.named(run_dir.path.parent.parent, train.init_run)
+  there = run_dir.source(config)
   theirs = there.read_config()
   require(theirs is not None, FIELD, train.init_from, f"there is no run at {there.path}: train "
           "it first" + (", or import it with python -m moe_jax.export --from=hf"

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from launch.jobs import jobs_of, read_launch, require_sources
+from launch.code import Code
+from launch.jobs import Launch, jobs_of, read_launch, require_sources, write_launch
+from launch.shares import deal
 from launch.state import states_of
+from launch.work import from_text, to_text, why_ended, work_of
 from moe_jax.config import to_dict
 from moe_jax.errors import FieldError
 from moe_jax.files import write_json
@@ -77,6 +80,30 @@ def test_where_the_first_ends_without_they_are_not_started(spec, tmp_path, capsy
     assert f"not started: {dense}, with whose parameters it begins, ended before it saved {step}" \
         in said
   assert _submit(spec, out, ["ok", "ok", "ok"], 3) == 0
+
+
+def test_on_a_slice_they_are_given_up_where_the_first_is(spec, tmp_path):
+  (share,) = deal(jobs_of(select(spec), str(tmp_path), []), 1)
+  todo = work_of(share, Code("c", "a" * 64, "e.py", b""), str(tmp_path), "test")
+  todo = from_text(to_text(todo), "work.json")
+  dense, last, tenth = todo.cells
+  assert todo.sources == {last: (dense, None), tenth: (dense, 10)}
+  assert [why_ended(todo, name) for name in todo.cells] == [None] * 3
+
+  def end(state, failures):
+    write_launch(todo.run_dir(dense), Launch("test", ("python",), 1, "host", 1, 0.0, ended=1.0,
+                                             state=state, failures=failures))
+
+  end("failed", todo.max_failures - 1)  # it is tried once more
+  assert [why_ended(todo, name) for name in todo.cells] == [None] * 3
+  end("failed", todo.max_failures)
+  assert why_ended(todo, last) == f"given up: its source {dense} did not finish"
+  assert why_ended(todo, tenth) == (
+      f"given up: its source {dense} ended before it saved step 10")
+  (todo.run_dir(dense).checkpoints / "10").mkdir(parents=True)
+  assert why_ended(todo, tenth) is None
+  (todo.run_dir(last).checkpoints / "5").mkdir(parents=True)
+  assert why_ended(todo, last) is None  # it has begun, and needs the other no more
 
 
 def test_one_under_way_needs_the_other_no_more(spec, tmp_path):
