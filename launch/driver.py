@@ -30,6 +30,12 @@ from moe_jax.run_dir import FINISHED
 POLL_SECONDS = 30.0
 _UNDELETED = "it cannot be deleted: "
 
+# Where the data of buckets lie that are in several regions: prefixes of zones.
+# https://cloud.google.com/storage/docs/locations
+_REGIONS = {"us": ("us",), "eu": ("europe",), "asia": ("asia",),
+            "nam4": ("us-central1", "us-east1"), "eur4": ("europe-north1", "europe-west4"),
+            "asia1": ("asia-northeast1", "asia-northeast2")}
+
 
 @dataclasses.dataclass
 class Slice:
@@ -165,8 +171,9 @@ def preflight(options: Options, out: str, run: remote.Run) -> str | None:
       location = json.loads(answer.stdout)["location"].lower()
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
       location = "a region that gcloud does not tell"
+    regions = _REGIONS.get(location, (location,))
     for zone in options.zones:
-      if not zone.startswith(location):
+      if not zone.startswith(tuple(f"{region}-" for region in regions)):
         print(f"warning: the bucket is in {location}, which is not {zone}'s region: traffic "
               "between them is charged")
   return None

@@ -77,7 +77,7 @@ def test_ctrl_c_says_what_still_runs_and_costs(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("wrong, message", [
     ("accelerator-types", "v6e-8 in us-east5-b: ERROR: .*NOT_FOUND: no such accelerator"),
     ("nothing", "--out=.* cannot be written: ")])
-def test_what_can_be_checked_is_checkedfirst(tmp_path, capsys, wrong, message):
+def test_what_can_be_checked_is_checked_first(tmp_path, capsys, wrong, message):
   world = World(tmp_path, on_command=lambda command: Answer(
       1, "", "ERROR: (gcloud) NOT_FOUND: no such accelerator") if wrong in command else None)
   out = world.out
@@ -87,6 +87,19 @@ def test_what_can_be_checked_is_checkedfirst(tmp_path, capsys, wrong, message):
   assert gcloud.submit(world.plan, world.jobs, world.options, _CODE, out, world.cloud.run) == 1
   assert re.search(f"nothing was created: {message}", capsys.readouterr().out)
   assert world.cloud.created == 0
+
+
+@pytest.mark.parametrize("location, warned", [
+    ("EUROPE-WEST4", ["us-east5-b"]), ("EU", ["us-east5-b"]), ("EUR4", ["us-east5-b"]),
+    ("US", ["europe-west4-a"]), ("NAM4", ["us-east5-b", "europe-west4-a"]),
+    ("EUROPE-WEST", ["us-east5-b", "europe-west4-a"])])  # of no region but one like it in name
+def test_a_bucket_of_several_regions_is_where_its_regions_are(tmp_path, capsys, monkeypatch,
+                                                              location, warned):
+  world = World(tmp_path, on_command=lambda command: Answer(0, f'{{"location": "{location}"}}', ""))
+  monkeypatch.setattr(remote, "why_not_writable", lambda out: None)
+  assert driver.preflight(world.options, "gs://bucket/runs", world.cloud.run) is None
+  said = capsys.readouterr().out
+  assert {zone for zone in world.options.zones if f"not {zone}'s" in said} == set(warned)
 
 
 def test_a_bucket_elsewhere_is_warned_of(tmp_path, capsys, monkeypatch):
