@@ -31,7 +31,7 @@ def longest(cells: Cells) -> tuple[np.ndarray, str]:
 
 
 def _sizes(cells: Cells) -> list[tuple[float, np.ndarray]]:
-  """Returns (N_total, mask) for each size, or for the largest ones if there are too many to draw."""
+  """Returns (N_total, mask) for each size, or only for the largest if there are too many."""
   level = style.level_of(cells.columns["n_total"])
   values = style.level_values(cells.columns["n_total"])
   return [(value, level == k) for k, value in enumerate(values)][-_MOST_PANELS:]

@@ -73,7 +73,7 @@ def log_axis(axes, column: str, values: np.ndarray, margin: float = 0.07,
 
 
 def _thinned(levels: np.ndarray, apart: float) -> np.ndarray:
-  """Drops levels closer than `apart`, a fraction of the log range, to a kept one; keeps the ends."""
+  """Drops levels within a fraction `apart` of the log range of a kept one; keeps both ends."""
   logs = np.log(levels)
   gap = apart * (logs[-1] - logs[0])
   kept = [levels[0]]
