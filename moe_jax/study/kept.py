@@ -142,7 +142,7 @@ def table(kept: str | os.PathLike, grid: Grid) -> list[tuple[RunConfig, Row]]:
   """Returns a row for each cell of a grid, then rows for archived runs that are not in the grid.
 
   A row has the cell's result or the reason it has none. A trunk is not a result, so it only gets a
-  row if it did not finish.
+  row if it started but did not finish.
 
   Raises:
     FieldError: a record is damaged, a run has another identity than the grid's cell, or two runs
