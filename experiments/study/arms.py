@@ -56,8 +56,8 @@ RECIPE = RunConfig(
 def cell(n_total: int, n_exp: int, n_topk: int, granularity: float) -> RunConfig:
   """Returns the full-length run of one architecture.
 
-  N_total is met only to 2 %, because it is a variable of the law. The ratios are not, so they are
-  held more tightly than they otherwise would be (d_model / n_layers to 12 %, granularity to 6 %).
+  N_total is a variable of the law, so meeting it to 2 % is enough; the ratios are not, so they are
+  held more tightly in exchange (d_model / n_layers to 12 %, granularity to 6 %).
   """
   shape = arch.solve(
       template=RECIPE.arch, n_total=n_total, n_exp=n_exp, n_topk=n_topk, aspect=ASPECT,
