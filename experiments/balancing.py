@@ -1,14 +1,14 @@
-"""Load balance: by a loss, or by a bias on the selection?
+"""Compares load balancing by an auxiliary loss with load balancing by a bias on the selection.
 
-The quickstart's model of 16 experts, four a token, once for each way: softmax with the balance
-loss, softmax without one, and sigmoid scores with the selection bias of DeepSeek-V3 at two rates.
-The lower load variation is better, if the held-out loss does not pay for it.
+Trains the quickstart's model with 16 experts, four per token, in four variants: softmax with the
+balance loss, softmax without it, and sigmoid scores with DeepSeek-V3's selection bias at two
+update rates. Lower load variation is better, unless it comes at the cost of held-out loss.
 
     python -m launch.submit --config=experiments/balancing.py --backend=local
     python -m moe_jax.evaluate --config=experiments/balancing.py
 
-The rate of 1e-3 is DeepSeek-V3's, for hundreds of thousands of steps: a run of a few hundred
-needs a higher one, or the bias has no time to get where it should.
+The rate of 1e-3 is DeepSeek-V3's, for hundreds of thousands of steps. A run of a few hundred steps
+needs a higher one, or the bias has no time to converge.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
-"""Several token budgets from one run: how does the loss fall with tokens, at one architecture?
+"""Gets several token budgets from one run: how does the loss fall with tokens?
 
-A trunk of constant learning rate, and branches that decay from it at a quarter, half and all of
-the tokens. Each branch is bitwise the run of that length done alone, and all four together take
-460 steps instead of the 700 of three runs.
+A trunk trains at a constant learning rate, and branches decay from it at a quarter, half and all
+of the tokens. Each branch is bitwise identical to a separate run of that length, and the trunk and
+its three branches take 460 steps instead of the 700 of three separate runs.
 
     python -m launch.submit --config=experiments/budgets.py --backend=local --parallel=2
     python -m moe_jax.evaluate --config=experiments/budgets.py
 
-The launcher runs the trunk first and keeps the checkpoints that its branches begin at.
+The launcher runs the trunk first and keeps the checkpoints its branches start from.
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
 """Do n_exp and n_topk cancel? At one N_total and one sparsity, n_exp goes from 16 to 128.
 
-Two arms. In the first, granularity is held, so more experts leave less for depth and width: a
-penalty is what the paper reports. In the second, granularity grows with n_exp, so that depth and
-width stay, and N_active but for the routers, which grow with n_exp (within 1.6 %; N_total within
-0.3 %): if the penalty vanishes there, it came from the core that shrank and not from the number of
-experts. (That N_active shrinks along with the core in the first arm cannot be told apart by any
-grid that holds N_total and s: N_active is the core and 1 / s of the experts, which are N_total
-without the core.)
+There are two arms. In the first, granularity is fixed, so more experts leave fewer parameters for
+depth and width; the paper reports a penalty for this. In the second, granularity grows with
+n_exp, so that depth and width stay the same, and so does N_active (within 1.6 %; N_total within
+0.3 %) except for the routers, which grow with n_exp. If the penalty vanishes there, it came from
+the shrinking core and not from the number of experts. (In the first arm N_active shrinks along
+with the core. No grid at fixed N_total and s can separate the two: N_active is the core plus
+1 / s of the experts, and the experts are N_total minus the core.)
 
     python -m moe_jax.plan --config=experiments/cancel.py --topology=v5p-16
 """
@@ -20,8 +20,8 @@ from moe_jax.grid import Grid
 N_TOTAL = 300_000_000
 SPARSITY = 8
 EXPERTS = (16, 32, 64, 128)
-GRANULARITY = 2.0  # of the first arm, and of the cell in which the two meet
-MEETING = 32  # n_exp there
+GRANULARITY = 2.0  # of the first arm, and of the cell that both arms share
+MEETING = 32  # n_exp of the shared cell
 
 
 def get_grid() -> Grid:

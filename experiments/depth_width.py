@@ -1,8 +1,8 @@
 """A fixed-budget ablation: at one N_total, deep and narrow or shallow and wide?
 
-The experts are held (64, 8 of them active, granularity 1.8 to 2.2), d_model / n_layers goes from
-17 to 224; N_total stays within 0.6 %, N_active within 5 %. If the loss has a broad minimum, the
-scaling study may hold the ratio and vary the rest.
+The experts are fixed (64, 8 of them active, granularity 1.8 to 2.2) and d_model / n_layers goes
+from 17 to 224; N_total stays within 0.6 %, N_active within 5 %. If the loss has a broad minimum,
+the scaling study can fix the ratio and vary the rest.
 
     python -m moe_jax.plan --config=experiments/depth_width.py --topology=v5p-16
 """

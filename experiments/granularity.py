@@ -1,8 +1,8 @@
 """A fixed-budget ablation: at one N_total and N_active, few wide experts or many fine ones?
 
-Granularity g = d_model / d_expert goes from 1 to 8; n_exp and n_topk grow with it, so that
-n_exp / g and n_topk / g stay, and with them depth, width and, but for the routers, which grow
-with n_exp, N_total (within 0.3 %) and N_active (within 1.5 %).
+Granularity g = d_model / d_expert goes from 1 to 8. n_exp and n_topk are proportional to it, so
+depth and width stay the same, and so do N_total (within 0.3 %) and N_active (within 1.5 %) except
+for the routers, which grow with n_exp.
 
     python -m moe_jax.plan --config=experiments/granularity.py --topology=v5p-16
 """
@@ -19,7 +19,7 @@ EXPERTS_PER_G, TOPK_PER_G = 16, 2
 
 
 def get_grid() -> Grid:
-  """One shape is solved for; the others have its depth and width, and experts g times finer."""
+  """Solves for one shape; the others share its depth and width, with experts g times finer."""
   limits = arch.IsoLimits(d_model_multiple=32, d_expert_multiple=32, max_shift=0.01)
   base = arch.solve(template=RECIPE.arch, n_total=N_TOTAL, n_exp=EXPERTS_PER_G,
                     n_topk=TOPK_PER_G, n_layers=9, granularity=1.0, limits=limits).arch

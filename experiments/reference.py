@@ -1,9 +1,9 @@
-"""The reference cell: one fine-grained MoE of a size that others report speeds for.
+"""The reference cell for speed and memory: a fine-grained MoE of a size others report speeds for.
 
     python -m moe_jax.plan --config=experiments/reference.py --topology=v5p-64
 
-16 layers, width 1024, 64 experts of width 512, top-8, sequences of 2048, 8 sequences a chip on
-32 chips. It asks no scientific question: it is what speed and memory are measured on.
+16 layers, width 1024, 64 experts of width 512, top-8, sequence length 2048, 8 sequences per chip
+on 32 chips. It answers no scientific question; it is a benchmark for speed and memory.
 """
 
 from moe_jax.config import (

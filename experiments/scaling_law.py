@@ -1,23 +1,24 @@
-"""The paper's study for TPU pods: what do N_total, sparsity and the number of experts do?
+"""The paper's study for TPU pods: the effect of N_total, sparsity and the number of experts.
 
 Sizes from 30M to 3B parameters, 32 to 256 experts, 2 to 16 of them active, the same tokens for
-every cell: the range of arXiv 2601.08215. Its own tables of configurations and learning rates
-are not public, so those here are ours: granularity near 2, d_model / n_layers near 64, four heads,
-no shared expert. N_total is met to 0.5 %, in widths that suit a TPU's tiles; so granularity ends
-between 1.55 and 2.29 and d_model / n_layers between 51 and 83, at some sizes in step with n_exp.
-Give them to a fit as columns, or have them held more closely than N_total (study/arms.py does).
+every cell: the range of arXiv 2601.08215. The paper's configurations and learning rates are not
+public, so those here are ours: granularity near 2, d_model / n_layers near 64, four heads, no
+shared expert. N_total is met to 0.5 % with widths that suit a TPU's tiles, which leaves
+granularity between 1.55 and 2.29 and d_model / n_layers between 51 and 83, at some sizes
+correlated with n_exp. Include both as variables of the fit, or constrain them more tightly than
+N_total (as study/arms.py does).
 
     python -m moe_jax.plan --config=experiments/scaling_law.py --topology=v5p-16 --parallel=2
     python -m launch.submit --config=experiments/scaling_law.py ...
 
-A plan takes about a minute of a core for each cell; interrupted, the same command goes on where it
-was. From 1B parameters on, weights are split over 8 chips (`mesh.fsdp`), whose number must be a
-multiple of that; smaller ones are whole on each chip.
+Planning takes about one core-minute per cell; if interrupted, the same command resumes. From 1B
+parameters on, weights are sharded over 8 chips (`mesh.fsdp`), so the number of chips must be a
+multiple of 8; the weights of smaller models are replicated on each chip.
 
-9B tokens a cell are 17,166 steps; --config.train.tokens=20e9 sets another number. Before the
-grid is run, sweep the learning rate at its corners (the best one falls with size and moves with
-sparsity) and put what was found in place of LEARNING_RATES. The corpus is one that
-`python -m moe_jax.data` is given the name of.
+9B tokens per cell are 17,166 steps; --config.train.tokens=20e9 sets another number. Before running
+the grid, sweep the learning rate at its corners (the optimum falls with size and depends on
+sparsity) and replace LEARNING_RATES with the result. Prepare the corpus by name with
+`python -m moe_jax.data`.
 """
 
 import dataclasses
@@ -38,11 +39,11 @@ from moe_jax.grid import Grid
 TOKENS = 9_000_000_000
 BATCH_SIZE, SEQ_LEN = 256, 2048
 
-# N_total -> peak learning rate to begin a sweep with.
+# N_total -> peak learning rate to start a sweep from.
 LEARNING_RATES = {30_000_000: 3e-3, 100_000_000: 2e-3, 300_000_000: 1.4e-3,
                   1_000_000_000: 1e-3, 3_000_000_000: 7e-4}
-# Weights, gradients and moments of fewer parameters fit one chip of any kind, and what is split
-# must be gathered, the more slowly the less it is a multiple of a TPU's tiles.
+# Smaller models fit on one chip of any kind with their gradients and moments. Sharded weights must
+# be gathered, which is slower for shapes that are not multiples of a TPU's tiles.
 FSDP = {1_000_000_000: 8, 3_000_000_000: 8}
 EXPERTS = (32, 64, 128, 256)
 TOPK = (2, 4, 8, 16)
@@ -60,7 +61,7 @@ RECIPE = RunConfig(
 
 
 def _limits(n_total: int) -> arch.IsoLimits:
-  """A TPU multiplies in tiles of 128: small models have too few widths to choose from."""
+  """Allows finer widths for small models: multiples that suit a TPU leave them too few choices."""
   fine = n_total < 1_000_000_000
   return arch.IsoLimits(d_model_multiple=8 if fine else 64, d_expert_multiple=4 if fine else 16,
                         max_shift=0.5)

@@ -1,4 +1,4 @@
-"""Arm A at its full length and one run a cell: the grid that b - c is estimated on.
+"""Arm A at full length with one run per cell: the grid on which b - c is estimated.
 
     python -m moe_jax.study.power --config=experiments/study/arm_a.py --law=paper-curved
 """

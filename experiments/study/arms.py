@@ -1,8 +1,8 @@
-"""What the study compares, and how every cell of it is trained; README.md says why.
+"""Defines the study's two arms and how every cell is trained; README.md gives the reasons.
 
-Arm A varies sparsity and the number of experts at granularity 2, so that layers give way to
-experts. Arm B varies the number of experts with n_exp / granularity held at s = 4: depth stays, and
-so do, but for rounding, N_total, N_active and width (to 4, 7 and 5 % at 2M, to less above).
+Arm A varies sparsity and the number of experts at granularity 2, so that more experts mean fewer
+layers. Arm B varies the number of experts at s = 4 and fixed n_exp / granularity: depth is
+constant, and so are N_total, N_active and width up to rounding (4, 7 and 5 % at 2M, less above).
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from moe_jax.grid import Grid, trunk_and_branches
 from moe_jax.study import rates
 
 SIZES = (2_000_000, 6_000_000, 16_000_000)
-EXPERTS = {2: (8, 16, 32, 64), 4: (8, 16, 32, 64), 8: (16, 32, 64), 16: (32, 64)}  # of each s
+EXPERTS = {2: (8, 16, 32, 64), 4: (8, 16, 32, 64), 8: (16, 32, 64), 16: (32, 64)}  # s -> n_exp
 ARM_A = tuple((n_exp, n_exp // s, 2.0) for s, experts in EXPERTS.items() for n_exp in experts)
-# Arm A's (32, 8, 2.0) is the fourth of this line: n_exp / granularity is 16 in all of them.
+# n_exp / granularity is 16 in all of arm B; its fourth cell is arm A's (32, 8, 2.0).
 ARM_B = tuple((n_exp, n_exp // 4, n_exp / 16) for n_exp in (8, 16, 64))
 CORNERS = ((8, 4, 2.0), (64, 32, 2.0), (32, 2, 2.0), (64, 4, 2.0))
 ASPECT = 24.0
 BATCH_SIZE, SEQ_LEN = 128, 256
 TOKENS = 100_000_000  # of a run at full length
 
-# Where the pilots' sweeps have their middle, and all cells until the sweeps have been fitted: from
-# then on RATES has lr*(N_total, s, n_exp). Names of cells follow their rates.
+# Centers of the pilots' sweeps, and the rates of all cells until the sweeps are fitted; from then
+# on RATES holds lr*(N_total, s, n_exp). Cell names change with their rates.
 LEARNING_RATES = {2_000_000: 4e-3, 6_000_000: 3e-3, 16_000_000: 2e-3}
 RATES = pathlib.Path(__file__).with_name("rates.json")
 
@@ -42,7 +42,7 @@ RECIPE = RunConfig(
     arch=Architecture(n_layers=6, d_model=144, d_expert=72, n_exp=8, n_topk=4, n_heads=2),
     moe=MoEConfig(capacity_factor=2.0, routing_group_tokens=BATCH_SIZE * SEQ_LEN),
     model=ModelConfig(compute_dtype="bfloat16"),
-    # Weighted by their sizes in megabytes: 110M bytes, of which a run reads 100M once.
+    # Weights are the sizes in megabytes; of these 110M bytes, a run reads 100M once.
     data=DataConfig(corpus="anarchism:12,gcide:27,linux-doc:27,python:31,python-doc:11,sotu:12",
                     tokenizer="bytes", seq_len=SEQ_LEN),
     train=TrainConfig(steps=TOKENS // (BATCH_SIZE * SEQ_LEN), batch_size=BATCH_SIZE,
@@ -54,10 +54,10 @@ RECIPE = RunConfig(
 
 @functools.cache
 def cell(n_total: int, n_exp: int, n_topk: int, granularity: float) -> RunConfig:
-  """One architecture at its full length.
+  """Returns the full-length run of one architecture.
 
-  N_total is met to 2 %: it is a variable of the law, the held ratios are not, and so these
-  are kept closer (d_model / n_layers to 12 %, granularity to 6 %).
+  N_total is a variable of the law, so meeting it to 2 % is enough; the ratios are not, so they are
+  held more tightly in exchange (d_model / n_layers to 12 %, granularity to 6 %).
   """
   shape = arch.solve(
       template=RECIPE.arch, n_total=n_total, n_exp=n_exp, n_topk=n_topk, aspect=ASPECT,
@@ -69,27 +69,27 @@ def cell(n_total: int, n_exp: int, n_topk: int, granularity: float) -> RunConfig
 
 
 def at_rate(config: RunConfig, rate: float) -> RunConfig:
-  """The same run at another learning rate."""
+  """Returns the same run with another learning rate."""
   return dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=rate))
 
 
 def at_full_length(sizes=SIZES, shapes=ARM_A + ARM_B) -> tuple[RunConfig, ...]:
-  """One run of each: what the statistic is computed on."""
+  """Returns one full-length run of each size and shape."""
   return tuple(cell(n_total, *shape) for n_total in sizes for shape in shapes)
 
 
 def more_seeds(n_total: int) -> tuple[RunConfig, ...]:
-  """The corners of a size again, with other initial weights and the same order of the data."""
+  """Repeats the corners of a size with other initial weights and the same data order."""
   return seeds_of(at_full_length((n_total,), CORNERS))
 
 
 def seeds_of(configs: Iterable[RunConfig], seeds=(1, 2, 3)) -> tuple[RunConfig, ...]:
-  """Runs again, from other initial weights."""
+  """Repeats runs with other initial weights."""
   return tuple(dataclasses.replace(config, seed_init=seed) for config in configs for seed in seeds)
 
 
 def study(sizes) -> Grid:
-  """Both arms with a trunk and branches of 25, 50 and 100 % of the tokens each."""
+  """Returns both arms, each run as a trunk with branches at 25, 50 and 100 % of the tokens."""
   cells = [run for config in at_full_length(sizes) for run in trunk_and_branches(config, RECIPE)]
   if SIZES[0] in sizes:
     cells += more_seeds(SIZES[0])

@@ -1,4 +1,4 @@
-"""Both arms at their full length and one run a cell: the grid that attribution is tried on.
+"""Both arms at full length with one run per cell: the grid for separating the explanations.
 
     python -m moe_jax.study.power --config=experiments/study/both_arms.py --law=paper-active
     python -m moe_jax.study.power --config=experiments/study/both_arms.py --law=experts-or-core

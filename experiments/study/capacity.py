@@ -1,4 +1,4 @@
-"""Does the capacity factor move what the study finds? One column of it at 1.25 instead of 2."""
+"""Does the capacity factor change the findings? The study's s = 4 column at 1.25 instead of 2."""
 
 import dataclasses
 

@@ -1,15 +1,15 @@
-"""Keeps the study's runs small and makes its tables from what is kept.
+"""Archives compact records of the study's runs and builds its tables from them.
 
     python -m experiments.study.keep --out=runs
     python -m experiments.study.keep --out=packed/results-1.zip
 
-    experiments/study/results/results.csv           arm A at full length: what the statistic is
-                                                    computed on
-    experiments/study/results/EXPERIMENT/results.csv    every cell, also those without a result
+    experiments/study/results/results.csv           arm A at full length: the input of the
+                                                    study's statistic
+    experiments/study/results/EXPERIMENT/results.csv    every cell, even those without a result
     experiments/study/results/EXPERIMENT/CELL/      config.json, status.json, eval/, metrics/
 
-Without --out the tables are made anew. Any order and any
-repetition gives the same; of one run that was done twice the first that is kept stays.
+Without --out it only rebuilds the tables. The command is idempotent, and the order of the --out
+folders does not matter, except that if a run was done twice, the record kept first stays.
 """
 
 from absl import flags

@@ -1,4 +1,4 @@
-"""The study's largest size, both arms: run after its losses were predicted from the others."""
+"""The study's largest size, both arms; run only after predicting its losses from the others."""
 
 from experiments.study import arms
 from moe_jax.grid import Grid

@@ -1,16 +1,16 @@
-"""Which learning rate suits which cell? Sweeps at the corners, apart from the grid.
+"""Learning-rate sweeps at the corners of the grid, to find the best rate for each cell.
 
-Five rates a factor of sqrt(2) apart at the four corners of the smallest size, three a factor of 2
-apart at those of the largest: of three that are nearer, the noise between seeds would hide which
-is best. Fitted as lr*(N_total, s, n_exp) by moe_jax.study.learning_rate; an optimum at an
-edge is refused, and its sweep widened here.
+Five rates a factor of sqrt(2) apart at the four corners of the smallest size, and three a factor
+of 2 apart at those of the largest: with three closer rates, the noise between seeds would hide
+which is best. moe_jax.study.learning_rate fits lr*(N_total, s, n_exp) to them; it refuses an
+optimum at the edge of a sweep, which must then be widened here.
 """
 
 from experiments.study import arms
 from moe_jax.grid import Grid
 
 STEPS = {arms.SIZES[0]: (-2, -1, 0, 1, 2), arms.SIZES[2]: (-2, 0, 2)}  # powers of sqrt(2)
-# (N_total, (n_exp, n_topk, granularity)) -> steps that a refusal asked for, beyond those.
+# (N_total, (n_exp, n_topk, granularity)) -> additional steps that a refusal asked for.
 WIDENED: dict[tuple, tuple[float, ...]] = {}
 
 

@@ -1,4 +1,4 @@
-"""All grids of the study, and the tables of their results."""
+"""Lists all grids of the study, and writes the tables of their results."""
 
 import os
 import pathlib
@@ -15,20 +15,20 @@ from moe_jax.study import kept
 
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = str(FOLDER / "results")
-# In the order in which they run; the trial's file is made when the law has been fitted.
+# In the order in which they run; trial.py is generated once the law has been fitted.
 GRIDS = ("pilots", "rate_check", "small", "large", "capacity", "trial")
 REHEARSALS = ("rehearsal", "rehearsal_dropless", "rehearsal_tenth",
-              "rehearsal_tenth_large")  # no part of the study
+              "rehearsal_tenth_large")  # not part of the study
 
 
 class Statistic(NamedTuple):
-  """What an experiment's statistic is computed on: its arm A at full length."""
+  """The input of an experiment's statistic: its arm A at full length."""
 
   table: str
-  most_dropped: float  # of a run's assignments, after warm-up, if its loss is to count
+  most_dropped: float  # exclude runs that drop at least this share of assignments after warm-up
 
 
-# A rehearsal is mostly the time in which a router learns to balance, and all of it counts.
+# Routers are still learning to balance for most of a rehearsal, so no drop rate excludes a run.
 STATISTICS = {"study": Statistic("results.csv", 0.001),
               "study-rehearsal": Statistic("rehearsal.csv", 1.0),
               "study-rehearsal-dropless": Statistic("rehearsal_dropless.csv", 1.0),
@@ -36,7 +36,7 @@ STATISTICS = {"study": Statistic("results.csv", 0.001),
 
 
 def grids() -> dict[str, Grid]:
-  """By experiment: small and large are one."""
+  """Returns experiment -> grid; files of the same experiment (small and large) are merged."""
   found: dict[str, Grid] = {}
   for name in (*GRIDS, *REHEARSALS):
     file = FOLDER / f"{name}.py"
@@ -48,17 +48,17 @@ def grids() -> dict[str, Grid]:
 
 
 def in_statistic(config: RunConfig, recipe: RunConfig = arms.RECIPE) -> bool:
-  """Whether a run is of arm A, as long as the recipe."""
+  """Whether a run belongs to arm A and is as long as the recipe."""
   return (config.arch in {cell.arch for cell in arms.at_full_length(shapes=arms.ARM_A)}
           and config.train.steps == recipe.train.steps
           and config.train.decay_fraction == recipe.train.decay_fraction)
 
 
 def write_tables(to: str | os.PathLike, of: Mapping[str, Grid]) -> list[str]:
-  """Makes results.csv of every experiment and of the statistic from what is kept under `to`.
+  """Writes results.csv of every experiment and of the statistic from the records under `to`.
 
   Returns:
-    A line for each experiment: how many of its runs are in which state.
+    A line for each experiment with the number of its runs in each state.
   """
   lines = []
   for experiment, grid in of.items():
@@ -78,7 +78,7 @@ def write_tables(to: str | os.PathLike, of: Mapping[str, Grid]) -> list[str]:
 
 
 def _counted(row: Row, most_dropped: float) -> Row:
-  """A result whose run dropped too much, or who knows how much, says so; no fit uses it."""
+  """Marks a result in `state` if its drop rate is too high or unknown, so that no fit uses it."""
   if row["loss"] is None:
     return row
   dropped = row[kept.TRAINING_DROP_RATE]

@@ -1,4 +1,4 @@
-"""Do the fitted learning rates suit cells that were not swept? Six at random, sqrt(2) either way.
+"""Checks the fitted learning rates on six random cells that were not swept, at sqrt(2) either way.
 
     python -m moe_jax.study.learning_rate --results=runs/study-rate-check/results.csv \\
         --check=experiments/study/rates.json

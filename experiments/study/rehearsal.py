@@ -1,6 +1,6 @@
-"""The study's two smaller sizes with an eightieth of the tokens: a rehearsal, which claims nothing.
+"""A rehearsal of the study: its two smaller sizes with an eightieth of the tokens; claims nothing.
 
-For two processors and an hour: one length, no branches, small batches, one of the corpora.
+Takes an hour on two CPU cores: one length, no branches, small batches, one of the corpora.
 """
 
 from collections.abc import Iterable
@@ -22,16 +22,16 @@ def get_grid() -> Grid:
 
 
 def rehearsed(sizes=arms.SIZES[:2]) -> list[RunConfig]:
-  """Both arms, as long as the study's."""
+  """Returns both arms at the study's length; `rehearsal` shortens them."""
   return [first_rate(n_total, *shape) for n_total in sizes for shape in arms.ARM_A + arms.ARM_B]
 
 
 def first_rate(n_total: int, *shape) -> RunConfig:
-  """A cell at the rate where the sweeps begin, also when they have been fitted: rehearsed is
-  rehearsed."""
+  """Returns a cell at the center rate of its sweep, even once rates are fitted, so that rehearsals
+  that have run stay valid."""
   return arms.at_rate(arms.cell(n_total, *shape), arms.LEARNING_RATES[n_total])
 
 
 def rehearsal(name: str, cells: Iterable[RunConfig], short: dict) -> Grid:
-  """Cells of the study with fields of theirs set, and the recipe likewise."""
+  """Returns cells of the study and its recipe with the fields in `short` overridden."""
   return Grid(name, override(arms.RECIPE, short), tuple(override(cell, short) for cell in cells))

@@ -1,7 +1,7 @@
-"""The rehearsal again without drops, and with more seeds at the corners of the smaller size.
+"""Repeats the rehearsal dropless, with more seeds at the corners of the smaller size.
 
-What confounds the first one: a router that has not learned to balance drops most where experts are
-many and sparse.
+Drops confound the first rehearsal: a router that has not yet learned to balance drops most where
+experts are many and sparse.
 """
 
 from experiments.study import arms

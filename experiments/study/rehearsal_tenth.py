@@ -1,6 +1,6 @@
-"""The rehearsal without drops once more, with a tenth of the tokens: 2M, with branches.
+"""Repeats the dropless rehearsal with a tenth of the study's tokens: the 2M size, with branches.
 
-For two processors and some hours, in sittings; rehearsal_tenth_large.py has the rest.
+Takes some hours on two CPU cores, in several sittings; rehearsal_tenth_large.py has the 6M size.
 """
 
 from experiments.study import arms
@@ -12,7 +12,7 @@ _SHORT = SHORT | {"moe.dispatch": "dropless", "train.steps": arms.TOKENS // 10 /
 
 
 def tenth(sizes) -> Grid:
-  """Both arms, a run of each."""
+  """Returns both arms, one run per cell."""
   return rehearsal("study-rehearsal-tenth", rehearsed(sizes), _SHORT)
 
 

@@ -1,4 +1,4 @@
-"""The 6M runs of rehearsal_tenth.py, which are predicted from the 2M ones before they begin."""
+"""The 6M runs of rehearsal_tenth.py, predicted from the 2M runs before they start."""
 
 from experiments.study import arms
 from experiments.study.rehearsal_tenth import tenth

@@ -1,18 +1,18 @@
-"""Trains what is next of the study on one device for some minutes, and packs what came of it.
+"""Trains the study's remaining runs on one device for a limited time, and packs the results.
 
     python -m experiments.study.sitting --grids=pilots --minutes=60 --pack=packed
     python -m experiments.study.keep --out=packed/results-1.zip
 
-For time-limited or preemptible machines: it packs whenever a unit is done, and SIGTERM or Ctrl-C
-ends it as its time does, saved and packed. What is kept already (experiments/study/results) is not
-run again. Cells of one shape are a unit: one process trains them, several at a time where
---population allows, and another evaluates them, while --parallel other units are at work. On the
-same machine the next sitting goes on where this one stopped; from one machine to the next only
-whole runs are carried, as a checkpoint is larger than all that is kept of a run, so a unit that
-would not end in time is not begun unless the device would be idle.
+For time-limited or preemptible machines: it packs after every unit, and SIGTERM or Ctrl-C has the
+same effect as reaching the time limit, checkpointing and packing included. Runs already archived
+in experiments/study/results are skipped. Cells of one shape form a unit: one process trains them,
+up to --population at a time, and another evaluates them; up to --parallel units run concurrently.
+On the same machine, the next sitting resumes where this one stopped. Only finished runs are
+carried to another machine, because a checkpoint is larger than the whole record of a run; so a
+unit that would not finish in time is not started unless the device would otherwise be idle.
 
---config.execution.PATH=VALUE is passed on. A unit whose training runs out of memory is tried once
-more, one run at a time with --config.execution.remat=full.
+--config.execution.PATH=VALUE is passed on. A unit that runs out of memory in training is retried
+once, one run at a time with --config.execution.remat=full.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def main(overrides: list[str]) -> int:
   sitting = Sitting(units, _OUT.value, _PARALLEL.value, _POPULATION.value,
                     began + 60 * _MINUTES.value - TO_SAVE_SECONDS - _TO_PACK_SECONDS,
                     functools.partial(_try, packing) if _PACK.value is not None else lambda: None)
-  signal.signal(signal.SIGTERM, lambda *_: sitting.end())  # the machine is taken away
+  signal.signal(signal.SIGTERM, lambda *_: sitting.end())  # preemption
   try:
     sitting.run()
   finally:
@@ -88,7 +88,7 @@ def main(overrides: list[str]) -> int:
 
 def pack(out: str, to: str, grids: Mapping[str, Grid],
          part_bytes: int | None) -> list[pathlib.Path]:
-  """Packs the records of all runs under `out`; what was packed before stays until that is done.
+  """Packs the records of all runs under `out`, replacing earlier packs only once it is done.
 
   Raises:
     FieldError: a run is larger than `part_bytes`.
@@ -103,7 +103,7 @@ def pack(out: str, to: str, grids: Mapping[str, Grid],
 
 
 def _try(packing: Callable[[], Any]) -> None:
-  """Packs between two units: of what fails there the end will tell."""
+  """Packs after a unit, ignoring failures: the final packing reports them."""
   with contextlib.suppress(FieldError, OSError):
     packing()
 

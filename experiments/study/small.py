@@ -1,4 +1,4 @@
-"""The study's two smaller sizes, both arms: what the largest is predicted from."""
+"""The study's two smaller sizes, both arms, from which the largest is predicted."""
 
 from experiments.study import arms
 from moe_jax.grid import Grid

@@ -1,4 +1,4 @@
-"""What a sitting works on: cells of one shape at a time, several such units side by side."""
+"""Schedules the units of a sitting (cells of one shape), several of them concurrently."""
 
 import dataclasses
 import json
@@ -19,11 +19,11 @@ from moe_jax.run_dir import DIVERGED, RunDir
 from moe_jax.study import kept
 from moe_jax.study.candidates import flops
 
-TO_SAVE_SECONDS = 20.0  # that trainers have for a checkpoint when the time is up
+TO_SAVE_SECONDS = 20.0  # grace period for trainers to checkpoint when the time is up
 _POLL_SECONDS = 0.2
-# Runs the command behind it such that the kernel ends it with SIGTERM when the sitting, whose
-# number comes first, is no more: a trainer that outlived a killed sitting would keep its run and
-# the device. 1 is PR_SET_PDEATHSIG; that the sitting has gone before is told by its number.
+# Runs a command so that the kernel sends it SIGTERM when the sitting dies: a trainer that outlived
+# a killed sitting would hold on to its run and the device. 1 is PR_SET_PDEATHSIG. The first
+# argument is the sitting's PID, to detect that the sitting died before prctl took effect.
 _ENDS_WITH_US = ("import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
                  "os.getppid() == int(sys.argv[1]) or sys.exit('the sitting is no more'); "
                  "os.execvp(sys.argv[2], sys.argv[2:])")
@@ -31,7 +31,7 @@ _ENDS_WITH_US = ("import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
 
 @dataclasses.dataclass
 class Unit:
-  """Cells of one shape, and the process that works on them."""
+  """Cells of one shape, and the process that trains or evaluates them."""
 
   name: str
   cells: tuple[Cell, ...]
@@ -39,13 +39,13 @@ class Unit:
   overrides: tuple[str, ...] = ()
   process: subprocess.Popen | None = None
   began: float = 0.0
-  log_from: int = 0  # where its log is that of the attempt at work, not of an earlier one
+  log_from: int = 0  # offset in the log file at which the current process starts writing
   retried: bool = False
-  resumes: bool = False  # whether an earlier sitting began it
+  resumes: bool = False  # whether an earlier sitting started it
 
   @property
   def flops(self) -> float:
-    """Training FLOPs of its runs; of a branch, those after it leaves its trunk."""
+    """Training FLOPs of its runs; for a branch, only those after it leaves its trunk."""
     return sum(flops(cell.config) * (1 - (cell.config.train.branch_step or 0)
                                      / cell.config.train.steps) for cell in self.cells)
 
@@ -54,7 +54,7 @@ class Unit:
 
 
 def units_of(cells: Sequence[Cell], is_done: Callable[[Cell], bool]) -> list[Unit]:
-  """What is to be done of some cells, in their order; a trunk goes with its branches alone."""
+  """Groups the cells that are not done into units, in order; a trunk only if a branch needs it."""
   trunks = {cell.config.train.branch_run for cell in cells}
   alike: dict[tuple, list[Cell]] = {}
   for cell in cells:
@@ -70,7 +70,10 @@ def units_of(cells: Sequence[Cell], is_done: Callable[[Cell], bool]) -> list[Uni
 
 
 def is_done(cell: Cell, *roots: str) -> bool:
-  """Whether a cell has a result under one of the roots, or diverged, or its trunk did before it."""
+  """Whether, under any of the roots, a cell was evaluated or diverged, or its trunk diverged first.
+
+  Prints the error of a run that is damaged or has another identity.
+  """
   for root in roots:
     run = RunDir.of(root, cell)
     try:
@@ -85,7 +88,7 @@ def is_done(cell: Cell, *roots: str) -> bool:
 
 
 def is_trained(cell: Cell, root: str) -> bool:
-  """Whether a cell's training is finished under a root; of a damaged run that is said, and no."""
+  """Whether a cell's training is finished under a root; prints the error of a damaged run."""
   try:
     return kept.progress(RunDir.of(root, cell)) >= kept.FINISHED
   except FieldError as error:
@@ -94,7 +97,7 @@ def is_trained(cell: Cell, root: str) -> bool:
 
 
 def command_of(unit: Unit, out: str, population: int) -> list[str]:
-  """What works on a unit at its stage; a trunk is not evaluated."""
+  """Returns the command that trains or evaluates a unit; trunks are not evaluated."""
   spec, wanted = unit.cells[0].selector.rpartition(":")[0], unit.cells
   if unit.stage == "evaluate":
     trunks = {cell.config.train.branch_run for cell in unit.cells}
@@ -105,11 +108,11 @@ def command_of(unit: Unit, out: str, population: int) -> list[str]:
 
 
 class Sitting:
-  """One sitting's units, waiting, at work and ended."""
+  """One sitting's units: waiting, running, done and failed."""
 
   def __init__(self, units: Sequence[Unit], out: str, parallel: int, population: int,
                deadline: float, keep: Callable[[], None] = lambda: None):
-    """`keep` is called whenever a unit is done; `deadline` is of time.monotonic()."""
+    """`keep` is called whenever a unit is done; `deadline` is on the clock of time.monotonic()."""
     for unit in units:
       unit.resumes = any(RunDir.of(out, cell).has_checkpoint() for cell in unit.cells)
     self._waiting, self._working = sorted(units, key=lambda unit: not unit.resumes), []
@@ -120,7 +123,7 @@ class Sitting:
     self.failed: list[str] = []
 
   def run(self) -> None:
-    """Until all is done or the time is up."""
+    """Runs until all units are done or the time is up."""
     try:
       while self._working or self._waiting:
         self._reap()
@@ -129,18 +132,18 @@ class Sitting:
         if len(self._working) < self._parallel and (unit := self._next()) is not None:
           self._start(unit)
           continue
-        if not self._working:  # what is left does not fit
+        if not self._working:  # no waiting unit fits
           break
         time.sleep(_POLL_SECONDS)
     finally:
       self._stop()
 
   def end(self) -> None:
-    """Makes now the deadline, for a signal handler: what is at work is told to save."""
+    """Sets the deadline to now, so that running units checkpoint; safe in a signal handler."""
     self._deadline = time.monotonic()
 
   def expected(self, unit: Unit) -> float:
-    """Seconds, from the unit nearest in FLOPs that has ended; 0 where none has."""
+    """Expected seconds, from the finished unit nearest in FLOPs; 0 if there is none."""
     if not self._seconds:
       return 0.0
     ours = unit.flops
@@ -148,7 +151,7 @@ class Sitting:
     return seconds * max(1.0, ours / its)
 
   def _next(self) -> Unit | None:
-    """Takes one that was begun before, or should end in time; any where all would idle else."""
+    """Pops a unit that resumes or should finish in time, or any if the device would be idle."""
     left = self._deadline - time.monotonic()
     found = [unit for unit in self._waiting if unit.resumes or self.expected(unit) <= left]
     if not found and not self._working:
@@ -199,7 +202,7 @@ class Sitting:
         "RESOURCE_EXHAUSTED" in self._said(unit, 20_000))
 
   def _said(self, unit: Unit, length: int) -> str:
-    """The last of what its latest attempt has written."""
+    """Returns the end of the output of the unit's latest process."""
     return unit.log(self._out).read_bytes()[unit.log_from:][-length:].decode(errors="replace")
 
   def _end(self, unit: Unit, code: int) -> None:
@@ -246,7 +249,7 @@ class Sitting:
 
 
 def summary(sitting: Sitting, seconds: float) -> list[str]:
-  """What was done, how fast, and what is left."""
+  """Returns lines on what was done, how fast, and what is left."""
   work, left = (sum(unit.flops for unit in units) for units in (sitting.done, sitting.left))
   lines = [f"{len(sitting.done)} units done, {len(sitting.left)} left, {len(sitting.failed)} "
            f"failed, in {seconds:.0f} s"]

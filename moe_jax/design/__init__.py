@@ -1,1 +1,1 @@
-"""From budgets to an architecture: by a fitted law, a published one, or all of them. No JAX."""
+"""Chooses an architecture for given budgets by a fitted law or published laws. No JAX."""

@@ -1,9 +1,9 @@
-"""Which architecture for these budgets: by a fitted law, a published one, or all of them.
+"""Chooses an architecture for given budgets by a fitted law, a published one, or all of them.
 
     python -m moe_jax.design --memory_gb=16 --active_params=200M --tokens=9B
     python -m moe_jax.design --hardware=v5e-8 --batch=64 --context=8192 --decode_ms=10 --tokens=1T
     python -m moe_jax.design --like=OLMoE-1B-7B
-    python -m moe_jax.design --results=runs/grid/results.csv --law=paper \
+    python -m moe_jax.design --results=runs/grid/results.csv --law=paper \\
         --memory_gb=16 --active_params=200M
 """
 
@@ -88,7 +88,7 @@ def _space(like) -> Space:
 
 
 def _template(given: dict[str, int]):
-  """Heads fill d_model: the template's width is that of its heads."""
+  """Builds the template; its d_model is exactly as wide as its heads."""
   head_dim = given.get("head_dim", DEFAULT_TEMPLATE.d_head)
   require(head_dim % 2 == 0, "head_dim", head_dim, "must be even: rotary embeddings turn pairs")
   n_heads = given.get("n_kv_heads", 1)

@@ -1,4 +1,4 @@
-"""What the search says: the best, what is as good, what budgets cost, law against law."""
+"""Reads the answer off the search results: the best, near ties, budget prices, law against law."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ from moe_jax.design.front import pareto_front
 from moe_jax.design.judge import Judge
 from moe_jax.design.search import Found
 
-# A difference of 0.01 % of the loss is a tie, which convention breaks, not the law.
+# Losses within 0.01 % are tied; a convention breaks the tie, not the law.
 TIE = 1e-4
 _SAME_COST = 0.01
-# "Maximise N_total" is not taken to the letter: a narrower model has a smaller embedding, and so
-# a few per cent more room for the rest, at any s.
+# "Maximize N_total" is not taken literally: at any s, a narrower model has a smaller embedding and
+# so a few percent more room for everything else.
 _AS_LARGE = 0.05
 PRINCIPLE = "maximise N_total (to 5 %), then minimise s, then minimise n_exp"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recommendation:
-  """One law's answer. Indices are of Found.
+  """One law's answer. Indices refer to candidates of Found.
 
   Attributes:
     judge: the law.
     best: the architecture with the lowest score; see `_best` for ties.
     score: the lowest score.
-    inside: the same of those inside the law's domain; None where there is none.
-    near: indices of all within budget that are as good for all the law knows, best first.
-    leanest: the one of those with the lowest cost, for each budget.
-    prices: budget's field -> change of the best score if it is widened by 10 %.
+    inside: like `best`, among those inside the law's domain; None if there are none.
+    near: all within budget that the law cannot distinguish from the best, best first.
+    leanest: for each budget, the architecture in `near` with the lowest cost.
+    prices: budget's field -> change of the best score if that budget is widened by 10 %.
     notes: lines on how `best` lies outside what the law was fitted on.
     edges: ends of the searched ranges that `best` lies at.
   """
@@ -48,13 +48,13 @@ class Recommendation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
-  """All of it.
+  """The complete answer.
 
   Attributes:
     found: the candidates.
-    recommendations: one a judge.
+    recommendations: one per judge.
     principle: index of the architecture that the paper's principle picks.
-    chosen: index of the architecture that was given for comparison; None without one.
+    chosen: index of the architecture given for comparison; None if none was given.
   """
 
   found: Found
@@ -63,12 +63,12 @@ class Answer:
   chosen: int | None
 
   def regret(self, index: int, recommendation: int) -> float:
-    """By how much the score of candidate `index` is above the best, by one judge."""
+    """Score of candidate `index` minus the best score, by one judge."""
     best = self.recommendations[recommendation].score
     return float(self.found.scores[recommendation, index] - best)
 
   def agrees(self, recommendation: int) -> bool:
-    """Whether a law's best is what the principle says: its size, s and n_exp."""
+    """Whether a law's best has the size (to 5 %), s and n_exp that the principle picks."""
     ours = self.found.architecture(self.recommendations[recommendation].best)
     its = self.found.architecture(self.principle)
     sizes = self.found.shape([self.recommendations[recommendation].best, self.principle]).n_total
@@ -77,7 +77,7 @@ class Answer:
 
 
 def answer(found: Found, judges: Sequence[Judge]) -> Answer:
-  """Reads the answer off the candidates; an extra architecture is taken as the chosen one."""
+  """Reads the answer off the candidates; the last extra architecture becomes `chosen`."""
   within = np.flatnonzero(found.within())
   relaxed = {budget.field: found.within(budget.field) for budget in found.budgets}
   recommendations = tuple(_recommend(found, judge, row, within, relaxed)
@@ -104,7 +104,7 @@ def _recommend(found: Found, judge: Judge, row: int, within: np.ndarray,
 
 
 def _best(found: Found, scores: np.ndarray, among: np.ndarray) -> int:
-  """Of ties the least memory, in steps of 1 %, then the aspect nearest the range's middle."""
+  """Breaks ties by the least memory, in steps of 1 %, then by the aspect nearest mid-range."""
   tied = among[scores[among] <= scores[among].min() + TIE]
   memory = np.floor(100 * np.log(found.costs[0, tied]))
   tied = tied[memory == memory.min()]
@@ -117,7 +117,7 @@ def _off_middle(found: Found, index: np.ndarray) -> np.ndarray:
 
 
 def _principle(found: Found, within: np.ndarray) -> int:
-  """The largest (within 5 %), of those the least s, of those the least n_exp."""
+  """Of the largest (within 5 %), picks those of least s, and of those the one of least n_exp."""
   n_total = found.within_shapes.n_total
   left = within[n_total >= (1 - _AS_LARGE) * n_total.max()]
   for of in (lambda v: v[3] / v[4], lambda v: v[3]):
@@ -129,8 +129,8 @@ def _principle(found: Found, within: np.ndarray) -> int:
 def front(found: Found, row: int) -> np.ndarray:
   """One judge's Pareto front over score, memory and the first inference budget: indices by score.
 
-  Costs less than 1 % apart and losses less than 0.01 % apart count as equal; the lower loss
-  stands for the rest. Else a law that sees nothing but the cost would have all on its front.
+  Costs are compared in bins of 1 % and losses in bins of 0.01 %, and the lowest loss represents
+  equal ones. Otherwise a law that depends only on the cost would have everything on its front.
   """
   within = np.flatnonzero(found.within())
   within = within[np.argsort(found.scores[row, within], kind="stable")]
@@ -139,7 +139,7 @@ def front(found: Found, row: int) -> np.ndarray:
 
 
 def ranges(found: Found, index: np.ndarray) -> dict[str, tuple[float, float]]:
-  """Least and largest of each variable among candidates."""
+  """Returns the minimum and maximum of each variable among candidates."""
   n_layers, d_model, d_expert, n_exp, n_topk = found.variables[:, index]
   shape = found.shape(index)
   return {name: (float(np.min(x)), float(np.max(x))) for name, x in (
@@ -149,7 +149,7 @@ def ranges(found: Found, index: np.ndarray) -> dict[str, tuple[float, float]]:
 
 
 def name(arch: Architecture) -> str:
-  """`l8-d512-f128-e64-k8`, as cells are named."""
+  """Names an architecture as cells are named: `l8-d512-f128-e64-k8`."""
   return (f"l{arch.n_layers}-d{arch.d_model}-f{arch.d_expert}-e{arch.n_exp}-k{arch.n_topk}")
 
 

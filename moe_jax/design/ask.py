@@ -1,4 +1,4 @@
-"""From a question in numbers and names to an answer. What the command calls, and notebooks."""
+"""Answers a design question; the entry point for the command line and for notebooks."""
 
 import dataclasses
 
@@ -20,20 +20,20 @@ from moe_jax.laws.registry import LAWS, get_law
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """What is asked.
+  """A design question.
 
   Attributes:
-    space: which architectures; with `like`, of its template.
+    space: the architectures to search; with `like`, its template must be that of `like`.
     serving: how the model is served.
-    memory_gb: memory for weights and cache; None takes what `serving.slice` has, or what
-      `like` needs.
-    active_params, decode_ms, prefill_ms: inference budgets; at least one, unless `like`
-      gives its own: its decode time where chips are given, else its active parameters.
-    tokens: training tokens; None takes those of `like`, or of the fit's data.
+    memory_gb: memory for weights and cache; None takes what `like` needs, or else 90 % of the
+      memory of `serving.slice`.
+    active_params, decode_ms, prefill_ms: inference budgets. At least one is required without
+      `like`, which defaults to its decode time if chips are given, else its active parameters.
+    tokens: training tokens; None takes those of `like`, or else the most in the fit's data.
     law: a published law; None asks all that were fitted on mixtures of experts.
-    fit: a law of one's own, which then comes first.
-    like: a published model, whose budgets are taken where none are given.
-    tolerance: within how much of the best a published law tells nothing apart.
+    fit: a law of one's own, listed first.
+    like: a published model that provides the budgets that are not given.
+    tolerance: relative difference in loss below which a published law is taken to see a tie.
   """
 
   space: Space = Space()
@@ -56,7 +56,7 @@ class Question:
 
 
 def resolved(question: Question) -> Question:
-  """The question with every budget filled in from `like`, the chips and the fit's data.
+  """Fills in the missing budgets of a question from `like`, the chips and the fit's data.
 
   Raises:
     FieldError: a budget is missing, or two contradict each other.
@@ -98,7 +98,7 @@ def resolved(question: Question) -> Question:
 
 
 def judges(question: Question) -> tuple[Judge, ...]:
-  """The laws that are asked: the fit first.
+  """Returns the laws to ask, the fit first.
 
   Raises:
     FieldError: an unknown law, one without coefficients, or a variable that is missing.
@@ -117,10 +117,10 @@ def _law(name: str) -> Law:
 
 
 def ask(question: Question) -> tuple[Question, Answer]:
-  """The question as it was understood, and its answer.
+  """Returns the question with its defaults resolved, and its answer.
 
   Raises:
-    FieldError: a budget is missing, contradictory or impossible; a law cannot be asked.
+    FieldError: a budget is missing, contradictory or impossible; a law cannot be used.
   """
   question = resolved(question)
   asked = judges(question)

@@ -1,4 +1,4 @@
-"""Budgets: what an architecture may cost, in the units of the flags that name it."""
+"""Budgets: upper bounds on an architecture's costs, in the units of their flags."""
 
 import dataclasses
 import functools
@@ -20,10 +20,10 @@ class Budget:
 
   Attributes:
     field: the flag that sets it, and the name of its column.
-    most: the bound.
+    most: the upper bound.
     of: Shape -> the quantity. It grows with n_layers, d_expert, n_exp and n_topk.
-    label: in words, for tables and axes.
-    estimate: whether the quantity is one (a roofline) rather than a count.
+    label: description for tables and axes.
+    estimate: whether the quantity is an estimate (a roofline) rather than a count.
   """
 
   field: str
@@ -33,13 +33,13 @@ class Budget:
   estimate: bool = False
 
   def text(self, value: float) -> str:
-    """A value of it with its unit."""
+    """Formats a value of the quantity with its unit."""
     if self.field == "active_params":
       return short(value)
     return f"{value:.4g} {'GB' if self.field == MEMORY else 'ms'}"
 
   def flag(self, value: float) -> str:
-    """The flag that sets it to a value, rounded up so that the value fits."""
+    """Returns the flag that sets the budget to a value, rounded up so that the value fits."""
     if value <= 0 or not np.isfinite(value):
       return f"--{self.field}={value:g}"
     digits = 10.0**(np.floor(np.log10(value)) - 3)
@@ -49,7 +49,7 @@ class Budget:
 def budgets(serving: Serving, memory_gb: float, active_params: float | None = None,
             decode_ms: float | None = None,
             prefill_ms: float | None = None) -> tuple[Budget, ...]:
-  """Memory first, then what is given of the inference budgets."""
+  """Returns the memory budget, then the inference budgets that are given."""
   found = [Budget(MEMORY, memory_gb, functools.partial(inference.memory_gb, serving=serving),
                   "memory, weights and cache (GB)")]
   if active_params is not None:

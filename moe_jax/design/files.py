@@ -1,4 +1,4 @@
-"""The answer for programs: a dictionary for JSON, and rows for CSV."""
+"""Exports the answer in machine-readable form: a dictionary for JSON, and rows for CSV."""
 
 import csv
 from typing import Any
@@ -11,7 +11,7 @@ from moe_jax.design.report import facts, is_inside
 
 
 def as_dict(question: Question, answer: Answer, seconds: float) -> dict[str, Any]:
-  """Everything that the tables say."""
+  """Returns everything in the tables as a dictionary."""
   found = answer.found
   return {
       "budgets": {b.field: b.most for b in found.budgets}, "tokens": question.tokens,
@@ -43,17 +43,17 @@ def _law(answer: Answer, row: int) -> dict[str, Any]:
 
 
 def _compared(answer: Answer, index: int) -> dict[str, Any]:
-  """An architecture, and by how much it is worse than each law's best, in per cent."""
+  """Returns an architecture's facts, and by how many percent it is worse than each law's best."""
   return facts(answer, index) | {"regret_percent": {
       r.judge.name: float(100 * np.expm1(answer.regret(index, row)))
       for row, r in enumerate(answer.recommendations)}}
 
 
 def write_csv(path: str, answer: Answer) -> None:
-  """A line for each point of each law's Pareto front, each law's best and what was compared.
+  """Writes, for each law, its best, the compared architectures and its Pareto front.
 
   Columns: law, what (best, front, principle, chosen), the architecture's numbers, `predicted`
-  (a loss; equal-loss dense FLOPs for a law of those) and `worse_percent`.
+  (a loss, or equal-loss dense FLOPs for a law that predicts leverage) and `worse_percent`.
   """
   with open(path, "w", newline="") as file:
     writer = None

@@ -1,22 +1,22 @@
-"""Estimates of what a model costs to run: memory, and rooflines of decode and prefill.
+"""Estimates what a model costs to run: memory, and rooflines of decode and prefill.
 
-Each of four parts of a step takes the longer of moving its bytes and doing its arithmetic,
-one after the other:
+A step has four parts, run one after the other; each takes the maximum of the time to move its
+bytes and the time to do its arithmetic:
 
-    projections, norms, routers, shared experts, dense layers: read once a step
-    routed experts: those that the step's tokens really touch, read once
+    projections, norms, routers, shared experts, dense layers: read once per step
+    routed experts: those the step's tokens are routed to, read once
     attention: the cache is read (decode) or written (prefill)
     output head: read once
 
-A step of T tokens touches E (1 - (1 - K/E)^T) of a layer's E experts on average, if tokens
-choose their K independently and evenly; real routers are less even, and touch fewer.
+A step of T tokens touches E (1 - (1 - K/E)^T) of a layer's E experts on average if tokens
+choose their K independently and uniformly; real routers are less even and touch fewer.
 
 Weights, cache and arithmetic are spread evenly over the chips, at their peak bandwidth and
-peak bfloat16 FLOP/s (also for weights of fewer bytes). Tensor and expert parallelism over all
-chips then sum each layer's two outputs over them: two all-reduces of T d_model bfloat16
-numbers, in which a chip sends 2 (n - 1)/n of them at the peak rate of its links, not
-overlapped. Left out: latencies, activations, uneven loads. So these are lower bounds, good
-for comparing architectures; a measured step is slower.
+peak bfloat16 FLOP/s (even for weights of fewer bytes). Tensor and expert parallelism over all
+chips then need two all-reduces per layer, each of T d_model bfloat16 numbers; a chip sends
+2 (n - 1)/n times that many at the peak rate of its links, without overlap. Latencies, activations
+and load imbalance are ignored. The estimates are therefore lower bounds, good for comparing
+architectures; a measured step is slower.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from moe_jax.arch.hardware import HARDWARE, Hardware
 from moe_jax.errors import FieldError, did_you_mean, require
 from moe_jax.laws.shape import Shape
 
-CACHE_DTYPE = "bfloat16"  # of the keys and values, and of activations between chips
-HBM_SHARE = 0.9  # of a chip's memory for weights and cache; the rest is for activations
+CACHE_DTYPE = "bfloat16"  # of keys and values, and of activations sent between chips
+HBM_SHARE = 0.9  # share of a chip's memory for weights and cache; the rest is for activations
 _ALIASES = {"bf16": "bfloat16", "fp8": "float8", "f32": "float32"}
 
 
@@ -43,7 +43,7 @@ class Slice:
 
   @property
   def usable_gb(self) -> float:
-    """Decimal gigabytes for weights and cache, all chips together."""
+    """Decimal gigabytes available for weights and cache on all chips together."""
     return HBM_SHARE * self.n_chips * self.chip.hbm_bytes / 1e9
 
   def __str__(self) -> str:
@@ -55,10 +55,10 @@ class Serving:
   """How the model is served.
 
   Attributes:
-    dtype: of the stored weights, a name of count.DTYPE_BYTES.
+    dtype: dtype of the stored weights, a key of count.DTYPE_BYTES.
     batch: sequences decoded together.
     context: tokens in each sequence's cache; also the length of a prompt.
-    slice: the chips; None where no time is asked.
+    slice: the chips; None if no time is estimated.
   """
 
   dtype: str = "bfloat16"
@@ -73,7 +73,7 @@ class Serving:
 
 
 def parse_slice(text: str) -> Slice:
-  """`v5e-8`: 8 chips of v5e; `h100` is one. The number counts chips. Raises FieldError."""
+  """Parses `v5e-8` as 8 v5e chips, and `h100` as one; always counts chips. Raises FieldError."""
   name, n_chips = text.lower(), "1"
   if name not in HARDWARE:
     name, _, n_chips = text.lower().rpartition("-")
@@ -84,27 +84,27 @@ def parse_slice(text: str) -> Slice:
 
 
 def parse_dtype(text: str) -> str:
-  """A name of count.DTYPE_BYTES, or a short one. Raises FieldError."""
+  """Parses a key of count.DTYPE_BYTES or a short form such as bf16. Raises FieldError."""
   name = _ALIASES.get(text.lower(), text.lower())
   count.dtype_bytes(name)
   return name
 
 
 def memory_gb(shape: Shape, serving: Serving) -> np.ndarray:
-  """Decimal gigabytes of all weights, embeddings included, and of the batch's cache."""
+  """Returns decimal gigabytes of all weights, including embeddings, and of the batch's cache."""
   return (count.weight_bytes(shape, serving.dtype)
           + count.kv_cache_bytes(shape, serving.batch, serving.context, CACHE_DTYPE)) / 1e9
 
 
 def touched_experts(n_exp: ArrayLike, n_topk: ArrayLike, n_tokens: ArrayLike) -> np.ndarray:
-  """Expected distinct experts that tokens choose, each n_topk of n_exp, evenly."""
-  with np.errstate(divide="ignore"):  # all experts chosen: log1p(-1) is -inf, and so it should
+  """Expected number of distinct experts when each token picks n_topk of n_exp uniformly."""
+  with np.errstate(divide="ignore"):  # if all experts are chosen, log1p(-1) is -inf as intended
     missed = np.log1p(-np.divide(n_topk, n_exp)) * n_tokens
   return -np.multiply(n_exp, np.expm1(missed))
 
 
 def decode_ms(shape: Shape, serving: Serving) -> np.ndarray:
-  """Milliseconds in which each of the batch's sequences gets one more token. An estimate."""
+  """Estimates the milliseconds to decode one more token for each sequence of the batch."""
   batch, context = serving.batch, serving.context
   cache = count.kv_cache_bytes(shape, batch, context, CACHE_DTYPE)
   flops = batch * count.decode_flops_per_token(shape, context)
@@ -113,7 +113,7 @@ def decode_ms(shape: Shape, serving: Serving) -> np.ndarray:
 
 
 def prefill_ms(shape: Shape, serving: Serving) -> np.ndarray:
-  """Milliseconds in which one prompt of `context` tokens is read. An estimate."""
+  """Estimates the milliseconds to prefill one prompt of `context` tokens."""
   context = serving.context
   cache = count.kv_cache_bytes(shape, 1, context, CACHE_DTYPE)
   flops = context * count.prefill_flops_per_token(shape, context)
@@ -122,13 +122,13 @@ def prefill_ms(shape: Shape, serving: Serving) -> np.ndarray:
 
 
 def _attention_flops(shape: Shape) -> np.ndarray:
-  """FLOPs of scores and values, for each query and key, all layers."""
+  """FLOPs of attention scores and values per pair of query and key, over all layers."""
   return 4 * np.multiply(shape.n_layers, shape.n_heads) * shape.d_head
 
 
 def _milliseconds(shape: Shape, serving: Serving, n_tokens: int, n_outputs: int, flops,
                   attention_flops, cache_bytes) -> np.ndarray:
-  """The four parts and the all-reduces of a step of `n_tokens`, `n_outputs` of them sampled."""
+  """Time of a step of `n_tokens`, `n_outputs` of them sampled: four parts plus all-reduces."""
   if serving.slice is None:
     raise FieldError("hardware", None, "is missing: a time needs it, e.g. v5e-8")
   chip, n_chips = serving.slice.chip, serving.slice.n_chips

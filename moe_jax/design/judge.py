@@ -1,8 +1,9 @@
-"""A law as the judge of a search: scores of many shapes, of which less is better.
+"""Wraps a law as the judge of a search, which scores many shapes; lower is better.
 
-A score is ln L. Ling's law predicts no loss but the leverage EL of an MoE over a dense model: a
-dense model trained with EL C FLOPs is as good as an MoE trained with C. As the loss of dense
-models goes as compute^-0.05 (Kaplan et al., arXiv 2001.08361), -0.05 ln(EL C) stands for ln L.
+A score is ln L. Ling's law does not predict a loss but the leverage EL of an MoE over a dense
+model: a dense model trained with EL C FLOPs is as good as an MoE trained with C. As the loss of
+dense models scales as compute^-0.05 (Kaplan et al., arXiv 2001.08361), its score is
+-0.05 ln(EL C), which equals ln L up to a constant.
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ from moe_jax.laws.registry import LAWS
 from moe_jax.laws.shape import Shape
 from moe_jax.laws.validate import leave_one_architecture_out
 
-# Published laws come without covariances. Half a per cent of the loss is what their rounded
-# coefficients and their residuals leave open at best.
+# Published laws come without covariances. Given their rounded coefficients and their residuals,
+# half a percent of the loss is an optimistic uncertainty.
 TOLERANCE = 0.005
 LEVEL = 0.95
 COMPUTE_EXPONENT = 0.05
@@ -31,18 +32,18 @@ class Judge:
   """A law bound to a training budget.
 
   Attributes:
-    name: the law's.
+    name: the law's name.
     source: where it comes from.
     is_loss: whether exp(score) is a loss; otherwise exp(-score / COMPUTE_EXPONENT) is the
       FLOPs that a dense model would need for the same loss.
-    sees: the project's words that it depends on.
+    sees: the project's names of the quantities it depends on.
     score: Shape -> array.
-    inside: Shape -> whether it lies within the ranges and assumptions on record; bools.
-    on_record: whether every variable's range is.
-    notes: Shape -> lines on how it does not, and the law's standing caveat.
-    slack: (Shape, Shape of the best) -> by how much a score may be above the best's and be
-      as good for all the law knows; broadcasts.
-    slack_text: what that is, in words.
+    inside: Shape -> bools, whether it lies within the recorded ranges and assumptions.
+    on_record: whether every variable's range is recorded.
+    notes: Shape -> lines on how it lies outside them, and the law's caveat.
+    slack: (Shape, Shape of the best) -> how far above the best a score may be without the law
+      distinguishing the two; broadcasts.
+    slack_text: description of the slack.
   """
 
   name: str
@@ -57,21 +58,21 @@ class Judge:
   slack_text: str
 
   def value(self, score: float) -> float:
-    """A loss, or equal-loss dense FLOPs."""
+    """Converts a score to a loss, or to equal-loss dense FLOPs."""
     return float(np.exp(score if self.is_loss else -score / COMPUTE_EXPONENT))
 
   def text(self, score: float) -> str:
     return f"{self.value(score):.4f}" if self.is_loss else f"{self.value(score):.3g} FLOPs"
 
   def change_text(self, score: float, change: float) -> str:
-    """A change of score as one of the loss, or of FLOPs where the law predicts no loss."""
+    """Formats a change of score as a change of loss, or of FLOPs if the law predicts no loss."""
     if self.is_loss:
       return f"{self.value(score + change) - self.value(score):+.4f}"
     return f"{100 * np.expm1(-change / COMPUTE_EXPONENT):+.1f} % FLOPs"
 
 
 def of_moe(law: Law) -> bool:
-  """Whether a law was fitted on mixtures of experts at all."""
+  """Whether a law's assumptions allow mixtures of experts."""
   probe = Shape(n_layers=8, d_model=512, d_expert=256, n_exp=np.array([64, 64, 512]),
                 n_topk=np.array([1, 8, 8]))
   return all(np.any(assumption.holds(probe)) for assumption in law.assumes)
@@ -81,7 +82,7 @@ MOE_LAWS = tuple(name for name, law in LAWS.items() if of_moe(law))
 
 
 def published(law: Law, tokens: float | None, tolerance: float = TOLERANCE) -> Judge:
-  """A published law as a judge. Raises FieldError where it needs tokens and has none."""
+  """Makes a judge of a published law. Raises FieldError if it needs tokens and has none."""
   training = Training(tokens)
   is_loss = law.quantity == LOSS
 
@@ -91,7 +92,7 @@ def published(law: Law, tokens: float | None, tolerance: float = TOLERANCE) -> J
       return np.log(values)
     return -COMPUTE_EXPONENT * np.log(values * 6 * shape.n_active * tokens)
 
-  law.variables_of(Shape(1, 128, 128, 8, 1), training)  # a missing variable is said now
+  law.variables_of(Shape(1, 128, 128, 8, 1), training)  # fail now if a variable is missing
   return Judge(law.name, law.source, is_loss, law.sees, score,
                lambda shape: law.inside(shape, training), law.on_record,
                lambda shape: law.predict(shape, tokens).outside,
@@ -100,15 +101,15 @@ def published(law: Law, tokens: float | None, tolerance: float = TOLERANCE) -> J
 
 
 def fitted(fit: Fit, tokens: float) -> Judge:
-  """A law of one's own as a judge.
+  """Makes a judge of a law of one's own.
 
   Its slack is a one-sided 95 % bound on the difference of two scores: the covariance of the
-  parameters is the jackknife's over architectures, and the scatter of single runs around the
-  fit counts twice, as each of two models has its own.
+  parameters is from the jackknife over architectures, and the scatter of single runs around the
+  fit counts twice, once for each of the two models.
 
   Raises:
-    FieldError: the data do not identify a coefficient of the shape, by which a search would
-      choose all the same, or not without each of the architectures.
+    FieldError: the data do not identify a shape coefficient, on which the search would rest, or
+      the law cannot be refitted without one of the architectures.
   """
   from scipy import stats
   _require_identified(fit)
@@ -121,7 +122,7 @@ def fitted(fit: Fit, tokens: float) -> Judge:
                  for s in (shape, best))
     apart_NP = ours - its
     variance_N = np.einsum("np,pq,nq->n", apart_NP, covariance_PP, apart_NP)
-    # A model is as good as itself.
+    # No scatter between a model and itself.
     other_N = np.any(apart_NP != 0, axis=1)
     return quantile * np.sqrt(variance_N + 2 * fit.scatter_of_one_run**2 * other_N)
 
@@ -160,11 +161,11 @@ def _other_tokens(fit: Fit, tokens: float) -> tuple[str, ...]:
 
 
 def jackknife(fit: Fit) -> tuple[np.ndarray, int]:
-  """(covariance of the estimates [P,P], degrees of freedom), leaving architectures out.
+  """Jackknife over architectures: covariance of the estimates [P, P] and degrees of freedom.
 
   Raises:
-    FieldError: without one of them the law cannot be fitted. Those are the ones that it rests
-      on most, so that the others' covariance would be too small.
+    FieldError: the law cannot be refitted without one of the architectures. Such architectures
+      are the most influential, so skipping them would understate the covariance.
   """
   parts = leave_one_architecture_out(fit)
   impossible = [part for part in parts if part.theta is None]

@@ -1,4 +1,4 @@
-"""The answer as sections of a report page: the Pareto fronts, and the tables below them."""
+"""Turns the answer into sections of a report page: the Pareto fronts, and tables below them."""
 
 from moe_jax.design import report
 from moe_jax.design.answer import PRINCIPLE, Answer
@@ -12,7 +12,7 @@ TITLE = "Which architecture for these budgets?"
 
 
 def design_sections(question: Question, answer: Answer) -> list[Section]:
-  """What `report.show` prints, with the picture; nothing in it depends on the time it took."""
+  """Returns what `report.show` prints, plus the figure and without the run time: deterministic."""
   sections = [
       Section("pareto", "Loss against inference cost, by memory",
               tuple(line.strip() for line in report.header(question, answer)),

@@ -1,4 +1,4 @@
-"""The Pareto front as a picture: predicted loss against inference cost, by memory."""
+"""Plots the Pareto front: predicted loss against inference cost, by memory."""
 
 from collections.abc import Sequence
 
@@ -8,26 +8,27 @@ from moe_jax.design.answer import Answer
 from moe_jax.laws.publish.style import COLOURS
 from moe_jax.text import short
 
-_STYLES = tuple(zip(COLOURS, ("-", "--", "-.", ":"), strict=False))  # told apart in grey too
+_STYLES = tuple(zip(COLOURS, ("-", "--", "-.", ":"), strict=False))  # distinct in grayscale too
 _PARTS = (1.0, 0.5, 0.25, 0.125)  # of the memory budget
-# What it is -> its name, and how it is drawn: a ring leaves what lies below it to be seen.
+# Kind of point -> its label and marker style; a ring keeps what lies below it visible.
 _MARKS = {"best": ("the law's best", {"marker": "*", "s": 150, "color": "#000000"}),
           "principle": ("the paper's principle", {"marker": "D", "s": 45, "color": COLOURS[4]}),
           "chosen": ("what was chosen", {"marker": "o", "s": 190, "facecolors": "none",
                                          "edgecolors": "#000000", "linewidths": 1.6})}
-_MOST_RATIO = 16  # of the largest to the smallest inference cost that a panel shows
+_MOST_RATIO = 16  # maximum ratio of largest to smallest inference cost in a panel
 _COLUMNS = 3
 
 
 def pareto_figure(answer: Answer, laws: Sequence[str] | None = None):
-  """A panel a law: its best predicted loss within each inference cost, for parts of memory.
+  """Plots, in a panel per law, the best predicted loss within each inference cost.
 
-  Stairs go down where a larger inference budget buys a better architecture; a lower line has
-  more memory. Every corner is a point of the Pareto front. Panels have their own vertical
-  axes: losses of different laws do not compare.
+  There is a line for each of several fractions of the memory budget; lower lines have more memory.
+  A line steps down where a larger inference budget buys a better architecture, and every corner is
+  a point of the Pareto front. Each panel has its own vertical axis: losses of different laws are
+  not comparable.
 
   Args:
-    answer: of moe_jax.design.ask.
+    answer: the answer from moe_jax.design.ask.
     laws: names of the laws to show; None shows all of them.
 
   Returns:
@@ -58,7 +59,7 @@ def pareto_figure(answer: Answer, laws: Sequence[str] | None = None):
 
 
 def stairs(cost_N: np.ndarray, score_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(costs, scores) of the points that are better than all cheaper ones, costs ascending."""
+  """Returns (costs, scores) of the points better than all cheaper ones, by ascending cost."""
   order = np.lexsort((score_N, cost_N))
   cost_N, score_N = cost_N[order], score_N[order]
   before = np.concatenate([[np.inf], np.minimum.accumulate(score_N)[:-1]])
@@ -87,7 +88,7 @@ def _panel(axes, answer: Answer, row: int) -> None:
 
 
 def _dress(axes, answer: Answer, row: int, within: np.ndarray) -> None:
-  """Axes, ticks and the part of the curve that is worth its room."""
+  """Sets the axes, ticks and limits, zooming in on the informative part of the curves."""
   found, r = answer.found, answer.recommendations[row]
   budget = found.budgets[1]
   least = max(found.costs[1, within].min(), budget.most / _MOST_RATIO)

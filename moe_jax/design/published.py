@@ -1,8 +1,8 @@
-"""Three published models, for their budgets and for what they chose.
+"""Three published models, as sources of budgets and as architectures to compare with.
 
-Counts are those of moe_jax.arch.count on these shapes; the tests hold them against the
-published totals to 0.5 %, and the active parameters to 2 % (a published "1.3B" is a rounded
-number, and whether it holds the embedding is not always said).
+Counts are those of moe_jax.arch.count on these shapes. Tests compare them with the published
+numbers: totals to 0.5 %, active parameters to 2 % (a published "1.3B" is rounded, and it is not
+always stated whether it includes the embedding).
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ class PublishedModel:
   """A model as it was published.
 
   Attributes:
-    name: as its authors call it.
-    arch: its shape, as near as Architecture comes.
+    name: the authors' name for it.
+    arch: its shape, as closely as Architecture can express it.
     tokens: training tokens.
     n_total: published total of all parameters.
     n_active: published active parameters.
-    source: where that is written.
-    note: what the shape leaves out.
+    source: where these are published.
+    note: how `arch` differs from the model.
   """
 
   name: str
@@ -48,8 +48,8 @@ _MODELS = (
                      n_kv_heads=4, head_dim=128, vocab_size=151936),
         tokens=36e12, n_total=30.5e9, n_active=3.3e9,
         source="arXiv 2505.09388 (Yang et al. 2025)"),
-    # Multi-head latent attention has 187.1M parameters a layer and caches 576 numbers a token
-    # and layer. 100 query heads on 2 key-value heads, 128 wide, have 187.2M and cache 512.
+    # Multi-head latent attention has 187.1M parameters per layer and caches 576 numbers per token
+    # and layer. 100 query heads with 2 key-value heads, 128 wide, have 187.2M and cache 512.
     PublishedModel(
         "DeepSeek-V3",
         Architecture(n_layers=61, d_model=7168, d_expert=2048, n_exp=256, n_topk=8, n_heads=100,
@@ -66,7 +66,7 @@ PUBLISHED: dict[str, PublishedModel] = {model.name: model for model in _MODELS}
 
 
 def get_model(name: str) -> PublishedModel:
-  """The published model of that name, in any case. Raises FieldError for an unknown one."""
+  """Returns the published model of that name, ignoring case. Raises FieldError if unknown."""
   for model in _MODELS:
     if model.name.lower() == name.lower():
       return model

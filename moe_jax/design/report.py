@@ -1,4 +1,4 @@
-"""The answer for people: tables and lines on standard output."""
+"""Prints the answer as tables and lines of text on standard output."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from moe_jax.design.judge import COMPUTE_EXPONENT
 from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.text import short
 
-_PARTS = (1.0, 0.5, 0.25)  # of each budget, in the thinned Pareto front
+_PARTS = (1.0, 0.5, 0.25)  # fractions of each budget shown in the Pareto front table
 _MARKED = ("* lies outside what the law was fitted on; ? may, as the range of a variable is not on "
            "record.")
 
 
 def show(question: Question, answer: Answer, seconds: float) -> None:
-  """Prints everything."""
+  """Prints the complete answer."""
   print("\n".join(header(question, answer)))
   print(f"  in {seconds:.1f} s")
   print_sheet(best_table(answer))
@@ -31,7 +31,7 @@ def show(question: Question, answer: Answer, seconds: float) -> None:
 
 
 def header(question: Question, answer: Answer) -> list[str]:
-  """What was asked and what was searched."""
+  """Returns lines on the question and on the space that was searched."""
   found, serving, space = answer.found, question.serving, question.space
   template = space.template
   lines = [
@@ -57,7 +57,7 @@ def header(question: Question, answer: Answer) -> list[str]:
 
 
 def compared(answer: Answer) -> list[tuple[str, int, Recommendation | None]]:
-  """(who recommends, which candidate, the recommendation): laws, the principle, the chosen."""
+  """Returns (who recommends, candidate, recommendation) for laws, the principle and the chosen."""
   found = []
   for r in answer.recommendations:
     found.append((r.judge.name, r.best, r))
@@ -70,7 +70,7 @@ def compared(answer: Answer) -> list[tuple[str, int, Recommendation | None]]:
 
 
 def facts(answer: Answer, index: int) -> dict[str, Any]:
-  """An architecture's numbers."""
+  """Returns an architecture's name, dimensions, parameter counts and costs."""
   found = answer.found
   arch, shape = found.architecture(index), found.shape([index])
   return {"name": name(arch), "n_layers": arch.n_layers, "d_model": arch.d_model,
@@ -104,7 +104,7 @@ def best_table(answer: Answer) -> Sheet:
 
 
 def is_inside(answer: Answer, r: Recommendation, index: int) -> bool | None:
-  """Whether it lies in the law's domain; None where not all of that is on record."""
+  """Whether a candidate lies in the law's domain; None if that is not fully on record."""
   inside = bool(np.all(r.judge.inside(answer.found.shape([index]))))
   return None if inside and not r.judge.on_record else inside
 
@@ -161,7 +161,7 @@ def price_table(answer: Answer) -> Sheet:
 
 
 def front_table(answer: Answer, row: int) -> Sheet:
-  """The Pareto front, thinned: the best within parts of the budgets."""
+  """Returns a summary of the Pareto front: the best within fractions of the budgets."""
   found, r = answer.found, answer.recommendations[row]
   memory, cost = found.budgets[:2]
   within = found.within()
@@ -181,7 +181,7 @@ def front_table(answer: Answer, row: int) -> Sheet:
 
 
 def principle_lines(answer: Answer) -> list[str]:
-  """The paper's principle as a line, and which laws' own answers agree with it."""
+  """Returns a line on the paper's principle, and lines on which laws agree with it."""
   values = facts(answer, answer.principle)
   lines = [f"principle of arXiv 2601.08215, {PRINCIPLE}: {values['name']}, N_total "
            f"{short(values['n_total'])}, s {values['sparsity']:.3g}"]
@@ -202,7 +202,7 @@ def principle_lines(answer: Answer) -> list[str]:
 
 
 def notes(answer: Answer) -> list[str]:
-  """What each law was not fitted on, and what it sees at all."""
+  """Returns lines on the variables each law depends on and how its best lies outside its data."""
   lines = ["notes"]
   for r in answer.recommendations:
     lines.append(f"  {r.judge.name}, {r.judge.source}; sees {', '.join(r.judge.sees)}")

@@ -1,8 +1,8 @@
-"""The search itself: every architecture of a space, priced and judged in NumPy.
+"""Exhaustive search: computes costs and scores of every architecture of a space, in NumPy.
 
-One (n_exp, n_topk) at a time, so that the arrays over (n_layers, d_model, d_expert) stay in
-cache. Costs grow with n_exp and with n_topk: a shape that is too dear with few experts is not
-looked at with more. Nothing else is skipped: the best found is the best of the lattice.
+Handles one (n_exp, n_topk) at a time, so that the arrays over (n_layers, d_model, d_expert) stay
+in cache. Costs grow with n_exp and with n_topk, so a shape that exceeds a budget with few experts
+is skipped with more. Nothing else is skipped: the best found is the best of the lattice.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from moe_jax.design.space import VARIABLES, Space
 from moe_jax.errors import FieldError
 from moe_jax.laws.shape import Shape
 
-RELAXED = 1.1  # budgets are also looked at 10 % wider: what they cost is the difference
+RELAXED = 1.1  # also search with budgets 10 % wider; the gain in score is a budget's price
 _ROUNDING = 1 + 1e-9
 
 
@@ -27,15 +27,16 @@ class Found:
   """Candidates within the relaxed budgets. Arrays [n].
 
   Attributes:
-    space: where they come from.
-    budgets: what they were held against.
+    space: the space they come from.
+    budgets: the budgets of the search.
     variables: n_layers, d_model, d_expert, n_exp, n_topk: int64 [5, n].
-    costs: a row a budget, in its unit: [budgets, n].
-    scores: a row a judge: [judges, n].
-    lattice: how many architectures the space has.
-    priced: how many of them were counted and priced; the rest cost more than one that was
-      too dear already.
-    n_extra: how many at the end were given and need not be on the lattice.
+    costs: one row per budget, in its unit: [budgets, n].
+    scores: one row per judge: [judges, n].
+    lattice: number of architectures in the space.
+    priced: number of those whose costs were computed; the rest must cost more than one that was
+      already over budget.
+    n_extra: number of extra architectures at the end, which need not be on the lattice or within
+      budget.
   """
 
   space: Space
@@ -51,17 +52,17 @@ class Found:
     return self.variables.shape[1]
 
   def within(self, relaxed: str | None = None) -> np.ndarray:
-    """Which meet all budgets, the one named `relaxed` widened by 10 %. Bool [n]."""
+    """Returns which meet all budgets, with the one named `relaxed` widened by 10 %: bool [n]."""
     most = np.array([b.most * (RELAXED if b.field == relaxed else 1) for b in self.budgets])
     return np.all(self.costs <= most[:, None] * _ROUNDING, axis=0)
 
   def shape(self, index) -> Shape:
-    """The shapes at an index, a mask or a slice."""
+    """Returns the shapes at an index, a mask or a slice."""
     return self.space.shape(*self.variables[:, index])
 
   @functools.cached_property
   def within_shapes(self) -> Shape:
-    """Those that meet all budgets."""
+    """The shapes that meet all budgets."""
     return self.shape(self.within())
 
   def architecture(self, index: int) -> Architecture:
@@ -70,17 +71,17 @@ class Found:
 
 def search(space: Space, budgets: Sequence[Budget], judges: Sequence[Judge],
            extra: Sequence[Architecture] = ()) -> Found:
-  """Prices and judges every architecture of the space within the relaxed budgets.
+  """Computes costs and scores of every architecture of the space within the relaxed budgets.
 
   Args:
     space: the lattice.
     budgets: upper bounds.
-    judges: laws that score.
-    extra: architectures that are judged too, whatever they cost; of the space's template.
+    judges: the laws that score.
+    extra: further architectures to score at any cost; they must fit the space's template.
 
   Raises:
-    FieldError: no architecture of the space meets the budgets; the line has the smallest
-      that work.
+    FieldError: no architecture of the space meets the budgets; the message has the smallest
+      budgets that work.
   """
   blocks, priced = [], 0
   routings = space.routings()
@@ -88,7 +89,7 @@ def search(space: Space, budgets: Sequence[Budget], judges: Sequence[Judge],
   size = grid.shape[1] * sum(map(len, routings.values()))
   for n_exp, topks in routings.items():
     left = grid
-    for n_topk in topks:  # ascending, as n_exp is
+    for n_topk in topks:  # ascending, like n_exp
       shape = space.shape(*left, n_exp, n_topk)
       priced += left.shape[1]
       cost = _costs(budgets, shape, left.shape[1])
@@ -132,16 +133,16 @@ def _block(space: Space, left: np.ndarray, n_exp: int, n_topk: int, cost: np.nda
 
 
 def explain(space: Space, budgets: Sequence[Budget]) -> FieldError:
-  """Why no architecture of the space meets the budgets: the smallest values that work.
+  """Returns the error for budgets no architecture meets, with the smallest values that work.
 
-  Every cost grows with every variable, so with fewest experts, fewest of them a token.
+  Costs grow with n_exp and n_topk, so only the smallest n_exp and n_topk need to be checked.
   """
   n_exp, topks = next(iter(space.routings().items()))
   shapes = space.shapes()
   costs = _costs(budgets, space.shape(*shapes, n_exp, topks[0]), len(shapes[0]))
   most = _most(budgets) * _ROUNDING
   missed = [b for b, cost in enumerate(costs) if cost.min() > most[b, 0]] or [0]
-  # One architecture that fits all that is not missed, so that what is named works together.
+  # Only consider architectures that meet the other budgets, which the suggestion must not break.
   fits = np.all(np.delete(costs <= most, missed, axis=0), axis=0)
   least = [budgets[b].flag(float(costs[b, fits].min())) for b in missed]
   line = (f"too small; the smallest that works in this search is {least[0]}" if len(least) == 1

@@ -1,4 +1,4 @@
-"""A table with a title and a caption, printed whole also where the output is a pipe."""
+"""A table with a title and a caption, printed at full width even if the output is a pipe."""
 
 import dataclasses
 import textwrap
@@ -17,9 +17,9 @@ class Sheet:
   """Rows of text under column names.
 
   Attributes:
-    title, caption: lines above and below.
-    left, right: columns that are aligned to the left and, after them, to the right.
-    rows: one text a column.
+    title, caption: lines above and below the table.
+    left, right: names of the left-aligned columns, and of the right-aligned ones after them.
+    rows: one text per column.
   """
 
   title: str
@@ -33,7 +33,7 @@ class Sheet:
 
 
 def print_sheet(sheet: Sheet) -> None:
-  """To standard output, at its full width."""
+  """Prints the table to standard output at its full width."""
   made = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
   for column in sheet.left:
     made.add_column(column, no_wrap=True)

@@ -1,4 +1,4 @@
-"""The architectures that a search looks at: a lattice of hardware-friendly integers.
+"""Defines the architectures that a search covers: a lattice of hardware-friendly integers.
 
     d_model    multiples of `multiple`, 4 % or one multiple apart, whichever is more
     n_layers   whole numbers, 4 % or 1 apart, with d_model / n_layers in the range `aspect`
@@ -7,10 +7,10 @@
     n_exp      powers of two and three times powers of two
     n_topk     1, 2, 3, 4, 6, 8, 12, ... up to half of n_exp
 
-The rest comes from an Architecture that serves as a template: shared experts, dense first
-layers (of the active width of an MoE layer), vocabulary and ties as they are there; the width
-of a head and the number of key-value heads too (None: as many as query heads). Query heads
-grow with d_model: the template's n_heads * d_head / d_model is kept, rounded to whole groups.
+The rest comes from a template Architecture: shared experts, dense first layers (with the active
+width of an MoE layer), vocabulary, tied embeddings, head width and number of key-value heads
+(None: as many as query heads). The number of query heads grows with d_model: it keeps the
+template's n_heads * d_head / d_model, rounded to whole groups.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from moe_jax.arch.architecture import Architecture
 from moe_jax.errors import FieldError, require
 from moe_jax.laws.shape import Shape
 
-# OLMoE's: GPT-NeoX's tokenizer, padded.
+# OLMoE's padded vocabulary of the GPT-NeoX tokenizer.
 DEFAULT_VOCAB = 50304
 DEFAULT_TEMPLATE = Architecture(n_layers=1, d_model=128, d_expert=128, n_exp=1, n_topk=1,
                                 n_heads=1, head_dim=128, vocab_size=DEFAULT_VOCAB)
@@ -35,13 +35,13 @@ VARIABLES = ("n_layers", "d_model", "d_expert", "n_exp", "n_topk")
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-  """What is searched; see the module's docstring.
+  """The search space; see the module's docstring.
 
   Attributes:
-    template: everything of the architecture that is not searched.
+    template: provides everything in the architecture that is not searched.
     experts: range of n_exp.
     topk: range of n_topk.
-    multiple: of d_model and d_expert. 128 fills the lanes of a TPU.
+    multiple: d_model and d_expert are multiples of it. 128 fills the lanes of a TPU.
     aspect: range of d_model / n_layers.
     granularity: range of d_model / d_expert.
   """
@@ -66,18 +66,18 @@ class Space:
                        "leaves no shape: widen one of them")
 
   def expert_counts(self) -> list[int]:
-    """All n_exp, ascending."""
+    """Returns all n_exp, ascending."""
     return _powers(*self.experts)
 
   def routings(self) -> dict[int, list[int]]:
-    """n_exp -> all its n_topk, both ascending."""
+    """Returns n_exp -> all its n_topk, both ascending."""
     low, high = self.topk
     found = {n_exp: _powers(low, min(high, max(1, n_exp // 2)))
              for n_exp in self.expert_counts()}
     return {n_exp: topks for n_exp, topks in found.items() if topks}
 
   def shapes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All (n_layers, d_model, d_expert), int64 [n] each."""
+    """Returns all (n_layers, d_model, d_expert), int64 [n] each."""
     found = []
     for d_model in lattice(self.multiple, _MOST_WIDTH, self.multiple, _STEP):
       layers = lattice(max(d_model / self.aspect[1], self.template.n_dense_layers + 1),
@@ -90,7 +90,7 @@ class Space:
 
   def shape(self, n_layers: ArrayLike, d_model: ArrayLike, d_expert: ArrayLike,
             n_exp: ArrayLike, n_topk: ArrayLike) -> Shape:
-    """The shapes of these five variables, with the template's rest. Arrays broadcast."""
+    """Returns shapes with these five variables and the rest of the template. Arrays broadcast."""
     template = self.template
     group = template.n_kv_heads or 1
     per_width = template.n_heads * template.d_head / template.d_model
@@ -105,7 +105,7 @@ class Space:
 
   def architecture(self, n_layers: int, d_model: int, d_expert: int, n_exp: int,
                    n_topk: int) -> Architecture:
-    """One of them as an Architecture."""
+    """Like `shape`, for a single Architecture."""
     shape = self.shape(n_layers, d_model, d_expert, n_exp, n_topk)
     whole = {name: int(value) for name, value in vars(shape).items()
              if value is not None and name not in ("tie_embeddings", "qk_norm")}
@@ -113,7 +113,7 @@ class Space:
                         qk_norm=self.template.qk_norm)
 
   def edges(self, arch: Architecture) -> tuple[str, ...]:
-    """At which ends of the searched ranges an architecture lies, as text."""
+    """Returns, as text, the variables in which an architecture is at an end of its range."""
     found = []
     for name, value, (low, high) in (
         ("n_exp", arch.n_exp, self.experts), ("n_topk", arch.n_topk, self.topk),
@@ -125,7 +125,7 @@ class Space:
 
 
 def lattice(low: float, high: float, multiple: int, step: float) -> np.ndarray:
-  """Multiples within [low, high], thinned to be a factor of about `step` apart, [n]."""
+  """Returns multiples within [low, high], thinned to be a factor of about `step` apart, [n]."""
   first, last = max(1, math.ceil(low / multiple - 1e-9)), math.floor(high / multiple + 1e-9)
   if last < first:
     return np.zeros(0, np.int64)
@@ -134,7 +134,7 @@ def lattice(low: float, high: float, multiple: int, step: float) -> np.ndarray:
 
 
 def _powers(low: float, high: float) -> list[int]:
-  """Those of 1, 2, 3, 4, 6, 8, 12, ... in the range, up to 2^16."""
+  """Returns those of 1, 2, 3, 4, 6, 8, 12, ... in the range, up to 2^16."""
   found = [2**k for k in range(17)] + [3 * 2**k for k in range(15)]
   return sorted(n for n in found if low <= n <= high)
 

@@ -1,4 +1,4 @@
-"""Quantities as people write them: 200M, 9B, 1T, 16GB, 32GiB."""
+"""Parses human-readable quantities: 200M, 9B, 1T, 16GB, 32GiB."""
 
 import math
 import re
@@ -12,17 +12,17 @@ _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)", re.
 
 
 def parse_count(field: str, text: str) -> float:
-  """`200M` -> 2e8. Units k, M, B or G, T. Raises FieldError naming the flag."""
+  """Parses `200M` as 2e8; units are k, M, B or G, T. Raises FieldError naming the flag."""
   return _parse(field, text, _COUNT, "must be a number above 0 such as 200M, 9B, 1T or 2e8")
 
 
 def parse_gigabytes(field: str, text: str) -> float:
-  """`16`, `16GB` -> 16; `16GiB` -> 17.18: decimal gigabytes. Raises FieldError."""
+  """Parses a size in decimal gigabytes: `16`, `16GB` -> 16; `16GiB` -> 17.18. Raises FieldError."""
   return _parse(field, text, _BYTES, "must be a size above 0 such as 16, 16GB or 32GiB") / 1e9
 
 
 def parse_range(field: str, text: str) -> tuple[float, float]:
-  """`32:128` -> (32, 128). Raises FieldError."""
+  """Parses `32:128` as (32, 128). Raises FieldError."""
   parts = text.split(":")
   try:
     low, high = (float(part) for part in parts)

@@ -1,1 +1,1 @@
-"""Published laws and fits of one's own: numbers only, no JAX; scipy is imported late."""
+"""Published scaling laws and fits to one's own runs: NumPy only, no JAX; scipy imported lazily."""

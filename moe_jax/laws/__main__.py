@@ -1,9 +1,9 @@
-"""Fits a law to results.csv and says what the data show and cannot show.
+"""Fits a scaling law to results.csv and reports what the data do and do not show.
 
     python -m moe_jax.laws --results=runs/grid/results.csv --law=paper --report=report.html
 
-The report is one page with its pictures inside; `report_files/` beside it has every picture as
-PNG and every table as CSV and Markdown. The same results give the same bytes.
+The report is a single self-contained page; `report_files/` next to it has every figure as PNG and
+every table as CSV and Markdown. The output is deterministic: the same results give the same bytes.
 """
 
 from absl import flags

@@ -1,4 +1,4 @@
-"""All that a report says, computed once: the text and the page show the same numbers."""
+"""Computes everything a report shows, once, so that the text and the page agree."""
 
 import dataclasses
 import functools
@@ -14,45 +14,45 @@ from moe_jax.laws.intervals import Interval
 from moe_jax.laws.power import MARGIN, Margin
 from moe_jax.laws.validate import LeftOut, NestedTest, Rival
 
-# The rivals of a log-log form, and the pairs of which one contains the other.
+# The rivals of a log-log form, and the (small, large) pairs that are nested.
 RIVALS = ("paper", "paper-curved", "total-sparsity", "total-active")
 NESTED = (("total-sparsity", "paper"), ("paper", "paper-curved"))
 HELD_OUT = ("n_total", "sparsity")
-# Forms of n_total, sparsity and n_exp alone: with another variable beside them c and b_minus_c
-# are slopes at given values of that one too, and the claims are not about those.
+# Forms in n_total, sparsity and n_exp alone. With a further variable, c and b_minus_c would be
+# slopes with that variable held fixed too, which is not what the claims are about.
 OF_THE_CLAIMS = ("paper", "paper-curved")
 
 
 @dataclasses.dataclass(frozen=True)
 class Nested:
-  """An F-test of `large` against `small`, or why there is none."""
+  """An F-test of `large` against `small`, or the reason there is none."""
 
   small: str
   large: str
   test: NestedTest | None
-  bent: Fit | None  # the large form where it has curvature in ln s
+  bent: Fit | None  # the fit of the large form, if it has curvature in ln s
   refusal: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-  """A fit and what is to be thought of it.
+  """A fit with its intervals, checks, rival forms and tests of the paper's claims.
 
   Attributes:
     fitted: the fit, with its design report.
-    margin: effects below it count as none.
-    headline: by the bootstrap whose coverage is right: the interval that is quoted.
-    pairs: of a log-log form, if errors are common to all sizes of a pair (n_exp, s).
-    profile: by profile likelihood, cells taken as independent.
-    huber: of the Huber solver, by rescaled subsamples.
-    architectures: refits without one architecture.
-    n_exps: refits without one n_exp.
-    held_out: refits without the largest value of a variable: extrapolation.
-    rivals: of a log-log form; empty otherwise, as are the three that follow.
-    nested: F-tests.
-    claims_law: the form whose slopes the claims are about; empty where there are no claims.
-    claims: the paper's claims.
-    mechanism: what of the mechanism these data can tell, or why nothing.
+    margin: the equivalence margin; smaller effects count as none.
+    headline: bootstrap intervals, the ones to quote: their coverage is right.
+    pairs: intervals of a log-log form if all sizes of a pair (n_exp, s) share their error.
+    profile: profile-likelihood intervals, which treat cells as independent.
+    huber: intervals of the Huber solver, from rescaled subsamples.
+    architectures: refits that leave out one architecture each.
+    n_exps: refits that leave out one value of n_exp each.
+    held_out: refits without the largest value of a variable, to test extrapolation.
+    rivals: the rivals of a log-log form; empty for other forms, as are the next four fields.
+    nested: F-tests of nested forms.
+    claims_law: the form whose slopes the claims are about; empty if no claims are tested.
+    claims: the paper's claims, tested.
+    mechanism: which explanations these data can separate, or why none.
   """
 
   fitted: Fit
@@ -76,13 +76,13 @@ class Analysis:
 
   @functools.cached_property
   def unbounded(self) -> set[str]:
-    """Parameters that are refused as the data do not bound them."""
+    """Parameters that are refused because the data do not bound them."""
     return {name for name, found in self.profile.items()
             if not np.isfinite([found.low, found.high]).all()}
 
   @functools.cached_property
   def disagreeing(self) -> set[str]:
-    """Parameters on which the two solvers' intervals have nothing in common."""
+    """Parameters for which the two solvers' intervals do not overlap."""
     return {name for name in self.fitted.parameters if name not in self.unbounded
             and (self.headline[name].low > self.huber[name].high
                  or self.huber[name].low > self.headline[name].high)}
@@ -90,7 +90,7 @@ class Analysis:
 
 def analyse(cells: Cells, law: str, margin: Margin = MARGIN, draws: int = intervals.DRAWS,
             seed: int = 0) -> Analysis:
-  """Fits, and looks at the fit from all sides. The same input gives the same output.
+  """Fits a law, then computes its intervals, checks and tests. Deterministic given `seed`.
 
   Raises:
     FieldError: the law is unknown or cannot be fitted to these cells.

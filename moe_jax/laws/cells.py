@@ -1,4 +1,4 @@
-"""The points that a law is fitted to: one loss for each architecture and training budget."""
+"""The data points a law is fitted to: one loss per architecture and training budget."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,18 +12,18 @@ from moe_jax.errors import FieldError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-  """Arrays of [n] cells. Seeds and learning rates are reduced before (moe_jax.laws.reduce).
+  """Arrays over n cells; seeds and learning rates are already reduced (moe_jax.laws.reduce).
 
   Attributes:
-    names: a name for each cell, unique.
+    names: a unique name for each cell.
     loss: the loss, positive.
-    columns: the variables by the project's words, positive: n_total, n_exp, tokens ...
-    architecture: which architecture a cell has; errors are clustered by it.
-    loss_se: standard error of the loss between seeds; NaN where it is not known.
-    seeds: how many runs each loss is the mean of, in effect: the seeds, or what the vertex
-      of a sweep is worth.
-    notes: lines on what was done to get here, for the report.
-    runs: the rows of the results table that each loss was made of; empty where there is none.
+    columns: the variables under the project's names, positive: n_total, n_exp, tokens ...
+    architecture: the architecture index of each cell; errors are clustered by it.
+    loss_se: standard error of the loss due to seeds; NaN where it is not known.
+    seeds: effective number of runs averaged into each loss: the number of seeds, or its
+      equivalent for the vertex of a learning-rate sweep.
+    notes: lines for the report on how the cells were obtained.
+    runs: the rows of the results table behind each loss; empty if there is no table.
     unused: the rows that are in no cell, each with the reason under table.UNUSED.
   """
 
@@ -42,10 +42,10 @@ class Cells:
          architecture: ArrayLike | None = None, loss_se: ArrayLike | None = None,
          notes: tuple[str, ...] = (), seeds: ArrayLike = 1.0,
          **columns: ArrayLike) -> "Cells":
-    """Cells of plain arrays; sparsity and granularity are derived where they can be.
+    """Builds cells from plain arrays, deriving sparsity, granularity and core where possible.
 
-    Without `architecture` every cell is its own. Raises FieldError for a value that is
-    not finite and positive.
+    Without `architecture` every cell is an architecture of its own. Raises FieldError for a
+    value that is not finite and positive.
     """
     loss = np.asarray(loss, float)
     n = len(loss)
@@ -85,14 +85,14 @@ class Cells:
     return np.log(self.loss)
 
   def log(self, column: str) -> np.ndarray:
-    """ln of a column. Raises FieldError where the data have no such column."""
+    """Returns ln of a column. Raises FieldError if the data have no such column."""
     if column not in self.columns:
       raise FieldError("column", column, "is not in these data; "
                        + did_you_mean(column, list(self.columns)))
     return np.log(self.columns[column])
 
   def take(self, which: np.ndarray) -> "Cells":
-    """The cells of a mask or of indices, in that order."""
+    """Returns the cells selected by a mask or by indices, in that order."""
     index = np.arange(len(self))[which]
     return dataclasses.replace(
         self, names=tuple(self.names[i] for i in index), loss=self.loss[index],

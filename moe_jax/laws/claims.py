@@ -1,9 +1,10 @@
-"""The claims of arXiv 2601.08215 as tests on one's own grid.
+"""Tests the claims of arXiv 2601.08215 on one's own grid.
 
-Both claims are about one coefficient of ln L = c0 - a ln N_total + (b - c) ln n_exp + c ln s:
-sparsity hurts is c > 0; more experts hurt at equal N_total and s is b - c > 0. Each gets a
-two-sided interval and an equivalence test (two one-sided tests at 5 %, which is whether the
-90 % interval lies within the margin): "no effect was seen" and "there is none" are two things.
+Each claim is about one coefficient of ln L = c0 - a ln N_total + (b - c) ln n_exp + c ln s:
+"sparsity hurts" means c > 0; "more experts hurt at equal N_total and s" means b - c > 0. Each
+gets a two-sided interval and an equivalence test (TOST, two one-sided tests at 5 %: whether the
+90 % interval lies within the margin), because failing to see an effect does not show that there
+is none.
 """
 
 import dataclasses
@@ -23,15 +24,15 @@ SHOWN, OPPOSITE, EQUIVALENT, UNDECIDED, REFUSED = (
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """A claim held against the data.
+  """A claim tested against the data.
 
   Attributes:
     name: the claim in a few words.
-    parameter: the coefficient that it says is positive.
+    parameter: the coefficient that the claim says is positive.
     verdict: SHOWN, OPPOSITE, EQUIVALENT, UNDECIDED or REFUSED.
-    interval: two-sided, 95 %; None where refused.
-    equivalence: the 90 % interval of the two one-sided tests; None where refused.
-    margin: effects below it count as none.
+    interval: the two-sided 95 % interval; None if refused.
+    equivalence: the 90 % interval of the two one-sided tests; None if refused.
+    margin: the equivalence margin; smaller effects count as none.
     sentence: what these data show and cannot show.
   """
 
@@ -54,7 +55,7 @@ _CLAIMS = (
 
 def assess(cells: Cells, margin: Margin = MARGIN, seed: int = 0,
            law: str = "paper", draws: int = DRAWS) -> list[Claim]:
-  """Both claims, on a log-log form of n_total, sparsity and n_exp alone."""
+  """Tests both claims on `law`, a log-log form in n_total, sparsity and n_exp alone."""
   try:
     fitted = fit(cells, law)
   except FieldError as error:
@@ -101,12 +102,12 @@ def _claim(fitted: Fit, wide: dict[str, Interval], narrow: dict[str, Interval], 
 
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
-  """Which of the explanations of "more experts hurt" the grid can tell apart.
+  """Which explanations of "more experts hurt" the grid can separate.
 
   Attributes:
-    core_or_active: whether fewer core dimensions and fewer active parameters can be.
-    experts_or_core: whether more experts and fewer core dimensions can be.
-    estimates: slope -> interval, where something can be told apart.
+    core_or_active: whether it can separate fewer core dimensions from fewer active parameters.
+    experts_or_core: whether it can separate more experts from fewer core dimensions.
+    estimates: slope -> interval, for the explanations that can be separated.
     sentences: what these data show and cannot show.
   """
 
@@ -117,12 +118,12 @@ class Mechanism:
 
 
 def mechanism(cells: Cells, seed: int = 0, draws: int = DRAWS) -> Mechanism:
-  """Looks for what breaks the ties, and only then estimates.
+  """Checks which explanations the grid can separate, and estimates slopes only for those.
 
-  N_active = 4 l d² (1 - 1/s) + N_total / s, the router counted with the core's 4 l d²: at
-  given N_total and s the core and the active parameters are one, unless the attention's
-  share of d² differs between cells. N_total = l d² (4 + 3 n_exp / g): at given N_total the
-  core and n_exp are one, unless granularity g varies apart from n_exp.
+  N_active = 4 l d² (1 - 1/s) + N_total / s, counting the router in the core's 4 l d²: at fixed
+  N_total and s, the core determines the active parameters, unless attention's share of d²
+  differs between cells. N_total = l d² (4 + 3 n_exp / g): at fixed N_total, n_exp determines
+  the core, unless granularity g varies independently of n_exp.
 
   Raises:
     FieldError: the data lack n_layers, d_model or d_expert.
@@ -158,7 +159,7 @@ def mechanism(cells: Cells, seed: int = 0, draws: int = DRAWS) -> Mechanism:
 
 
 def _attention_share(cells: Cells) -> tuple[float, float]:
-  """Least and largest (core parameters without the router) / (l d²) of the MoE cells."""
+  """Returns (min, max) over MoE cells of (core parameters without the router) / (l d²)."""
   x = cells.columns
   moe = x["sparsity"] > 1.01
   if not moe.any():
@@ -170,7 +171,7 @@ def _attention_share(cells: Cells) -> tuple[float, float]:
 
 
 def _granularity_apart(cells: Cells) -> float:
-  """Standard deviation of ln g that ln n_exp and ln n_total (squares too) leave over."""
+  """Residual standard deviation of ln g regressed on a quadratic in ln n_exp and ln n_total."""
   e, n, g = (cells.log(name) for name in ("n_exp", "n_total", "granularity"))
   e, n = e - e.mean(), n - n.mean()
   x_NP = np.stack([np.ones_like(e), e, e**2, n, n**2, e * n], axis=1)

@@ -1,9 +1,9 @@
-"""Which runs to add to a grid: greedy choice, then exchange, on what least squares would know.
+"""Chooses which runs to add to a grid: greedy selection, then an exchange algorithm.
 
-A run either opens a new cell or repeats one with another seed; a repeat averages out the
-noise between seeds alone. Every candidate is scored at once: X'X and X'VX of the grid with
-it differ from those of the grid by the outer products of its row with itself and with the
-sum of its architecture's rows.
+The criterion is the variance of the least-squares estimates. A run either opens a new cell or
+repeats an existing one with another seed; a repeat averages out only the noise between seeds.
+All candidates are scored at once: adding one changes X'X and X'VX by the outer products of its
+row with itself and with the sum of its architecture's rows.
 """
 
 import dataclasses
@@ -14,20 +14,20 @@ from moe_jax.errors import require
 from moe_jax.laws.information import Design, Noise, degrees_of_freedom
 from moe_jax.laws.power import t_quantile
 
-# Pseudo-measurements of this weight stand in for what a grid does not identify yet.
+# Weight of the pseudo-measurements that keep X'X invertible while a grid is not yet identified.
 _PRIOR = 1e-9
 _MAX_PASSES = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What is to be known better: linear combinations of the parameters.
+  """What the added runs should estimate better: linear combinations of the parameters.
 
   Attributes:
-    name: for the report.
-    contrast_QP: one combination a row.
-    volume: whether their joint volume counts (D-optimality) or their mean variance (c- and
-      A-optimality).
+    name: name in the report.
+    contrast_QP: one combination per row.
+    volume: minimize the volume of their joint confidence region (D-optimality) rather than
+      their mean variance (c- and A-optimality).
   """
 
   name: str
@@ -35,7 +35,7 @@ class Target:
   volume: bool = False
 
   def log_variance(self, covariance_KPP: np.ndarray) -> np.ndarray:
-    """[K]: log of the mean variance, or of the geometric mean along the joint axes."""
+    """Log of the mean variance, or of its geometric mean over the principal axes: [K]."""
     of_target = self.contrast_QP @ covariance_KPP @ self.contrast_QP.T
     if self.volume:
       return np.linalg.slogdet(of_target)[1] / len(self.contrast_QP)
@@ -44,11 +44,11 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-  """Every cell that there is or could be.
+  """Every cell that has been run or could be.
 
   Attributes:
-    design: all of them as rows; `seeds_N` is 0 for those that are candidates alone.
-    cost_N: of one run of the cell, in any unit.
+    design: all of them as rows; `seeds_N` is 0 for candidates that have not been run.
+    cost_N: cost of one run of each cell, in any unit.
   """
 
   design: Design
@@ -60,11 +60,11 @@ class Choice:
   """Runs to add, best first.
 
   Attributes:
-    added: rows of the pool; a row that comes twice is run with two seeds.
-    half_width: of the target with the first 0, 1, ... of them: 95 %, root mean square or,
-      for a volume, the geometric mean over its axes, at the fewest degrees of freedom of
-      its combinations. Infinite where not identified.
-    alone: the same with one of them alone.
+    added: rows of the pool; a row that appears twice is run with two seeds.
+    half_width: half-width of the target's 95 % interval after the first 0, 1, ... of these runs:
+      the root mean square over its combinations or, for a volume, the geometric mean over its
+      axes, at the fewest degrees of freedom of any combination. Infinite if not identified.
+    alone: the half-width with each of these runs added on its own.
   """
 
   added: tuple[int, ...]
@@ -74,18 +74,21 @@ class Choice:
 
 def choose(pool: Pool, noise: Noise, target: Target, n_add: int,
            budget: float = np.inf) -> Choice:
-  """The runs that shrink the target's interval most.
+  """Chooses the runs that shrink the target's interval most.
 
-  Without a budget each step takes the run of the largest gain; with one, of the largest gain
-  a unit of cost among those that can still be paid. Then runs are exchanged for others, one
-  at a time, for as long as that helps and the budget allows.
+  Without a budget, each greedy step takes the run with the largest gain; with one, the
+  affordable run with the largest gain per unit of cost. Then runs are exchanged one at a time
+  until no exchange within the budget helps.
 
   Args:
-    n_add: at most so many runs, 1 or more.
-    budget: most that they may cost together: the caller's --flops.
+    pool: the cells to choose from.
+    noise: the noise assumed in every cell.
+    target: what to estimate better.
+    n_add: the maximum number of runs, at least 1.
+    budget: the maximum total cost (the caller's --flops).
 
   Raises:
-    FieldError: the budget pays for no run at all.
+    FieldError: the budget does not pay for a single run.
   """
   require(budget >= pool.cost_N.min(), "flops", budget,
           f"pays for no run: the cheapest takes {pool.cost_N.min():.3g}")
@@ -110,7 +113,7 @@ def choose(pool: Pool, noise: Noise, target: Target, n_add: int,
 
 
 def half_width(pool: Pool, noise: Noise, target: Target, added: list[int]) -> float:
-  """Of the target's 95 % interval with these runs; infinite where not identified."""
+  """Half-width of the target's 95 % interval with these runs; infinite if not identified."""
   design = with_runs(pool, added)
   unseen = target.contrast_QP @ (
       np.eye(design.x_NP.shape[1]) - np.linalg.pinv(design.x_NP) @ design.x_NP)
@@ -124,8 +127,11 @@ def half_width(pool: Pool, noise: Noise, target: Target, added: list[int]) -> fl
 
 
 def reported_half_width(pool: Pool, noise: Noise, target: Target, added: list[int]) -> float:
-  """The same as the fit's own interval will have it: where every cell is an architecture of its
-  own it takes repeated and single cells to scatter alike."""
+  """Half-width that the fit itself will report.
+
+  Differs from `half_width` where every cell is an architecture of its own: the fit then assumes
+  one variance for repeated and single cells.
+  """
   design = with_runs(pool, added)
   n, p = design.x_NP.shape
   expected = half_width(pool, noise, target, added)
@@ -136,7 +142,7 @@ def reported_half_width(pool: Pool, noise: Noise, target: Target, added: list[in
 
 
 def with_runs(pool: Pool, added: list[int]) -> Design:
-  """The design of what has been run and these runs."""
+  """Returns the design of the cells run so far plus these runs."""
   seeds_N = _seeds(pool, added)
   there = seeds_N > 0
   whole = pool.design
@@ -149,7 +155,7 @@ def _seeds(pool: Pool, added: list[int]) -> np.ndarray:
 
 
 def _grow(pool, noise, target, added, n_add, budget) -> list[int]:
-  """Adds runs one by one while there is room and money and it helps."""
+  """Adds runs greedily while they help and `n_add` and the budget allow."""
   added = list(added)
   while len(added) < n_add:
     affordable = pool.cost_N <= budget - pool.cost_N[added].sum()
@@ -164,7 +170,7 @@ def _grow(pool, noise, target, added, n_add, budget) -> list[int]:
 
 
 def _by_gain(pool, noise, target, added) -> list[int]:
-  """The same runs, each the one that helps most after those before it."""
+  """Reorders the runs greedily: each is the one that helps most after those before it."""
   left, ordered = list(added), []
   while left:
     score_N = _scores(pool, noise, target, ordered)
@@ -174,7 +180,7 @@ def _by_gain(pool, noise, target, added) -> list[int]:
 
 
 def _normal_matrices(pool: Pool, noise: Noise, seeds_N: np.ndarray):
-  """(X'X, X'VX, the sum of its architecture's rows for every row of the pool)."""
+  """Returns X'X, X'VX and, for every row of the pool, the sum of its architecture's rows."""
   x_NP, there = pool.design.x_NP, seeds_N > 0
   prior_PP = np.diag(_PRIOR * np.mean(x_NP**2, axis=0))
   shared_NP = pool.design.errors_shared() @ (x_NP * there[:, None])
@@ -187,9 +193,9 @@ def _normal_matrices(pool: Pool, noise: Noise, seeds_N: np.ndarray):
 
 
 def _score(pool, noise, target, added) -> float:
-  """Log of the squared half-width; finite also where the prior alone bounds it.
+  """Log of the squared half-width; finite even where only the prior bounds it.
 
-  Degrees of freedom are counted, not those of the cluster jackknife: these would be slow.
+  Uses the counted degrees of freedom, because Bell and McCaffrey's would be slow.
   """
   seeds_N = _seeds(pool, added)
   a_PP, b_PP, _ = _normal_matrices(pool, noise, seeds_N)
@@ -202,7 +208,7 @@ def _score(pool, noise, target, added) -> float:
 
 
 def _scores(pool, noise, target, added) -> np.ndarray:
-  """`_score` with each row of the pool added to `added`, [N]."""
+  """Returns `_score` with each row of the pool added in turn to `added`: [N]."""
   design, seeds_N = pool.design, _seeds(pool, added)
   there, x_NP, p = seeds_N > 0, design.x_NP, design.x_NP.shape[1]
   a_PP, b_PP, shared_NP = _normal_matrices(pool, noise, seeds_N)

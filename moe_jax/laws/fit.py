@@ -1,4 +1,4 @@
-"""Fits a form to cells: identify first, then two solvers side by side."""
+"""Fits a form to cells: checks identifiability first, then runs two solvers side by side."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from moe_jax.laws.law import LOSS, Prediction
 from moe_jax.laws.shape import Shape
 from moe_jax.laws.solvers import Problem, Solution
 
-_HELPS = (("n_total",), ("n_active",), ("tokens",))  # more of it lowers the loss
+_HELPS = (("n_total",), ("n_active",), ("tokens",))  # increasing these should lower the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Fit:
   """A fitted law.
 
   Attributes:
-    identified: the design-matrix report, and the form that was fitted.
-    cells: what it was fitted to.
-    least_squares: by variable projection; for a log-log form, least squares itself.
-    huber: by the log-space Huber loss.
+    identified: the design-matrix report, with the form that was fitted.
+    cells: the cells it was fitted to.
+    least_squares: solution by variable projection; for a log-log form, by ordinary least squares.
+    huber: solution that minimizes the Huber loss in log space.
   """
 
   identified: Identified
@@ -47,25 +47,25 @@ class Fit:
 
   @property
   def residual(self) -> np.ndarray:
-    """ln L measured - fitted by least squares, [n]."""
+    """Measured ln L minus the least-squares fit, [n]."""
     return self.cells.log_loss - self.log_loss(self.cells)
 
   @property
   def scatter(self) -> float:
-    """Standard deviation of the residuals of ln L, by their degrees of freedom n - P."""
+    """Residual standard deviation of ln L, with n - P degrees of freedom."""
     df = max(1, len(self.cells) - len(self.parameters))
     return float(np.sqrt(np.sum(self.residual**2) / df))
 
   @property
   def scatter_of_one_run(self) -> float:
-    """The same around the law of a single run's ln L, where cells are means over seeds."""
+    """Like `scatter`, but for the ln L of a single run where cells are means over seeds."""
     noise = self.cells.seed_noise
     averaged = 0.0 if np.isnan(noise) else noise**2 * np.mean(1 - 1 / self.cells.seeds)
     return float(np.sqrt(self.scatter**2 + max(0.0, averaged)))
 
   @property
   def doubts(self) -> tuple[str, ...]:
-    """Why its answers may not be trusted even inside the range of the data, a line each."""
+    """Reasons, one per line, to distrust the fit even inside the range of the data."""
     return tuple(
         f"{name} = {self.value(name):.3g}: by it the loss grows with {basis.columns[0]}, so that "
         "the data do not tell it from the other terms" for term in self.form.terms
@@ -73,13 +73,13 @@ class Fit:
         if basis.columns in _HELPS and basis.sign < 0 and self.value(name) < 0)
 
   def log_loss(self, cells: Cells) -> np.ndarray:
-    """Predicted ln L of other cells, by the least-squares solution."""
+    """Returns the ln L that the least-squares solution predicts for `cells`."""
     return self.form.log_loss(self.least_squares.theta, cells)
 
   def predict(self, shape: Shape, tokens: ArrayLike) -> Prediction:
-    """The fitted law's answer for a Shape of many, like a published law's.
+    """Predicts the loss for a Shape of many models, as a published law does.
 
-    Outside the range of what it was fitted to it answers, with a line for each variable.
+    Extrapolates outside the fitted range, adding a line for each variable that is outside it.
     """
     asked = self.cells_of(shape, tokens)
     outside = []
@@ -96,7 +96,7 @@ class Fit:
 
   @staticmethod
   def cells_of(shape: Shape, tokens: ArrayLike) -> Cells:
-    """Shapes as cells without a measured loss, [n]."""
+    """Converts shapes to n cells with a placeholder loss of 1."""
     names = ("n_layers", "d_model", "d_expert", "n_exp", "n_topk", "n_total", "n_active")
     columns = np.broadcast_arrays(np.atleast_1d(np.asarray(tokens, float)),
                                   *[np.asarray(getattr(shape, name), float) for name in names])
@@ -105,7 +105,7 @@ class Fit:
                     **dict(zip(("tokens", *names), columns, strict=True)))
 
   def value(self, parameter: str) -> float:
-    """The least-squares estimate. Raises FieldError for one that is not identified."""
+    """Returns the least-squares estimate. Raises FieldError if it is not identified."""
     if parameter not in self.parameters:
       why = self.identified.refused.get(parameter, "is no parameter of this form")
       raise FieldError("parameter", parameter, why)
@@ -113,18 +113,18 @@ class Fit:
 
 
 def fit(cells: Cells, law: str, n_starts: int = solvers.N_STARTS, seed: int = 0) -> Fit:
-  """Fits the form of that name.
+  """Fits the form named `law`.
 
   Raises:
     FieldError: an unknown form, a variable that the data lack, too few cells, or a
-      parameter that was not optimised.
+      parameter that still equals its start.
   """
   return fit_identified(identify(form_for(law, cells), cells), cells, n_starts, seed)
 
 
 def fit_identified(identified: Identified, cells: Cells, n_starts: int = solvers.N_STARTS,
                    seed: int = 0) -> Fit:
-  """The same for a form that has been reduced to what the cells identify."""
+  """Like `fit`, for a form already reduced to what the cells identify."""
   form = identified.form
   problem = Problem(form, form.matrix(cells), cells.log_loss)
   squares = solvers.variable_projection(problem, max(8, n_starts // 4), seed)
@@ -133,7 +133,10 @@ def fit_identified(identified: Identified, cells: Cells, n_starts: int = solvers
 
 
 def refit(fitted: Fit, cells: Cells) -> np.ndarray:
-  """theta of the same form on other cells, least squares from the first fit's answer.
+  """Refits the same form to other cells by least squares, warm-started from `fitted`.
+
+  Returns:
+    theta.
 
   Raises:
     FieldError: these cells do not identify the form.

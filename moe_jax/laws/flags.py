@@ -1,17 +1,17 @@
-"""Flags that the commands which read results and fit a law have in common."""
+"""Flags shared by the commands that read results and fit a law."""
 
 from absl import flags
 
 from moe_jax.laws.forms import FORMS
 
-flags.disclaim_key_flags()  # they are the commands', whose --help lists them
+flags.disclaim_key_flags()  # so that each command's --help lists them as its own
 
 
 def define_rows_flags(cells_of: str = "--results") -> tuple[flags.FlagHolder, flags.FlagHolder]:
-  """Declares --where and --without, as `table.read_results` takes them.
+  """Declares --where and --without, in the form `table.read_results` expects.
 
   Args:
-    cells_of: the flags whose cells --without names.
+    cells_of: the flags that provide the cells --without refers to, for the help text.
   """
   return (
       flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: keep these rows of --results alone, "
@@ -20,5 +20,5 @@ def define_rows_flags(cells_of: str = "--results") -> tuple[flags.FlagHolder, fl
 
 
 def define_law_flag(which: str = "The form to fit") -> flags.FlagHolder:
-  """Declares --law; `which` says what the form is."""
+  """Declares --law; `which` begins its help text."""
   return flags.DEFINE_string("law", "paper", f"{which}: {', '.join(FORMS)}.")

@@ -1,9 +1,8 @@
-"""The forms a law can have, all of one kind: ln L = logsumexp over terms of M_KNP @ theta.
+"""The functional forms a law can have, all written as ln L = logsumexp over terms of M_KNP @ theta.
 
-A term is exp of something linear in the parameters, so A / N^alpha is
-exp(ln_A - alpha ln N); a constant is exp(ln_E). One term alone makes ln L itself linear: the
-log-log forms. Everything after this file works on the matrices M_KNP: K terms, N cells,
-P parameters.
+Each term is the exponential of an expression linear in the parameters: A / N^alpha is
+exp(ln_A - alpha ln N), a constant is exp(ln_E). With a single term ln L itself is linear; these
+are the log-log forms. The solvers work only on the arrays M_KNP: K terms, N cells, P parameters.
 """
 
 import dataclasses
@@ -16,18 +15,18 @@ from moe_jax.laws.cells import Cells
 from moe_jax.laws.registry import joint_moe
 from moe_jax.laws.registry.saturation import saturated
 
-MIN_SPREAD = np.log(1.1)  # a variable that varies by less than 10 % is held
+MIN_SPREAD = np.log(1.1)  # a variable that varies by less than 10 % is treated as constant
 
 
 @dataclasses.dataclass(frozen=True)
 class Basis:
-  """What a parameter is multiplied by inside the exponent of its term.
+  """The regressor that a parameter multiplies inside the exponent of its term.
 
   Attributes:
-    text: as it reads in a formula, e.g. ``-ln n_total``.
+    text: its text in a formula, e.g. ``-ln n_total``.
     columns: the columns of the data that it needs.
     of: Cells -> array [n].
-    sign: of a plain logarithm; 0 for anything else (products, squares).
+    sign: the sign of a plain logarithm; 0 for anything else (products, squares).
   """
 
   text: str
@@ -49,11 +48,11 @@ Term = Mapping[str, Basis]  # parameter -> its basis; exactly one parameter has 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """A law with its parameters still open.
+  """A law whose parameters are not yet fitted.
 
   Attributes:
     name: key in FORMS.
-    formula: as a line of text.
+    formula: the formula as a line of text.
     terms: the K terms.
   """
 
@@ -63,7 +62,7 @@ class Form:
 
   @property
   def parameters(self) -> tuple[str, ...]:
-    """P names, in the order of theta."""
+    """The P parameter names, in the order of theta."""
     return tuple(dict.fromkeys(name for term in self.terms for name in term))
 
   @property
@@ -79,12 +78,12 @@ class Form:
 
   @property
   def columns(self) -> tuple[str, ...]:
-    """The columns of the data that it needs."""
+    """The columns of the data that the form needs."""
     return tuple(dict.fromkeys(
         c for term in self.terms for basis in term.values() for c in basis.columns))
 
   def matrix(self, cells: Cells) -> np.ndarray:
-    """M_KNP."""
+    """Returns M_KNP for these cells."""
     names = self.parameters
     m_KNP = np.zeros((len(self.terms), len(cells), len(names)))
     for k, term in enumerate(self.terms):
@@ -98,7 +97,7 @@ class Form:
 
 
 def log_sum(z_KN: np.ndarray) -> np.ndarray:
-  """logsumexp over the terms."""
+  """Returns the logsumexp over the terms, [N]."""
   top_N = z_KN.max(axis=0)
   return top_N + np.log(np.exp(z_KN - top_N).sum(axis=0))
 
@@ -108,7 +107,7 @@ def _mean_log(cells: Cells, column: str) -> float:
 
 
 def curvature(cells: Cells, column: str) -> Basis:
-  """½ (ln x - m)², m the mean over `cells`, so that the linear slope is that at e^m."""
+  """½ (ln x - m)², with m the mean over `cells`: the linear slope is then the slope at x = e^m."""
   mean = _mean_log(cells, column)
   return Basis(f"½ (ln {column} - {mean:.3g})²", (column,),
                lambda at: (at.log(column) - mean)**2 / 2)
@@ -120,7 +119,7 @@ _TOTAL_SPARSITY: Term = {p: basis for p, basis in _PAPER.items() if p != "b_minu
 
 
 def _log_log(name: str, cells: Cells, formula: str, term: Term) -> Form:
-  """A form of one term; tokens join it where they vary, or they would be taken for shape."""
+  """A one-term form; adds tokens if they vary, or their effect would be ascribed to shape."""
   if "tokens" in cells.columns and np.ptp(cells.log("tokens")) >= MIN_SPREAD:
     term, formula = dict(term) | {"d": ln("tokens", -1)}, formula + " - d ln tokens"
   return Form(name, "ln L = " + formula, (term,))
@@ -132,20 +131,20 @@ def paper(cells: Cells) -> Form:
 
 
 def paper_curved(cells: Cells) -> Form:
-  """The same with curvature in ln s: c is then the slope at the grid's mean ln s."""
+  """`paper` with curvature in ln s: c is then the slope at the grid's mean ln s."""
   return _log_log("paper-curved", cells, "c0 - a ln n_total + b_minus_c ln n_exp + c ln s "
                   "+ q/2 (ln s - mean)²", _PAPER | {"q": curvature(cells, "sparsity")})
 
 
 def paper_active(cells: Cells) -> Form:
-  """The same with ln n_active beside it: is b_minus_c more than fewer active parameters?"""
+  """`paper_curved` plus ln n_active: does b_minus_c reflect more than fewer active parameters?"""
   return _log_log("paper-active", cells, "c0 - a ln n_total + b_minus_c ln n_exp + c ln s "
                   "+ q/2 (ln s - mean)² + active ln n_active",
                   _PAPER | {"q": curvature(cells, "sparsity"), "active": ln("n_active")})
 
 
 def total_sparsity(cells: Cells) -> Form:
-  """The rival that knows no n_exp of its own: nested in `paper` at b_minus_c = 0."""
+  """The rival without n_exp: nested in `paper` at b_minus_c = 0."""
   return _log_log("total-sparsity", cells, "c0 - a ln n_total + c ln s", _TOTAL_SPARSITY)
 
 
@@ -156,14 +155,14 @@ def total_active(cells: Cells) -> Form:
 
 
 def experts_or_core(cells: Cells) -> Form:
-  """Whether more experts or fewer core dimensions l d² do the harm; core = l d²."""
+  """Tests whether more experts or fewer core dimensions raise the loss; core = l d²."""
   return _log_log("experts-or-core", cells,
                   "c0 - a ln n_total + c ln s + more_experts ln n_exp + core ln(l d²)",
                   _TOTAL_SPARSITY | {"more_experts": ln("n_exp"), "core": ln("core")})
 
 
 def core_or_active(cells: Cells) -> Form:
-  """Whether fewer core dimensions or fewer active parameters do the harm."""
+  """Tests whether fewer core dimensions or fewer active parameters raise the loss."""
   return _log_log("core-or-active", cells,
                   "c0 - a ln n_total + c ln s + core ln(l d²) + active ln n_active",
                   _TOTAL_SPARSITY | {"core": ln("core"), "active": ln("n_active")})
@@ -181,13 +180,13 @@ def paper_tokens(_: Cells) -> Form:
 
 
 def chinchilla(_: Cells) -> Form:
-  """Chinchilla's form of active parameters: for a dense model these are all of them."""
+  """Chinchilla's form in active parameters, which for a dense model are all of them."""
   return Form("chinchilla", "L = E + A / n_active^alpha + B / tokens^beta",
               ({"ln_A": ONE, "alpha": ln("n_active", -1)}, _TOKENS, _FLOOR))
 
 
 def krajewski(_: Cells) -> Form:
-  """Krajewski's form, arXiv 2402.07871; g stands for his G = 4 g, which gamma0 absorbs."""
+  """Krajewski's form, arXiv 2402.07871, in g: gamma0 absorbs the factor of the paper's G = 4 g."""
   return Form("krajewski",
               "L = E + (gamma0 / g^gamma + A) / n_total^alpha + B / tokens^beta",
               ({"ln_gamma0": ONE, "gamma": ln("granularity", -1), "alpha": ln("n_total", -1)},
@@ -200,7 +199,7 @@ def _log_hat(cells: Cells) -> np.ndarray:
 
 
 def _with_experts(cells: Cells, column: str) -> Basis:
-  """(ln E^ - mean)(ln x - mean): centred, or it would be collinear with both factors."""
+  """(ln E^ - mean)(ln x - mean): centered, or it would be collinear with both factors."""
   hat, mean = float(_log_hat(cells).mean()), _mean_log(cells, column)
   return Basis(f"(ln E^ - {hat:.3g})(ln {column} - {mean:.3g})", ("sparsity", column),
                lambda at: (_log_hat(at) - hat) * (at.log(column) - mean))
@@ -209,7 +208,7 @@ def _with_experts(cells: Cells, column: str) -> Basis:
 def joint(cells: Cells) -> Form:
   """The joint MoE form, arXiv 2502.05172, at its published E_start and E_max.
 
-  Its products are centred: alpha is the exponent at the mean ln E^, delta the effect of
+  Its products are centered: alpha is the exponent at the mean ln E^, delta the effect of
   experts at the mean ln n_active; likewise for tokens.
   """
   experts = Basis("ln E^", ("sparsity",), _log_hat)
@@ -230,15 +229,16 @@ FORMS: dict[str, Callable[[Cells], Form]] = {
     "chinchilla": chinchilla, "krajewski": krajewski, "joint-moe": joint,
 }
 
-# What a form looks at while it is made, to centre its products.
+# Columns that a form reads while it is built, to center its products.
 _CENTRED = {"paper-curved": ("sparsity",), "paper-active": ("sparsity",),
             "joint-moe": ("sparsity", "n_active", "tokens")}
 
 
 def form_for(name: str, cells: Cells) -> Form:
-  """The form of that name, for these cells. Raises FieldError where it cannot be had.
+  """Builds the form of that name for these cells.
 
-  That is: an unknown name, or a variable that the data lack.
+  Raises:
+    FieldError: an unknown name, or a variable that the data lack.
   """
   if name not in FORMS:
     raise FieldError("law", name, did_you_mean(name, list(FORMS)))

@@ -1,9 +1,10 @@
-"""The design-matrix report: which parameters the data can tell apart, before any fit.
+"""Checks the design matrix before any fit: which parameters the data can tell apart.
 
-A parameter is refused where its variable hardly varies, or where it is collinear with
-others; of those the combination that is identified is kept. Belsley, Kuh and Welsch's
-condition index on centred columns of unit length (30 and more is harmful) says when, the
-parts of the variances that a weak direction holds (above one half) say which.
+A parameter is refused if its variable hardly varies or if it is collinear with others; of
+collinear parameters, the combination that is identified is kept. Collinearity is diagnosed as
+Belsley, Kuh and Welsch do: a condition index of 30 or more on centered columns of unit length is
+harmful, and the parameters involved are those with variance-decomposition proportions above one
+half in the weak directions.
 """
 
 import dataclasses
@@ -15,8 +16,8 @@ from moe_jax.laws.cells import Cells
 from moe_jax.laws.forms import MIN_SPREAD, ONE, Basis, Form, Term, ln
 
 MAX_CONDITION = 30.0
-MAX_SLOPE = 0.2  # no published exponent of a loss is above it; bounds what is left out
-# Of collinear variables, the one whose slope is reported: the earliest in this list.
+MAX_SLOPE = 0.2  # above every published exponent of a loss; bounds the effect of an omitted term
+# Among collinear variables, the slope is reported for the earliest in this list.
 _DRIVERS = ("n_exp", "sparsity", "tokens", "n_active", "granularity", "core", "n_total")
 
 
@@ -26,14 +27,14 @@ class TooFew(FieldError):
 
 @dataclasses.dataclass(frozen=True)
 class Identified:
-  """What can be fitted.
+  """The identifiable part of a form.
 
   Attributes:
-    asked: the form that was asked for.
-    form: the form that the data identify; `asked` itself where nothing is refused.
+    asked: the form that was requested.
+    form: the form that the data identify; `asked` itself if nothing is refused.
     refused: parameter -> why it is not reported, one line each.
-    combinations: new parameter of `form` -> what it is in terms of the refused ones.
-    condition: largest condition index of a term's centred and scaled columns, as asked.
+    combinations: new parameter of `form` -> its expression in the refused ones.
+    condition: largest condition index over the requested terms, columns centered and scaled.
   """
 
   asked: Form
@@ -43,7 +44,7 @@ class Identified:
   condition: float
 
   def lines(self) -> list[str]:
-    """The report."""
+    """Returns the report as lines of text."""
     found = [f"design: {self.asked.formula}",
              f"  condition index {self.condition:.3g} (harmful from {MAX_CONDITION:g})"]
     found += [f"  {p}: REFUSED, {why}" for p, why in self.refused.items()]
@@ -56,7 +57,7 @@ class Identified:
 
 
 def identify(form: Form, cells: Cells) -> Identified:
-  """Reduces `form` to what `cells` can identify.
+  """Reduces `form` to the parameters that `cells` can identify.
 
   Raises:
     TooFew: fewer cells or architectures than the reduced form needs.
@@ -76,7 +77,7 @@ def identify(form: Form, cells: Cells) -> Identified:
 
 
 def _check_enough(form: Form, cells: Cells) -> None:
-  """One more cell than parameters, one more architecture than those of the shape."""
+  """Requires more cells than parameters, and two more architectures than shape coefficients."""
   needed = len(form.parameters) + 1
   if len(cells) < needed:
     raise TooFew("results", f"{len(cells)} cells", f"too few for {form.name}: the {needed - 1} "
@@ -90,14 +91,14 @@ def _check_enough(form: Form, cells: Cells) -> None:
 
 
 def _columns(term: Term, cells: Cells) -> np.ndarray:
-  """Centred columns of a term, without its intercept: [n, p]."""
+  """Returns the centered columns of a term without its intercept: [n, p]."""
   columns = [basis.of(cells) for basis in term.values() if basis is not ONE]
   x_NP = np.stack(columns, axis=1) if columns else np.zeros((len(cells), 0))
   return x_NP - x_NP.mean(axis=0)
 
 
 def _condition(x_NP: np.ndarray) -> float:
-  """Condition index of columns scaled to unit length; 1 for one column or none."""
+  """Returns the condition index of columns scaled to unit length; 1 for fewer than two columns."""
   if x_NP.shape[1] < 2:
     return 1.0
   values = np.linalg.svd(x_NP / np.linalg.norm(x_NP, axis=0), compute_uv=False)
@@ -111,7 +112,7 @@ def _without_held(term: Term, cells: Cells, refused: dict[str, str]) -> Term:
       continue
     spread = np.ptp(basis.of(cells))
     variable = basis.text.removeprefix("-")
-    # A product or a square varies by the product of two spreads.
+    # The spread of a product or a square is the product of two spreads.
     limit = MIN_SPREAD if len(basis.columns) == 1 and basis.sign else MIN_SPREAD**2 / 2
     if spread < limit or ("²" in basis.text and _levels(basis, cells) < 3):
       del kept[name]
@@ -127,7 +128,7 @@ def _levels(basis: Basis, cells: Cells) -> int:
 
 def _without_collinear(term: Term, shared: set[str], cells: Cells, refused: dict[str, str],
                        combinations: dict[str, str]) -> Term:
-  """Replaces the collinear parameters of a term by slopes along fewer variables."""
+  """Replaces a term's collinear parameters with slopes along fewer variables."""
   free = [p for p, basis in term.items() if basis is not ONE and p not in shared]
   x_NP = _columns({p: term[p] for p in free}, cells)
   if _condition(x_NP) < MAX_CONDITION:
@@ -138,7 +139,7 @@ def _without_collinear(term: Term, shared: set[str], cells: Cells, refused: dict
   weak = values <= values[0] / MAX_CONDITION
   parts_QP = (v_QP / np.maximum(values, 1e-12)[:, None])**2
   parts_P = parts_QP[weak].sum(axis=0) / parts_QP.sum(axis=0)
-  # Ranked, not cut at one half alone: a weak direction has two members at the least.
+  # A weak direction involves at least two parameters: if too few exceed one half, take the largest.
   n_weak = int(weak.sum())
   tied = [j for j in range(len(free)) if parts_P[j] > 0.5]
   if len(tied) <= n_weak:
@@ -148,7 +149,7 @@ def _without_collinear(term: Term, shared: set[str], cells: Cells, refused: dict
 
 
 def _choose_drivers(tied: list[str], term: Term, cells: Cells, n: int) -> list[str]:
-  """`n` of the tied parameters whose variables are not collinear, by preference."""
+  """Chooses up to `n` of the tied parameters, not collinear, in the order of `_DRIVERS`."""
   def rank(p: str) -> int:
     column = term[p].columns[0]
     return _DRIVERS.index(column) if column in _DRIVERS else len(_DRIVERS)
@@ -164,7 +165,7 @@ def _choose_drivers(tied: list[str], term: Term, cells: Cells, n: int) -> list[s
 
 def _rewritten(term: Term, tied: list[str], drivers: list[str], cells: Cells,
                refused: dict[str, str], combinations: dict[str, str]) -> Term:
-  """The term with slopes along the drivers' variables in place of the tied parameters."""
+  """Returns the term with the tied parameters replaced by slopes along the drivers' variables."""
   others = [p for p in tied if p not in drivers]
   x_ND = _columns({p: term[p] for p in drivers}, cells)
   share_DO = np.linalg.lstsq(x_ND, _columns({p: term[p] for p in others}, cells),
@@ -175,7 +176,7 @@ def _rewritten(term: Term, tied: list[str], drivers: list[str], cells: Cells,
     refused[p] = f"{names} are collinear in these data"
   for d, driver in enumerate(drivers):
     basis = term[driver]
-    sign = basis.sign  # the slope is along ln x itself
+    sign = basis.sign  # the new slope is along ln x, whatever the sign of the basis
     parts = [("" if sign > 0 else "-") + driver]
     parts += [f"{sign * share_DO[d, o]:+.3f} {p}" for o, p in enumerate(others)
               if abs(share_DO[d, o]) > 5e-4]
@@ -186,7 +187,7 @@ def _rewritten(term: Term, tied: list[str], drivers: list[str], cells: Cells,
 
 
 def _merged(terms: list[Term], refused: dict[str, str]) -> list[Term]:
-  """Without terms that have the same shape as an earlier one, e.g. two constants."""
+  """Drops terms with the same exponents as an earlier one, e.g. a second constant."""
   kept: list[Term] = []
   for term in terms:
     powers = {p: basis for p, basis in term.items() if basis is not ONE}

@@ -1,13 +1,13 @@
-"""What a grid tells about the coefficients of a form, whether or not it has been run.
+"""Computes how precisely a grid, run or planned, estimates the coefficients of a form.
 
     ln L of a cell = form + u + e
 
-u is what the form does not know of an architecture: the same in all its cells, and no repeat
-averages it out. e is the noise between seeds, divided by sqrt(seeds) in a cell that is the
-mean of several. Cells of one architecture at several token counts share u and not e; the
-branches of one trunk share part of e as well, which is not modelled.
+u is a random effect of the architecture: the part of its loss that the form misses. All cells of
+an architecture share it, and repeats do not average it out. e is the noise between seeds, divided
+by sqrt(seeds) in a cell that is the mean of several. Cells of one architecture at several token
+counts share u but not e; branches of one trunk also share part of e, which is not modeled.
 
-Variances are those of unweighted least squares, which is what moe_jax.laws.fit does:
+Variances are those of unweighted least squares, as moe_jax.laws.fit uses:
 (X'X)^-1 X'VX (X'X)^-1 with V the covariance of u + e.
 """
 
@@ -23,12 +23,12 @@ from moe_jax.laws.forms import Form, log_sum
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-  """Standard deviations of ln L, which are shares of the loss.
+  """Standard deviations of ln L, i.e. as fractions of the loss.
 
   Attributes:
-    seed: between two seeds of one cell.
-    architecture: of what the form does not know of an architecture.
-    seed_source, architecture_source: where each comes from, a phrase.
+    seed: standard deviation between seeds of one cell.
+    architecture: standard deviation of the architecture effect that the form misses.
+    seed_source, architecture_source: a phrase saying where each comes from.
   """
 
   seed: float
@@ -51,13 +51,13 @@ class Noise:
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-  """A grid as a fit sees it: N cells, P parameters.
+  """The design matrix of a grid and its error structure: N cells, P parameters.
 
   Attributes:
-    parameters: P names.
-    x_NP: derivative of ln L in each parameter.
-    architecture_N: which architecture a cell has.
-    seeds_N: how many runs it is the mean of.
+    parameters: the P names.
+    x_NP: derivative of ln L with respect to each parameter.
+    architecture_N: architecture index of each cell.
+    seeds_N: number of runs averaged into each cell.
   """
 
   parameters: tuple[str, ...]
@@ -66,29 +66,31 @@ class Design:
   seeds_N: np.ndarray
 
   def errors_shared(self) -> np.ndarray:
-    """[N,N], 1 where two cells have one architecture."""
+    """Returns [N, N], 1 where two cells have the same architecture and 0 elsewhere."""
     return (self.architecture_N[:, None] == self.architecture_N).astype(float)
 
   def covariance(self, noise: Noise) -> np.ndarray:
-    """Of the least-squares estimates, [P,P]. The columns of x_NP must be independent."""
+    """Covariance of the least-squares estimates, [P, P]; columns of x_NP must be independent."""
     solve_PN = np.linalg.pinv(self.x_NP)
     return solve_PN @ self.errors(noise) @ solve_PN.T
 
   def pooled_covariance(self, noise: Noise) -> np.ndarray:
-    """What moe_jax.laws expects it to be where every cell is an architecture of its own: from one
-    variance for all cells, E[RSS] / (N - P) = tr((I - H) V) / (N - P)."""
+    """Expected covariance estimate of moe_jax.laws where every cell is its own architecture.
+
+    That estimate assumes one variance for all cells: E[RSS] / (N - P) = tr((I - H) V) / (N - P).
+    """
     n, p = self.x_NP.shape
     solve_PN = np.linalg.pinv(self.x_NP)
     left = np.trace(self.errors(noise)) - np.trace(self.x_NP @ solve_PN @ self.errors(noise))
     return left / (n - p) * solve_PN @ solve_PN.T
 
   def degrees_of_freedom(self, noise: Noise, contrast_P: np.ndarray) -> float:
-    """Of the interval of contrast_P @ theta: with what a standard error is estimated.
+    """Degrees of freedom of the estimated standard error of contrast_P @ theta.
 
-    N - P where every cell is an architecture of its own. Else those of the error that the
-    cluster jackknife estimates from sums over architectures, which are far fewer: Bell and
-    McCaffrey's (2002), (sum of the eigenvalues)² / sum of their squares, of the covariance
-    of these sums.
+    N - P where every cell is an architecture of its own. Otherwise the far fewer ones of the
+    cluster jackknife, which estimates the error from sums over architectures: Bell and
+    McCaffrey's (2002) Satterthwaite approximation, (sum of the eigenvalues)² / (sum of their
+    squares) of the covariance of these sums.
     """
     n, p = self.x_NP.shape
     labels = np.unique(self.architecture_N)
@@ -103,7 +105,7 @@ class Design:
     return max(1.0, float(np.trace(covariance_GG)**2 / np.sum(covariance_GG**2)))
 
   def errors(self, noise: Noise) -> np.ndarray:
-    """Covariance of u + e, [N,N]."""
+    """Covariance of u + e, [N, N]."""
     return (noise.architecture**2 * self.errors_shared()
             + np.diag(noise.seed**2 / self.seeds_N))
 
@@ -113,20 +115,20 @@ class Design:
 
 
 def degrees_of_freedom(n: int, p: int, n_architectures: int) -> int:
-  """Cells minus parameters; with several cells an architecture, at most those minus 1."""
+  """Returns min(cells - parameters, architectures - 1), at least 1."""
   return max(1, min(n - p, n_architectures - 1))
 
 
 def design_of(form: Form, cells: Cells, theta_P: np.ndarray | None = None) -> Design:
-  """The design of these cells for a form.
+  """Builds the design of these cells for a form.
 
   Args:
-    form: all of whose parameters the cells identify (see moe_jax.laws.identify).
-    cells: their losses do not matter.
-    theta_P: where to take the derivatives; a log-log form needs none.
+    form: a form whose parameters the cells all identify (see moe_jax.laws.identify).
+    cells: the cells; their losses are not used.
+    theta_P: where to evaluate the derivatives; a log-log form does not need it.
 
   Raises:
-    FieldError: the form is not log-log and there is no theta.
+    FieldError: the form is not log-log and theta_P is None.
   """
   if theta_P is None and not form.is_linear:
     raise FieldError("law", form.name, "is not log-log: what a grid tells about it depends on "
@@ -138,16 +140,16 @@ def design_of(form: Form, cells: Cells, theta_P: np.ndarray | None = None) -> De
 
 
 def noise_of(fitted: Fit, seed_sd: float | None = None) -> tuple[float, float]:
-  """(SD between seeds, SD between architectures) of a fitted grid, both of ln L.
+  """Estimates (SD between seeds, SD between architectures) of ln L from a fitted grid.
 
-  Seeds from repeated runs; E[RSS] = tr(R V), R = I - H, and what the noise between seeds
-  leaves of RSS is ascribed to architectures (method of moments; never below 0). An effect
-  that the form lacks is therefore counted among it. A form has at least one cell more than
-  parameters, so there is a residual.
+  The SD between seeds comes from repeated runs. The SD between architectures comes from the rest
+  of the RSS by the method of moments, E[RSS] = tr(R V) with R = I - H, truncated at 0. It
+  therefore includes any effect that the form lacks. A fit has more cells than parameters, so a
+  residual always exists.
 
   Args:
     fitted: the fit.
-    seed_sd: instead of what the repeats say; needed where no cell was repeated.
+    seed_sd: overrides the estimate from repeats; required if no cell was repeated.
   """
   design = design_of(fitted.form, fitted.cells, fitted.least_squares.theta)
   seed = fitted.cells.seed_noise if seed_sd is None else seed_sd

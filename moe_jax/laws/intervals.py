@@ -1,17 +1,17 @@
-"""Two-sided intervals for a fit's parameters: bootstrap and profile likelihood.
+"""Computes two-sided intervals for a fit's parameters: bootstrap and profile likelihood.
 
-Errors of cells that share an architecture go together, so architectures are what is
-resampled. Which bootstrap:
+Errors of cells that share an architecture are correlated, so architectures are the resampling
+unit. The bootstrap depends on the form:
 
-- a log-log form with one cell an architecture: residuals, scaled up by their leverage, are
-  drawn anew and the t-statistic is bootstrapped (plain percentiles are too short at the 10
-  to 50 cells of a grid);
-- a log-log form with several: the wild cluster bootstrap of the t-statistic, its standard
-  error the cluster jackknife's (CR3);
-- any form, either solver: subsamples of 80 % of the architectures without replacement. A
-  subsample of m of G shares most of its data with the whole, so its deviations are too
-  small by sqrt((G - m) / m): they are rescaled (the delete-d jackknife), and the interval
-  takes Student's t.
+- a log-log form with one cell per architecture: residual bootstrap of the t-statistic, with
+  residuals scaled up by their leverage (plain percentile intervals are too short at the 10 to
+  50 cells of a grid);
+- a log-log form with several cells per architecture: wild cluster bootstrap of the t-statistic,
+  with the cluster jackknife's standard error (CR3);
+- any form, with either solver: subsamples of 80 % of the architectures without replacement. A
+  subsample of m of G shares most of its data with the full set, so its deviations are too
+  small by sqrt((G - m) / m): they are rescaled (the delete-d jackknife), and the interval uses
+  Student's t.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from moe_jax.laws.information import degrees_of_freedom
 from moe_jax.laws.solvers import Problem
 
 DRAWS = 9_999
-SUBSAMPLES, SUBSAMPLE = 200, 0.8  # how many, and the share of the architectures in each
-MOST_WITHOUT = 0.1  # of the subsamples may not identify the form: else there is no interval
+SUBSAMPLES, SUBSAMPLE = 200, 0.8  # number of subsamples, and fraction of architectures in each
+MOST_WITHOUT = 0.1  # if more of the subsamples do not identify the form, there is no interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Interval:
 
 def bootstrap(fitted: Fit, level: float = 0.95, draws: int = DRAWS,
               seed: int = 0) -> dict[str, Interval]:
-  """Intervals of the least-squares estimates, by the bootstrap that suits the form."""
+  """Returns intervals of the least-squares estimates, by the bootstrap that suits the form."""
   if not fitted.form.is_linear:
     return subsample(fitted, level, min(SUBSAMPLES, draws), seed)
   rng = np.random.default_rng(seed)
   x_NP = fitted.form.matrix(fitted.cells)[0]
   one_each = fitted.cells.n_architectures == len(fitted.cells)
-  # Residuals are drawn by position, of which the order of a file's lines must decide nothing.
+  # Residuals are drawn by position; sort, so that the order of the file's rows does not matter.
   order = np.lexsort([fitted.residual, *x_NP.T])
   error_P, t_BP = (_residual_t(x_NP[order], fitted.residual[order], draws, rng) if one_each else
                    _cluster_t(x_NP, fitted.residual, fitted.cells.architecture, draws, rng))
@@ -67,10 +67,10 @@ def bootstrap(fitted: Fit, level: float = 0.95, draws: int = DRAWS,
 
 
 def by_pair(fitted: Fit, draws: int = DRAWS, seed: int = 0) -> dict[str, Interval]:
-  """The 95 % intervals of a log-log form if errors are common to all cells of a pair (n_exp, s).
+  """Returns 95 % intervals of a log-log form with errors clustered by the pair (n_exp, s).
 
-  As where the law misses something of a routing that all sizes share. Empty where pairs are no
-  fewer than architectures, or too few for the form.
+  Errors are shared this way if the law misses an effect of the routing that is common to all
+  sizes. Empty for other forms, and if there are too few pairs or no fewer than architectures.
   """
   x = fitted.cells.columns
   if not (fitted.form.is_linear and {"n_exp", "sparsity"} <= set(x)):
@@ -85,7 +85,7 @@ def by_pair(fitted: Fit, draws: int = DRAWS, seed: int = 0) -> dict[str, Interva
 
 
 def _residual_t(x_NP, residual_N, draws, rng) -> tuple[np.ndarray, np.ndarray]:
-  """(standard errors [P], bootstrapped t-statistics [B,P]) for exchangeable errors."""
+  """Returns standard errors [P] and bootstrapped t-statistics [B, P], exchangeable errors."""
   n, p = x_NP.shape
   inverse, solve_PN, leverage_N = _ols(x_NP)
   scaled = residual_N / np.sqrt(1 - leverage_N)
@@ -98,7 +98,7 @@ def _residual_t(x_NP, residual_N, draws, rng) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cluster_t(x_NP, residual_N, cluster_N, draws, rng) -> tuple[np.ndarray, np.ndarray]:
-  """The same where errors go together within a cluster: wild, Rademacher, CR3."""
+  """Like `_residual_t` for errors correlated within clusters: wild, Rademacher, CR3."""
   _, solve_PN, _ = _ols(x_NP)
   hat = x_NP @ solve_PN
   groups = [np.flatnonzero(cluster_N == g) for g in np.unique(cluster_N)]
@@ -120,7 +120,7 @@ def _cluster_t(x_NP, residual_N, cluster_N, draws, rng) -> tuple[np.ndarray, np.
 
 
 def _ols(x_NP) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(X'X)^-1, the solution matrix [P,N], and the leverages [N] (kept below 1)."""
+  """Returns (X'X)^-1, the solution matrix [P, N] and the leverages [N] (kept below 1)."""
   inverse = np.linalg.inv(x_NP.T @ x_NP)
   solve_PN = inverse @ x_NP.T
   leverage_N = np.einsum("np,pn->n", x_NP, solve_PN)
@@ -129,10 +129,10 @@ def _ols(x_NP) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def subsample(fitted: Fit, level: float = 0.95, draws: int = SUBSAMPLES, seed: int = 0,
               solver: str = "least squares") -> dict[str, Interval]:
-  """Intervals from refits on 80 % of the architectures, rescaled. Either solver's.
+  """Returns intervals from refits on 80 % of the architectures, rescaled, for either solver.
 
-  A subsample that does not identify the form is left out, and counted in the method. Where more
-  than MOST_WITHOUT are such the data bound nothing this way: the ends are infinite.
+  Subsamples that do not identify the form are skipped, and `method` reports how many. If their
+  share exceeds MOST_WITHOUT, the ends are infinite.
   """
   from scipy import stats
   rng = np.random.default_rng(seed)
@@ -150,7 +150,7 @@ def subsample(fitted: Fit, level: float = 0.95, draws: int = SUBSAMPLES, seed: i
   method = f"{solver}, rescaled subsamples" + (
       f", of which {without} of {draws} do not identify it" if without else "")
   scale = np.sqrt(m / (len(labels) - m))
-  with np.errstate(over="ignore"):  # a subsample that ran off leaves the interval infinite
+  with np.errstate(over="ignore"):  # a refit that diverged makes the interval infinite
     error_P = (np.full(len(centre), np.inf) if without > MOST_WITHOUT * draws else
                scale * np.sqrt(np.mean((np.array(theta_BP) - centre)**2, axis=0)))
   df = degrees_of_freedom(len(fitted.cells), len(fitted.parameters), len(labels))
@@ -162,22 +162,22 @@ def subsample(fitted: Fit, level: float = 0.95, draws: int = SUBSAMPLES, seed: i
 
 def _on_part(whole: Problem, part: np.ndarray, centre: np.ndarray,
              solver: str) -> np.ndarray | None:
-  """theta [P] of some of the cells; None where these do not identify the form."""
+  """Refits to the cells of a mask: theta [P], or None if they do not identify the form."""
   problem = Problem(whole.form, whole.m_KNP[:, part], whole.y_N[part])
   phi = problem.to_phi @ centre
   if np.linalg.matrix_rank(problem.jacobian(phi)) < len(phi):
-    return None  # least squares would answer with the smallest slopes that fit
+    return None  # least squares would return the minimum-norm solution
   if solver == "huber":
     return problem.to_theta @ solvers.huber_from(problem, phi, max_iterations=500)[0]
   return problem.to_theta @ solvers.least_squares(problem, phi)
 
 
 def profile(fitted: Fit, level: float = 0.95) -> dict[str, Interval]:
-  """Profile-likelihood intervals of the least-squares estimates, cells independent.
+  """Returns profile-likelihood intervals of the least-squares estimates, cells independent.
 
-  All values of a parameter at which the residual sum of squares, the other parameters
-  free, stays below RSS (1 + t² / (n - P)): for a log-log form this is Student's t
-  interval, exact under normal errors.
+  An interval holds all values of a parameter for which the residual sum of squares, minimized
+  over the other parameters, stays below RSS (1 + t² / (n - P)). For a log-log form this is
+  Student's t interval, exact under normal errors.
   """
   from scipy import stats
   problem = fitted.problem
@@ -186,7 +186,7 @@ def profile(fitted: Fit, level: float = 0.95) -> dict[str, Interval]:
   quantile = stats.t.ppf((1 + level) / 2, max(1, n - k))
   j_NP = problem.jacobian(problem.to_phi @ theta) @ problem.to_phi
   rss = float(np.sum(fitted.residual**2))
-  # Along a direction that the data say nothing of, the inverse has rounding alone, of either sign.
+  # In a direction the data do not constrain, the inverse is only rounding error, of either sign.
   inverse_P = np.diag(np.linalg.pinv(j_NP.T @ j_NP))
   error_P = np.sqrt(np.where(inverse_P > 0, inverse_P, np.inf) * rss / max(1, n - k))
   found = {}
@@ -205,7 +205,7 @@ def profile(fitted: Fit, level: float = 0.95) -> dict[str, Interval]:
 
 def _profile_end(problem: Problem, theta, p: int, step: float, rss: float,
                  excess: float) -> float:
-  """Where the profile leaves RSS (1 + excess); infinite if it does not within 50 steps."""
+  """Finds where the profile exceeds RSS (1 + excess); infinite if it does not within 50 steps."""
   import scipy.optimize
   free = np.arange(len(theta)) != p
 
@@ -231,7 +231,7 @@ def _profile_end(problem: Problem, theta, p: int, step: float, rss: float,
     near, others, far = far, found, 1.6 * far
     if far > 50:
       return np.sign(step) * np.inf
-  for _ in range(12):  # bisection: every refit starts from the inside
+  for _ in range(12):  # bisection; every refit starts from the inner point
     middle = (near + far) / 2
     above, found = profiled(middle, others)
     if above < 0:

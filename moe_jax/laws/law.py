@@ -1,4 +1,4 @@
-"""What a published law is: a formula, its variables, and where it was fitted."""
+"""Defines a published scaling law: its formula, its variables and the range it was fitted on."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,11 +16,11 @@ LEVERAGE = "efficiency leverage over a dense model"
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """What a model is trained with, beside its shape: scalars, arrays, or None if unknown.
+  """The training budget of a model: scalars, arrays, or None if unknown.
 
   Attributes:
     tokens: training tokens D.
-    flops: training FLOPs C; None stands for 6 n_active tokens.
+    flops: training FLOPs C; None means 6 * n_active * tokens.
   """
 
   tokens: ArrayLike | None = None
@@ -32,11 +32,11 @@ class Variable:
   """One variable of a paper's formula.
 
   Attributes:
-    symbol: the formula's keyword, the paper's letter.
+    symbol: the paper's letter, which is the formula's keyword argument.
     meaning: what the paper means by it, in a phrase.
-    sees: the project's words that it depends on.
+    sees: the project's names of the quantities it depends on.
     of: (Shape, Training) -> array.
-    low: least value the law was fitted on; None if not on record.
+    low: smallest value the law was fitted on; None if not on record.
     high: largest value the law was fitted on; None if not on record.
   """
 
@@ -50,7 +50,7 @@ class Variable:
 
 @dataclasses.dataclass(frozen=True)
 class Assumption:
-  """Something that was so in every model the law was fitted on."""
+  """A condition that every model the law was fitted on satisfied."""
 
   text: str
   holds: Callable[[Shape], ArrayLike]
@@ -58,15 +58,15 @@ class Assumption:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """A law's answer.
+  """The prediction of a law, with warnings.
 
   Attributes:
     law: the law's name.
-    value: array (0-d for one architecture).
-    quantity: what `value` is.
-    outside: one line for each way in which the question lies outside what the law was
-      fitted on, then those in which a fit of one's own may not be trusted anywhere; empty where
-      there is neither.
+    value: predicted values (0-d for one architecture).
+    quantity: what `value` is, LOSS or LEVERAGE.
+    outside: a line for each way in which the query lies outside what the law was fitted on,
+      then the law's caveat or, for a fit of one's own, a line for each reason to distrust it
+      anywhere; empty if there are none.
   """
 
   law: str
@@ -76,7 +76,7 @@ class Prediction:
 
   @property
   def loss(self) -> np.ndarray:
-    """The value, where it is a loss. Raises FieldError where it is not."""
+    """The value, if it is a loss. Raises FieldError if it is not."""
     if self.quantity != LOSS:
       raise FieldError("law", self.law, f"predicts the {self.quantity}, not a loss")
     return self.value
@@ -84,16 +84,16 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-  """A published law. Losses of different laws are on different text and tokenizers.
+  """A published law. Different laws predict losses on different texts and tokenizers.
 
   Attributes:
     name: key in the registry.
     source: where the law and its coefficients come from.
-    quantity: what it predicts, LOSS or LEVERAGE (of which more is better).
-    formula: vectorised, of the paper's variables by keyword.
+    quantity: what it predicts, LOSS or LEVERAGE (where more is better).
+    formula: a vectorized function of the paper's variables, passed by keyword.
     variables: how each is computed from a shape and a training budget.
-    assumes: what was the same in every fitted model.
-    caveat: a standing line on what is not on record; shown with every answer.
+    assumes: what held for every fitted model.
+    caveat: a line added to every prediction, e.g. on ranges that are not on record.
   """
 
   name: str
@@ -106,22 +106,26 @@ class Law:
 
   @property
   def sees(self) -> tuple[str, ...]:
-    """The project's words that the answer depends on, e.g. n_total, tokens."""
+    """The project's names of the quantities the law depends on, e.g. n_total, tokens."""
     return tuple(dict.fromkeys(word for variable in self.variables for word in variable.sees))
 
   @property
   def on_record(self) -> bool:
-    """Whether a range of every variable is on record: else `inside` may say too much."""
+    """Whether every variable has a recorded range; if not, `inside` may be too permissive."""
     return all((v.low, v.high) != (None, None) for v in self.variables)
 
   def require_sees(self, word: str) -> None:
-    """Raises FieldError where the law has no variable for `word`, e.g. granularity."""
+    """Raises FieldError if the law has no variable for `word`, e.g. granularity."""
     if word not in self.sees:
       raise FieldError("law", self.name,
                        f"has no variable for {word}; it sees {', '.join(self.sees)}")
 
   def at(self, **values: ArrayLike) -> np.ndarray:
-    """The formula at values of the paper's own variables. Raises FieldError."""
+    """Evaluates the formula at values of the paper's own variables.
+
+    Raises:
+      FieldError: an unknown or a missing variable.
+    """
     symbols = [variable.symbol for variable in self.variables]
     for symbol in values:
       if symbol not in symbols:
@@ -134,7 +138,11 @@ class Law:
     return self.formula(**{name: np.asarray(v, float) for name, v in values.items()})
 
   def variables_of(self, shape: Shape, training: Training) -> dict[str, np.ndarray]:
-    """The paper's variables of each shape. Raises FieldError where tokens are needed."""
+    """Computes the paper's variables for each shape.
+
+    Raises:
+      FieldError: tokens or flops are needed and missing.
+    """
     tokens = training.tokens is not None
     if "tokens" in self.sees and not tokens:
       raise FieldError("tokens", None, f"is missing: {self.name} needs training tokens D")
@@ -144,18 +152,18 @@ class Law:
     return {v.symbol: np.asarray(v.of(shape, training), float) for v in self.variables}
 
   def values(self, shape: Shape, training: Training) -> np.ndarray:
-    """The prediction for every shape, without a word on the domain: for searches."""
+    """Predicts a value for every shape without checking the fitted range; used in searches."""
     return self.formula(**self.variables_of(shape, training))
 
   def inside(self, shape: Shape, training: Training) -> np.ndarray:
-    """For every shape, whether no range and no assumption on record is left. Bool array."""
+    """Bool array: whether each shape is within all recorded ranges and meets all assumptions."""
     return ~np.any(np.stack(np.broadcast_arrays(
         np.zeros_like(self.values(shape, training), bool),
         *[bad for bad, _ in self._violations(shape, training)])), axis=0)
 
   def predict(self, arch: Architecture | Shape, tokens: ArrayLike | None = None,
               flops: ArrayLike | None = None) -> Prediction:
-    """The law's answer for one architecture or a Shape of many, with notes.
+    """Predicts for one architecture or a Shape of many, with notes on the fitted range.
 
     Raises:
       FieldError: tokens or flops are needed and missing.
@@ -167,7 +175,7 @@ class Law:
                       notes + ((self.caveat,) if self.caveat else ()))
 
   def _violations(self, shape: Shape, training: Training) -> list[tuple[np.ndarray, str]]:
-    """(where outside, a line about it) for each bound and assumption."""
+    """Returns (mask of violations, a line describing them) for each bound and assumption."""
     found = []
     values = self.variables_of(shape, training)
     for v in self.variables:
@@ -184,5 +192,5 @@ class Law:
 
 
 def tokens_variable(low: float | None = None, high: float | None = None) -> Variable:
-  """D, the training tokens: the one variable that all papers mean alike."""
+  """D, the training tokens: the one variable that all papers define alike."""
   return Variable("D", "training tokens", ("tokens",), lambda _, t: t.tokens, low, high)

@@ -1,10 +1,10 @@
-"""What effect a grid can detect, and what absence of one it can show.
+"""Power analysis: the smallest effect a grid can detect, and the margin it can show equivalence to.
 
 Both tests are those of moe_jax.laws.claims: a two-sided 95 % interval that excludes 0, and a
-90 % interval within ± the margin. Student's t throughout, the error estimated from the
-residuals. Power is the normal probability given that estimate, averaged over its
-distribution. Where cells share architectures the wild bootstrap of a dozen of them has somewhat
-less: about 72 % where 80 % is stated (tests/laws/power_test.py).
+90 % interval within ± the margin. Both use Student's t with the standard error estimated from the
+residuals. Power is the normal probability given the estimated error, averaged over the
+distribution of that estimate. Where cells share architectures, the wild bootstrap on a dozen of
+them has somewhat less power: about 72 % where 80 % is stated (tests/laws/power_test.py).
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ _QUANTILES = (np.arange(1000) + 0.5) / 1000
 
 @dataclasses.dataclass(frozen=True)
 class Margin:
-  """What an equivalence test takes for no effect; by default what experiments/study plans.
+  """Equivalence margin; defaults to the one planned in experiments/study.
 
   Attributes:
-    percent: of the loss, up or down,
-    fold: where a variable grows so many fold.
+    percent: change of the loss, in percent and in either direction, that counts as none
+    fold: when a variable grows by this factor.
   """
 
   percent: float = 0.25
@@ -39,7 +39,7 @@ class Margin:
 
   @property
   def slope(self) -> float:
-    """The same in units of a coefficient: of ln L, for each unit of ln x."""
+    """The margin in units of a coefficient: d ln L / d ln x."""
     return slope_of(self.percent, self.fold)
 
   def __str__(self) -> str:
@@ -48,15 +48,15 @@ class Margin:
 
 @dataclasses.dataclass(frozen=True)
 class Power:
-  """What a design can say about one coefficient, in units of the coefficient.
+  """Power of a design for one coefficient, in units of the coefficient.
 
   Attributes:
-    parameter: its name.
+    parameter: the coefficient's name.
     df: degrees of freedom of its interval.
     half_width: expected half-width of its 95 % interval.
-    detectable: least true value whose interval excludes 0 in 80 % of grids.
-    margin: least equivalence margin that 80 % of grids show if the true value is 0.
-    at_margin: share of grids that show equivalence at the asked margin, likewise.
+    detectable: smallest true value detected with 80 % power (its interval excludes 0).
+    margin: smallest equivalence margin shown with 80 % power if the true value is 0.
+    at_margin: power to show equivalence at the requested margin if the true value is 0.
   """
 
   parameter: str
@@ -71,12 +71,15 @@ MARGIN = Margin()
 
 
 def power_of(design: Design, noise: Noise, margin: float) -> list[Power]:
-  """For each coefficient. Raises FieldError for a margin that is not positive.
+  """Returns the power for each coefficient.
 
   Args:
-    design: with independent columns.
-    noise: what the losses scatter by.
-    margin: of the equivalence test, in units of the coefficient.
+    design: a design with linearly independent columns.
+    noise: the noise of the losses.
+    margin: margin of the equivalence test, in units of the coefficient.
+
+  Raises:
+    FieldError: the margin is not positive.
   """
   require(margin > 0, "margin", margin, "must be above 0")
   found = []
@@ -89,20 +92,20 @@ def power_of(design: Design, noise: Noise, margin: float) -> list[Power]:
 
 @functools.cache
 def t_quantile(df: float, level: float = LEVEL) -> float:
-  """Of the two-sided interval of that level."""
+  """Returns Student's t quantile for a two-sided interval at this level."""
   from scipy import stats
   return float(stats.t.ppf((1 + level) / 2, df))
 
 
 @functools.cache
 def _estimated_error(df: float) -> np.ndarray:
-  """Quantiles of the estimated standard error over the true one."""
+  """Returns quantiles of the ratio of the estimated standard error to the true one."""
   from scipy import stats
   return np.sqrt(stats.chi2.ppf(_QUANTILES, df) / df)
 
 
 def detection_power(effect: float, df: float) -> float:
-  """Share of two-sided 95 % intervals that exclude 0; `effect` in standard errors."""
+  """Probability that a two-sided 95 % interval excludes 0; `effect` in standard errors."""
   from scipy import stats
   needed = t_quantile(df) * _estimated_error(df)
   return float(np.mean(stats.norm.cdf(effect - needed) + stats.norm.cdf(-effect - needed)))
@@ -110,14 +113,14 @@ def detection_power(effect: float, df: float) -> float:
 
 @functools.cache
 def detectable(df: float) -> float:
-  """The effect, in standard errors, that is detected with a power of POWER."""
+  """Smallest effect, in standard errors, that is detected with power POWER."""
   import scipy.optimize
   return float(scipy.optimize.brentq(lambda effect: detection_power(effect, df) - POWER,
                                      0, 3 * t_quantile(df)))
 
 
 def equivalence_power(margin: float, df: float, effect: float = 0.0) -> float:
-  """Share of 90 % intervals within ± margin; margin and effect in standard errors."""
+  """Probability that a 90 % interval lies within ± margin; both in standard errors."""
   from scipy import stats
   room = margin - t_quantile(df, 0.90) * _estimated_error(df)
   inside = stats.norm.cdf(room - effect) - stats.norm.cdf(-room - effect)
@@ -126,14 +129,14 @@ def equivalence_power(margin: float, df: float, effect: float = 0.0) -> float:
 
 @functools.cache
 def equivalence_margin(df: float) -> float:
-  """The margin, in standard errors, that is shown with a power of POWER if there is no effect."""
+  """Smallest margin, in standard errors, shown with power POWER if there is no effect."""
   import scipy.optimize
   return float(scipy.optimize.brentq(lambda margin: equivalence_power(margin, df) - POWER,
                                      0, 6 * t_quantile(df, 0.90)))
 
 
 def percent_over(slope: float, fold: float) -> float:
-  """The change of the loss, in percent, where a variable grows `fold`-fold."""
+  """Returns the change of the loss, in percent, when a variable grows `fold`-fold."""
   return 100 * float(np.expm1(slope * np.log(fold)))
 
 

@@ -1,9 +1,9 @@
-"""What a fitted law says along a line through the data, with a band; for pictures.
+"""Predicts a fitted law's curve along one variable with a confidence band, for plots.
 
-The band is the delete-one-architecture jackknife's: refits without each architecture in turn,
-whose spread around the whole, times (G - 1) / G, is the variance of the prediction; for a
-log-log form that is CR3, robust to errors that an architecture's cells share. It is of the
-mean, not of a further run.
+The band is a delete-one-architecture jackknife: the variance of the prediction is (G - 1) / G
+times the sum of squared deviations of the refits from the full fit. For a log-log form that is
+CR3, robust to errors shared by an architecture's cells. It is a confidence band for the mean, not
+a prediction band for a further run.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ class Band:
 
 
 def reference(cells: Cells, column: str) -> float:
-  """A value of a column in the middle of the grid that occurs in it."""
+  """Returns the lower median of a column: a value that occurs in the grid."""
   values = np.sort(cells.columns[column])
   return float(values[(len(values) - 1) // 2])
 
 
 def points(fitted: Fit, **columns: np.ndarray) -> Cells:
-  """Cells with these columns, all others that the form needs at their reference."""
+  """Returns cells with these columns, and the form's other columns at their `reference`."""
   (n,) = {np.size(values) for values in columns.values()}
   held = {name: reference(fitted.cells, name) for name in fitted.identified.asked.columns
           if name not in columns}
@@ -42,15 +42,15 @@ def points(fitted: Fit, **columns: np.ndarray) -> Cells:
 
 
 def band(fitted: Fit, parts: list[LeftOut], at: Cells) -> Band:
-  """The law's losses at some cells, with their 95 % interval.
+  """Predicts the law's losses at some cells, with their 95 % confidence interval.
 
   Args:
-    fitted: the law.
-    parts: of validate.leave_one_architecture_out.
-    at: where.
+    fitted: the fitted law.
+    parts: the refits from validate.leave_one_architecture_out.
+    at: the cells to predict.
 
   Raises:
-    FieldError: without one of the architectures the law cannot be fitted.
+    FieldError: the law cannot be refitted without one of the architectures.
   """
   if not parts or any(part.theta is None for part in parts):
     raise FieldError("cells", len(fitted.cells), "cannot be fitted without one of the "

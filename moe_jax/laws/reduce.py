@@ -1,4 +1,4 @@
-"""Rows to cells: seeds are repeats, a sweep of learning rates gives its lower envelope."""
+"""Reduces rows to cells: averages seeds, and takes the optimum of each learning-rate sweep."""
 
 import collections
 import dataclasses
@@ -21,21 +21,21 @@ from moe_jax.laws.table import (
 )
 
 _COLUMNS = (*ARCHITECTURE, "tokens")
-MOST_AMPLIFIED = 2.0  # a vertex whose variance is more runs' worth is not taken for a loss
+MOST_AMPLIFIED = 2.0  # do not use a vertex whose variance exceeds this multiple of one run's
 
 
 def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
-  """One cell for each architecture and number of tokens.
+  """Reduces rows to one cell for each architecture and number of tokens.
 
-  Losses of seeds are averaged (in ln L). Where a cell was trained at several learning
-  rates its loss is the vertex of the parabola in ln(learning rate) through the best and its
-  two neighbours (the best loss itself where two of these rates nearly coincide); a best at the
-  edge of what was swept is refused, and said so in the notes.
-  Rows that are marked UNUSED are passed on, beside those of the refused cells.
+  Losses are averaged over seeds in ln L. If a cell was trained at several learning rates, its
+  loss is the vertex of the parabola in ln(learning rate) through the best rate and its two
+  neighbors (or the best loss itself if two of these rates nearly coincide). A cell whose best
+  rate is at the edge of its sweep is refused and listed in the notes. `unused` holds the rows
+  marked UNUSED and those of refused cells.
 
   Raises:
-    FieldError: one architecture alone; runs that differ in more than seed and learning
-      rate; every cell refused.
+    FieldError: there is only one architecture; runs differ in more than seed and learning
+      rate; every cell is refused.
   """
   groups: dict[tuple, list[Row]] = collections.defaultdict(list)
   unused = [row for row in rows if UNUSED in row]
@@ -72,9 +72,9 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
 
 
 def check_repeats(group: Sequence[Row], source: str) -> None:
-  """Raises FieldError where runs of one architecture and length are no repeats.
+  """Raises FieldError if runs of one architecture and length are not repeats of each other.
 
-  They may differ in seed and learning rate alone.
+  They may differ only in seed and learning rate.
   """
   for column in differing(group, (*RECIPE, *DETAILS)):
     cells: dict[str, str] = {}
@@ -88,12 +88,12 @@ def check_repeats(group: Sequence[Row], source: str) -> None:
 
 
 def shortest_name(group: list[Row]) -> str:
-  """The shortest of the runs' names: those of a sweep and of seeds have suffixes."""
+  """Returns the shortest name among the runs: sweeps and seeds add suffixes to it."""
   return min((row["cell"] for row in group), key=lambda name: (len(name), name))
 
 
 def by_learning_rate(group: list[Row]) -> dict[float, list[float]]:
-  """Learning rate, ascending -> ln L of each seed."""
+  """Returns {learning rate: ln L of each seed}, ascending in the learning rate."""
   found = collections.defaultdict(list)
   for row in group:
     found[row["learning_rate"]].append(math.log(row["loss"]))
@@ -101,7 +101,7 @@ def by_learning_rate(group: list[Row]) -> dict[float, list[float]]:
 
 
 def _seed_noise(groups: dict[tuple, list[Row]]) -> tuple[float, int]:
-  """Standard deviation of ln L between seeds, pooled, and its degrees of freedom."""
+  """Returns the pooled standard deviation of ln L between seeds and its degrees of freedom."""
   squares, df = 0.0, 0
   for group in groups.values():
     for losses in by_learning_rate(group).values():
@@ -111,9 +111,9 @@ def _seed_noise(groups: dict[tuple, list[Row]]) -> tuple[float, int]:
 
 
 def _envelope(group: list[Row]) -> tuple[float, float] | None:
-  """(ln L, the share of one seed's variance left in it) at the best learning rate.
+  """Returns ln L at the best learning rate, and its variance relative to that of one run.
 
-  None where that is at the edge of those swept.
+  None if the best rate is at the edge of those swept.
   """
   swept = by_learning_rate(group)
   means = np.array([np.mean(losses) for losses in swept.values()])
@@ -128,10 +128,10 @@ def _envelope(group: list[Row]) -> tuple[float, float] | None:
   curve = np.polynomial.Polynomial.fit(x, means[around], 2)
   slope = curve.deriv()
   vertex = slope.roots()[0] if slope.degree() == 1 and slope.coef[1] != 0 else x[1]
-  # Where the slope is zero the vertex's own error does not count, to first order.
+  # To first order the error of the vertex's position does not matter: the slope there is zero.
   weights = [np.prod([(vertex - x[j]) / (x[i] - x[j]) for j in range(3) if j != i])
              for i in range(3)]
-  if np.sum(np.square(weights)) > MOST_AMPLIFIED:  # two rates so near that noise is the curve
+  if np.sum(np.square(weights)) > MOST_AMPLIFIED:  # two rates so close that noise sets the curve
     return float(means[best]), 1 / counts[best]
   return float(curve(vertex)), float(np.sum(np.square(weights) / counts[around]))
 

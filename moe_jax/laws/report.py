@@ -1,4 +1,4 @@
-"""What a fit says, as lines of text."""
+"""Formats an analysis as lines of text."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from moe_jax.laws.validate import LeftOut, Rival
 
 
 def report(found: Analysis) -> list[str]:
-  """The whole report: data, design, fit, trust, and for the paper's law rivals and claims."""
+  """Returns the whole report: data, design, fit, trust; rivals and claims for log-log forms."""
   lines = [*_titled("data", found.cells.notes), *found.fitted.identified.lines()]
   lines += _titled("fit, two solvers on residuals of ln L; the first interval is the one to "
                    "quote", fit_lines(found))
@@ -27,7 +27,7 @@ def _titled(title: str, lines) -> list[str]:
 
 
 def fit_lines(found: Analysis) -> list[str]:
-  """Estimates by both solvers, and how well they fit."""
+  """Returns the estimates of both solvers, and how well they fit."""
   lines = []
   for name in found.fitted.parameters:
     profile = found.profile[name]
@@ -43,7 +43,7 @@ def fit_lines(found: Analysis) -> list[str]:
 
 
 def quality_lines(fitted: Fit) -> list[str]:
-  """Objectives of both solvers, and warnings on how the residuals may be read."""
+  """Returns the objectives of both solvers, and warnings about interpreting the residuals."""
   lines = [f"{s.solver}: rmse {100 * s.rmse:.3g} % of the loss, mean Huber (delta 1e-3) "
            f"{s.objective:.4g}; {s.agreeing} of {s.starts} starts agree"
            for s in (fitted.least_squares, fitted.huber)]
@@ -56,14 +56,14 @@ def quality_lines(fitted: Fit) -> list[str]:
   se = fitted.cells.loss_se / fitted.cells.loss
   seeds = np.nanmean(se) if np.isfinite(se).any() else np.nan
   if seeds > 0:
-    ratio = fitted.scatter / seeds  # not the rmse: a fit takes P degrees of freedom
+    ratio = fitted.scatter / seeds  # not the rmse: a fit uses up P degrees of freedom
     lines.append(f"residuals are {ratio:.2g} times the noise between seeds"
                  + (": the form misses something real" if ratio > 2 else ""))
   return lines
 
 
 def trust_lines(found: Analysis) -> list[str]:
-  """What becomes of the fit without some of its cells."""
+  """Returns how the fit changes when some of its cells are left out."""
   fitted, lines = found.fitted, [
       f"if errors are common to all sizes of a pair (n_exp, s): {name} {found.pairs[name]}"
       for name in ("c", "b_minus_c") if name in found.pairs]
@@ -86,7 +86,7 @@ def _range_line(fitted: Fit, p: int, parts: list[LeftOut]) -> str:
 
 
 def extrapolation_line(part: LeftOut, fitted: Fit) -> str:
-  """How well the cells that were held out are predicted."""
+  """Returns how well the held-out cells are predicted."""
   if part.error is None:
     return f"no extrapolation: {part.refusal}"
   mean, rmse = np.mean(part.error), np.sqrt(np.mean(part.error**2))
@@ -97,7 +97,7 @@ def extrapolation_line(part: LeftOut, fitted: Fit) -> str:
 
 
 def rival_lines(found: Analysis) -> list[str]:
-  """Rival forms by information criteria, cross-validation and F-tests."""
+  """Compares rival forms by information criteria, cross-validation and F-tests."""
   lines = [_rival_line(rival) for rival in found.rivals]
   lines += [_cv_line(found.rivals[0], other) for other in found.rivals[1:]]
   if found.cells.n_architectures < len(found.cells):
@@ -130,7 +130,7 @@ def _cv_line(one: Rival, other: Rival) -> str:
 
 
 def nested_lines(nested: Nested) -> list[str]:
-  """An F-test, and where it is of curvature, what the slope is at either end."""
+  """Returns an F-test and, if it tests curvature, the slope at either end."""
   title = f"F-test of {nested.large} against {nested.small}: "
   if nested.test is None:
     return [f"{title}none, {nested.refusal}"]
@@ -140,7 +140,7 @@ def nested_lines(nested: Nested) -> list[str]:
 
 
 def slope_line(curved: Fit, p_value: float, slope: str = "c", variable: str = "sparsity") -> str:
-  """Whether the slope along ln(variable) is constant, from a form with curvature q."""
+  """Reports whether the slope along ln(variable) is constant, from a form with curvature q."""
   logs = curved.cells.log(variable)
   ends = [curved.value(slope) + curved.value("q") * (x - logs.mean())
           for x in (logs.min(), logs.max())]

@@ -1,4 +1,4 @@
-"""Shapes of many models at once: an Architecture whose fields are arrays."""
+"""Describes the shapes of many models at once: an Architecture whose fields are arrays."""
 
 import dataclasses
 import functools
@@ -15,8 +15,8 @@ from moe_jax.arch.architecture import Architecture
 class Shape:
   """The fields of an Architecture, each a scalar or an array; all broadcast together.
 
-  Nothing is checked: a search builds millions of these. Counts are the exact ones of
-  moe_jax.arch.count, computed when first asked for.
+  Fields are not validated, because a search builds millions of shapes. Parameter counts are the
+  exact ones of moe_jax.arch.count, computed on first access.
   """
 
   n_layers: ArrayLike
@@ -36,7 +36,7 @@ class Shape:
 
   @classmethod
   def of(cls, archs: Architecture | Sequence[Architecture]) -> "Shape":
-    """The shape of one architecture (scalars) or of several (arrays [n])."""
+    """Builds the shape of one architecture (scalars) or of several (arrays [n])."""
     if isinstance(archs, Architecture):
       return cls(**_resolved(archs))
     rows = [_resolved(arch) for arch in archs]
@@ -81,7 +81,7 @@ class Shape:
 
   @functools.cached_property
   def n_active(self) -> np.ndarray:
-    """N_active: those of N_total that one token uses."""
+    """N_active: the part of N_total that one token uses."""
     return np.asarray(count.n_active(self), float)
 
   @functools.cached_property

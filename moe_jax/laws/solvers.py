@@ -1,12 +1,12 @@
-"""Two solvers for ln L = logsumexp(M_KNP @ theta), on one residual: ln L.
+"""Two solvers for ln L = logsumexp(M_KNP @ theta), both on the residuals of ln L.
 
-`huber`: sum of Huber losses of the residuals (delta 1e-3), L-BFGS from many starts. Summed,
-not averaged: an average is small enough to meet L-BFGS's tolerance long before the optimum.
-`variable_projection`: for given exponents the terms' coefficients are a non-negative least
-squares problem; only the exponents are searched.
+`huber`: minimizes the sum of Huber losses of the residuals (delta 1e-3) by L-BFGS from many
+starts. The sum, not the mean, because the mean is so small that it meets L-BFGS's tolerance long
+before the optimum. `variable_projection`: for given exponents, the terms' coefficients solve a
+non-negative least-squares problem, so only the exponents are searched.
 
-Both work in coordinates in which each term's exponents act around the data's mean, so that
-a coefficient and its exponent do not pull on one another.
+Both work in coordinates centered on the data's mean, which decouples a term's coefficient from
+its exponents.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from moe_jax.laws.forms import Form, log_sum
 DELTA = 1e-3
 N_STARTS = 64
 _UNMOVED = 1e-7
-_MAX_ITERATIONS = 500  # passes of a linear Huber regression
-_FLOOR_SHARE = 1e-6  # a coefficient of zero has no logarithm
+_MAX_ITERATIONS = 500  # of the linear Huber regression
+_FLOOR_SHARE = 1e-6  # floor on coefficients, since log(0) is not finite
 
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-  """What a solver found.
+  """The solution a solver found.
 
   Attributes:
-    solver: its name.
+    solver: the solver's name.
     theta: parameters [P].
     objective: mean Huber loss at delta 1e-3 of the residuals of ln L.
     rmse: root mean square of the residuals of ln L.
@@ -45,13 +45,13 @@ class Solution:
 
 
 def huber_sum(residual_N: np.ndarray, delta: float = DELTA) -> float:
-  """Sum of Huber losses: r²/2 below delta, delta (|r| - delta/2) above."""
+  """Returns the sum of Huber losses: r²/2 below delta, delta (|r| - delta/2) above."""
   size = np.abs(residual_N)
   return float(np.where(size < delta, size**2 / 2, delta * (size - delta / 2)).sum())
 
 
 class Problem:
-  """One form on one set of cells, in centred coordinates phi: theta = T phi.
+  """One form on one set of cells, in centered coordinates phi: theta = to_theta @ phi.
 
   The intercept of each term becomes the log of the term at the data's mean.
   """
@@ -80,7 +80,7 @@ class Problem:
                     float(np.sqrt(np.mean(residual**2))), starts, agreeing)
 
   def starts(self, n: int, rng: np.random.Generator) -> np.ndarray:
-    """[n, P]: exponents up to 1.2, and a random share of the mean loss for each term."""
+    """Draws n starts [n, P]: exponents up to 1.2, and random shares of the mean loss per term."""
     intercepts = list(self.form.intercepts)
     share_nK = rng.dirichlet(np.ones(len(intercepts)), n)
     phi = np.empty((n, self.m_KNP.shape[2]))
@@ -92,7 +92,10 @@ class Problem:
 
 
 def least_squares(problem: Problem, phi: np.ndarray, max_evaluations: int = 200) -> np.ndarray:
-  """Least squares of the residuals of ln L from `phi`, Levenberg-Marquardt."""
+  """Least squares on the residuals of ln L: direct for a linear form, else iterative from `phi`.
+
+  The iteration is Levenberg-Marquardt, or trust-region reflective if n < P.
+  """
   import scipy.optimize
   if problem.form.is_linear:
     return np.linalg.lstsq(problem.centred_KNP[0], problem.y_N, rcond=None)[0]
@@ -104,7 +107,7 @@ def least_squares(problem: Problem, phi: np.ndarray, max_evaluations: int = 200)
 
 
 def huber_regression(x_NP: np.ndarray, y_N: np.ndarray) -> np.ndarray:
-  """Linear Huber regression by iteratively reweighted least squares, from least squares."""
+  """Linear Huber regression by iteratively reweighted least squares, started at least squares."""
   root_N = np.ones(len(y_N))
   beta = np.zeros(x_NP.shape[1])
   for _ in range(_MAX_ITERATIONS):
@@ -117,9 +120,9 @@ def huber_regression(x_NP: np.ndarray, y_N: np.ndarray) -> np.ndarray:
 
 def huber_from(problem: Problem, phi: np.ndarray,
                max_iterations: int = 3000) -> tuple[np.ndarray, float]:
-  """One L-BFGS run on the summed Huber loss -> (phi, the sum).
+  """Runs L-BFGS once on the summed Huber loss; returns (phi, the sum).
 
-  A form of one term is convex in phi: it is a regression, solved as one.
+  A one-term form is linear in phi and is solved as a Huber regression instead.
   """
   import scipy.optimize
   if problem.form.is_linear:
@@ -129,7 +132,7 @@ def huber_from(problem: Problem, phi: np.ndarray,
   def objective(at):
     residual = problem.residual(at)
     slope = np.clip(residual, -DELTA, DELTA)
-    # In units of DELTA: the same optimum, and tolerances that mean something.
+    # In units of DELTA: the optimum is the same, and the tolerances are on a sensible scale.
     return huber_sum(residual) / DELTA, problem.jacobian(at).T @ slope / DELTA
 
   found = scipy.optimize.minimize(
@@ -141,12 +144,12 @@ def huber_from(problem: Problem, phi: np.ndarray,
 
 def huber(problem: Problem, n_starts: int = N_STARTS, seed: int = 0,
           extra_phi: np.ndarray | None = None) -> Solution:
-  """The best of many L-BFGS runs.
+  """Returns the best of many L-BFGS runs.
 
   Raises:
     FieldError: a parameter of the best run still equals its start.
   """
-  if problem.form.is_linear:  # convex: one start is all there is to try
+  if problem.form.is_linear:  # convex, so one start is enough
     start = least_squares(problem, np.zeros(problem.m_KNP.shape[2]))
     return problem.solution("huber", huber_from(problem, start)[0], 1, 1)
   starts = problem.starts(n_starts, np.random.default_rng(seed))
@@ -155,7 +158,7 @@ def huber(problem: Problem, n_starts: int = N_STARTS, seed: int = 0,
   best = int(np.argmin(values))
   check_moved(problem.form, starts[best], runs[best][0])
   phi, value = runs[best]
-  if extra_phi is not None:  # the other solver's answer is worth a try
+  if extra_phi is not None:  # also start from the other solver's solution
     other, other_value = huber_from(problem, extra_phi)
     phi, value = (other, other_value) if other_value < value else (phi, value)
   agreeing = int(np.sum(values <= value * 1.001 + 1e-15))
@@ -163,7 +166,7 @@ def huber(problem: Problem, n_starts: int = N_STARTS, seed: int = 0,
 
 
 def check_moved(form: Form, start: np.ndarray, end: np.ndarray) -> None:
-  """Raises FieldError where a fitted parameter still equals its start."""
+  """Raises FieldError if a fitted parameter still equals its start."""
   still = np.abs(end - start) <= _UNMOVED * (1 + np.abs(start))
   for p in np.flatnonzero(still):
     raise FieldError("law", form.name, f"{form.parameters[p]} still equals its start, "
@@ -171,10 +174,10 @@ def check_moved(form: Form, start: np.ndarray, end: np.ndarray) -> None:
 
 
 def variable_projection(problem: Problem, n_starts: int = 16, seed: int = 0) -> Solution:
-  """Exponents searched, coefficients by non-negative least squares.
+  """Searches the exponents, solving for the coefficients by non-negative least squares.
 
-  The inner problem is least squares of L / L_measured - 1; the result is then taken to the
-  least-squares optimum of ln L, so that both solvers answer for one residual.
+  The inner problem minimizes the squares of L / L_measured - 1; the result is then polished to
+  the least-squares optimum of ln L, so that both solvers use the same residual.
 
   Raises:
     FieldError: a parameter of the best run still equals its start.

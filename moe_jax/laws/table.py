@@ -1,9 +1,9 @@
-"""Reads results.csv, and refuses what a fit would be silently wrong on.
+"""Reads results.csv, and rejects input on which a fit would be silently wrong.
 
-A file that cannot be trusted is refused with one line that names it, the line in it, and what
-helps: `--where=COLUMN=VALUE` keeps some rows, `--without=CELL` leaves a cell out. Runs that
-have no result (unfinished, diverged, a loss that is not finite) and those left out on purpose
-are not lost from sight: they carry the reason under UNUSED, and every report lists them.
+The error message is one line that names the file, the line in it and the remedy:
+`--where=COLUMN=VALUE` keeps only matching rows, `--without=CELL` omits a cell. Runs without a
+result (unfinished, diverged, a loss that is not finite) and runs omitted on purpose are kept with
+the reason under UNUSED, and every report lists them.
 """
 
 import csv
@@ -21,36 +21,36 @@ ARCHITECTURE = ("n_layers", "d_model", "d_expert", "n_exp", "n_topk", "n_total",
 _POSITIVE = (*ARCHITECTURE, "tokens", "learning_rate", "loss")
 _SEEDS = ("seed_init", "seed_data")
 REQUIRED = ("cell", "state", *_POSITIVE, *_SEEDS)
-# One law is of one text and one way of measuring: these may not differ within a fit.
+# A law holds for one text and one evaluation: these columns may not differ within a fit.
 SAME = ("evaluation", "corpus", "tokenizer", "seq_len", "data_fingerprint")
-# How a run was trained, beside learning rate and seeds, and the rest of its shape. Runs that
-# differ in any of these are no repeats of each other.
+# How a run was trained, other than learning rate and seeds. Runs of one architecture that differ
+# in any of RECIPE, RECIPE_HASH or DETAILS (the rest of its shape) are not repeats of each other.
 RECIPE = ("batch_tokens", "schedule", "warmup_steps", "decay_fraction", "weight_decay",
           "dispatch", "capacity_factor", "routing_group_tokens", "norm_topk_prob", "router",
           "bias_update_rate", "jitter", "drop_order", "balance_coef", "z_coef", "compute_dtype",
           "mask_documents", "vocab_size", "tie_embeddings", "qk_norm", "init_from")
-# Of the whole recipe, also of what is no column: evaluate.results.recipe_hash. Older tables have
-# none.
+# Hash of the whole recipe, including settings that have no column (evaluate.results.recipe_hash).
+# Older tables lack it.
 RECIPE_HASH = "recipe_hash"
-NOT_ROUTED = ("n_shared_experts", "n_dense_layers")  # what is active beside attention
+NOT_ROUTED = ("n_shared_experts", "n_dense_layers")  # always active, like attention
 DETAILS = ("n_heads", "n_kv_heads", "head_dim", *NOT_ROUTED, "d_dense")
-UNUSED = "_unused"  # why a row is no part of the fit; absent from the rows that are
-LEFT_OUT = "left out by"  # how that reason begins where it was a flag
+UNUSED = "_unused"  # why a row is not part of the fit; absent from the rows that are
+LEFT_OUT = "left out by"  # prefix of that reason if a flag excluded the row
 _FINISHED = "finished"
 
 
 def read_results(path: str | os.PathLike | Sequence[str], where: Sequence[str] = (),
                  without: Sequence[str] = ()) -> list[Row]:
-  """All rows: those that a fit may use with numbers as floats, the others marked UNUSED.
+  """Reads all rows, with numbers as floats; rows that a fit may not use are marked UNUSED.
 
   Args:
-    path: results.csv, local or gs://, or several of one text and one evaluation.
-    where: COLUMN=VALUE conditions that rows must meet, as text in the file.
-    without: names of cells to leave out.
+    path: results.csv, local or gs://, or several with the same text and evaluation.
+    where: COLUMN=VALUE conditions that rows must meet, compared as text.
+    without: names of cells to omit.
 
   Raises:
-    FieldError: no such file, not a CSV, missing columns, no row that can be used, mixed data
-      sets, a value that is no number, duplicated rows.
+    FieldError: no such file, not a CSV, missing columns, no usable row, mixed datasets, a value
+      that is not a number, duplicate rows.
   """
   paths = [str(path)] if isinstance(path, str | os.PathLike) else list(path)
   rows, path = [row for one in paths for row in _parsed(one)], ", ".join(paths)
@@ -99,7 +99,7 @@ def _reason(error: Exception) -> str:
 
 
 def _choose(rows: list[Row], where: Sequence[str], without: Sequence[str], path: str) -> None:
-  """Marks the rows that the conditions leave out."""
+  """Marks the rows that the conditions exclude."""
   columns = [name for name in rows[0] if name != "_line" and all(name in row for row in rows)]
   for condition in where:
     column, equals, value = condition.partition("=")
@@ -134,13 +134,13 @@ def _check_same(rows: list[Row], path: str) -> None:
 
 
 def differing(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
-  """The columns in which rows differ; RECIPE_HASH where they differ in no column of these."""
+  """Returns the columns in which rows differ, or RECIPE_HASH if only their recipe hashes do."""
   found = [name for name in columns if len({str(row.get(name)) for row in rows}) > 1]
   return found or [RECIPE_HASH] * (len({str(row.get(RECIPE_HASH)) for row in rows}) > 1)
 
 
 def _check_row(row: Row, path: str) -> None:
-  """Turns the numbers of a row into floats, or marks it as one without a result."""
+  """Converts a row's numbers to floats, and marks the row UNUSED if it has no result."""
   at = f"line {row['_line']} (cell {row['cell']})"
   steps = row.get("steps") or row.get("step")
   if row["state"] != _FINISHED or (row.get("step") or steps) != steps:

@@ -1,4 +1,4 @@
-"""How far a fitted form can be trusted: leaving out, holding out, and rival forms."""
+"""Validates a fitted form: leave-one-out refits, extrapolation tests and rival forms."""
 
 import dataclasses
 
@@ -18,10 +18,10 @@ class LeftOut:
 
   Attributes:
     what: what was left out.
-    theta: parameters [P] fitted to the rest; None where the rest does not identify them.
-    error: ln L measured - predicted of the cells left out, [n]; None likewise.
-    refusal: the line that says why there is none; empty where there is one.
-    out: which cells were left out, a mask; None where none could be chosen.
+    theta: parameters [P] fitted to the rest; None if the rest does not identify them.
+    error: measured minus predicted ln L of the cells left out, [n]; None if theta is None.
+    refusal: why theta is None; empty if it is not.
+    out: mask of the cells left out; None if none could be chosen.
   """
 
   what: str
@@ -32,11 +32,11 @@ class LeftOut:
 
 
 def leave_out(fitted: Fit, out: np.ndarray, what: str) -> LeftOut:
-  """Refits without the cells of a mask, and predicts them."""
+  """Refits without the cells of the mask `out`, and predicts them."""
   cells = fitted.cells
   rest = cells.take(~out)
   try:
-    # What hardly varies in the rest has a slope there, which is one of noise.
+    # A variable that hardly varies in the rest still gets a slope, but one fitted to noise.
     refused = identify(fitted.form, rest).refused
     if refused:
       return _impossible(what, f"the rest do not identify {', '.join(refused)}: "
@@ -78,17 +78,17 @@ def extrapolate(fitted: Fit, column: str) -> LeftOut:
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-  """One form among rivals, all on the same cells.
+  """One of several rival forms fitted to the same cells.
 
   Attributes:
-    law: its name.
-    n_parameters: how many are identified.
-    rmse: of ln L, on the cells it was fitted to.
-    aicc: Akaike's criterion with its small-sample term.
-    bic: Bayes's.
-    cv_rmse: of ln L, leaving one architecture out at a time; NaN if that cannot be done.
-    cv_error: the same architecture by architecture, mean squared error; None likewise.
-    n_exp_rmse: of ln L, leaving one n_exp out at a time; NaN if that cannot be done.
+    law: the form's name.
+    n_parameters: number of identified parameters.
+    rmse: RMSE of ln L on the cells it was fitted to.
+    aicc: Akaike information criterion with the small-sample correction.
+    bic: Bayesian information criterion.
+    cv_rmse: leave-one-architecture-out RMSE of ln L; NaN if that cannot be done.
+    cv_error: the mean squared error of each architecture left out; None if cv_rmse is NaN.
+    n_exp_rmse: RMSE of ln L leaving out one value of n_exp at a time; NaN if not possible.
     refusal: why it could not be fitted; empty if it could.
   """
 
@@ -104,7 +104,7 @@ class Rival:
 
 
 def compare(cells: Cells, laws: list[str]) -> list[Rival]:
-  """Rival forms by information criteria and by cross-validation over architectures."""
+  """Compares forms by information criteria and by cross-validation over architectures."""
   return [_rival(cells, law) for law in laws]
 
 
@@ -113,7 +113,7 @@ def _rival(cells: Cells, law: str) -> Rival:
     fitted = fit(cells, law, n_starts=16)
   except FieldError as error:
     return Rival(law, refusal=str(error))
-  n, k = len(cells), len(fitted.parameters) + 1  # the noise's variance is one more
+  n, k = len(cells), len(fitted.parameters) + 1  # + 1 for the noise variance
   deviance = n * np.log(max(np.mean(fitted.residual**2), 1e-30))
   small = 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else np.inf
   rival = Rival(law, k - 1, float(np.sqrt(np.mean(fitted.residual**2))),
@@ -129,19 +129,19 @@ def _rival(cells: Cells, law: str) -> Rival:
 
 
 def _rmse(parts: list[LeftOut]) -> float:
-  """Over all cells that were left out; NaN where a part could not be predicted."""
+  """Returns the RMSE over all cells left out; NaN if a part could not be predicted."""
   if not parts or any(part.error is None for part in parts):
     return np.nan
   return float(np.sqrt(np.mean(np.concatenate([part.error for part in parts])**2)))
 
 
 def cv_difference(one: Rival, other: Rival) -> tuple[float, float]:
-  """Mean squared prediction error of `one` less that of `other`, and its standard error.
+  """Mean squared prediction error of `one` minus that of `other`, and its standard error.
 
-  Paired over the architectures left out, of which the same were easy or hard for both.
+  The difference is paired by architecture, since the same ones are easy or hard for both forms.
 
   Raises:
-    FieldError: one of them could not be cross-validated.
+    FieldError: either form could not be cross-validated.
   """
   for rival in (one, other):
     if rival.cv_error is None:
@@ -162,12 +162,12 @@ class NestedTest:
 
 
 def f_test(small: Fit, large: Fit) -> NestedTest:
-  """F-test: does the large form explain more than its extra parameters would by chance?
+  """F-test of whether the large form explains more than its extra parameters would by chance.
 
-  Cells count as independent.
+  Treats cells as independent.
 
   Raises:
-    FieldError: not the same cells, or no parameter more.
+    FieldError: different cells, no extra parameter, or no residual degrees of freedom.
   """
   from scipy import stats
   extra = len(large.parameters) - len(small.parameters)

@@ -1,1 +1,1 @@
-"""A grid as an experiment: what it can detect, and which runs to add to it. No JAX."""
+"""Experimental design for grids: what a grid can detect, and which runs to add to it. No JAX."""

@@ -1,4 +1,4 @@
-"""Runs that could be added to a grid: new shapes by the iso-N_total solver, and repeats."""
+"""Generates candidate cells for a grid: new shapes from the iso-N_total solver."""
 
 import dataclasses
 import itertools
@@ -14,19 +14,20 @@ from moe_jax.errors import FieldError, require
 from moe_jax.laws.table import ARCHITECTURE
 from moe_jax.study.sample import variables
 
-# Values that were meant to be one: rounding moves sizes little, granularity by up to a quarter.
+# Log distance below which values were meant to be equal: rounding barely moves sizes, but moves
+# granularity by up to a quarter.
 _SAME_SIZE, _SAME_GRANULARITY = math.log(1.1), math.log(1.25)
 _FINEST = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-  """Where to look: every combination of these values; see `region`.
+  """Where to generate candidates: every combination of these values; see `region`.
 
   Attributes:
     n_total, n_exp, sparsity, granularity: values to combine.
-    aspect: d_model / n_layers to hold; None holds n_layers.
-    n_layers: depth to hold, where the aspect is not: that of the nearest run if None.
+    aspect: d_model / n_layers to hold fixed; None holds n_layers fixed instead.
+    n_layers: depth to hold fixed if aspect is None; None takes that of the nearest run.
   """
 
   n_total: tuple[int, ...]
@@ -40,7 +41,7 @@ class Region:
     for name in ("n_total", "n_exp", "sparsity"):
       for value in getattr(self, name):
         require(value >= 1, name, value, "must be at least 1")
-    for value in self.granularity:  # below 1 where experts are wider than the model
+    for value in self.granularity:  # below 1 if experts are wider than the model
       require(value > 0, "granularity", value, "must be above 0")
     require(self.aspect is None or self.aspect > 0, "aspect", self.aspect, "must be above 0")
     require(self.n_layers is None or self.n_layers >= 1, "n_layers", self.n_layers,
@@ -59,10 +60,10 @@ class Region:
 
 
 def region(configs: Sequence[RunConfig], **asked) -> Region:
-  """The region around the runs so far, fields that are `asked` (not None) taken as they are.
+  """Returns the region around the runs so far; fields given in `asked` (not None) override it.
 
-  Sizes and granularities as in the runs; n_exp and sparsity as in the runs and one doubling
-  and one halving further. n_layers is held where every size has one depth, else the aspect.
+  Sizes and granularities are those of the runs; n_exp and sparsity extend one halving and one
+  doubling beyond theirs. n_layers is held fixed if every size has a single depth, else the aspect.
   """
   archs = [config.arch for config in configs]
   sizes = np.array([count.n_total(arch) for arch in archs], float)
@@ -81,18 +82,18 @@ def region(configs: Sequence[RunConfig], **asked) -> Region:
 
 
 def mean_aspect(configs: Sequence[RunConfig]) -> float:
-  """Geometric mean of d_model / n_layers."""
+  """Returns the geometric mean of d_model / n_layers."""
   return float(np.exp(np.mean([math.log(c.arch.d_model / c.arch.n_layers) for c in configs])))
 
 
 def _groups(values, apart: float) -> list[np.ndarray]:
-  """Indices of values whose logs have no gap of more than `apart`, ascending."""
+  """Groups the indices of values, ascending, splitting at gaps in the logs above `apart`."""
   order = np.argsort(values)
   return np.split(order, np.flatnonzero(np.diff(np.log(values)[order]) > apart) + 1)
 
 
 def _clustered(values, apart: float) -> list[float]:
-  """Geometric means of the groups."""
+  """Returns the geometric mean of each group."""
   return [float(np.exp(np.mean(np.log(np.array(values)[group]))))
           for group in _groups(np.array(values), apart)]
 
@@ -108,8 +109,8 @@ class Candidates:
 
   Attributes:
     configs: one run of each.
-    unsolved: combinations without a shape of that size and granularity.
-    refused: combinations that no valid configuration has, with the reason of the first.
+    unsolved: number of combinations without a shape of that size and granularity.
+    refused: the error of each combination that makes no valid configuration.
   """
 
   configs: tuple[RunConfig, ...]
@@ -118,10 +119,10 @@ class Candidates:
 
 
 def new_cells(where: Region, configs: Sequence[RunConfig]) -> Candidates:
-  """Each with the recipe of the run nearest to it in the logs of size, n_exp, s and g.
+  """Solves for a cell of each combination, with the recipe of its nearest run (see `nearest`).
 
-  Shapes keep to the multiples that all runs so far keep to. A combination that the runs have
-  is left out.
+  Widths keep to the power of two that divides all widths so far. Shapes that already have runs
+  are skipped.
   """
   seen = {_shape(config) for config in configs}
   limits = _limits(configs)
@@ -154,7 +155,7 @@ def _shape(config: RunConfig) -> tuple[float, ...]:
 
 
 def like_run(run: RunConfig, arch: arch_lib.Architecture, seed_init: int) -> RunConfig:
-  """A run's recipe for another architecture or seed, as a run of its own, not a branch."""
+  """Returns a run's recipe with another architecture or seed, as a separate run, not a branch."""
   return dataclasses.replace(
       run, arch=arch, seed_init=seed_init,
       train=dataclasses.replace(run.train, branch_from=None),
@@ -163,7 +164,7 @@ def like_run(run: RunConfig, arch: arch_lib.Architecture, seed_init: int) -> Run
 
 def nearest(configs: Sequence[RunConfig], n_total: float, n_exp: float, s: float,
             g: float) -> RunConfig:
-  """In the logs of the four; of equals the one that is trained longest."""
+  """Returns the nearest run in the logs of all four; ties go to the one trained longest."""
   def distance(config: RunConfig) -> tuple[float, int]:
     arch = config.arch
     ours = (count.n_total(arch), arch.n_exp, arch.sparsity, arch.granularity)
@@ -174,13 +175,13 @@ def nearest(configs: Sequence[RunConfig], n_total: float, n_exp: float, s: float
 
 
 def _limits(configs: Sequence[RunConfig]) -> arch_lib.IsoLimits:
-  """The powers of two that divide all widths so far, and the solver's own tolerance."""
+  """Limits widths to the largest power of two (at most 64) that divides all widths so far."""
   multiples = [math.gcd(_FINEST, *(getattr(c.arch, name) for c in configs))
                for name in ("d_model", "d_expert")]
   return arch_lib.IsoLimits(d_model_multiple=multiples[0], d_expert_multiple=multiples[1])
 
 
 def flops(config: RunConfig) -> float:
-  """Training FLOPs of one run."""
+  """Returns the training FLOPs of one run."""
   return (config.train.steps * config.batch_tokens
           * count.training_flops_per_token(config.arch, config.data.seq_len))

@@ -1,4 +1,4 @@
-"""One budget, the architecture a fitted law chooses for it, and others of that budget at random."""
+"""Compares the architecture a fitted law chooses for a budget with random ones of that budget."""
 
 import dataclasses
 import math
@@ -23,17 +23,19 @@ from moe_jax.study.rates import Rates
 from moe_jax.study.so_far import SoFar
 from moe_jax.text import aligned, short
 
-# How much of each budget an architecture must use to count as one of that budget.
+# Fraction of each budget that an architecture must use to count as one of that budget.
 LEAST = {"memory_gb": 0.9, "active_params": 0.75}
-_HEAD = 8  # width of the heads that stand for heads that fill d_model
+_HEAD = 8  # width of the stand-in heads if the runs' own heads fill d_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-  """Attributes:
+  """The law's choice and random architectures of the same budget.
+
+  Attributes:
     configs: the choice, then the others.
-    predicted: their losses by the law.
-    notes: lines on the budget and what there was to draw from.
+    predicted: the losses the law predicts for them.
+    notes: lines on the budget and on the population drawn from.
   """
 
   configs: tuple[RunConfig, ...]
@@ -52,14 +54,14 @@ class Contest:
 
 def contest(fitted: Fit, history: SoFar, memory_gb: float, active_params: float, others: int = 10,
             seed: int = 0, rates: Rates | None = None) -> Contest:
-  """Chooses, and draws the others evenly over n_exp and n_topk.
+  """Chooses an architecture, and draws the others uniformly over pairs (n_exp, n_topk).
 
-  The space is that of the runs: their ranges of n_exp, n_topk, granularity and d_model /
-  n_layers, with widths in multiples of 8. Each is trained as the run nearest to it, at its own
-  learning rate where there is a law of that.
+  The space covers the runs' ranges of n_exp, n_topk, granularity and d_model / n_layers, with
+  widths in multiples of lcm(8, 2 n_heads). Each architecture is trained with the recipe of its
+  nearest run, at the learning rate that `rates` gives if there is one.
 
   Raises:
-    FieldError: a budget that the space cannot meet, or too few architectures that use it up.
+    FieldError: the space cannot meet the budget, or too few architectures use it up.
   """
   require(others >= 1, "others", others, "must be at least 1")
   tokens = float(fitted.cells.columns["tokens"].max())
@@ -102,7 +104,7 @@ def _space(configs: Sequence[RunConfig]) -> Space:
 
 
 def _arch(found: Architecture, like: Architecture) -> Architecture:
-  """With the heads of the runs: where theirs fill d_model, so do these."""
+  """Gives an architecture the runs' heads: if theirs fill d_model, so do these."""
   if like.head_dim:
     return found
   return dataclasses.replace(found, n_heads=like.n_heads, n_kv_heads=like.n_kv_heads,
@@ -135,7 +137,11 @@ def _config(arch: Architecture, runs: Sequence[RunConfig], rates: Rates | None) 
 
 
 def rank(grid: Grid, rows: Sequence[Row], seed_sd: float) -> list[str]:
-  """Where the first cell of a contest's grid came in. Raises FieldError where it has no loss."""
+  """Ranks the cells of a contest's grid by loss, and reports the place of the first, the choice.
+
+  Raises:
+    FieldError: the choice has no loss, or no other cell has one.
+  """
   by_identity = {row.get("identity"): row for row in rows}
   losses, lines = {}, []
   for name, config in zip(grid.names, grid.cells, strict=True):
@@ -168,10 +174,10 @@ def rank(grid: Grid, rows: Sequence[Row], seed_sd: float) -> list[str]:
 
 
 def _behind_by_chance(others: int) -> float:
-  """95 % quantile of one draw minus the least of `others` draws of a standard normal."""
+  """95 % quantile of one standard normal draw minus the minimum of `others` further draws."""
   from scipy import integrate, optimize, stats
 
-  def exceeded(x: float) -> float:  # P(one - least > x): the least lies below one - x
+  def exceeded(x: float) -> float:  # P(one - least > x), i.e. the minimum lies below one - x
     return integrate.quad(lambda z: stats.norm.pdf(z) * (1 - stats.norm.sf(z - x)**others),
                           -9, 9)[0]
 

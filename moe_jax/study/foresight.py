@@ -1,4 +1,4 @@
-"""A law's losses of cells that have not run, and how they compare with what was measured."""
+"""Predicts the losses of cells that have not run, and compares predictions with measurements."""
 
 import csv
 import dataclasses
@@ -32,7 +32,9 @@ COLUMNS = ("experiment", "cell", "identity", *sample.COLUMNS, *_LOSSES, "level",
 
 @dataclasses.dataclass(frozen=True)
 class Foreseen:
-  """Attributes:
+  """A fitted law's predictions.
+
+  Attributes:
     fitted: the law.
     rows: COLUMNS of each cell, as text.
     notes: lines on what was predicted, and from what.
@@ -50,14 +52,14 @@ class Foreseen:
 
 def predict(cells: Sequence[Cell], rows: Sequence[Row], law: str,
             source: str = "results.csv") -> Foreseen:
-  """Losses of the cells by a law that is fitted to the rows.
+  """Predicts the losses of the cells by a law fitted to the rows, with 95 % prediction intervals.
 
-  Trunks have no loss of their own. Where the law has no variable for tokens, cells that are
-  trained on others than the rows' are left out, which the notes say.
+  Trunks are skipped, as they have no loss of their own. If the law has no variable for tokens,
+  cells with tokens outside the range of the rows are skipped too; the notes report both.
 
   Raises:
-    FieldError: the rows have a loss of one of the cells, no cell is left, or the law cannot be
-      fitted or has no covariance.
+    FieldError: the rows already have the loss of one of the cells, no cell is left, or the law
+      cannot be fitted or has no covariance.
   """
   from scipy import stats
   fitted = fit(to_cells(list(rows), source), law)
@@ -105,7 +107,7 @@ def predict(cells: Sequence[Cell], rows: Sequence[Row], law: str,
 
 
 def fingerprint_of(fitted: Fit) -> str:
-  """Twelve hex digits that name the form, its coefficients and the runs it was fitted to."""
+  """Returns a 12-digit hex hash of the form, its coefficients and the runs it was fitted to."""
   runs = sorted((str(row.get("identity")), f"{row['loss']:.9g}")
                 for group in fitted.cells.runs for row in group)
   theta = {name: f"{value:.9g}" for name, value in
@@ -115,7 +117,7 @@ def fingerprint_of(fitted: Fit) -> str:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """What moe_jax.study.predict wrote, numbers as floats. Raises FieldError."""
+  """Reads a file of moe_jax.study.predict, with losses and level as floats. Raises FieldError."""
   try:
     rows = list(csv.DictReader(io.StringIO(epath.Path(path).read_text())))
     return [row | {name: float(row[name]) for name in (*_LOSSES, "level")}
@@ -129,9 +131,11 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-  """Attributes:
-    measured: (prediction, its measured loss) of each that has one.
-    missing: (prediction, why there is no loss) of each other.
+  """Predictions matched with measured losses.
+
+  Attributes:
+    measured: (prediction, measured loss) for each cell with a loss.
+    missing: (prediction, why there is no loss) for each of the others.
   """
 
   measured: tuple[tuple[dict[str, Any], float], ...]
@@ -139,7 +143,7 @@ class Compared:
 
   @property
   def errors(self) -> np.ndarray:
-    """ln L measured - predicted, [n]."""
+    """Measured minus predicted ln L, [n]."""
     return np.array([math.log(loss / one["predicted"]) for one, loss in self.measured])
 
   @property
@@ -169,7 +173,7 @@ class Compared:
 
 
 def compare(predictions: Sequence[dict[str, Any]], rows: Sequence[Row]) -> Compared:
-  """Holds predictions against the rows of the same identity. Raises FieldError."""
+  """Matches predictions with the rows of the same identity. Raises FieldError if there are none."""
   require(bool(predictions), "predictions", 0, "holds none")
   by_identity = {row.get("identity"): row for row in rows}
   measured, missing = [], []

@@ -1,8 +1,8 @@
-"""Runs kept small, so that they can be committed: all of a run but what is large.
+"""Archives compact records of runs, small enough to commit: everything but the large files.
 
-A folder of them is laid out as an --out and read like one. A run's record there has config.json,
-status.json, the held-out evaluation as it was, and one file of metrics, thinned. Folders of
-several sittings are merged run by run: what has come further stays.
+An archive has the layout of an --out folder and is read the same way. A run's record has
+config.json, status.json, the unmodified held-out evaluation and one file of subsampled metrics.
+Folders from several sittings are merged run by run, keeping the record that progressed further.
 """
 
 import itertools
@@ -29,12 +29,12 @@ POINTS, DIGITS = 200, 5
 TRAINING_DROP_RATE = "training_drop_rate"
 NOT_RUN, NOT_OF_THE_GRID = "not run", "not of the grid"
 
-# How far a run has come: a record is replaced by one that is further alone.
+# Progress of a run. A record is only replaced by one with more progress.
 EVALUATED, FINISHED, ENDED, BEGUN, NOTHING = 4, 3, 2, 1, 0
 
 
 def progress(run: RunDir) -> int:
-  """How far a run has come. Raises FieldError where its files are damaged."""
+  """Returns the progress of a run. Raises FieldError if its files are damaged."""
   config, state = run.read_config(), run.read_status().get("state")
   if config is None:
     return NOTHING
@@ -45,13 +45,13 @@ def progress(run: RunDir) -> int:
 
 
 def keep_run(source: RunDir, target: RunDir) -> bool:
-  """Writes a run's record, unless there is one of the same run that is as far.
+  """Writes a run's record, unless `target` already has one of the same run with as much progress.
 
   Returns:
     Whether it was written.
 
   Raises:
-    FieldError: the record there is of another identity or another text, or a file is damaged.
+    FieldError: the existing record is of another identity or another text, or a file is damaged.
   """
   ours, theirs = source.read_config(), target.read_config()
   if ours is None:
@@ -72,7 +72,7 @@ def keep_run(source: RunDir, target: RunDir) -> bool:
            for record in thinned(source.read_metrics())]
   if lines:
     write_text(target.metrics_file(1, 1), "\n".join(lines) + "\n")
-  # Where it ran says nothing of the result.
+  # Drop the host and process: they are irrelevant to the result.
   status = source.read_status()
   if status:
     write_json(target.path / "status.json", status | {"host": "", "pid": 1})
@@ -81,9 +81,9 @@ def keep_run(source: RunDir, target: RunDir) -> bool:
 
 
 def fingerprint(run: RunDir) -> str | None:
-  """Which text a run's held-out evaluation is of: an identity has the name of its corpus alone.
+  """Returns the data fingerprint of a run's held-out evaluation, or None if it has none.
 
-  None where it has no evaluation.
+  It tells texts apart that an identity cannot, since that contains only the corpus's name.
   """
   config, found = run.read_config(), run.read_eval(HELDOUT) or {}
   if config is None or found.get("identity") != identity_hash(config):
@@ -92,7 +92,7 @@ def fingerprint(run: RunDir) -> str | None:
 
 
 def thinned(records: Sequence[dict[str, Any]], points: int = POINTS) -> list[dict[str, Any]]:
-  """At most so many, evenly spaced, the first and the last among them."""
+  """Returns at most `points` records, evenly spaced and including the first and the last."""
   if len(records) <= points:
     return list(records)
   last = len(records) - 1
@@ -105,13 +105,13 @@ def _rounded(value: Any) -> Any:
 
 def keep(out: str | os.PathLike, to: str | os.PathLike,
          experiments: Iterable[str]) -> tuple[int, int, list[str]]:
-  """Keeps all runs of some experiments, of a folder of runs or of a .zip of `pack`.
+  """Archives all runs of some experiments from a folder of runs or from a .zip made by `pack`.
 
   Returns:
-    (records written, runs that were kept already, a line for each run that cannot be kept).
+    (records written, runs that needed no new record, a line for each run that was refused).
 
   Raises:
-    FieldError: there is no such folder or file.
+    FieldError: `out` does not exist or is neither a folder nor a readable .zip.
   """
   root = epath.Path(out)
   require(root.exists(), "out", os.fspath(out), "is not there")
@@ -139,12 +139,14 @@ def keep(out: str | os.PathLike, to: str | os.PathLike,
 
 
 def table(kept: str | os.PathLike, grid: Grid) -> list[tuple[RunConfig, Row]]:
-  """A row for each cell of a grid: its result, or why it has none; then runs that are of no cell.
+  """Returns a row for each cell of a grid, then rows for archived runs that are not in the grid.
 
-  A trunk is no result: it has a row where it went wrong alone.
+  A row has the cell's result or the reason it has none. A trunk is not a result, so it only gets a
+  row if it started but did not finish.
 
   Raises:
-    FieldError: a record is damaged, or two are of one corpus's name and not of one text.
+    FieldError: a record is damaged, a run has another identity than the grid's cell, or two runs
+      have the same corpus name but different texts.
   """
   folder = epath.Path(kept) / grid.name
   trunks = {config.train.branch_run for config in grid.cells}
@@ -167,7 +169,7 @@ def table(kept: str | os.PathLike, grid: Grid) -> list[tuple[RunConfig, Row]]:
 
 
 def _require_one_text(folder: epath.Path, rows: Iterable[Row]) -> None:
-  """One fingerprint for each corpus and tokenizer, among the rows that have one."""
+  """Requires a single fingerprint per corpus and tokenizer among the rows that have one."""
   first: dict[tuple[str, str], Row] = {}
   for row in rows:
     text = row.get("data_fingerprint")
@@ -199,10 +201,12 @@ def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Ro
 
 
 def lost_trunk(run: RunDir, config: RunConfig) -> RunDir | None:
-  """The trunk of a branch that can never begin: it diverged before it was there. None otherwise.
+  """Returns the trunk of a branch if it diverged before the branch point, else None.
+
+  Such a branch can never start.
 
   Raises:
-    FieldError: the trunk's files are damaged, or it is another one than the branch is meant for.
+    FieldError: the trunk's files are damaged, or it is not the trunk the branch was meant for.
   """
   trunk = run.trunk(config)
   if trunk is None:
@@ -216,10 +220,10 @@ def lost_trunk(run: RunDir, config: RunConfig) -> RunDir | None:
 
 
 def training_drop_rate(run: RunDir, config: RunConfig) -> float | None:
-  """Mean share of assignments that were dropped after warm-up, a branch's trunk included.
+  """Mean fraction of assignments dropped after warm-up, including a branch's trunk.
 
-  From the steps that were logged, in a record thinned to POINTS of them, each for all since the
-  one before it: how often a run logs decides nothing. None: it is not known of all the training.
+  Each logged step (a record has at most POINTS) is weighted by the number of steps since the
+  previous one, so the logging interval does not matter. None if any part of the training lacks it.
   """
   branch = config.train.branch_step or 0
   parts = [[record for record in run.read_metrics() if record["step"] > branch]]
@@ -241,10 +245,12 @@ def training_drop_rate(run: RunDir, config: RunConfig) -> float | None:
 
 def pack(kept: str | os.PathLike, to: str | os.PathLike,
          part_bytes: int | None = None) -> list[epath.Path]:
-  """Puts a folder of records into one .zip, or some of at most so many bytes, a run in one of them.
+  """Packs a folder of records into one .zip, or into several of at most `part_bytes` each.
+
+  A run is never split over several files.
 
   Raises:
-    FieldError: a run alone takes more than `part_bytes`; nothing is written then.
+    FieldError: a single run takes more than `part_bytes`; nothing is written then.
   """
   root, files = epath.Path(kept), [[]]
   size = 0

@@ -1,13 +1,13 @@
-"""The best learning rate of each sweep, and a law lr*(N_total, s, n_exp) through them.
+"""Finds the best learning rate of each sweep, and fits a law lr*(N_total, s, n_exp) to them.
 
     python -m moe_jax.study.learning_rate --results=runs/study-pilots/results.csv \\
         --write=experiments/study/rates.json
     python -m moe_jax.study.learning_rate --results=runs/study-rate-check/results.csv \\
         --check=experiments/study/rates.json
 
-A sweep whose best rate is at its edge, or is not bounded by the noise between seeds, is refused
-with the rates to add. --check holds a law
-that was fitted before against sweeps at other cells.
+A sweep is refused if its best rate is at an edge, or if noise between seeds leaves the optimum
+unbounded; the message names the rates to add. --check compares a law fitted earlier with sweeps
+at other cells.
 """
 
 from absl import flags

@@ -1,10 +1,10 @@
-"""Which runs to add to a grid: those that would most shrink what is uncertain.
+"""Proposes runs to add to a grid: those expected to shrink a confidence interval the most.
 
     python -m moe_jax.study.next --results=runs/quickstart/results.csv --target=b_minus_c \\
         --add=5 --write=experiments/next.py
 
-The runs proposed belong to the same experiment: launched with
---config=experiments/next.py they appear in the same results.csv.
+The proposed runs belong to the same experiment: launched with --config=experiments/next.py, they
+appear in the same results.csv.
 """
 
 from absl import flags

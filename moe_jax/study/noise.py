@@ -1,4 +1,4 @@
-"""The noise that losses scatter by: measured where it can be, given or assumed elsewhere."""
+"""Noise of the losses: measured where possible, otherwise given by flags or assumed."""
 
 import numpy as np
 from absl import flags
@@ -6,14 +6,14 @@ from absl import flags
 from moe_jax.laws.fit import Fit
 from moe_jax.laws.information import Noise, noise_of
 
-# Of ln L: 0.2 % of the loss is what benchmarks.law_coverage plants between seeds.
+# Of ln L, i.e. 0.2 % of the loss: the seed noise that benchmarks.law_coverage simulates.
 SEED_SD = ARCHITECTURE_SD = 0.002
 
-flags.disclaim_key_flags()  # they are the commands', whose --help lists them
+flags.disclaim_key_flags()  # so that each command's --help lists them as its own
 
 
 def define_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
-  """Declares --seed_sd and --architecture_sd, None where they are not given."""
+  """Declares --seed_sd and --architecture_sd, which default to None."""
   return (
       flags.DEFINE_float("seed_sd", None, "Standard deviation of ln L between seeds; default: "
                          f"from repeated runs, else {SEED_SD}."),
@@ -22,7 +22,7 @@ def define_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
 
 
 def given(seed_sd: float | None, architecture_sd: float | None) -> Noise:
-  """What flags say, or what is assumed without them. Raises FieldError."""
+  """Returns the noise given by flags, with defaults for those not given. Raises FieldError."""
   def source(value: float | None) -> str:
     return "assumed" if value is None else "given"
 
@@ -32,7 +32,7 @@ def given(seed_sd: float | None, architecture_sd: float | None) -> Noise:
 
 
 def measured(fitted: Fit, seed_sd: float | None, architecture_sd: float | None) -> Noise:
-  """What the fit's repeats and residuals say; what is given goes first. Raises FieldError."""
+  """Estimates the noise from a fit's repeats and residuals, unless given. Raises FieldError."""
   asked = given(seed_sd, architecture_sd)
   repeated = not np.isnan(fitted.cells.seed_noise)
   if repeated and seed_sd is None:

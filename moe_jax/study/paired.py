@@ -1,13 +1,13 @@
-"""Whether what tells two kinds of runs apart moves the slopes of a law: by pairs.
+"""Tests by paired runs whether a difference in training changes the slopes of a law.
 
     python -m moe_jax.study.paired --results=runs/study/results.csv --of=tokens \\
         --values=24968192,99975168
     python -m moe_jax.study.paired --results=runs/a/results.csv --results=runs/b/results.csv \\
         --of=dispatch --values=capacity,dropless
 
-Two runs of one architecture and the same seeds are a pair. ln L of the second minus that of the
-first is fitted by a log-log form, whose coefficients are then what is added to the slopes. What
-the two have in common, such as what the law does not know of their architecture, cancels.
+Two runs of one architecture with the same seeds form a pair. A log-log form is fitted to the
+difference in ln L, second minus first; its coefficients are the changes of the slopes. Whatever
+the two runs share cancels, including the architecture effect that the law misses.
 """
 
 import collections
@@ -47,10 +47,13 @@ def main(overrides: list[str]) -> None:
 
 
 def pairs(rows: Sequence[Row], of: str, first: str, second: str) -> Cells:
-  """A cell for each architecture; its loss is the ratio, second to first, in the mean over seeds.
+  """Returns a cell for each architecture; its loss is the ratio of losses, second to first.
+
+  Ratios are averaged over seeds in ln L.
 
   Raises:
-    FieldError: no such column, a value that no run has, no pair.
+    FieldError: no such column, a value that no run has, two runs with the same value and seeds,
+      no pair, or pairs of several lengths.
   """
   used = [row for row in rows if UNUSED not in row]
   require(all(of in row for row in used), "of", of, "is no column of all the results")
@@ -103,7 +106,7 @@ def _is(found: object, value: str) -> bool:
 
 
 def lines(fitted: Fit) -> list[str]:
-  """What the command prints: what is added to each slope, with 95 % intervals."""
+  """Returns the lines the command prints: the change of each slope, with 95 % intervals."""
   change = 100 * np.expm1(np.mean(fitted.cells.log_loss))
   found, by_pair = intervals.bootstrap(fitted), intervals.by_pair(fitted)
   rows = [("added to", "estimate", "95 % interval", *(("common to a (n_exp, s)",) if by_pair

@@ -1,4 +1,4 @@
-"""What effect a grid of this size and noise can detect, before or after it is run.
+"""Power analysis: the effect a grid of this size and noise can detect, before or after it is run.
 
     python -m moe_jax.study.power --config=experiments/quickstart.py --law=paper-curved
     python -m moe_jax.study.power --results=runs/quickstart/results.csv
@@ -51,14 +51,14 @@ def main(overrides: list[str]) -> None:
 
 
 def planned(cells: Cells, law: str) -> tuple[Identified, Design]:
-  """The design of a grid that has not been run. Raises FieldError for a form not log-log."""
+  """Returns the design of a grid that has not been run. Raises FieldError unless log-log."""
   found = identify(form_for(law, cells), cells)
   return found, design_of(found.form, cells)
 
 
 def measured(cells: Cells, law: str, seed_sd: float | None = None,
              architecture_sd: float | None = None) -> tuple[Identified, Design, Noise]:
-  """The same of results, and their noise."""
+  """Like `planned`, for results that exist, with their noise."""
   fitted = fit(cells, law)
   noise = noise_lib.measured(fitted, seed_sd, architecture_sd)
   return fitted.identified, design_of(fitted.form, cells, fitted.least_squares.theta), noise
@@ -66,7 +66,7 @@ def measured(cells: Cells, law: str, seed_sd: float | None = None,
 
 def report(cells: Cells, found: Identified, design: Design, noise: Noise,
            margin: Margin) -> list[str]:
-  """The lines that the command prints."""
+  """Returns the lines that the command prints."""
   fold = margin.fold
   repeated = Design(design.parameters, design.x_NP, design.architecture_N, 2 * design.seeds_N)
   twice = {p.parameter: p for p in power.power_of(repeated, noise, margin.slope)}
@@ -90,7 +90,7 @@ def report(cells: Cells, found: Identified, design: Design, noise: Noise,
 
 
 def _variable(form: Form, parameter: str) -> str | None:
-  """The variable of which a parameter is the slope of ln L; None where it is none."""
+  """Returns the variable along which a parameter is the slope of ln L, or None."""
   if not form.is_linear:
     return None
   basis = form.terms[0][parameter]

@@ -1,12 +1,12 @@
-"""Predictions that can be committed before their cells are measured, and how they turned out.
+"""Writes predictions to commit before the cells are measured, and later scores them.
 
     python -m moe_jax.study.predict --results=runs/study/results.csv --law=paper-curved \\
         --where=tokens=99975168 --config=experiments/study/large.py --write=predictions.csv
     python -m moe_jax.study.predict --results=runs/study/results.csv --predictions=predictions.csv
 
-A cell that the results already have is refused. The interval is for one further run: the
-uncertainty of the law, by the jackknife over architectures, and the scatter of the runs around
-it. Every line has the identity's hash of its run and a fingerprint of the fit.
+A cell that the results already contain is refused. The interval is a prediction interval for one
+further run: it combines the uncertainty of the law (jackknife over architectures) with the scatter
+of single runs around it. Every row has the identity hash of its run and a fingerprint of the fit.
 """
 
 from absl import flags

@@ -1,4 +1,4 @@
-"""The next runs of a grid: read what there is, generate candidates, choose, tell, write."""
+"""Proposes the next runs of a grid: reads the results, generates candidates, chooses, reports."""
 
 import collections
 import dataclasses
@@ -31,16 +31,16 @@ from moe_jax.text import aligned, short
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-  """What is wanted.
+  """A request for runs.
 
   Attributes:
     law: the form.
     target: a coefficient, `all`, `mean` or `choice`; see moe_jax.study.targets.
-    add: at most so many runs.
-    flops: that they may cost together; None counts runs alone.
-    region: fields of candidates.Region that are not to follow the runs so far.
-    seed_sd, architecture_sd: noise that is not to be taken from the runs.
-    choice: N_total of the architectures to choose from and their most N_active.
+    add: maximum number of runs.
+    flops: maximum total training FLOPs; None limits only the number of runs.
+    region: fields of candidates.Region to override; the rest follow the runs so far.
+    seed_sd, architecture_sd: noise to assume instead of estimating it from the runs.
+    choice: N_total of the architectures to choose from, and their maximum N_active.
   """
 
   law: str = "paper"
@@ -55,15 +55,15 @@ class Ask:
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-  """What to run next.
+  """The runs proposed next.
 
   Attributes:
     history: the runs so far.
-    configs: the runs proposed, best first.
-    choice: their rows in the pool, and what each brings.
-    target: what they were chosen by.
-    before, after: half-width of each coefficient's 95 % interval, of those that are
-      identified so far and with all the runs proposed.
+    configs: the proposed runs, best first.
+    choice: their rows in the pool, and the target's half-width with each.
+    target: what they were chosen to estimate.
+    before, after: half-width of the 95 % interval of each identified coefficient, so far and
+      with all the proposed runs.
     notes: lines on the runs so far and on the candidates.
   """
 
@@ -77,11 +77,11 @@ class Proposal:
 
   @property
   def grid(self) -> Grid:
-    """As an experiment of the same name and recipe."""
+    """The proposed runs as an experiment of the same name and recipe."""
     return Grid(self.history.experiment, self.history.recipe, self.configs)
 
   def lines(self) -> list[str]:
-    """The report."""
+    """Returns the report as lines of text."""
     rows = [("", "run", "N_total", "n_exp", "s", "g", "tokens", "FLOPs", "alone", "together"),
             ("", "so far", *[""] * 7, self.so_far)]
     for i, (config, alone, together) in enumerate(zip(
@@ -97,13 +97,13 @@ class Proposal:
             "by coefficient:", *aligned(self._by_coefficient())]
 
   def _form_grows(self) -> str:
-    """Says so where the intervals before and after are not of one form."""
+    """Returns a remark if the intervals before and after come from different forms."""
     more = [name for name in self.after if name not in self.before]
     return f" (so far without {' and '.join(more)}, then with)" if self.before and more else ""
 
   @property
   def so_far(self) -> str:
-    """The target's interval before."""
+    """The target's half-width with the runs so far, as text."""
     before = self.before.get(self.target.name, np.inf)
     return _plus_minus(before if np.isfinite(before) or len(self.before) < len(self.after)
                        else self.choice.half_width[0])
@@ -115,7 +115,7 @@ class Proposal:
         for name in names]
 
   def write(self, path: str) -> None:
-    """As an experiment file. Raises FieldError where one is there already."""
+    """Writes the runs as an experiment file. Raises FieldError if `path` already exists."""
     write_experiment(path, self.grid, "\n".join([
         f"Which runs tell most about {self.target.name}? Proposed by python -m "
         "moe_jax.study.next.", "",
@@ -130,11 +130,11 @@ def _plus_minus(value: float) -> str:
 
 def propose(results: str, ask: Ask, experiment_file: str | None = None,
             where: Sequence[str] = (), without: Sequence[str] = ()) -> Proposal:
-  """The runs that would tell most.
+  """Chooses the runs that would shrink the target's interval most.
 
   Raises:
-    FieldError: results, configurations or flags that will not do; a target that nothing
-      identifies, or a choice that is not in doubt.
+    FieldError: invalid results, configurations or flags; a target that no candidate identifies;
+      or a choice that is not in doubt.
   """
   require(ask.add >= 1, "add", ask.add, "must be at least 1")
   rows = read_results(results, where, without)
@@ -184,7 +184,7 @@ def propose(results: str, ask: Ask, experiment_file: str | None = None,
 
 def _known(asked: Form, form: Form, theta: np.ndarray | None, cells: Cells,
            noise: Noise) -> dict[str, float]:
-  """Half-widths of the exponents that these cells identify; of no others."""
+  """Returns the half-widths of the exponents that these cells identify, omitting the others."""
   if asked.is_linear:
     try:
       form, theta = identify(asked, cells).form, None
@@ -196,7 +196,7 @@ def _known(asked: Form, form: Form, theta: np.ndarray | None, cells: Cells,
 
 
 def _with_new(cells: Cells, new: Sequence[RunConfig]) -> Cells:
-  """The cells so far, then the new ones, losses of 1."""
+  """Returns the cells so far followed by the new ones, all with a placeholder loss of 1."""
   columns = {name: np.concatenate([cells.columns[name], [variables(c)[name] for c in new]])
              for name in COLUMNS}
   return Cells.of(np.ones(len(cells) + len(new)),
@@ -205,7 +205,7 @@ def _with_new(cells: Cells, new: Sequence[RunConfig]) -> Cells:
 
 
 def _fitted(cells: Cells, law: str) -> Fit | None:
-  """None where there are too few cells for it."""
+  """Fits the law; None if there are too few cells or architectures."""
   try:
     return fit(cells, law)
   except TooFew:
@@ -213,7 +213,11 @@ def _fitted(cells: Cells, law: str) -> Fit | None:
 
 
 def _theta(form: Form, fitted: Fit | None) -> np.ndarray | None:
-  """The fit's coefficients, if they are this form's. Raises FieldError where they must be."""
+  """Returns the fit's theta if it has this form's parameters, else None.
+
+  Raises:
+    FieldError: it does not, and the form is not log-log, so its design depends on theta.
+  """
   if fitted is not None and fitted.parameters == form.parameters:
     return fitted.least_squares.theta
   if not form.is_linear:
@@ -225,7 +229,7 @@ def _theta(form: Form, fitted: Fit | None) -> np.ndarray | None:
 
 def _doubt(ask: Ask, region: candidates.Region, done: Sequence[RunConfig], fitted: Fit | None,
            form: Form, noise: Noise) -> targets.Doubt:
-  """Target `choice`: the architectures of that size in the region's n_exp, s and g."""
+  """Target `choice`, over architectures of the requested size with the region's n_exp, s and g."""
   n_total, n_active = ask.choice
   for name, value in (("choice_n_total", n_total), ("choice_n_active", n_active)):
     require(value is not None, name, value, "is needed for --target=choice")
@@ -252,7 +256,7 @@ def _doubt(ask: Ask, region: candidates.Region, done: Sequence[RunConfig], fitte
 
 def _runs(added: Sequence[int], configs: Sequence[RunConfig],
           rows: Sequence[Row]) -> list[RunConfig]:
-  """The runs of these rows of the pool; a repeat takes the next seed that is not in use."""
+  """Returns the runs for these rows of the pool; a repeat takes the next unused seed."""
   last: dict[tuple, int] = collections.defaultdict(lambda: -1)
   for row in rows:
     shape = tuple(float(row[name]) for name in ARCHITECTURE)

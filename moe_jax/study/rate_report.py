@@ -1,4 +1,4 @@
-"""What sweeps say of learning rates, as lines and as the file that a grid reads."""
+"""Reports learning rates from sweeps, as lines of text and as the file that a grid reads."""
 
 import hashlib
 import math
@@ -11,12 +11,12 @@ from moe_jax.text import aligned
 
 
 def optima_of(sweeps: Sequence[rates.Sweep], seed_sd: float, source: str) -> list[rates.Optimum]:
-  """Of all sweeps. Raises FieldError that names every sweep that is to be widened."""
+  """Returns the optimum of each sweep. Raises FieldError naming every sweep to extend."""
   optima, refused = [], []
   for sweep in sweeps:
     try:
       one = rates.optimum(sweep, seed_sd)
-      rates.require_bounded(one, seed_sd)  # it would count in the law as much as the others
+      rates.require_bounded(one, seed_sd)  # the law weights all optima equally
       optima.append(one)
     except FieldError as error:
       refused.append(f"{error.value} {error.accepted}")
@@ -25,7 +25,7 @@ def optima_of(sweeps: Sequence[rates.Sweep], seed_sd: float, source: str) -> lis
 
 
 def report(found: rates.RateFit, seed_sd: float) -> list[str]:
-  """The optima beside the law's rates, and the law."""
+  """Returns a table of optima next to the law's rates, and the law itself."""
   rows = [("sweep", "N_total", "s", "n_exp", "rates", "optimum", "95 % interval", "by the law")]
   for one in found.optima:
     known = one.sweep.variables
@@ -45,7 +45,7 @@ def _interval(one: rates.Optimum) -> str:
 
 
 def check(sweeps: Sequence[rates.Sweep], law: rates.Rates, seed_sd: float) -> list[str]:
-  """How far the law's rate is from each sweep's optimum, and what that costs."""
+  """Reports how far the law's rate is from each sweep's optimum, and the loss that costs."""
   rows, costs, outside = [("sweep", "by the law", "optimum", "95 % interval", "loss above it")
                           ], [], 0
   for sweep in sweeps:
@@ -69,7 +69,7 @@ def check(sweeps: Sequence[rates.Sweep], law: rates.Rates, seed_sd: float) -> li
 
 
 def as_dict(found: rates.RateFit, table: bytes) -> dict:
-  """What the file holds; the runs are named by their identity's hash."""
+  """Returns the contents of the file; runs are named by their identity hash."""
   return {
       "results_sha256": hashlib.sha256(table).hexdigest(),
       "coefficients": dict(found.rates.coefficients),

@@ -1,4 +1,4 @@
-"""Learning rates from sweeps: each sweep's optimum, and a law of the optima. No JAX.
+"""Estimates learning rates from sweeps: each sweep's optimum, and a law of the optima. No JAX.
 
     ln lr* = intercept + n_total ln N_total + sparsity ln s + n_exp ln n_exp
 """
@@ -22,8 +22,8 @@ from moe_jax.run_dir import DIVERGED, FAILED, FINISHED
 from moe_jax.text import short
 
 VARIABLES = ("n_total", "sparsity", "n_exp")
-_AROUND = 2  # rates on either side of the best that the parabola goes through
-_QUANTILE = 1.96  # the noise is taken as known
+_AROUND = 2  # rates on either side of the best to fit the parabola to
+_QUANTILE = 1.96  # normal, not Student's t: the noise is treated as known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Sweep:
   Attributes:
     cell: the shortest of the runs' names.
     variables: VARIABLES, as numbers.
-    rates, log_loss, seeds: of those that have a loss, by ascending rate: ln L is the mean over
-      so many seeds.
-    without_loss: rates at which training diverged or failed.
+    rates, log_loss, seeds: each rate that has a loss, ascending; its mean ln L over seeds; and
+      the number of seeds.
+    without_loss: rates whose runs ended without a usable loss, e.g. diverged or failed.
     awaited: rates whose runs have not ended.
-    identities: of all its runs.
+    identities: identity hashes of all its runs.
   """
 
   cell: str
@@ -57,13 +57,13 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Optimum:
-  """Where a sweep's loss is least.
+  """The learning rate that minimizes a sweep's loss.
 
   Attributes:
-    sweep: which.
+    sweep: the sweep.
     rate: the vertex of the parabola.
-    low, high: its 95 % interval; 0 and infinity where the noise allows no curvature at all.
-    curvature: of the parabola, ln L per (ln rate)².
+    low, high: its 95 % interval; 0 and infinity if the curvature is not significantly above 0.
+    curvature: quadratic coefficient of the parabola, ln L per (ln rate)².
   """
 
   sweep: Sweep
@@ -73,7 +73,7 @@ class Optimum:
   curvature: float
 
   def loss_above(self, rate: float) -> float:
-    """ln L at a rate minus that at the optimum, by the parabola."""
+    """Returns ln L at a rate minus ln L at the optimum, by the parabola."""
     return self.curvature * math.log(rate / self.rate)**2
 
 
@@ -89,12 +89,12 @@ class Rates:
                     + c["sparsity"] * math.log(sparsity) + c["n_exp"] * math.log(n_exp))
 
   def of(self, arch: Architecture) -> float:
-    """For an architecture, to three digits: the rate is part of a run's identity and name."""
+    """Returns an architecture's rate; rounded, as it is part of a run's identity and name."""
     return float(f"{self.at(count.n_total(arch), arch.sparsity, arch.n_exp):.3g}")
 
 
 def read(path: str | os.PathLike, field: str = "rates") -> Rates:
-  """Of the file that moe_jax.study.learning_rate wrote. Raises FieldError, of that field."""
+  """Reads a file of moe_jax.study.learning_rate. Raises FieldError, naming `field`."""
   try:
     found = json.loads(pathlib.Path(path).read_text())["coefficients"]
     return Rates({name: float(found[name]) for name in ("intercept", *VARIABLES)})
@@ -106,10 +106,12 @@ def read(path: str | os.PathLike, field: str = "rates") -> Rates:
 
 
 def sweeps_of(rows: Sequence[Row], source: str) -> list[Sweep]:
-  """The architectures with several rates, in the order of the table; without what is left out.
+  """Returns a sweep for each architecture and length with several rates, in table order.
+
+  Rows excluded by flags are skipped; failed and unfinished runs are not.
 
   Raises:
-    FieldError: there is none; runs of one that differ in more than seed and learning rate.
+    FieldError: there is no sweep, or runs of one differ in more than seed and learning rate.
   """
   groups: dict[tuple, list[Row]] = collections.defaultdict(list)
   for row in rows:
@@ -139,15 +141,15 @@ def _sweep(group: list[Row]) -> Sweep:
 
 
 def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
-  """The vertex of the parabola through the best rate and up to two on either side.
+  """Returns the vertex of a parabola fitted to the best rate and up to two on either side.
 
   Args:
-    sweep: three rates at least.
+    sweep: a sweep with at least three rates.
     seed_sd: standard deviation of ln L between seeds.
 
   Raises:
-    FieldError: the best rate is at an edge, or the curve has no minimum within the rates around
-      it; says which rates to add.
+    FieldError: fewer than three rates have a loss, the best rate is at an edge, or the parabola
+      has no minimum within the fitted rates. The message says which rates to add.
   """
   rates, n = sweep.rates, len(sweep.rates)
   if n < 3:
@@ -167,7 +169,7 @@ def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
     raise FieldError("results", str(sweep), f"its losses at {n} rates have no minimum: add "
                      + _on_either_side(sweep, step))
   vertex = -c[1] / (2 * c[2])
-  if not u_N[0] < vertex < u_N[-1]:  # the best rate is no edge: these losses are no parabola
+  if not u_N[0] < vertex < u_N[-1]:  # the best rate is interior, so the losses are not a parabola
     between = np.sqrt(rates[best - 1:best + 1] * rates[best:best + 2])
     raise FieldError("results", str(sweep), f"is best at {_number(rates[best])}, but the parabola "
                      f"through the rates around it is lowest outside {_number(rates[part][0])} to "
@@ -182,7 +184,7 @@ def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
 
 
 def _edge(sweep: Sweep, at: int, step: float) -> FieldError:
-  """Says how to widen a sweep whose best rate is its lowest or highest."""
+  """Returns an error that says how to extend a sweep whose best rate is at its edge."""
   rate, lowest = float(sweep.rates[at]), at == 0
   which = (f"is best at the {'lowest' if lowest else 'highest'} of {len(sweep.rates)} rates, "
            f"{_number(rate)}")
@@ -191,7 +193,7 @@ def _edge(sweep: Sweep, at: int, step: float) -> FieldError:
     return FieldError("results", str(sweep), f"{which}, and "
                       + " and ".join(map(_number, awaited)) + " have not run: run them first")
   beyond = [other for other in sweep.without_loss if (other < rate) == lowest and other != rate]
-  if beyond:  # one that failed lies further out: look between
+  if beyond:  # a rate further out has no loss: suggest one in between
     next_to = max(beyond) if lowest else min(beyond)
     add, why = [math.sqrt(rate * next_to)], f"next to {_number(next_to)}, which has no loss"
   else:
@@ -202,7 +204,7 @@ def _edge(sweep: Sweep, at: int, step: float) -> FieldError:
 
 
 def require_bounded(one: Optimum, seed_sd: float) -> None:
-  """Raises FieldError where noise could have put an optimum anywhere; says which rates to add."""
+  """Raises FieldError if the optimum's interval is unbounded; says which rates to add."""
   sweep = one.sweep
   if not math.isfinite(one.high):
     step = math.exp(np.diff(np.log(sweep.rates)).mean())
@@ -221,10 +223,12 @@ def _number(rate: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RateFit:
-  """Attributes:
+  """A law of the optimal learning rate fitted to optima.
+
+  Attributes:
     rates: the law.
-    errors: standard error of each coefficient; NaN where there are as many as optima.
-    optima: what it was fitted to.
+    errors: standard error of each coefficient; NaN without residual degrees of freedom.
+    optima: the optima it was fitted to.
   """
 
   rates: Rates
@@ -236,12 +240,12 @@ class RateFit:
 
   @property
   def worst_factor(self) -> float:
-    """The largest ratio between an optimum and the law's rate, either way."""
+    """The largest ratio between an optimum and the law's rate, in either direction."""
     return max(math.exp(abs(math.log(one.rate / self.fitted(one)))) for one in self.optima)
 
 
 def fit_rates(optima: Sequence[Optimum], source: str) -> RateFit:
-  """Least squares in logs. Raises FieldError where the sweeps do not tell the slopes apart."""
+  """Fits the law by least squares in logs. Raises FieldError if the slopes are not identified."""
   logs = np.array([[math.log(one.sweep.variables[name]) for name in VARIABLES]
                    for one in optima])
   x_NP = np.column_stack([np.ones(len(logs)), logs])

@@ -1,4 +1,4 @@
-"""Cells of a grid that has not been run, as the fit would see them."""
+"""Builds the cells of a grid that has not been run, in the form that a fit uses."""
 
 import collections
 from collections.abc import Iterable, Sequence
@@ -17,21 +17,21 @@ COLUMNS = (*ARCHITECTURE, "tokens")
 
 
 def variables(config: RunConfig) -> dict[str, float]:
-  """The columns of a law that the configuration decides."""
+  """Returns the law's variables that a configuration determines."""
   known = facts(config)
   known["tokens"] = config.train.steps * config.batch_tokens
   return {name: float(known[name]) for name in COLUMNS}
 
 
 def not_yet_run(cells: Sequence[Cell], without: Iterable[str] = ()) -> Cells:
-  """Selected cells of an experiment file as cells of a fit, all losses 1.
+  """Converts selected cells of an experiment file to cells of a fit, all with a loss of 1.
 
-  Seeds of one architecture and number of tokens are one cell; so is a sweep of learning
-  rates, whose optimum counts as one run. A trunk, which others branch from before it decays,
-  is none.
+  Runs of one architecture and number of tokens form one cell. Its number of seeds is the smallest
+  over its learning rates, so a sweep with one seed counts as one run. Trunks without a decay of
+  their own are skipped.
 
   Raises:
-    FieldError: a name that is not there, no cell left, data that differ between cells, or
+    FieldError: an unknown name in `without`, no cell left, data that differ between cells, or
       runs of one architecture that differ in more than seed and learning rate.
   """
   names = [cell.name for cell in cells]
@@ -59,7 +59,7 @@ def not_yet_run(cells: Sequence[Cell], without: Iterable[str] = ()) -> Cells:
 
 
 def _check_same(cells: Sequence[Cell], prefix: str) -> None:
-  """Raises FieldError where cells differ in a field that no repeat and no fit allows."""
+  """Raises FieldError if cells differ in a field under `prefix` that repeats must share."""
   first = _held(cells[0].config, prefix)
   for cell in cells[1:]:
     ours = _held(cell.config, prefix)

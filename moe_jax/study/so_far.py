@@ -1,4 +1,4 @@
-"""What the runs of a results table were: their configurations and their common recipe."""
+"""Recovers the configurations and the common recipe of the runs in a results table."""
 
 import collections
 import dataclasses
@@ -17,12 +17,12 @@ from moe_jax.study.sample import variables
 
 @dataclasses.dataclass(frozen=True)
 class SoFar:
-  """Runs that have been made.
+  """The runs so far.
 
   Attributes:
-    experiment: their grid's name, and their directory.
-    recipe: what their names are relative to.
-    configs: a configuration for each row of the table, in its order.
+    experiment: name of their grid and of their directory.
+    recipe: the recipe their names are relative to.
+    configs: the configuration of each row of the table, in order.
   """
 
   experiment: str
@@ -31,13 +31,14 @@ class SoFar:
 
 
 def so_far(rows: Sequence[Row], results: str, experiment_file: str | None = None) -> SoFar:
-  """Reads the configurations beside the table, or from the experiment file.
+  """Reads the configurations from next to the table, or else from the experiment file.
 
-  Without the file the recipe is one to which all the runs' names are relative.
+  Without an experiment file, the recipe is a configuration that all the runs' names are relative
+  to.
 
   Raises:
-    FieldError: several experiments; a run whose configuration is neither beside the table
-      nor in the file, or is another; no recipe fits the names.
+    FieldError: several experiments; a run whose configuration is neither next to the table
+      nor in the file, or does not match its row; no recipe fits the names.
   """
   experiments = sorted({str(row.get("experiment")) for row in rows})
   require(len(experiments) == 1, "results", results, "mixes the experiments "
@@ -70,7 +71,7 @@ def _config(row: Row, results: str, known: dict[str, RunConfig]) -> RunConfig:
 
 
 def _recipe(rows: Sequence[Row], configs: Sequence[RunConfig], results: str) -> RunConfig:
-  """One of the configurations that gives every run the name it has; the most frequent first."""
+  """Finds a configuration relative to which every run has its name, most frequent first."""
   frequent = collections.Counter(configs)
   for recipe, _ in frequent.most_common():
     if all(cell_name(config, recipe) == row["cell"]

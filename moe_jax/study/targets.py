@@ -1,4 +1,4 @@
-"""What the next runs are for: a coefficient, all of them, or the choice of an architecture."""
+"""Targets for choosing the next runs: a coefficient, all of them, or an architecture choice."""
 
 import dataclasses
 
@@ -19,10 +19,10 @@ ALL, MEAN, CHOICE = "all", "mean", "choice"
 
 
 def coefficients(name: str, form: Form, refused: dict[str, str]) -> Target:
-  """The target of that name: a parameter of the form, `all` or `mean`.
+  """Returns the target of that name: a parameter of the form, `all` or `mean`.
 
-  `all` is the joint volume of the slopes' uncertainty (D-optimality), `mean` their mean
-  variance (A-optimality); intercepts are left out.
+  `all` is the volume of the slopes' joint confidence region (D-optimality), `mean` their mean
+  variance (A-optimality); both exclude intercepts.
 
   Raises:
     FieldError: an unknown name, or a parameter that no candidate can identify.
@@ -44,11 +44,11 @@ def coefficients(name: str, form: Form, refused: dict[str, str]) -> Target:
 
 @dataclasses.dataclass(frozen=True)
 class Doubt:
-  """Among which architectures a fitted law cannot choose.
+  """The architectures that a fitted law cannot distinguish from its best one.
 
   Attributes:
-    target: the loss differences between its best and those.
-    lines: what was compared.
+    target: the loss differences between each of them and the best.
+    lines: lines on what was compared.
   """
 
   target: Target
@@ -57,16 +57,18 @@ class Doubt:
 
 def choice(archs: list[Architecture], asked: Cells, form: Form, theta_P: np.ndarray,
            covariance_PP: np.ndarray, df: float) -> Doubt:
-  """The differences in ln L between the predicted best and those within its doubt.
+  """Finds the architectures whose predicted loss is indistinguishable from the best one's.
 
-  In doubt is what has a predicted difference within its own 95 % interval of 0, by the
-  uncertainty of the coefficients alone: what the form does not know of an architecture is no
-  measurement's to reduce.
+  An architecture is in doubt if 0 lies within the 95 % interval of its difference in ln L to the
+  best. The interval only includes the uncertainty of the coefficients: more runs cannot reduce the
+  architecture effect that the form misses.
 
   Args:
-    archs: two or more that the budget allows; `asked` has them as cells of the law.
-    theta_P, covariance_PP: the fit and its uncertainty.
-    df: its degrees of freedom.
+    archs: two or more architectures within the budget.
+    asked: the same architectures as cells of the law.
+    form: the fitted form.
+    theta_P, covariance_PP: its coefficients and their covariance.
+    df: degrees of freedom of the covariance.
 
   Raises:
     FieldError: none is in doubt.

@@ -1,4 +1,4 @@
-"""Puts the design tool to the test: its choice for a budget against random architectures of it.
+"""Tests the design tool: its choice for a budget against random architectures of that budget.
 
     python -m moe_jax.study.trial --results=runs/study/results.csv --law=paper-curved \\
         --where=tokens=99975168 --memory_gb=0.013 --active_params=3M \\
@@ -6,8 +6,8 @@
     python -m moe_jax.study.trial --rank=experiments/study/trial.py \\
         --results=runs/study-trial/results.csv
 
-The first makes an experiment file: the choice, then --others architectures that use up the same
-budget, drawn by --seed. The second says where the choice came in.
+The first command writes an experiment file: the choice, then --others random architectures that
+use up the same budget, drawn with --seed. The second reports the rank of the choice.
 """
 
 from absl import flags

@@ -1,4 +1,4 @@
-"""An experiment file, ready to launch, of configurations that a program made."""
+"""Writes generated configurations as an experiment file that is ready to launch."""
 
 import dataclasses
 import json
@@ -16,10 +16,10 @@ _WIDTH = 100
 
 
 def write_experiment(path: str | os.PathLike, grid: Grid, docstring: str) -> None:
-  """Writes a file whose get_grid() returns `grid`; a file that is there is left alone.
+  """Writes a file whose get_grid() returns `grid`; never overwrites a file.
 
   Raises:
-    FieldError: the path does not end in .py, is taken, or cannot be written.
+    FieldError: the path does not end in .py, already exists, or cannot be written.
   """
   check_free(path)
   try:
@@ -30,7 +30,7 @@ def write_experiment(path: str | os.PathLike, grid: Grid, docstring: str) -> Non
 
 
 def check_free(path: str | os.PathLike) -> None:
-  """Raises FieldError where a path is no place for a new experiment file."""
+  """Raises FieldError unless a new experiment file can be created at this path."""
   file = pathlib.Path(path)
   if file.suffix != ".py":
     raise FieldError("write", str(path), "must end in .py")
@@ -41,7 +41,7 @@ def check_free(path: str | os.PathLike) -> None:
 
 
 def source(grid: Grid, docstring: str) -> str:
-  """The text of the file."""
+  """Returns the source code of the file."""
   recipe = leaves(grid.recipe)
   cells = [{path: value for path, value in leaves(config).items() if value != recipe[path]}
            for config in grid.cells]
@@ -62,13 +62,13 @@ def source(grid: Grid, docstring: str) -> str:
 
 
 def _changed(instance: Any) -> dict[str, Any]:
-  """Fields that are not at their default."""
+  """Returns the fields that are not at their defaults."""
   return {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)
           if getattr(instance, field.name) != field.default}
 
 
 def _classes(instance: Any) -> set[str]:
-  """Names of the dataclasses that are needed to write `instance`."""
+  """Returns the names of the dataclasses needed to write `instance`."""
   found = {type(instance).__name__}
   for value in _changed(instance).values():
     if dataclasses.is_dataclass(value):
@@ -78,11 +78,11 @@ def _classes(instance: Any) -> set[str]:
 
 
 def _call(instance: Any, column: int) -> str:
-  """`Name(field=value, ...)` that begins at a column; wrapped under its bracket."""
+  """Returns `Name(field=value, ...)` starting at a column, with wrapped lines aligned."""
   start = f"{type(instance).__name__}("
   if not isinstance(instance, RunConfig):
     parts = [f"{name}={_value(value, 0)}" for name, value in _changed(instance).items()]
-    return _wrapped(start, parts, "),", column)[:-1]  # with room for what comes after it
+    return _wrapped(start, parts, "),", column)[:-1]  # leaves room for the comma that follows
   parts = [f"    {name}=" + _value(value, len(name) + 5)
            for name, value in _changed(instance).items()]
   return start + "\n" + ",\n".join(parts) + ")"
@@ -102,7 +102,7 @@ def _literal(value: Any) -> str:
 
 
 def _wrapped(start: str, parts: list[str], end: str, column: int) -> str:
-  """Parts between commas, broken under the bracket that `start` ends with."""
+  """Joins parts with commas, wrapping lines under the bracket that `start` ends with."""
   pad = " " * (column + len(start))
   lines, line, width = [], start, _WIDTH - len(end)
   for i, part in enumerate(parts):

@@ -1,1 +1,1 @@
-"""A report as one HTML page with its pictures inside, and as PNG, CSV and Markdown beside it."""
+"""Publishes a report as a self-contained HTML page, with PNG, CSV and Markdown files next to it."""

@@ -1,4 +1,4 @@
-"""Pictures of the fit: the law with its band, its surface, residuals, extrapolation, claims."""
+"""Plots the fit: the law with its band, its surface, residuals, extrapolation and claims."""
 
 import numpy as np
 
@@ -20,17 +20,17 @@ def _curve(values: np.ndarray) -> np.ndarray:
 
 
 def drawn_columns(fitted: Fit) -> list[str]:
-  """The variables that the fitted form has a slope in, those of the paper first."""
+  """Returns up to four variables that the fitted form has a slope in, the paper's first."""
   order = ("sparsity", "n_exp", "n_total", "tokens")
   found = [c for c in fitted.form.columns if np.ptp(fitted.cells.log(c)) > np.log(1.1)]
   return sorted(found, key=lambda c: order.index(c) if c in order else len(order))[:4]
 
 
 def slices_figure(found: Analysis):
-  """Along each variable of the law, the others held: the law, its 95 % band, and the cells.
+  """Plots the law, its 95 % band and the cells along each variable, with the others held fixed.
 
-  A cell is drawn at the law's value for its own variable and the held others, times what
-  the law misses it by (a component-plus-residual plot).
+  Each cell is drawn at the law's value for its own x and the fixed others, times its ratio of
+  measured to fitted loss (a component-plus-residual plot).
 
   Raises:
     FieldError: the law has no slope to draw.
@@ -55,7 +55,7 @@ def slices_figure(found: Analysis):
       band = prediction.band(fitted, found.architectures, at)
       axes.fill_between(x, band.low, band.high, color=COLOURS[5], alpha=0.45, linewidth=0)
     except FieldError:
-      pass  # the caption says that there is none
+      pass  # the caption says that there is no band
     style.clean(axes)
     style.log_axis(axes, column, cells.columns[column], panels=len(columns))
     held = [c for c in fitted.identified.asked.columns if c != column]
@@ -70,10 +70,10 @@ def _wrapped(parts: list[str]) -> str:
 
 
 def surface_figure(found: Analysis):
-  """The fitted loss over n_exp and s at the middle N_total, and how sure it is.
+  """Plots the fitted loss over n_exp and s at the median N_total, and its interval's half-width.
 
   Raises:
-    FieldError: the law has no slope in both, or no interval.
+    FieldError: the law lacks a slope in n_exp or in s, either has one value, or no interval.
   """
   fitted, cells = found.fitted, found.cells
   for column in ("n_exp", "sparsity"):
@@ -110,7 +110,7 @@ def surface_figure(found: Analysis):
 
 
 def residual_figure(found: Analysis):
-  """What the law misses each cell by, along each variable, with the noise between seeds."""
+  """Plots the residual of each cell along each variable, with the noise between seeds."""
   fitted, cells = found.fitted, found.cells
   columns = [c for c in ("n_total", "sparsity", "n_exp", "tokens", "granularity")
              if c in cells.columns and np.ptp(cells.log(c)) > np.log(1.3)][:4]
@@ -135,7 +135,7 @@ def residual_figure(found: Analysis):
 
 
 def extrapolation_figure(found: Analysis):
-  """What the law misses cells by that it was not fitted to: the largest, the sparsest.
+  """Plots the prediction errors on held-out cells: the largest, the sparsest.
 
   Raises:
     FieldError: nothing could be held out.
@@ -167,10 +167,10 @@ def extrapolation_figure(found: Analysis):
 
 
 def stability_figure(found: Analysis):
-  """The slopes again without each n_exp, and the range without each architecture.
+  """Plots the slopes refitted without each n_exp and without each architecture.
 
   Raises:
-    FieldError: nothing could be left out.
+    FieldError: the law has no slope to show, or no refit succeeded.
   """
   fitted = found.fitted
   names = [p for p in fitted.parameters if p in (
@@ -210,7 +210,7 @@ def slope_name(parameter: str) -> str:
 
 
 def claims_figure(found: Analysis):
-  """Each claim's estimate, its 95 % and 90 % intervals, and the margin of equivalence.
+  """Plots each claim's estimate, its 95 % and 90 % intervals, and the equivalence margin.
 
   Raises:
     FieldError: no claim's coefficient is identified.
@@ -246,7 +246,7 @@ def claims_figure(found: Analysis):
 
 
 def cells_described(cells: Cells) -> str:
-  """`45 cells of 45 architectures, N_total 1.98M to 16.2M`."""
+  """Describes the cells: `45 cells of 45 architectures, N_total 1.98M to 16.2M`."""
   text = f"{len(cells)} cells of {cells.n_architectures} architectures"
   if "n_total" in cells.columns:
     sizes = style.level_values(cells.columns["n_total"])

@@ -1,4 +1,4 @@
-"""Pictures of what was measured: the grid, and loss at equal N_total."""
+"""Plots the measurements: the grid, and the loss at equal N_total."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ def _need(cells: Cells, *columns: str) -> None:
 
 
 def longest(cells: Cells) -> tuple[np.ndarray, str]:
-  """(a mask of the cells with the most training tokens, a sentence where that leaves some out)."""
+  """Returns a mask of the cells with the most training tokens, and a sentence if others exist."""
   if "tokens" not in cells.columns:
     return np.ones(len(cells), bool), ""
   level = style.level_of(cells.columns["tokens"])
@@ -31,14 +31,14 @@ def longest(cells: Cells) -> tuple[np.ndarray, str]:
 
 
 def _sizes(cells: Cells) -> list[tuple[float, np.ndarray]]:
-  """(N_total, mask) for each size, the largest where there are too many to draw."""
+  """Returns (N_total, mask) for each size, or only for the largest if there are too many."""
   level = style.level_of(cells.columns["n_total"])
   values = style.level_values(cells.columns["n_total"])
   return [(value, level == k) for k, value in enumerate(values)][-_MOST_PANELS:]
 
 
 def grid_figure(cells: Cells):
-  """Which n_exp and n_topk were trained, at each N_total, coloured by loss.
+  """Plots which n_exp and n_topk were trained at each N_total, colored by loss.
 
   Raises:
     FieldError: the data lack a variable.
@@ -68,13 +68,13 @@ def grid_figure(cells: Cells):
     axes.tick_params(labelsize=9)
     _sparsities(axes, every["n_exp"] / every["n_topk"], len(levels) > 1 and len(sizes) < 5)
   panels[0].set_ylabel("experts a token is sent to  n_topk", fontsize=10)
-  if most:  # else no panel has two cells
+  if most:  # 0 if every panel has a single cell
     figure.colorbar(dots, ax=list(panels), label="loss above the panel's best (%)", pad=0.015)
   return figure
 
 
 def _lost(cells: Cells) -> list[dict[str, float]]:
-  """The architectures of which no run is used, where the rows tell them."""
+  """Returns the architectures with no used run, where the rows give their full shape."""
   names = ("n_exp", "n_topk", "n_total")
   found = {tuple(float(row[name]) for name in (*names, "d_expert")) for row in cells.unused
            if all(isinstance(row.get(name), float) and row[name] > 0
@@ -85,7 +85,7 @@ def _lost(cells: Cells) -> list[dict[str, float]]:
 
 
 def _grid_panel(axes, cells: Cells, above: np.ndarray, most: float, lost: list[dict]):
-  """Dots for cells, crosses for architectures without a result; those alike side by side."""
+  """Draws dots for cells and crosses for lost architectures, coinciding ones side by side."""
   x, y = (np.append(cells.columns[name], [row[name] for row in lost])
           for name in ("n_exp", "n_topk"))
   seen: dict[tuple, int] = {}
@@ -99,10 +99,10 @@ def _grid_panel(axes, cells: Cells, above: np.ndarray, most: float, lost: list[d
 
 
 def _sparsities(axes, sparsities: np.ndarray, named: bool) -> None:
-  """Thin lines of equal sparsity across the panel, named where they leave it."""
+  """Draws thin lines of equal sparsity across the panel, labeled where they leave it."""
   (left, right), top = axes.get_xlim(), axes.get_ylim()[1]
   levels = style.level_values(sparsities)
-  few = len(levels) <= 4  # else names at the upper edge would run into each other
+  few = len(levels) <= 4  # otherwise labels at the upper edge would overlap
   for s in levels:
     end = min(right, top * s)
     axes.plot([left, end], [left / s, end / s], color="#cccccc", linewidth=0.8, zorder=1)
@@ -114,9 +114,9 @@ def _sparsities(axes, sparsities: np.ndarray, named: bool) -> None:
 
 
 def iso_figure(fitted: Fit):
-  """Loss at equal N_total: against s with a line for each n_exp, and the other way round.
+  """Plots loss at equal N_total: against s with a line for each n_exp, and vice versa.
 
-  Dots are measured, lines are the law at the same cells, rings have another granularity.
+  Dots are measured, lines are the law at the same cells; open markers have an unusual granularity.
 
   Raises:
     FieldError: the data lack a variable, or no two cells have the same N_total.
@@ -160,7 +160,7 @@ def _handle(value: float, by: str, colour: str, marker: str):
 
 
 def usual_granularity(cells: Cells) -> np.ndarray:
-  """A mask of the cells with the granularity that most have, within 25 %."""
+  """Returns a mask of the cells within 25 % of the most common granularity."""
   if "granularity" not in cells.columns:
     return np.ones(len(cells), bool)
   logs = cells.log("granularity")
@@ -185,7 +185,7 @@ def _lines(axes, fitted: Fit, cells: Cells, x: str, by: str, styles) -> None:
 
 
 def _apart(cells: Cells, by: str, styles) -> np.ndarray:
-  """Small factors that keep the marks of different lines from hiding each other."""
+  """Returns small factors on x that keep the markers of different lines from overlapping."""
   levels = np.array(list(styles))
   index = np.argmin(np.abs(np.log(cells.columns[by][:, None] / levels)), axis=1)
   return 1.045**(index - (len(levels) - 1) / 2)

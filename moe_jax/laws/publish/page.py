@@ -1,6 +1,6 @@
-"""Sections to one self-contained HTML file: styles and pictures inside, no script, no network.
+"""Renders sections to one self-contained HTML file: inline styles and figures, no scripts.
 
-The same sections give the same bytes: nothing here knows the time, the place or the machine.
+The output is deterministic: it does not depend on the time, the path or the machine.
 """
 
 import base64
@@ -19,7 +19,7 @@ from moe_jax.laws.publish.table import Table
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-_SCALE = 0.75  # of a picture's dots to the page's: sharp on fine screens
+_SCALE = 0.75  # CSS pixels per image pixel: keeps figures sharp on high-resolution screens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Section:
   Attributes:
     key: name of its files and its anchor, e.g. `residuals`.
     title: heading.
-    text: paragraphs; one that begins with "- " is an item of a list.
-    figure: a picture; None where there is none.
-    caption: below the picture: what it shows, and how to read it.
-    table: a table; None where there is none.
-    fold: whether the table is folded away until it is asked for: long ones.
+    text: paragraphs; one that begins with "- " is a list item.
+    figure: a figure, or None.
+    caption: text below the figure: what it shows, and how to read it.
+    table: a table, or None.
+    fold: whether the table is collapsed until clicked; for long tables.
   """
 
   key: str
@@ -47,21 +47,21 @@ class Section:
 
 def publish(path: str | os.PathLike, title: str, lead: Sequence[str],
             sections: Sequence[Section]) -> list[pathlib.Path]:
-  """Writes the page, and beside it a folder with every picture and table.
+  """Writes the page, and next to it a folder with every figure and table.
 
   `report.html` gets `report_files/KEY.png`, `KEY.csv` and `KEY.md`.
 
   Args:
-    path: of the page, ending in .html.
-    title: of the page.
+    path: path of the page, ending in .html.
+    title: title of the page.
     lead: paragraphs above the first section.
-    sections: in their order; their keys differ.
+    sections: the sections, in order; their keys must be unique.
 
   Returns:
-    The files, the page first.
+    The paths of the files written, the page first.
 
   Raises:
-    FieldError: not an .html path, or one that cannot be written.
+    FieldError: `path` does not end in .html, or a file cannot be written.
   """
   page = check_path(path)
   folder = page.with_name(page.stem + "_files")
@@ -86,7 +86,7 @@ def publish(path: str | os.PathLike, title: str, lead: Sequence[str],
 
 
 def check_path(path: str | os.PathLike) -> pathlib.Path:
-  """The path of a page. Raises FieldError where it is none."""
+  """Returns the path of a page. Raises FieldError unless it can name an .html file."""
   page = pathlib.Path(path)
   if page.suffix.lower() not in (".html", ".htm"):
     raise FieldError("report", str(path), "must end in .html")
@@ -96,7 +96,7 @@ def check_path(path: str | os.PathLike) -> pathlib.Path:
 
 
 def png(figure: "Figure") -> bytes:
-  """The picture; without the name of the software, so that it depends on the drawing alone."""
+  """Returns a figure as PNG, without the software's name so that the bytes are reproducible."""
   image = io.BytesIO()
   figure.savefig(image, format="png", metadata={"Software": None})
   return image.getvalue()
@@ -108,7 +108,7 @@ def fingerprint(content: bytes) -> str:
 
 def render(title: str, lead: Sequence[str], sections: Sequence[Section],
            pictures: dict[str, bytes]) -> str:
-  """The page as text; `pictures` are PNGs by the sections' keys."""
+  """Returns the page as HTML; `pictures` maps section keys to PNGs."""
   contents = " · ".join(f'<a href="#{s.key}">{html.escape(s.title)}</a>' for s in sections)
   body = "\n".join(_section(section, pictures.get(section.key)) for section in sections)
   return _PAGE.format(title=html.escape(title), style=_STYLE, lead=_paragraphs(lead),
@@ -120,7 +120,7 @@ def _section(section: Section, picture: bytes | None) -> str:
            _paragraphs(section.text)]
   if picture is not None:
     data = base64.b64encode(picture).decode()
-    width = round(int.from_bytes(picture[16:20], "big") * _SCALE)  # as its header has it
+    width = round(int.from_bytes(picture[16:20], "big") * _SCALE)  # width in the PNG header
     parts.append(f'<figure><img alt="{html.escape(section.caption or section.title)}" '
                  f'width="{width}" src="data:image/png;base64,{data}">'
                  f"<figcaption>{html.escape(section.caption)}</figcaption></figure>")

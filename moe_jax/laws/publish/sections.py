@@ -1,6 +1,6 @@
-"""An analysis as the sections of a page, for someone who has not seen the code.
+"""Turns an analysis into the sections of a page, for readers who have not seen the code.
 
-Others add theirs: `publish(path, title, lead, [*law_sections(found, source), Section(...)])`.
+To add sections: `publish(path, title, lead, [*law_sections(found, source), Section(...)])`.
 """
 
 import os
@@ -42,7 +42,7 @@ def title_of(found: Analysis) -> str:
 
 
 def lead_of(found: Analysis) -> list[str]:
-  """The question, and the answer in short."""
+  """Returns the question, and the answer in short."""
   cells = found.cells
   lines = [
       "A mixture-of-experts language model keeps n_exp experts in each layer and sends every "
@@ -72,7 +72,7 @@ def _what_is_done(found: Analysis) -> str:
 
 
 def cautions(cells: Cells) -> list[str]:
-  """What a reader must bear in mind before any number."""
+  """Returns warnings for the reader about too few training tokens per parameter."""
   found = []
   if {"tokens", "n_total"} <= set(cells.columns):
     shares = cells.columns["tokens"] / cells.columns["n_total"]
@@ -88,11 +88,13 @@ def cautions(cells: Cells) -> list[str]:
 
 
 def law_sections(found: Analysis, source: str | os.PathLike | None = None) -> list[Section]:
-  """Data, design, law, trust, rivals and claims; what cannot be drawn says why.
+  """Builds the sections on data, design, law, trust, rivals and claims.
+
+  A section whose figure cannot be drawn gives the reason.
 
   Args:
     found: the analysis.
-    source: the results file, named and fingerprinted at the end.
+    source: the results file, to name and fingerprint in the last section.
   """
   sections = [_grid(found), _iso(found), _design(found), _law(found), _slices(found),
               _surface(found), _residuals(found), _extrapolation(found), _stability(found)]
@@ -103,7 +105,7 @@ def law_sections(found: Analysis, source: str | os.PathLike | None = None) -> li
 
 def _drawn(key: str, title: str, text: list[str], caption: str, draw: Callable, *arguments,
            **more) -> Section:
-  """A section with a picture, or with the reason why there is none."""
+  """Returns a section with a figure, or with the reason why there is none."""
   try:
     return Section(key, title, tuple(text), draw(*arguments), caption, **more)
   except FieldError as error:

@@ -1,14 +1,14 @@
-"""How pictures look: colours told apart with any colour vision, and by marker in grey too."""
+"""Plot style: colorblind-safe colors, with markers that distinguish series in grayscale too."""
 
 import numpy as np
 
 from moe_jax.text import short
 
-# Okabe and Ito's colours; the yellow is left out, as it cannot be read on white.
+# Okabe and Ito's palette without yellow, which is illegible on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 GREY = "#767676"
-WIDTH = 9.0  # inches, at 140 dots each: 1260 pixels
+WIDTH = 9.0  # inches; 1260 pixels at 140 DPI
 DPI = 140
 _NAMES = {"n_total": "total parameters  N_total", "n_active": "active parameters  N_active",
           "sparsity": "sparsity  s = n_exp / n_topk", "n_exp": "routed experts  n_exp",
@@ -20,7 +20,7 @@ _COUNTS = ("n_total", "n_active", "tokens", "core")
 
 
 def new_figure(height: float, width: float = WIDTH):
-  """An empty figure that no window knows of."""
+  """Returns an empty figure that is not registered with pyplot."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
   figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -33,7 +33,7 @@ def axis_label(column: str) -> str:
 
 
 def value_label(column: str, value: float) -> str:
-  """`s = 4`, `N_total = 2.01M`."""
+  """Formats a value with its name: `s = 4`, `N_total = 2.01M`."""
   return f"{_SHORT.get(column, column)} = {value_text(column, value)}"
 
 
@@ -52,14 +52,14 @@ def clean(axes) -> None:
 
 def log_axis(axes, column: str, values: np.ndarray, margin: float = 0.07,
              panels: int = 1) -> None:
-  """A logarithmic x axis whose ticks are values that occur, thinned where they crowd.
+  """Sets a logarithmic x axis with ticks at values that occur, thinned where they are crowded.
 
   Args:
-    axes: of matplotlib.
-    column: what the values are of.
-    values: all that must be within the limits.
-    margin: beside them, a part of the range.
-    panels: how many stand side by side.
+    axes: matplotlib axes.
+    column: the variable on the axis.
+    values: the values that must lie within the limits.
+    margin: padding on either side, as a fraction of the (log) range.
+    panels: number of panels side by side.
   """
   levels = _thinned(level_values(values), max(0.1, panels / 17))
   axes.set_xscale("log")
@@ -73,7 +73,7 @@ def log_axis(axes, column: str, values: np.ndarray, margin: float = 0.07,
 
 
 def _thinned(levels: np.ndarray, apart: float) -> np.ndarray:
-  """Without those that lie within a part of the range of one that is kept; both ends stay."""
+  """Drops levels within a fraction `apart` of the log range of a kept one; keeps both ends."""
   logs = np.log(levels)
   gap = apart * (logs[-1] - logs[0])
   kept = [levels[0]]
@@ -84,7 +84,7 @@ def _thinned(levels: np.ndarray, apart: float) -> np.ndarray:
 
 
 def level_of(values: np.ndarray) -> np.ndarray:
-  """For each value, the number of its level: values within 10 % of a neighbour share one."""
+  """Returns the level index of each value; values within 10 % of a neighbor share a level."""
   order = np.argsort(values, kind="stable")
   steps = np.diff(np.log(values[order])) > np.log(1.1)
   level = np.empty(len(values), int)
@@ -93,6 +93,6 @@ def level_of(values: np.ndarray) -> np.ndarray:
 
 
 def level_values(values: np.ndarray) -> np.ndarray:
-  """The geometric mean of each level, ascending."""
+  """Returns the geometric mean of each level, ascending."""
   level = level_of(values)
   return np.array([np.exp(np.log(values[level == k]).mean()) for k in range(level.max() + 1)])

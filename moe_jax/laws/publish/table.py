@@ -1,4 +1,4 @@
-"""Tables: the same rows as CSV (eight digits), Markdown and HTML (as people read them)."""
+"""Writes the same table as CSV (eight significant digits), Markdown and HTML (human-readable)."""
 
 import csv
 import dataclasses
@@ -14,7 +14,7 @@ class Table:
 
   Attributes:
     columns: headings.
-    rows: a value each; None and NaN are empty fields.
+    rows: one value per column; None and NaN are empty fields.
   """
 
   columns: tuple[str, ...]
@@ -42,7 +42,7 @@ class Table:
             "</tbody></table></div>")
 
   def _without_empty(self) -> "Table":
-    """Without the columns that no row has anything in; a CSV keeps them."""
+    """Drops the columns that are empty in every row; the CSV keeps them."""
     kept = [i for i in range(len(self.columns))
             if not self.rows or any(readable(row[i]) for row in self.rows)]
     return Table(tuple(self.columns[i] for i in kept),
@@ -60,7 +60,7 @@ def _exact(value: Any) -> str:
 
 
 def readable(value: Any) -> str:
-  """As people read it: whole numbers with thin groups of three, others with five digits."""
+  """Formats for reading: whole numbers with thousands separators, others to five digits."""
   if _missing(value):
     return ""
   if isinstance(value, float):

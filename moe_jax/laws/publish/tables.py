@@ -1,4 +1,4 @@
-"""The tables of a report."""
+"""Builds the tables of a report."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ _SHAPE = ("n_layers", "d_model", "d_expert", "n_exp", "n_topk", "sparsity", "gra
 
 
 def cell_table(found: Analysis) -> Table:
-  """A row a cell: its shape, its loss, what the law says, and the runs it was made of."""
+  """One row per cell: its shape, its loss, the fitted loss and the runs behind it."""
   cells = found.cells
   shown = [name for name in _SHAPE if name in cells.columns]
   fitted = np.exp(found.fitted.log_loss(cells))
@@ -28,7 +28,7 @@ def cell_table(found: Analysis) -> Table:
 
 
 def run_table(cells: Cells) -> Table:
-  """A row a run, also of those that are in no cell, each with the reason."""
+  """One row per run, including those in no cell, with the reason."""
   rows = [_run(row, "") for runs in cells.runs for row in runs]
   rows += [_run(row, row[UNUSED]) for row in cells.unused]
   return Table(("run", "identity", "learning rate", "seed_init", "seed_data", "tokens", "loss",
@@ -49,7 +49,7 @@ def _number(value) -> float | None:
 
 
 def design_table(found: Analysis) -> Table:
-  """Each coefficient that was asked for: its variable's range, and whether it is identified."""
+  """One row per requested coefficient: its variable's range, and whether it is identified."""
   identified, cells = found.fitted.identified, found.cells
   rows = []
   for term in identified.asked.terms:
@@ -84,7 +84,7 @@ def coefficient_table(found: Analysis) -> Table:
 
 
 def rival_table(found: Analysis) -> Table:
-  """Rival forms: fit, information criteria, cross-validation."""
+  """One row per rival form: fit, information criteria, cross-validation."""
   rows = [(r.law, r.n_parameters or None, 100 * r.rmse, r.aicc, r.bic, 100 * r.cv_rmse,
            100 * r.n_exp_rmse, r.refusal) for r in found.rivals]
   return Table(("form", "coefficients", "rmse, %", "AICc", "BIC", "rmse without one "
@@ -92,7 +92,7 @@ def rival_table(found: Analysis) -> Table:
 
 
 def trust_table(found: Analysis) -> Table:
-  """Each refit: what was left out, what became of the coefficients, how it was predicted."""
+  """One row per refit: what was left out, the refitted coefficients and the prediction errors."""
   rows = []
   for part in (*found.n_exps, *found.architectures, *found.held_out):
     theta = (None,) * len(found.fitted.parameters) if part.theta is None else map(float, part.theta)

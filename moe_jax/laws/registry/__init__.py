@@ -1,4 +1,4 @@
-"""Every published law behind one interface: LAWS[name].predict(architecture, tokens)."""
+"""Registry of the published laws, with one interface: LAWS[name].predict(architecture, tokens)."""
 
 from moe_jax.errors import FieldError, did_you_mean
 from moe_jax.laws.law import Law
@@ -19,7 +19,7 @@ LAWS: dict[str, Law] = {
 
 
 def get_law(name: str) -> Law:
-  """The published law of that name. Raises FieldError for an unknown one."""
+  """Returns the published law of that name. Raises FieldError for an unknown one."""
   if name not in LAWS:
     raise FieldError("law", name, did_you_mean(name, list(LAWS)))
   return LAWS[name]

@@ -11,7 +11,7 @@ from moe_jax.laws.law import LOSS, Law, Variable, tokens_variable
 
 
 def loss(N: ArrayLike, D: ArrayLike, S: ArrayLike) -> np.ndarray:
-  """Loss. N total parameters, D tokens, S the inactive part of the experts, below 1."""
+  """Loss from N total parameters, D tokens and S, the inactive fraction of the experts (< 1)."""
   active = 1 - S
   return (16612.5 / N**0.5962 + 5455.67 / D**0.3954 + 0.4598 / active**-0.1666
           + 17.26 / (active**0.1603 * N**0.1595) + 0.94)

@@ -1,7 +1,7 @@
 """Chinchilla, arXiv 2203.15556, and its replication, 2404.10102: L = E + A/N^a + B/D^b.
 
-Laws of dense models: of an MoE they see the active parameters and the embeddings, nothing
-of the experts that sleep.
+Laws of dense models: for an MoE they see only the active parameters and the embeddings, not the
+inactive experts.
 """
 
 import functools
@@ -11,14 +11,14 @@ from numpy.typing import ArrayLike
 
 from moe_jax.laws.law import LOSS, Assumption, Law, Variable, tokens_variable
 
-# Compute-optimal training sees about so many tokens a parameter. Far below that, architectures
-# differ in how fast they begin to learn, not in what they can learn.
+# Compute-optimal training uses about this many tokens per parameter. Far below that, architectures
+# differ in how fast they start to learn, not in what they can learn.
 TOKENS_PER_PARAMETER = 20
 
 
 def loss(N: ArrayLike, D: ArrayLike, A: float, B: float, E: float, alpha: float,
          beta: float) -> np.ndarray:
-  """Loss. N parameters, embeddings among them, D tokens."""
+  """Loss from N parameters, including embeddings, and D tokens."""
   return E + A / N**alpha + B / D**beta
 
 

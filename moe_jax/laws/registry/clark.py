@@ -1,7 +1,7 @@
 """Clark et al., arXiv 2202.01169, routed by S-BASE: bilinear in log N and log experts.
 
-log10 L = a log10 N + b log10 E + c log10 N log10 E + d, E the saturated number of experts,
-at one training length. Coefficients are too rounded for the paper's cut-offs.
+log10 L = a log10 N + b log10 E + c log10 N log10 E + d, with E the saturated number of experts,
+at one training length. The coefficients are rounded too much to reproduce the paper's cut-offs.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ E_START, E_MAX = 1.847, 314.478
 
 
 def loss(N: ArrayLike, E: ArrayLike) -> np.ndarray:
-  """Loss. N parameters of the dense base model, E experts of which one is active."""
+  """Loss from N parameters of the dense base model and E experts, one of them active."""
   log_e = np.log10(saturated(E, 1, E_START, E_MAX))
   log_n = np.log10(N)
   return 10**(-0.082 * log_n - 0.108 * log_e + 0.009 * log_n * log_e + 1.104)

@@ -1,6 +1,6 @@
-"""FLAME-MoE, arXiv 2505.20225: active parameters and tokens at 64 experts, top-8.
+"""FLAME-MoE, arXiv 2505.20225: loss from active parameters and tokens at 64 experts, top-8.
 
-Its A and B are exp(5) and exp(15), the starts of the fit's grid: they were never optimised.
+Its A and B are exp(5) and exp(15), starting values of the fit's grid: they were never optimized.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from moe_jax.laws.law import LOSS, Assumption, Law, Variable, tokens_variable
 
 
 def loss(N: ArrayLike, D: ArrayLike) -> np.ndarray:
-  """Loss. N active parameters, D tokens."""
+  """Loss from N active parameters and D tokens."""
   return 2.241716 + 148.413257 / N**0.279702 + 3269017.372472 / D**0.7155
 
 

@@ -1,8 +1,8 @@
-"""Joint MoE, arXiv 2502.05172: loss of active parameters, tokens and number of experts.
+"""Joint MoE, arXiv 2502.05172: loss from active parameters, tokens and number of experts.
 
 L = 35.91 / (E^.2285 N^(.1889 - .0098 ln E)) + 35.98 / (E^-.5529 D^(.1775 + .0259 ln E))
-    + 1.3637, E the saturated number of experts. Circulating copies have lost the fraction
-bars; these coefficients are repaired, and checked on the paper's nine optima.
+    + 1.3637, with E the saturated number of experts. Copies in circulation have lost the fraction
+bars; this formula restores them and was checked against the paper's nine optima.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ E_START, E_MAX = 2.07, 290.45
 
 
 def loss(N: ArrayLike, D: ArrayLike, E: ArrayLike) -> np.ndarray:
-  """Loss. N active parameters without embeddings, D tokens, E experts of top-1 routing."""
+  """Loss from N active non-embedding parameters, D tokens and E experts with top-1 routing."""
   hat = saturated(E, 1, E_START, E_MAX)
   log_hat = np.log(hat)
   return (35.91 / (hat**0.2285 * N**(0.1889 - 0.0098 * log_hat))

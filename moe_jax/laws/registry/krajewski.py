@@ -2,8 +2,8 @@
 
 N is the TOTAL number of non-embedding parameters, d² (8 E + 4) n_blocks with expansion rate
 E: at E = 64 it is 43 times the active ones, 12 d² n_blocks, not 64 times.
-G = 4 d_model / d_expert: how many experts one standard feed-forward layer is cut into, and
-how many of them a token is sent to.
+G = 4 d_model / d_expert is both the number of experts that one standard feed-forward layer is
+split into and the number of experts each token is routed to.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ _SOURCE = "arXiv 2402.07871 (Krajewski et al. 2024), rounded coefficients"
 
 
 def loss(N: ArrayLike, D: ArrayLike, G: ArrayLike) -> np.ndarray:
-  """Loss at expansion rate 64. N total non-embedding parameters, D tokens."""
+  """Loss at expansion rate 64 from N total non-embedding parameters, D tokens, granularity G."""
   return 0.47 + (2.1 / G**0.58 + 18.1) / N**0.115 + 30.8 / D**0.147
 
 

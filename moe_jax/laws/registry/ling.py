@@ -1,8 +1,8 @@
 """Ling, arXiv 2507.17702: the efficiency leverage of an MoE over a dense model.
 
-EL = A^(a + d log10 C + gamma (log2 G)² + beta log2 G), A the saturated activation ratio. The
-logarithms' bases are inferred: with these EL(3.1 %, 12, 1e22) is 7.245 (the paper: above 7).
-EL 7 means that a dense model needs 7 times the FLOPs for the same loss: more is better.
+EL = A^(a + d log10 C + gamma (log2 G)² + beta log2 G), with A the saturated activation ratio. The
+bases of the logarithms are inferred: with these, EL(3.1 %, 12, 1e22) is 7.245 (paper: above 7).
+An EL of 7 means that a dense model needs 7 times the FLOPs for the same loss: more is better.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from moe_jax.laws.shape import Shape
 
 
 def leverage(A: ArrayLike, G: ArrayLike, C: ArrayLike) -> np.ndarray:
-  """EL. A activation ratio in (0, 1], G = 2 d_model / d_expert, C training FLOPs."""
+  """EL from activation ratio A in (0, 1], G = 2 d_model / d_expert and C training FLOPs."""
   log_g = np.log2(G)
   exponent = 1.23 - 0.0761 * np.log10(C) + 0.0167 * log_g**2 - 0.117 * log_g
   return saturated(A, 0, 0.0163, 5.28e16)**exponent

@@ -1,4 +1,4 @@
-"""Zhao et al., arXiv 2509.23678: total and active parameters, active experts, shared ratio.
+"""Zhao et al., arXiv 2509.23678: total, active parameters, tokens, active experts, shared ratio.
 
 L = (e G + f / G + m S² + n S)(1 / N^alpha + k / Na^alpha + h Na / N)
     + a / N^alpha + b / D^beta + c / Na^alpha + epsilon.
@@ -12,7 +12,7 @@ from moe_jax.laws.shape import Shape
 
 
 def loss(N: ArrayLike, Na: ArrayLike, D: ArrayLike, G: ArrayLike, S: ArrayLike) -> np.ndarray:
-  """Loss. N total, Na active parameters, D tokens, G active experts, S their shared part."""
+  """Loss from N total and Na active parameters, D tokens, G active experts, S shared fraction."""
   alpha = 0.2383
   experts = 0.1577 * G + 7.2446 / G + 5.1395 * S**2 - 3.2363 * S
   return (experts * (N**-alpha + 0.0013 * Na**-alpha + 0.0450 * Na / N)
