@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from moe_jax.bfloat16 import saves_bits
 from moe_jax.config import RunConfig
 from moe_jax.mesh import batch_sharding, platform_of, replicated
 from moe_jax.model import init, splash
@@ -244,4 +245,6 @@ def _scan(layers: Block, x_BSD, segments_BS, mesh, remat, counted_BS, noise_key_
 
   if remat != "none":
     body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+  if platform_of(mesh) == "cpu" and x_BSD.dtype == jnp.bfloat16:
+    body = saves_bits(body)
   return jax.lax.scan(body, x_BSD, (stacked, key_LB))

@@ -4,6 +4,7 @@ The math is Qwen3-MoE's: softmax over all experts, top-k, weights divided by the
 DeepSeek-V3's: sigmoid scores, and a bias on the selection that balances without a loss.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -92,8 +93,12 @@ def jitter_noise(key_B: jax.Array, seq_len: int, d_model: int, jitter: float) ->
   return jax.vmap(draw)(key_B)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def router_logits(x_TD: jax.Array, w_router_DE: jax.Array) -> jax.Array:
-  """logit_TE in float32, whatever the type of the tokens."""
+  """logit_TE in float32, whatever the type of the tokens.
+
+  Its backward pass converts the tokens again rather than keeping them in float32.
+  """
   return jnp.einsum("td,de->te", x_TD.astype(jnp.float32), w_router_DE.astype(jnp.float32),
                     precision=jax.lax.Precision.HIGHEST)
 

@@ -7,6 +7,7 @@ in the cache between the products, and nothing but its input is kept for the bac
 import jax
 import jax.numpy as jnp
 
+from moe_jax.bfloat16 import part_of, to_bits
 from moe_jax.moe.grouped_matmul import SPARE_ROWS, blocks_of
 from moe_jax.products import einsum, turned
 
@@ -23,18 +24,20 @@ def swiglu_blocks(x_SD: jax.Array, weight_S: jax.Array, w_gate_up_EDH: jax.Array
     w_down_EFD: of the type of the rows.
     size_E: int32, rows in each group.
   """
-  blocks = _blocks(x_SD.shape[0], size_E)
+  blocks, dtype = _blocks(x_SD.shape[0], size_E), x_SD.dtype
+  *rows, w_gate_up, w_down = map(to_bits, (x_SD, weight_S, w_gate_up_EDH, w_down_EFD))
 
   def run(j, y_SD):
     expert, start = blocks.expert_J[j], blocks.start_J[j]
-    x_RD, weight_R = _rows((x_SD, weight_S), start, blocks.rows)
-    gate_RF, up_RF = jnp.split(einsum("rd,dh->rh", x_RD, w_gate_up_EDH[expert]), 2, axis=-1)
-    hidden_RF = (jax.nn.silu(gate_RF) * up_RF * weight_R[:, None]).astype(x_SD.dtype)
-    y_RD = einsum("rf,fd->rd", hidden_RF, w_down_EFD[expert])
+    x_RD, weight_R = _block(rows, start, blocks.rows)
+    w_gate_up_DH, w_down_FD = _of_expert((w_gate_up, w_down), expert)
+    gate_RF, up_RF = jnp.split(einsum("rd,dh->rh", x_RD, w_gate_up_DH), 2, axis=-1)
+    hidden_RF = (jax.nn.silu(gate_RF) * up_RF * weight_R[:, None]).astype(dtype)
+    y_RD = einsum("rf,fd->rd", hidden_RF, w_down_FD)
     # Rows of the experts after this one are overwritten when their own blocks come, later.
     return jax.lax.dynamic_update_slice_in_dim(y_SD, y_RD, start, axis=0)
 
-  return jax.lax.fori_loop(0, blocks.n_used, run, _zeros(x_SD)).astype(x_SD.dtype)
+  return jax.lax.fori_loop(0, blocks.n_used, run, _zeros(x_SD)).astype(dtype)
 
 
 def _fwd(*inputs):
@@ -45,19 +48,20 @@ def _bwd(residuals, dy_SD):
   x_SD, weight_S, w_gate_up_EDH, w_down_EFD, size_E = residuals
   blocks, dtype = _blocks(x_SD.shape[0], size_E), x_SD.dtype
   w_gate_up_EHD = turned(w_gate_up_EDH)
+  *rows, w_gate_up, w_down = map(to_bits, (x_SD, dy_SD, weight_S, w_gate_up_EHD, w_down_EFD))
 
   def run(j, sums):
     dx_SD, dweight_S, dgate_up_EHD, ddown_EFD, dgate_up_HR = sums
     expert, start = blocks.expert_J[j], blocks.start_J[j]
-    x_RD, dy_RD, weight_R = _rows((x_SD, dy_SD, weight_S), start, blocks.rows)
+    x_RD, dy_RD, weight_R = _block(rows, start, blocks.rows)
+    w_gate_up_HD, w_down_FD = _of_expert((w_gate_up, w_down), expert)
     inside_R = jnp.arange(blocks.rows) < blocks.inside_J[j]
     weight_R = jnp.where(inside_R, weight_R, 0)  # and with it all that comes of other experts' rows
     # Rows come last, so that the weights' gradients multiply first factors as they lie.
-    w_gate_up_HD = w_gate_up_EHD[expert]
     gate_FR, up_FR = jnp.split(einsum("hd,rd->hr", w_gate_up_HD, x_RD), 2)
     sigmoid_FR = jax.nn.sigmoid(gate_FR)
     silu_FR = gate_FR * sigmoid_FR
-    dweighted_FR = einsum("fd,rd->fr", w_down_EFD[expert], dy_RD)
+    dweighted_FR = einsum("fd,rd->fr", w_down_FD, dy_RD)
     dweight_R = jnp.where(inside_R, (dweighted_FR * silu_FR * up_FR).sum(0), 0)
     dhidden_FR = dweighted_FR * weight_R
     dgate_FR = dhidden_FR * up_FR * (sigmoid_FR + silu_FR * (1 - sigmoid_FR))
@@ -96,5 +100,9 @@ def _zeros(x):
   return jnp.zeros_like(x, dtype=jnp.float32)
 
 
-def _rows(arrays, start, rows):
-  return [jax.lax.dynamic_slice_in_dim(x, start, rows) for x in arrays]
+def _block(arrays, start, rows):
+  return [part_of(x, lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows)) for x in arrays]
+
+
+def _of_expert(weights, expert):
+  return [part_of(w, lambda w: w[expert]) for w in weights]

@@ -228,3 +228,10 @@ def test_router_gets_gradient_through_the_weights_unless_top_one_is_normalised()
   np.testing.assert_allclose(starved, 0, atol=1e-6)  # why the configuration refuses it
   assert np.abs(jax.grad(weights)(w_router_DE, 1, False)).max() > 1e-2
   assert np.abs(jax.grad(weights)(w_router_DE, 2, True)).max() > 1e-2
+
+
+def test_tokens_are_not_kept_in_float32():
+  x_TD, w_router_DE = jnp.ones((16, 8), jnp.bfloat16), jnp.ones((8, 4))
+  _, vjp = jax.vjp(router.router_logits, x_TD, w_router_DE)
+  assert {str(kept.dtype) for kept in jax.tree.leaves(vjp) if kept.shape == x_TD.shape} == {
+      "bfloat16"}

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,3 +61,17 @@ def test_the_weights_gradients_are_summed_over_blocks_in_float32():
   for grad, true in zip(ours, truth, strict=True):
     # The rounding of the sum; those of the rows cancel.
     np.testing.assert_allclose(np.float32(grad), true, rtol=1.1 * 2**-8)
+
+
+def test_blocks_of_bfloat16_are_read_as_bits():
+  """XLA's CPU compiler would convert whole arrays to float32 to slice a block out of them."""
+  arrays = (jnp.ones((N_ROWS + SPARE_ROWS, D), jnp.bfloat16), jnp.ones(N_ROWS + SPARE_ROWS),
+            jnp.ones((len(SIZES), D, 2 * F), jnp.bfloat16),
+            jnp.ones((len(SIZES), F, D), jnp.bfloat16))
+
+  def gradient(*arrays):
+    return jax.grad(lambda *arrays: swiglu_blocks(*arrays, jnp.asarray(SIZES)).sum(),
+                    (0, 1, 2, 3))(*arrays)
+
+  sliced = re.findall(r":(\w+)\[[\d,]*\] = dynamic_slice\[", str(jax.make_jaxpr(gradient)(*arrays)))
+  assert "u16" in sliced and "bf16" not in sliced

@@ -125,6 +125,20 @@ def test_remat_keeps_what_it_is_named_for():
   assert exchanges == {"none": 6, "dots": 8, "rows": 7, "full": 8}
 
 
+@pytest.mark.parametrize("remat", ["none", "rows"])
+def test_on_a_cpu_layers_save_bfloat16_as_bits(remat):
+  """XLA's CPU compiler would convert what all layers have saved for each layer's part of it."""
+  config = small_config(SHARED_AND_DENSE, model={"compute_dtype": "bfloat16"},
+                        execution={"remat": remat})
+  mesh = make_mesh(config, jax.devices()[:1])
+  tokens_BS = jnp.zeros((config.train.batch_size, config.data.seq_len), jnp.int32)
+  _, vjp = jax.vjp(lambda params: functional.apply(config, params, tokens_BS, tokens_BS, mesh,
+                                                   remat)[0],
+                   functional.init_params(config, mesh))
+  saved = [str(kept.dtype) for kept in jax.tree.leaves(vjp) if kept.ndim > 3]  # layers, B, S, D
+  assert "uint16" in saved and "bfloat16" not in saved
+
+
 def test_microbatches_hold_the_activations_of_one():
   def temporary(microbatches):
     config = small_config(dataclasses.replace(ARCH, n_layers=1, n_dense_layers=1),
