@@ -14,6 +14,7 @@ from moe_jax.laws.law import LOSS, Prediction
 from moe_jax.laws.shape import Shape
 from moe_jax.laws.solvers import Problem, Solution
 
+_VANISHED = 1e-4  # a term of a smaller share of every loss is 0 for all that the data tell
 _HELPS = (("n_total",), ("n_active",), ("tokens",))  # increasing these should lower the loss
 
 
@@ -113,13 +114,34 @@ class Fit:
 
 
 def fit(cells: Cells, law: str, n_starts: int = solvers.N_STARTS, seed: int = 0) -> Fit:
-  """Fits the form named `law`.
+  """Fits the form named `law`, without terms that the best fit puts at 0.
+
+  An irreducible loss that the data do not show ends there, for instance. Its logarithm has no
+  optimum then, and neither it nor a refit with it has an interval.
 
   Raises:
     FieldError: an unknown form, a variable that the data lack, too few cells, or a
       parameter that still equals its start.
   """
-  return fit_identified(identify(form_for(law, cells), cells), cells, n_starts, seed)
+  fitted = fit_identified(identify(form_for(law, cells), cells), cells, n_starts, seed)
+  while (reduced := _without_vanished(fitted)) is not None:
+    fitted = fit_identified(reduced, cells, n_starts, seed)
+  return fitted
+
+
+def _without_vanished(fitted: Fit) -> Identified | None:
+  """Returns what is identified without the terms that vanish in every cell; None if none does."""
+  form, identified = fitted.form, fitted.identified
+  z_KN = fitted.problem.m_KNP @ fitted.least_squares.theta
+  share_KN = np.exp(z_KN - fitted.log_loss(fitted.cells))
+  terms = tuple(term for term, share_N in zip(form.terms, share_KN, strict=True)
+                if share_N.max() > _VANISHED)
+  if len(terms) == len(form.terms):
+    return None
+  reduced = Form(form.name, form.formula, terms)
+  refused = {p: "the best fit puts its term at 0, and the form is fitted without it"
+             for p in form.parameters if p not in reduced.parameters}
+  return dataclasses.replace(identified, form=reduced, refused=identified.refused | refused)
 
 
 def fit_identified(identified: Identified, cells: Cells, n_starts: int = solvers.N_STARTS,

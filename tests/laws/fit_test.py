@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from moe_jax.design.judge import jackknife
 from moe_jax.errors import FieldError
 from moe_jax.laws import solvers
 from moe_jax.laws.cells import Cells
@@ -51,6 +52,19 @@ def test_planted_laws_are_recovered_without_noise(law):
   for solution in (fitted.least_squares, fitted.huber):
     np.testing.assert_allclose(solution.theta, PLANTED[law], rtol=2e-3, atol=2e-3)
     assert solution.rmse < 1e-5
+
+
+def test_a_term_that_the_best_fit_puts_at_0_is_left_out():
+  """Planted: an irreducible loss below 0, which the form does not have."""
+  planted = grid_of_runs()("paper-tokens", [*PLANTED["paper-tokens"][:-1], np.log(1.5)])
+  cells = Cells.of(planted.loss - 2, **planted.columns)
+  fitted = fit(cells, "paper-tokens", n_starts=8)
+  assert fitted.parameters == ("ln_A", "a", "b_minus_c", "c", "ln_B", "beta")
+  with pytest.raises(FieldError, match="the best fit puts its term at 0, and the form is"):
+    fitted.value("ln_E")
+  covariance_PP, _ = jackknife(fitted)  # refits, none of which could be made with that term
+  assert np.isfinite(covariance_PP).all() and (np.diag(covariance_PP) > 0).all()
+  assert "ln_E" in fit(planted, "paper-tokens", n_starts=8).parameters
 
 
 def test_the_solvers_agree_within_the_noise():
