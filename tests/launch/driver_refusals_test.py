@@ -57,7 +57,7 @@ def test_a_submission_that_is_refused_changes_nothing(tmp_path):
   before = files_of(world)
   options = dataclasses.replace(world.options, slices=2, max_cost_usd=None)
   plan = gcloud.plan(world.jobs, options, _CODE, world.out)
-  with pytest.raises(FieldError, match="is trained by slice"):
+  with pytest.raises(FieldError, match="belongs to slice"):
     driver.want(plan, world.jobs, options, world.out, world.cloud.clock)
   assert files_of(world) == before
 
