@@ -29,6 +29,7 @@ from moe_jax.run_dir import FINISHED
 
 POLL_SECONDS = 30.0
 _UNDELETED = "it cannot be deleted: "
+_TOO_DEAR = "spending would exceed --max_cost_usd="
 
 # Where the data of buckets lie that are in several regions: prefixes of zones.
 # https://cloud.google.com/storage/docs/locations
@@ -228,11 +229,13 @@ class Driver:
       self._say(f"{record.name}: {error}")
       return
     progress, spent = one.progress(), self._why_too_dear(one, found)
+    reason, error = None if progress.ended else spent, record.error or ""
+    if seen is None and error.startswith(_UNDELETED):
+      error = reason
+    elif not error.startswith((_TOO_DEAR, _UNDELETED)):  # the amount grows until it is deleted
+      error = reason or record.error
     record = dataclasses.replace(
-        record, cancel=spent is not None or (one.folder / "cancel").exists(),
-        error=record.error if spent is None or progress.ended else spent)
-    if seen is None and (record.error or "").startswith(_UNDELETED):
-      record = dataclasses.replace(record, error=None)
+        record, cancel=spent is not None or (one.folder / "cancel").exists(), error=error)
     record, action = slices.decide(record, seen, progress, one.options.zones, now, self._policy,
                                    self._random)
     held.require(remote.TIMEOUT_SECONDS)  # describe may have taken long, or this host slept
@@ -249,8 +252,7 @@ class Driver:
     if not limits or not money.would_pass(accounts, one.record, min(limits), self._clock(),
                                           self._policy.margin):
       return None
-    return (f"spending would exceed --max_cost_usd={min(limits):g}: stopped at "
-            f"${money.spent(accounts):.2f}")
+    return f"{_TOO_DEAR}{min(limits):g}: stopped at ${money.spent(accounts):.2f}"
 
   def _act(self, one: Slice, action: str, held: lease.Lease) -> None:
     if action == slices.DELETE:
@@ -272,9 +274,10 @@ class Driver:
     before, one.record = one.record, record
     one.write()
     if (before.state, before.error) != (record.state, record.error):
-      where = f" in {record.zone}" if record.zone else ""
-      self._say(f"{record.name}: {record.state}{where}"
-                + (f": {record.error}" if record.error else ""))
+      where, error = f" in {record.zone}" if record.zone else "", record.error or ""
+      if error == before.error and error.startswith(_TOO_DEAR):  # told once for each slice
+        error = ""
+      self._say(f"{record.name}: {record.state}{where}" + (f": {error}" if error else ""))
 
 
 def drive(folder: epath.Path, run: remote.Run = remote.run, **driver: Any) -> int:

@@ -112,13 +112,15 @@ class Agent:
 
   def _lead(self) -> None:
     self._meter = Meter(self._folder, self._work.usd_per_second)
+    too_dear = None
     for group in self._work.in_groups():
-      while names := [name for name in group if why_ended(self._work, name) is None]:
+      while not too_dear and (
+          names := [name for name in group if why_ended(self._work, name) is None]):
         self._gather()
         if too_dear := self._meter.why_too_dear():
           print(too_dear, flush=True)
-          break
-        self._attempt(self._together(names))
+        else:
+          self._attempt(self._together(names))
       for name in group:
         print(f"{name}: {why_ended(self._work, name) or 'unfinished'}", flush=True)
     self._publish(())

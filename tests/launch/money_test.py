@@ -38,6 +38,7 @@ def test_what_is_used_never_passes_the_limit(tmp_path, limit, n, monkeypatch):
   assert world.cloud.created == min(n, int(limit / (_RATE * _MARGIN)))
   reason = f": spending would exceed --max_cost_usd={limit:g}: stopped at $"
   assert all(reason[2:] in record.error for record in world.records())
+  assert sum(reason in line for line in world.said) == n  # once for each slice
   assert {record.state for record in world.records()} == {slices.CANCELLED}
 
 
