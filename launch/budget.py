@@ -38,7 +38,7 @@ def set_limit(folder: epath.Path, max_cost_usd: float | None) -> None:
 
 def account(folder: epath.Path) -> list[str]:
   """Returns a line for each slice that counts its own cost and that no launcher drives."""
-  return [f"{file.parent.name}: ${used.usd:.2f} since its machines began to work"
+  return [f"{file.parent.name}: ${used.usd:.2f} since its machines started work"
           for file in sorted(folder.glob("*/used.json"))
           if not (file.parent / "slice.json").exists() and (used := read_as(_Used, file))]
 
@@ -70,5 +70,4 @@ class Meter:
     if sum(one.usd + one.usd_per_second * MARGIN_SECONDS
            for one in used if one) < limit.max_cost_usd:
       return None
-    return (f"what has been spent would pass --max_cost_usd={limit.max_cost_usd:g}: "
-            "the slice ends")
+    return f"spending would exceed --max_cost_usd={limit.max_cost_usd:g}: ending the slice"

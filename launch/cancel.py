@@ -13,7 +13,7 @@ from launch import driver, remote, submitted
 from moe_jax import cli
 
 _OUT, _EXPERIMENT = submitted.define_flags()
-_CONTEXT = flags.DEFINE_string("kube_context", None, "Context of kubectl.")
+_CONTEXT = flags.DEFINE_string("kube_context", None, "kubectl context; by default the current one.")
 
 
 def main(overrides: list[str]) -> int:

@@ -42,7 +42,7 @@ def describe(name: str, options: Options, zone: str, label: str, run: Run) -> Se
   try:
     return parse(json.loads(answer.stdout), label)
   except (json.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError) as error:
-    raise Unclear(f"gcloud's answer cannot be read: {error}") from None
+    raise Unclear(f"cannot parse gcloud's output: {error}") from None
 
 
 def parse(resource: dict[str, Any], label: str) -> Seen:
@@ -97,7 +97,7 @@ def list_ours(options: Options, zone: str, run: Run) -> dict[str, str]:
     found = {resource["name"].rpartition("/")[2]: label_of(resource)
              for resource in json.loads(answer.stdout)}
   except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-    raise Unclear(f"gcloud's answer cannot be read: {error}") from None
+    raise Unclear(f"cannot parse gcloud's output: {error}") from None
   return {name: label for name, label in found.items() if label is not None}
 
 

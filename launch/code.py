@@ -103,8 +103,8 @@ class _Git:
                             capture_output=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
       said = getattr(error, "stderr", b"").decode(errors="replace") or str(error)
-      raise FieldError("backend", os.fspath(self._root), "sends code to other machines, which "
-                       f"needs a git checkout: {' '.join(said.split())}") from None
+      raise FieldError("backend", os.fspath(self._root), "must be a git checkout to ship its "
+                       f"code to other machines: {' '.join(said.split())}") from None
 
 
 def _with_files(tar: bytes, files: dict[str, bytes]) -> bytes:

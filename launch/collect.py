@@ -18,7 +18,7 @@ from moe_jax.evaluate import results
 from moe_jax.files import reaching
 
 _OUT, _EXPERIMENT = submitted.define_flags()
-_TO = flags.DEFINE_string("to", "runs", "Folder here, as another --out.")
+_TO = flags.DEFINE_string("to", "runs", "Local folder to copy to, usable as --out.")
 
 
 def main(overrides: list[str]) -> int:
@@ -29,13 +29,13 @@ def main(overrides: list[str]) -> int:
             f"is not under --out={_OUT.value}")
   target = pathlib.Path(_TO.value) / _EXPERIMENT.value
   require(target.resolve() != pathlib.Path(source).resolve(), "to", _TO.value,
-          "must be another folder than --out")
+          "must be a different folder from --out")
   with reaching(_OUT.value):
     copied, same = submitted.copy_home(source, target)
   rows, _ = results.collect(_TO.value, _EXPERIMENT.value)
   if rows:
     results.write_csv(results.csv_path(_TO.value, _EXPERIMENT.value), rows)
-  print(f"{copied} files copied to {target}, {same} were there already; {len(rows)} rows in "
+  print(f"copied {copied} files to {target}, skipped {same} unchanged; {len(rows)} rows in "
         "results.csv")
   return 0
 

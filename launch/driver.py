@@ -29,6 +29,7 @@ from moe_jax.run_dir import FINISHED
 
 POLL_SECONDS = 30.0
 _UNDELETED = "it cannot be deleted: "
+_TOO_DEAR = "spending would exceed --max_cost_usd="
 
 # Where the data of buckets lie that are in several regions: prefixes of zones.
 # https://cloud.google.com/storage/docs/locations
@@ -135,8 +136,8 @@ def _require_free(folder: epath.Path, share: SlicePlan) -> None:
     if other.folder != mine and other.record.state not in slices.FINAL:
       shared = set(other.work.cells) & set(share.cells)
       if shared:
-        raise FieldError("slices", share.name, f"{min(shared)} is trained by slice "
-                         f"{other.record.name}, which has not ended: launch.cancel it first")
+        raise FieldError("slices", share.name, f"{min(shared)} belongs to slice "
+                         f"{other.record.name}, which has not ended; run launch.cancel first")
 
 
 def _want_one(folder: epath.Path, planned: Plan, share: SlicePlan, jobs: Sequence[Job],
@@ -170,7 +171,7 @@ def preflight(options: Options, out: str, run: remote.Run) -> str | None:
     try:
       location = json.loads(answer.stdout)["location"].lower()
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
-      location = "a region that gcloud does not tell"
+      location = "an unknown region"
     regions = _REGIONS.get(location, (location,))
     for zone in options.zones:
       if not zone.startswith(tuple(f"{region}-" for region in regions)):
@@ -211,7 +212,7 @@ class Driver:
           if not is_of_storage(error):
             raise
           # A full disk, an unreachable bucket: an action whose record is not written is not taken.
-          self._say(f"once more in {POLL_SECONDS:.0f} s: {' '.join(str(error).split())}")
+          self._say(f"retrying in {POLL_SECONDS:.0f} s: {' '.join(str(error).split())}")
         self._sleep(POLL_SECONDS)
     finally:
       held.release()
@@ -228,11 +229,13 @@ class Driver:
       self._say(f"{record.name}: {error}")
       return
     progress, spent = one.progress(), self._why_too_dear(one, found)
+    reason, error = None if progress.ended else spent, record.error or ""
+    if seen is None and error.startswith(_UNDELETED):
+      error = reason
+    elif not error.startswith((_TOO_DEAR, _UNDELETED)):  # the amount grows until it is deleted
+      error = reason or record.error
     record = dataclasses.replace(
-        record, cancel=spent is not None or (one.folder / "cancel").exists(),
-        error=record.error if spent is None or progress.ended else spent)
-    if seen is None and (record.error or "").startswith(_UNDELETED):
-      record = dataclasses.replace(record, error=None)
+        record, cancel=spent is not None or (one.folder / "cancel").exists(), error=error)
     record, action = slices.decide(record, seen, progress, one.options.zones, now, self._policy,
                                    self._random)
     held.require(remote.TIMEOUT_SECONDS)  # describe may have taken long, or this host slept
@@ -249,7 +252,7 @@ class Driver:
     if not limits or not money.would_pass(accounts, one.record, min(limits), self._clock(),
                                           self._policy.margin):
       return None
-    return f"stopped with ${money.spent(accounts):.2f} of --max_cost_usd={min(limits):g} spent"
+    return f"{_TOO_DEAR}{min(limits):g}: stopped at ${money.spent(accounts):.2f}"
 
   def _act(self, one: Slice, action: str, held: lease.Lease) -> None:
     if action == slices.DELETE:
@@ -271,9 +274,10 @@ class Driver:
     before, one.record = one.record, record
     one.write()
     if (before.state, before.error) != (record.state, record.error):
-      where = f" in {record.zone}" if record.zone else ""
-      self._say(f"{record.name}: {record.state}{where}"
-                + (f": {record.error}" if record.error else ""))
+      where, error = f" in {record.zone}" if record.zone else "", record.error or ""
+      if error == before.error and error.startswith(_TOO_DEAR):  # told once for each slice
+        error = ""
+      self._say(f"{record.name}: {record.state}{where}" + (f": {error}" if error else ""))
 
 
 def drive(folder: epath.Path, run: remote.Run = remote.run, **driver: Any) -> int:
@@ -282,16 +286,16 @@ def drive(folder: epath.Path, run: remote.Run = remote.run, **driver: Any) -> in
   try:
     done = Driver(folder, run, **driver).drive()
   except (lease.Held, lease.Lost, cloud.NoCredentials) as error:
-    print(f"not driven from here: {error}")
+    print(f"not driving the slices: {error}")
     done = False
   except KeyboardInterrupt:
     which = f"--out={folder.parent.parent} --experiment={folder.parent.name}"
-    print("\nthe launcher stops; what runs goes on:")
+    print("\nlauncher stopped; the slices keep running:")
     print("\n".join([*table(read_all(folder)), f"to watch again: python -m launch.watch {which}",
-                     f"to end all: python -m launch.cancel {which}"]))
+                     f"to cancel everything: python -m launch.cancel {which}"]))
     return 128 + signal.SIGINT
   found = read_all(folder)
-  missing = [f"{name}: {why or 'not finished'}" for one in found
+  missing = [f"{name}: {why or 'unfinished'}" for one in found
              if one.record.state == slices.DONE for name in one.work.cells
              if (why := work.why_ended(one.work, name)) != FINISHED]
   print("\n".join([*table(found), *missing]))
@@ -312,7 +316,7 @@ def end_all(folder: epath.Path, sleep: Callable[[float], Any] = time.sleep, **op
       lease.acquire(folder).release()
     except lease.Held as held:
       if not told:
-        print(f"{held}; it ends the slices, or else this does", flush=True)
+        print(f"{held}; waiting for it to end the slices, or for its lease to expire", flush=True)
       told = True
       sleep(POLL_SECONDS)
       continue

@@ -70,7 +70,7 @@ def lost_end(run_dir: RunDir) -> str | None:
   except (FieldError, AttributeError, KeyError, TypeError):
     return "the checksums of its last checkpoint are missing or damaged"
   return None if changed is None else (
-      f"its last checkpoint is damaged: {changed} is missing or cut off")
+      f"its last checkpoint is damaged: {changed} is missing or truncated")
 
 
 def _size(file: os.PathLike) -> int | None:

@@ -58,8 +58,8 @@ def notes(jobs: Sequence[Job], topology: Topology, out: str, price: float | None
   known = [plan for plan in found if plan is not None]
   lines = (_bill(known, topology, price),) if known else ()
   if missing := len(found) - len(known):
-    lines += (f"{missing} of {len(jobs)} cells have no plan for {topology.label}: whether they fit "
-              "and what they cost is not known; --plan=make compiles them first, as does",
+    lines += (f"{missing} of {len(jobs)} cells have no plan for {topology.label}, so whether they "
+              "fit and what they cost is unknown; to find out, add --plan=make or run",
               f"  {' '.join(planning)}")
   return lines
 
@@ -81,7 +81,7 @@ def _refuse(plans: Sequence[Plan], out: str) -> None:
     first = cells_lib.with_known_remedy(first, out)
   others = f" (and {len(plans) - 1} more)" if len(plans) > 1 else ""
   raise FieldError("topology", first.topology.label, f"{first.cell} {cells_lib.verdict(first)}"
-                   f"{others}; --plan=ignore submits it all the same")
+                   f"{others}; --plan=ignore submits it anyway")
 
 
 def _bill(plans: Sequence[Plan], topology: Topology, price: float | None) -> str:
@@ -89,6 +89,6 @@ def _bill(plans: Sequence[Plan], topology: Topology, price: float | None) -> str
   line = f"{len(plans)} planned cells take an estimated {hours:,.4g} chip-hours of {topology.label}"
   usd = topology.hardware.usd_per_chip_hour if price is None else price
   if usd is None:
-    return f"{line}; it has no public price: --usd_per_chip_hour=N gives the bill"
+    return f"{line}; it has no public price; set --usd_per_chip_hour=N for the cost"
   whose = f"on demand, by {PRICES_AS_OF}" if price is None else "as given"
   return f"{line}: ${hours * usd:,.2f} at ${usd:g} a chip-hour, {whose}"

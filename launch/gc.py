@@ -18,8 +18,8 @@ from moe_jax.files import absolute
 
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
 _PROJECT = flags.DEFINE_string("project", None, "Google Cloud project.", required=True)
-_ZONES = flags.DEFINE_list("zones", None, "Zones to look at.", required=True)
-_YES = flags.DEFINE_bool("yes", False, "Delete without a question.")
+_ZONES = flags.DEFINE_list("zones", None, "Zones to search.", required=True)
+_YES = flags.DEFINE_bool("yes", False, "Delete without confirmation.")
 
 
 def main(overrides: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(overrides: list[str]) -> int:
   try:
     found = submitted.orphans(options, out, remote.run)
     if not found:
-      print("nothing is left behind")
+      print("no orphans found")
       return 0
     for name, zone, label in found:
       print(f"{name} in {zone}, labelled {label}")
@@ -40,7 +40,7 @@ def main(overrides: list[str]) -> int:
                if (error := cloud.delete(name, options, zone, remote.run)) is not None]
   except (cloud.Unclear, cloud.NoCredentials) as error:
     raise FieldError("project", _PROJECT.value, str(error)) from None
-  print("\n".join([*refused, f"{len(found) - len(refused)} deletions are asked for"]))
+  print("\n".join([*refused, f"requested {len(found) - len(refused)} deletions"]))
   return 1 if refused else 0
 
 

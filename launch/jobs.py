@@ -158,7 +158,7 @@ def lost_ends(jobs: Sequence[Job]) -> list[str]:
   for job in jobs:
     with contextlib.suppress(FieldError):  # left for the trainer to refuse
       if (lost := ends.lost_end(job.run_dir)) is not None:
-        lines.append(f"{job.name} was finished, but {lost}: it goes on from one that is sound")
+        lines.append(f"{job.name} was finished, but {lost}: it resumes from an intact checkpoint")
   return lines
 
 
@@ -188,7 +188,7 @@ def _require_trunk(job: Job, ours: set[RunDir]) -> None:
   if job.missing_trunk() is not None:
     raise FieldError("config", job.name, f"branches from {trunk.path.parent.name}/"
                      f"{trunk.path.name}, which has not saved step "
-                     f"{config.train.branch_step} and is not submitted with it")
+                     f"{config.train.branch_step} and is not part of this submission")
   with contextlib.suppress(DamagedFile):  # left for the trainer to refuse
     if (theirs := trunk.read_config()) is not None:
       try:
@@ -203,9 +203,10 @@ def _require_source(job: Job, source: RunDir, ours: set[RunDir]) -> None:
   train = job.cell.config.train
   why = ("that run has not finished, or has lost its last checkpoint,"
          if train.init_step is None and source.has_checkpoint() else
-         "that checkpoint is not there,")
+         "that checkpoint does not exist")
   raise FieldError("config.train.init_from", train.init_from,
-                   f"is to begin {job.name}: {why} and the run is not submitted with it")
+                   f"is the source of {job.name}, but {why} and the run is not part of this "
+                   "submission")
 
 
 def require_texts(jobs: Sequence[Job], out: str) -> None:

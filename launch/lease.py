@@ -100,11 +100,11 @@ def acquire(folder: epath.Path, clock: Callable[[], float] = time.time) -> Lease
   if newest:
     word = _read(_file(folder, newest))
     if clock() < word["written"] + SECONDS + _SKEW and not is_gone(word["host"], word["pid"]):
-      raise Held(f"process {word['pid']} on {word['host']} drives this experiment; it last said "
-                 f"so {max(0, clock() - word['written']):.0f} s ago")
+      raise Held(f"process {word['pid']} on {word['host']} drives this experiment (lease last "
+                 f"renewed {max(0, clock() - word['written']):.0f} s ago)")
   written = clock()
   if not create(_file(folder, newest + 1), json.dumps(_word(written))):
-    raise Held("another driver began at the same moment")
+    raise Held("another driver started at the same moment")
   for number in range(max(1, newest - 8), newest):  # remove old leases, but never the newest
     _file(folder, number).unlink(missing_ok=True)
   return Lease(folder, newest + 1, written, clock)
@@ -120,8 +120,8 @@ def _read(file: epath.Path) -> dict[str, Any]:
   kinds = {"host": str, "pid": int, "written": (int, float)}
   if not isinstance(word, dict) or not all(
       isinstance(word.get(name), kind) for name, kind in kinds.items()):
-    raise DamagedFile("out", os.fspath(file), "is damaged: no host, pid or written; if no "
-                      "launcher drives this experiment, remove it")
+    raise DamagedFile("out", os.fspath(file), "is damaged: host, pid or written is missing or "
+                      "invalid; if no launcher drives this experiment, delete the file")
   return word
 
 

@@ -15,11 +15,12 @@ from moe_jax import cli
 from moe_jax.errors import require
 
 _OUT, _EXPERIMENT = submitted.define_flags()
-_SLICE = flags.DEFINE_string("slice", None, "Which slice, where there are several.")
-_WORKER = flags.DEFINE_string("worker", "0", "Number of the machine, or all. SLURM: of the task.")
-_LINES = flags.DEFINE_integer("lines", 100, "Lines to begin with.", lower_bound=0)
-_FOLLOW = flags.DEFINE_bool("follow", True, "Go on as the log grows.")
-_CONTEXT = flags.DEFINE_string("kube_context", None, "Context of kubectl.")
+_SLICE = flags.DEFINE_string("slice", None, "Name of the slice; required if there are several.")
+_WORKER = flags.DEFINE_string("worker", "0", "Number of the machine, or all; on SLURM, number of "
+                              "the array task.")
+_LINES = flags.DEFINE_integer("lines", 100, "Number of past lines to show first.", lower_bound=0)
+_FOLLOW = flags.DEFINE_bool("follow", True, "Keep following the log.")
+_CONTEXT = flags.DEFINE_string("kube_context", None, "kubectl context; by default the current one.")
 
 
 def main(overrides: list[str]) -> int:

@@ -9,11 +9,10 @@ from launch.slices import Record
 from moe_jax.errors import require
 from moe_jax.plan.topology import Topology
 
-PRICE_OPTION = option("Price of a chip in US dollars an hour; by default the catalogue's on "
-                      "demand, which a spot slice costs less than.", default=None)
-MAX_COST_OPTION = option(
-    "Machine time of the experiment that may be spent, in US dollars: all slices end before it "
-    "would be passed.", default=None)
+PRICE_OPTION = option("Price of a chip-hour in US dollars; defaults to the catalog's on-demand "
+                      "price, an upper bound for spot.", default=None)
+MAX_COST_OPTION = option("Spending limit of the experiment in US dollars; all slices end before it "
+                         "is exceeded.", default=None)
 _AT_RISK = (slices.CREATING, slices.QUEUED, slices.ACTIVE, slices.DELETING)  # may have machines
 
 

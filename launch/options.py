@@ -53,7 +53,7 @@ class _DryRunFlag(flags.Flag):
   def __init__(self):
     super().__init__(
         flags.EnumParser(["", "true", "json", "false"]), flags.ArgumentSerializer(), "dry_run",
-        "", "Print what would be run, run nothing; --dry_run=json for a program.")
+        "", "Print what would be run, but run nothing; --dry_run=json prints JSON.")
     self.boolean = True
 
   def _parse(self, argument: str | bool) -> str:
@@ -78,12 +78,12 @@ def from_flags(cls: type[T], backend: str, given: Mapping[str, str | None]) -> T
   for name, text in given.items():
     if text is None:
       continue
-    require(name in fields, name, text, f"is no option of --backend={backend}, which has "
+    require(name in fields, name, text, f"is not an option of --backend={backend}, which has "
             + (", ".join("--" + other for other in fields) or "none"))
     values[name] = parse(text, hints[name], name)
   for name, field in fields.items():
     missing = name not in values and field.default is dataclasses.MISSING
-    require(not missing, name, "", f"is needed by --backend={backend}: "
+    require(not missing, name, "", f"is required by --backend={backend}: "
             + field.metadata["help"])
   return cls(**values)
 
@@ -94,7 +94,7 @@ def require_words(options: Any, *names: str) -> None:
     value = getattr(options, name)
     for word in value if isinstance(value, tuple) else (value,):
       require(word is None or WORD.fullmatch(word) is not None, name, word,
-              "must be letters, digits and any of . _ / @ : -, and begin with a letter or digit")
+              "must be letters, digits and . _ / @ : - only, and begin with a letter or digit")
 
 
 def require_python(path: str | None) -> None:
@@ -128,5 +128,5 @@ def parse_secrets(secrets: tuple[str, ...], kubernetes: bool = False) -> dict[st
 def require_path(name: str, path: str) -> None:
   """Raises FieldError unless shells, gcloud and sbatch all take the path literally."""
   require(re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./:=+@-]*|gs://[A-Za-z0-9_./=+@-]+", path)
-          is not None, name, path, "must be of letters, digits and . _ / = + @ - alone, where "
-          "other machines are to read it")
+          is not None, name, path, "must be letters, digits and . _ / = + @ - only, since "
+          "other machines read it")

@@ -66,7 +66,7 @@ def to_text(plan: Plan) -> list[str]:
   """Returns lines that a shell can run once the files exist; all else is in comments."""
   lines, folder = [f"# {note}" for note in plan.notes], plan.out
   if not is_local(folder):  # from which gcloud and kubectl read no files
-    lines.append(f"# below, _slices is a copy of {folder} in this folder")
+    lines.append(f"# below, _slices is a copy of {folder} in the current folder")
     folder = "_slices"
   for share in plan.slices:
     lines.append(f"# {share.name}: {len(share.cells)} cells: {', '.join(share.cells)}")

@@ -50,8 +50,7 @@ def run(command: Sequence[str]) -> Answer:
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
                           stdin=subprocess.DEVNULL, errors="replace")
   except FileNotFoundError:
-    raise FieldError("backend", command[0], "is not on PATH; this backend works through "
-                     "it") from None
+    raise FieldError("backend", command[0], "is not on PATH; this backend needs it") from None
   except subprocess.TimeoutExpired as error:
     return Answer(None, _text(error.stdout), _text(error.stderr))
   return Answer(done.returncode, done.stdout, done.stderr)
@@ -69,7 +68,7 @@ def why_not_writable(out: str) -> str | None:
     probe.write_text("writable")
     probe.unlink()
   except Exception as error:  # each file system raises its own
-    return f"--out={out} cannot be written: {' '.join(str(error).split())}"
+    return f"cannot write to --out={out}: {' '.join(str(error).split())}"
   return None
 
 
@@ -103,7 +102,7 @@ def note_on(out: str) -> tuple[str, ...]:
   """Returns a note if --out is a local path, which other machines may not see."""
   if not is_local(out):
     return ()
-  return (f"--out={out} is a path: every machine must see this directory under it",)
+  return (f"--out={out} is a local path: every machine must see the same directory there",)
 
 
 def begin_anew(plan: Plan, share: SlicePlan, jobs: Sequence[Job]) -> None:

@@ -154,7 +154,7 @@ def decide(record: Record, seen: Seen | None, progress: Progress, zones: tuple[s
     return _go_on_deleting(record, seen, now, policy, random)
   if seen is not None and not seen.ours:
     return _to(record, FAILED, now, error=f"a queued resource {record.name} in {record.zone} "
-               "is somebody else's; it is left as it is"), None
+               "belongs to someone else; leaving it alone"), None
   if progress.ended or record.cancel:
     return _end(record, seen, DONE if progress.ended else CANCELLED, now)
   if seen is None:
@@ -183,23 +183,23 @@ def _missing(record, now, policy, random):
     return dataclasses.replace(record, in_a_row=record.in_a_row + 1, may_hold=True,
                                next_at=now + _pause(record, policy, random)), CREATE
   return _to(record, CANCELLED, now,
-             error=f"somebody deleted it in {record.zone}; submit again to go on"), None
+             error=f"someone deleted it in {record.zone}; submit again to resume"), None
 
 
 def _judge(record, seen, progress, zones, now, policy):
   match seen.state:
     case "FAILED":
-      error = seen.error or "failed without a reason"
+      error = seen.error or "failed, no reason given"
       if is_about_capacity(error):
         return _leave_zone(record, error, now, policy)
       return _fail(record, error, now, policy)
     case "SUSPENDING" | "SUSPENDED" if seen.initiator == "USER":
-      return _delete(record, CANCELLED, now, error="a user suspended it; submit again to go on")
+      return _delete(record, CANCELLED, now, error="a user suspended it; submit again to resume")
     case "SUSPENDING" | "SUSPENDED":
       return _preempted(record, f"preempted in {record.zone}", now, policy)
     case "DELETING":
       return _to(record, DELETING, now, after=CANCELLED,
-                 error="somebody deletes it; submit again to go on"), None
+                 error="someone is deleting it; submit again to resume"), None
     case "ACTIVE":
       return _work(record, progress, now, policy)
   if record.state != QUEUED:
@@ -214,7 +214,7 @@ def _work(record, progress, now, policy):
   if record.state != ACTIVE:
     return _to(record, ACTIVE, now, error=None), None
   if progress.trouble:
-    return _preempted(record, f"its machine is of no use: {progress.trouble}", now, policy)
+    return _preempted(record, f"its machine is unusable: {progress.trouble}", now, policy)
   if progress.beat not in (None, record.beat):
     return dataclasses.replace(record, beat=progress.beat, heard=now, in_a_row=0), None
   if now - max(record.since, record.heard) > policy.silence:

@@ -116,7 +116,7 @@ def _judge(run_dir: RunDir, status: Mapping[str, Any],
     return RUNNING, None
   if launch is not None and launch.started > status.get("heartbeat", 0):
     if launch.state == STARTING and is_gone(launch.host, launch.pid):
-      return DEAD, f"process {launch.pid} ended before it began to train"
+      return DEAD, f"process {launch.pid} ended before training started"
     return launch.state, launch.error
   if not status:
     return PENDING, None

@@ -28,7 +28,7 @@ from moe_jax.run_dir import PREEMPTED, RUNNING
 _CONFIG = cli.define_config_flag(required=False)
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-_WATCH = flags.DEFINE_bool("watch", False, "Print anew until all has ended or Ctrl-C.")
+_WATCH = flags.DEFINE_bool("watch", False, "Reprint until everything has ended, or Ctrl-C.")
 WATCH_SECONDS = 30.0
 UNFINISHED = (PENDING, STARTING, RUNNING, PREEMPTED)
 

@@ -37,12 +37,12 @@ _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
 _BACKEND = flags.DEFINE_enum("backend", backends.LOCAL, backends.names(), "Where the cells run.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "[local] How many cells run at a time.",
                                  lower_bound=1)
-_PROCESSES = flags.DEFINE_integer("processes", 1, "[local] Processes of each run, on this "
-                                  "machine: for a look at how many behave.", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer("processes", 1, "[local] Processes per run, all on this "
+                                  "machine; to try out multi-process runs.", lower_bound=1)
 _PLAN = flags.DEFINE_enum(
-    "plan", gate.KNOWN, [gate.KNOWN, gate.MAKE, gate.IGNORE], "[TPU slices] What moe_jax.plan says "
-    "of a cell decides whether it may be submitted. known: where there is a plan; make: those "
-    "that are missing are made first, which compiles every cell; ignore: never.")
+    "plan", gate.KNOWN, [gate.KNOWN, gate.MAKE, gate.IGNORE], "[TPU slices] How earlier "
+    "moe_jax.plan results gate the submission. known: use existing plans; make: compile missing "
+    "plans first; ignore: skip the check.")
 _DRY_RUN = options.define_dry_run_flag()
 _OPTIONS = options.define_flags(backends.remote())
 
@@ -52,12 +52,12 @@ def main(overrides: list[str]) -> int:
   backend = backends.load(_BACKEND.value)
   if _BACKEND.value == backends.LOCAL:
     for name, text in given.items():
-      require(text is None, name, text, "is no option of --backend=local")
-    require(not flags.FLAGS["plan"].present, "plan", _PLAN.value, "is for TPU slices")
+      require(text is None, name, text, "is not an option of --backend=local")
+    require(not flags.FLAGS["plan"].present, "plan", _PLAN.value, "is only for TPU slices")
     return _submit_local(cli.selected_cells(_CONFIG.value, overrides), overrides, backend)
   for name in ("parallel", "processes"):
     require(not flags.FLAGS[name].present, name, flags.FLAGS[name].value,
-            "is an option of --backend=local")
+            "is an option of --backend=local only")
   chosen = options.from_flags(backend.Options, _BACKEND.value, given)
   cells = cli.selected_cells(_CONFIG.value, overrides)
   out = absolute(_OUT.value)  # other machines have another working directory
@@ -70,7 +70,7 @@ def _submit_local(cells, overrides: list[str], backend: types.ModuleType) -> int
           for job in plan(cells, _OUT.value, overrides)]
   for job in jobs:
     require(_PROCESSES.value == 1 or job.cell.config.execution.population == 1, "processes",
-            _PROCESSES.value, "must be 1 where cells train together (execution.population)")
+            _PROCESSES.value, "must be 1 when cells train together (execution.population)")
   with reaching(_OUT.value):  # in a dry run too, since nothing could be run
     require_sources(jobs)
   if _DRY_RUN.value == "json":
@@ -93,8 +93,8 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
   for job in jobs:
     number = job.cell.config.execution.population
     require(number == 1 or chosen.run_devices == 1, "config.execution.population", number,
-            f"must be 1: cells train together on one device, and each run has "
-            f"{chosen.run_devices}; v6e-1, v5litepod-1 and one GPU of one node are one")
+            "must be 1: cells train together on a single device, and each run has "
+            f"{chosen.run_devices}; use v6e-1, v5litepod-1, or one GPU on one node")
   if is_local(out) or not _DRY_RUN.value:  # a dry run makes no requests to an object store
     with reaching(out):
       require_sources(jobs)
@@ -118,7 +118,7 @@ def _submit_remote(jobs: tuple[Job, ...], out: str, backend: types.ModuleType, c
 def _gate(jobs: tuple[Job, ...], chosen, out: str, overrides: list[str]) -> tuple[str, ...]:
   """Returns notes from plans, if on TPU slices. Raises FieldError if cells do not fit."""
   if not hasattr(chosen, "slice"):
-    require(not flags.FLAGS["plan"].present, "plan", _PLAN.value, "is for TPU slices")
+    require(not flags.FLAGS["plan"].present, "plan", _PLAN.value, "is only for TPU slices")
     gate.require_mesh(jobs, chosen.devices)
     return ()
   if _PLAN.value == gate.IGNORE:
@@ -131,9 +131,9 @@ def _gate(jobs: tuple[Job, ...], chosen, out: str, overrides: list[str]) -> tupl
   number = max(job.cell.config.execution.population for job in jobs)
   return (
       *gate.notes(jobs, topology, plans_in, chosen.usd_per_chip_hour, planning),
-      *([] if number == 1 else [f"a plan is of one cell: the up to {number} that train together "
-                                "here take the memory of as many"]),
-      *([] if limit is None else [f"all slices end before they have cost ${limit:g}"]))
+      *([] if number == 1 else [f"plans are for a single cell; up to {number} cells train "
+                                f"together here and need up to {number} times its memory"]),
+      *([] if limit is None else [f"all slices end before spending exceeds ${limit:g}"]))
 
 
 def _notes(out: str, code: Code) -> tuple[str, ...]:

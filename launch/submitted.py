@@ -33,8 +33,8 @@ def folder_of(out: str, experiment: str) -> epath.Path:
   with reaching(out):
     require("/" not in experiment and found.exists(), "experiment", experiment,
             f"was not submitted to other machines from --out={out}")
-    require(bool(submissions(found)), "experiment", experiment, "was not submitted to its end: no "
-            "machines were asked for, and the same launch.submit begins anew")
+    require(bool(submissions(found)), "experiment", experiment, "was only partly submitted: no "
+            "machines were requested; run the same launch.submit again")
   return found
 
 
@@ -68,7 +68,7 @@ def log_command(one: epath.Path, backend: str, worker: str, lines: int, follow: 
   require(worker == "all" or worker.isdecimal(), "worker", worker, "must be a number or all")
   tail = ("tail", f"--lines={lines}", *(("--follow=name", "--retry") if follow else ()))
   if backend == "slurm":
-    require(worker.isdecimal(), "worker", worker, "must be a number: each has a log of its own")
+    require(worker.isdecimal(), "worker", worker, "must be a number: each task has its own log")
     return (*tail, f"{one}/log-{worker}.txt")
   if backend == "gke":
     index = (() if worker == "all" else
@@ -79,7 +79,7 @@ def log_command(one: epath.Path, backend: str, worker: str, lines: int, follow: 
                                    *(("--follow",) if follow else ())))
   found = driver.Slice.read(one)
   require(found.record.state == slices.ACTIVE, "slice", one.name,
-          f"is {found.record.state}: it has no machines whose log could be read")
+          f"is {found.record.state}: it has no machines to read a log from")
   return gcloud.ssh(found.record.name, found.options, found.record.zone,
                     " ".join((*tail, "/var/lib/moe_jax/log.txt")), worker)
 

@@ -64,7 +64,7 @@ def _wait(children: Sequence[subprocess.Popen]) -> int:
       until = time.monotonic() + (0 if killed else GRACE_SECONDS)
       for i in killed:
         print(f"error: process {i} of {len(children)} was killed by "
-              f"{signal.Signals(-codes[i]).name}; the others were ended", file=sys.stderr)
+              f"{signal.Signals(-codes[i]).name}; the others were killed", file=sys.stderr)
     if None not in codes:
       break
     time.sleep(POLL_SECONDS)

@@ -17,7 +17,7 @@ def main(overrides: list[str]) -> int:
   folder = submitted.folder_of(_OUT.value, _EXPERIMENT.value)
   if "gcloud" not in submitted.submissions(folder):
     raise FieldError("experiment", _EXPERIMENT.value, "has no queued resources; GKE and "
-                     "SLURM drive by themselves")
+                     "SLURM need no driver")
   return driver.drive(folder)
 
 

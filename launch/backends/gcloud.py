@@ -32,32 +32,33 @@ _DURATION = re.compile(r"([0-9]{1,5}[smhd]){1,4}")
 class Options(tpu.OnSlices):
   """Flags of this backend; see each field's help."""
 
-  project: str = option("Google Cloud project that pays.")
+  project: str = option("Google Cloud project to use and bill.")
   zones: tuple[str, ...] = option("Zones to try, in this order, e.g. us-east5-b,europe-west4-a.")
   topology: str = option("TPU slice, as gcloud names it, e.g. v6e-16 or v5p-64.")
-  slices: int = option("Over how many slices the cells are dealt out.", default=1)
-  slices_per_run: int = option("Slices joined in each run by the data-centre network.", default=1)
+  slices: int = option("Number of slices to distribute the cells over.", default=1)
+  slices_per_run: int = option("Slices per run, joined by the data-center network.", default=1)
   capacity: Literal["spot", "on-demand", "reserved"] = option(
       "spot, on-demand or reserved.", default="spot")
-  runtime_version: str | None = option("TPU VM image; by default the chip's own.", default=None)
+  runtime_version: str | None = option(
+      "TPU VM image; by default the chip's standard one.", default=None)
   network: str | None = option("VPC network.", default=None)
   subnetwork: str | None = option("Subnetwork.", default=None)
   service_account: str | None = option("Service account of the TPU VMs.", default=None)
   internal_ips: bool = option("true: the TPU VMs have no public addresses.", default=False)
   valid_until: str | None = option(
-      "How long a request may wait for capacity, e.g. 6h; then it fails and is tried again in "
-      "the next zone.", default=None)
+      "How long a request may wait for capacity, e.g. 6h; after that it fails and is "
+      "retried in the next zone.", default=None)
   delete_when_done: bool = option(
       "true: a slice deletes itself when its cells are finished, even without a launcher.",
       default=True)
   python: str | None = option(
-      "Interpreter on the TPU VMs that has all dependencies; by default they are installed "
-      "from the lock.", default=None)
+      "Interpreter on the TPU VMs that has all dependencies; by default, the dependencies are "
+      "installed from the lock file.", default=None)
   max_cost_usd: float | None = money.MAX_COST_OPTION
   usd_per_chip_hour: float | None = money.PRICE_OPTION
   secrets: tuple[str, ...] = option(
-      "NAME=projects/P/secrets/S/versions/latest or NAME=/file/on/the/machine: variables of "
-      "the trainer's environment.", default=())
+      "Environment variables of the trainer: NAME=projects/P/secrets/S/versions/latest or "
+      "NAME=/file/on/the/machine.", default=())
 
   def __post_init__(self):
     require_words(self, "project", "runtime_version", "network", "subnetwork",
@@ -67,16 +68,16 @@ class Options(tpu.OnSlices):
       tpu.require_zone(zone)
     require(self.slices >= 1, "slices", self.slices, "must be at least 1")
     if self.topology.startswith("tpu7x"):
-      raise FieldError("topology", self.topology, "is not served by queued resources: "
-                       "--backend=gke has it")
+      raise FieldError("topology", self.topology, "is not available as a queued resource; "
+                       "use --backend=gke")
     require(self.valid_until is None or _DURATION.fullmatch(self.valid_until) is not None,
             "valid_until", self.valid_until, "must be a duration such as 6h or 1h30m")
     require_python(self.python)
     parse_secrets(self.secrets)
     money.require_money(self.usd_per_chip_hour, self.max_cost_usd, self.slice.topology)
     require(self.delete_when_done or self.max_cost_usd is None, "delete_when_done", False,
-            "contradicts --max_cost_usd: where no launcher lives, a slice that has ended would go "
-            "on costing")
+            "contradicts --max_cost_usd: without a live launcher, a finished slice would keep "
+            "incurring cost")
 
 
 def plan(jobs: Sequence[Job], options: Options, code: Code, out: str) -> Plan:

@@ -29,28 +29,29 @@ class Options(tpu.OnSlices):
   """Flags of this backend; see each field's help."""
 
   topology: str = option("TPU slice, e.g. v6e-16 or tpu7x-64.")
-  image: str = option("Container image made of launch/Dockerfile, with its tag or digest.")
-  slices: int = option("Over how many slices the cells are dealt out.", default=1)
-  slices_per_run: int = option("Slices joined in each run by the data-centre network.", default=1)
+  image: str = option("Container image built from launch/Dockerfile, with its tag or digest.")
+  slices: int = option("Number of slices to distribute the cells over.", default=1)
+  slices_per_run: int = option("Slices per run, joined by the data-center network.", default=1)
   capacity: Literal["spot", "on-demand", "reserved"] = option(
       "spot, on-demand or reserved.", default="spot")
   reservation: str | None = option("Name of the reservation.", default=None)
-  queue: str | None = option("Kueue's local queue.", default=None)
+  queue: str | None = option("Kueue local queue.", default=None)
   namespace: str = option("Kubernetes namespace.", default="default")
-  kube_context: str | None = option("Context of kubectl; by default the current one.",
+  kube_context: str | None = option("kubectl context; by default the current one.",
                                     default=None)
-  max_restarts: int = option("Times that failing programs may restart a run's pods.", default=3)
+  max_restarts: int = option("How often a run's pods may restart after program failures.",
+                             default=3)
   max_cost_usd: float | None = money.MAX_COST_OPTION
   usd_per_chip_hour: float | None = money.PRICE_OPTION
-  secrets: tuple[str, ...] = option("NAME=kubernetes/SECRET/KEY: variables of the trainer's "
-                                    "environment.", default=())
+  secrets: tuple[str, ...] = option("Environment variables of the trainer: "
+                                    "NAME=kubernetes/SECRET/KEY.", default=())
 
   def __post_init__(self):
     require_words(self, "image", "reservation", "queue", "namespace", "kube_context")
     require(self.slices >= 1, "slices", self.slices, "must be at least 1")
     require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must be at least 0")
     require((self.reservation is not None) == (self.capacity == "reserved"), "reservation",
-            self.reservation, "is given with --capacity=reserved, and only with it")
+            self.reservation, "must be given with --capacity=reserved, and only then")
     parse_secrets(self.secrets, kubernetes=True)
     money.require_money(self.usd_per_chip_hour, self.max_cost_usd, self.slice.topology)
 
@@ -186,15 +187,15 @@ def _apply(planned: Plan, share: SlicePlan, jobs: Sequence[Job], options: Option
                        "--output=jsonpath={.metadata.name} {.status.terminalState}"))
   match answer.stdout.split() if answer.ok else None:
     case [_]:
-      return True, "is there already"
+      return True, "already exists"
     case [_, ended]:
       if all(job.is_finished() for job in jobs if job.name in share.cells):
         return True, "is done"
       answer = run(kubectl(options, "delete", "jobset", share.name, "--ignore-not-found"))
-      print(f"{share.name} has ended ({ended}) and cells are left: it is made anew")
+      print(f"{share.name} has ended ({ended}) with unfinished cells; recreating it")
   if not answer.ok:
     return False, f"was not applied: {answer.error}"
   remote.begin_anew(planned, share, jobs)
   remote.write_files(planned, share)
   error = remote.execute(share, run)
-  return error is None, f"was not applied: {error}" if error else "is applied"
+  return error is None, f"was not applied: {error}" if error else "was applied"

@@ -161,8 +161,8 @@ class _Launcher:
     while self._passed_on < len(self._received):
       self._passed_on += 1
       if self._passed_on == 1:
-        self._say(f"stopping: {sum(map(len, self._trained))} running cells save a checkpoint; "
-                  "once more (Ctrl-C) kills them")
+        self._say(f"stopping: {sum(map(len, self._trained))} running cells are saving a "
+                  "checkpoint; Ctrl-C again kills them")
       for child in self._running:
         if self._passed_on == 1:  # only the trainer, which handles its own data workers
           child.process.terminate()
@@ -200,8 +200,8 @@ class _Launcher:
       return False
     if (source := job.missing_source()) and self._is_ours(source):
       step = job.cell.config.train.init_step
-      self._not_started(job, f"{source.path.name}, with whose parameters it begins, ended before "
-                        f"it saved {'its last step' if step is None else f'step {step}'}")
+      self._not_started(job, f"its source {source.path.name} ended before it saved "
+                        f"{'its last step' if step is None else f'step {step}'}")
       return False
     try:
       with job.run_dir.lock():
@@ -256,7 +256,7 @@ class _Launcher:
     self._say(f"{job.name}: {reached}")
     if (launch.state == run_dir_lib.FAILED and (row.step or 0) > first_step
         and job.name not in self._retried and not self._received):
-      self._say(f"{job.name}: it had got further than before, so it is started once more")
+      self._say(f"{job.name}: it made progress before failing; retrying once")
       self._retried.add(job.name)
       return True
     self._unfinished[job.name] = f"{reached}\n    log: {job.run_dir.log}"
@@ -268,13 +268,13 @@ class _Launcher:
       self._say(f"all {len(self._jobs)} cells are finished")
       return 0
     self._say(f"{len(self._jobs) - len(left)} of {len(self._jobs)} cells are finished; "
-              "not finished:")
+              "unfinished:")
     tried = [job.name for job in left if job.name in self._unfinished]
     for name in tried:
       self._say(f"  {name}: {self._unfinished[name]}")
     if len(left) > len(tried):
       self._say(f"  {len(left) - len(tried)} not started")
-    self._say(f"to go on: {shlex.join(sys.orig_argv)}")
+    self._say(f"to resume: {shlex.join(sys.orig_argv)}")
     return 128 + self._received[0] if self._received else 1
 
 
@@ -289,7 +289,8 @@ def _start(jobs: tuple[Job, ...], environ: Mapping[str, str]) -> _Child:
   stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
   log_of_all = jobs[0].run_dir.log
   for job, attempt in zip(jobs, attempts, strict=True):
-    how = shlex.join(command) if job is jobs[0] else f"by the process whose log is {log_of_all}"
+    how = (shlex.join(command) if job is jobs[0] else
+           f"in one process with other cells, log {log_of_all}")
     with open(job.run_dir.log, "ab") as log:
       log.write(f"==== {stamp} launch {attempt}: {how}\n".encode())
   with open(log_of_all, "ab") as log:
@@ -319,7 +320,7 @@ def _outcome(child: _Child, i: int, stopping: bool) -> Launch:
   if code == 0 and job.is_finished():
     state, error = run_dir_lib.FINISHED, None
   elif code == 0:
-    state, error = run_dir_lib.FAILED, "ended without an error and is not finished"
+    state, error = run_dir_lib.FAILED, "exited without an error, but is not finished"
   elif code < 0:
     state = jobs_lib.STOPPED if stopping else run_dir_lib.FAILED
     error = f"killed by {signal.Signals(-code).name}"

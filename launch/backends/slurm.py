@@ -26,21 +26,21 @@ from moe_jax.errors import require
 class Options:
   """Flags of this backend; see each field's help."""
 
-  slices: int | None = option("Over how many array tasks the cells are dealt out; by default "
-                              "each family has its own.", default=None)
-  max_running: int | None = option("Array tasks at a time.", default=None)
-  nodes: int = option("Nodes of each run.", default=1)
-  gpus_per_node: int = option("GPUs of each node; 0 trains on its CPU.", default=1)
-  tasks_per_node: int | None = option("Processes on each node, where there is no GPU.",
+  slices: int | None = option("Number of array tasks to distribute the cells over; by default "
+                              "one per family.", default=None)
+  max_running: int | None = option("Maximum number of array tasks at a time.", default=None)
+  nodes: int = option("Nodes per run.", default=1)
+  gpus_per_node: int = option("GPUs per node; 0 trains on the CPU.", default=1)
+  tasks_per_node: int | None = option("Processes per node with --gpus_per_node=0.",
                                       default=None)
   partition: str | None = option("SLURM partition.", default=None)
   account: str | None = option("SLURM account.", default=None)
-  time: str | None = option("Time limit, as sbatch has it, e.g. 24:00:00; what is not finished "
-                            "then is queued again.", default=None)
-  python: str | None = option("Interpreter on the nodes; by default the one that submits.",
-                              default=None)
-  secrets: tuple[str, ...] = option("NAME=/file/on/the/nodes: variables of the trainer's "
-                                    "environment.", default=())
+  time: str | None = option("Time limit in sbatch's format, e.g. 24:00:00; a task that reaches "
+                            "it saves and is requeued.", default=None)
+  python: str | None = option("Interpreter on the nodes; by default the one that runs "
+                              "launch.submit.", default=None)
+  secrets: tuple[str, ...] = option("Environment variables of the trainer: "
+                                    "NAME=/file/on/the/nodes.", default=())
 
   def __post_init__(self):
     require_words(self, "partition", "account")
@@ -49,7 +49,7 @@ class Options:
       require(value is None or value >= 1, name, value, "must be at least 1")
     require(self.gpus_per_node >= 0, "gpus_per_node", self.gpus_per_node, "must be at least 0")
     require(self.tasks_per_node is None or not self.gpus_per_node, "tasks_per_node",
-            self.tasks_per_node, "is for --gpus_per_node=0: a GPU has one process each")
+            self.tasks_per_node, "is only for --gpus_per_node=0: each GPU has one process")
     require(self.time is None or re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}", self.time)
             is not None, "time", self.time, "must be MINUTES, HH:MM:SS or DAYS-HH:MM:SS")
     require_python(self.python)
@@ -137,7 +137,7 @@ def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out
     print(f"nothing was submitted: {waiting.error}")
     return 1
   if tasks := waiting.stdout.split("\n")[:-1]:
-    print(f"{array.name} is in the queue already: {'; '.join(tasks)}")
+    print(f"{array.name} is already in the queue: {'; '.join(tasks)}")
     return 0
   if (error := remote.why_not_writable(out)) is not None:
     print(f"nothing was submitted: {error}")
@@ -149,6 +149,6 @@ def submit(planned: Plan, jobs: Sequence[Job], options: Options, code: Code, out
   if not answer.ok:
     print(f"{array.name} was not submitted: {answer.error}")
     return 1
-  print(f"{array.name} is submitted as job {answer.stdout.strip()}; its logs are "
+  print(f"{array.name} was submitted as job {answer.stdout.strip()}; its logs are "
         f"{planned.out}/{array.name}/log-*.txt")
   return 0

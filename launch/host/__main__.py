@@ -16,10 +16,10 @@ from moe_jax import cli
 from moe_jax.errors import require
 
 _WORK = flags.DEFINE_string("work", None, "The slice's work.json.", required=True)
-_POLL = flags.DEFINE_float("poll_seconds", Pace.poll, "How often files are looked at.")
-_RETRY = flags.DEFINE_float("retry_seconds", Pace.retry, "Pause before another attempt.")
-_HANG = flags.DEFINE_float("hang_seconds", Pace.hang, "A run without a step for so long is "
-                           "ended, which counts as a failure.")
+_POLL = flags.DEFINE_float("poll_seconds", Pace.poll, "Polling interval.")
+_RETRY = flags.DEFINE_float("retry_seconds", Pace.retry, "Pause between attempts.")
+_HANG = flags.DEFINE_float("hang_seconds", Pace.hang, "Kill a run that makes no step for this "
+                           "long; counts as a failure.")
 
 
 def main(_: list[str]) -> int:

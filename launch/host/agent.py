@@ -88,7 +88,7 @@ class Agent:
     self._say("starting")
     if trouble := self._trouble():
       self._say("dirty", trouble)
-      print(f"this machine is of no use: {trouble}", flush=True)
+      print(f"this machine is unusable: {trouble}", flush=True)
       return 1
     self._environ = machine.read_secrets(self._work.secrets)
     self._environ["MOE_JAX_COMMIT"] = self._work.commit
@@ -103,7 +103,7 @@ class Agent:
       return run_dir_lib.EXIT_PREEMPTED
     except Useless as error:
       self._say("dirty", str(error))
-      print(f"these machines are of no use: {error}", flush=True)
+      print(f"these machines are unusable: {error}", flush=True)
       return 1
     self._say("done")
     return 0
@@ -112,15 +112,17 @@ class Agent:
 
   def _lead(self) -> None:
     self._meter = Meter(self._folder, self._work.usd_per_second)
+    too_dear = None
     for group in self._work.in_groups():
-      while names := [name for name in group if why_ended(self._work, name) is None]:
+      while not too_dear and (
+          names := [name for name in group if why_ended(self._work, name) is None]):
         self._gather()
         if too_dear := self._meter.why_too_dear():
           print(too_dear, flush=True)
-          break
-        self._attempt(self._together(names))
+        else:
+          self._attempt(self._together(names))
       for name in group:
-        print(f"{name}: {why_ended(self._work, name) or 'to go on'}", flush=True)
+        print(f"{name}: {why_ended(self._work, name) or 'unfinished'}", flush=True)
     self._publish(())
     self._meter.count(ended=True)
 
@@ -132,7 +134,7 @@ class Agent:
     until = self._clock() + self._pace.hang
     while (there := self._alive()) < self._work.hosts and not self._meter.why_too_dear():
       if self._clock() > until:
-        raise Useless(f"{there} of its {self._work.hosts} hosts were there within "
+        raise Useless(f"only {there} of {self._work.hosts} hosts reported within "
                       f"{self._pace.hang:.0f} s")
       self._beat(None)
       self._pause(self._pace.poll)

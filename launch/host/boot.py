@@ -18,12 +18,12 @@ from etils import epath
 def main() -> None:
   ours, theirs = sys.argv[1:3], sys.argv[4:]
   if len(ours) != 2 or sys.argv[3:4] != ["--"]:
-    sys.exit("error: boot.py --code=URI --sha256=HASH -- ARGUMENTS")
+    sys.exit("error: usage: boot.py --code=URI --sha256=HASH -- ARGUMENTS")
   code, sha256 = (argument.partition("=")[2] for argument in ours)
   archive = epath.Path(code).read_bytes()
   found = hashlib.sha256(archive).hexdigest()
   if found != sha256:
-    sys.exit(f"error: {code} has the hash {found}, not {sha256}: it was changed or cut")
+    sys.exit(f"error: {code} has the hash {found}, not {sha256}: it was changed or truncated")
   folder = tempfile.mkdtemp(prefix="moe_jax-")
   with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
     tar.extractall(folder, filter="data")

@@ -46,8 +46,8 @@ def worker_number(hosts: int, environ: Mapping[str, str],
                        "TPU's metadata says which this one is")
   about = read("tpu-env")
   if about is None:  # assuming slice 0 might create a second leader
-    raise RuntimeError("the metadata server does not answer for tpu-env, which says which slice "
-                       "this host is of")
+    raise RuntimeError("the metadata server returned no tpu-env, which says which slice this "
+                       "host belongs to")
   found = re.search(r"^MEGASCALE_SLICE_ID: *'?([0-9]+)", about, re.MULTILINE)
   return f"{found[1] if found else 0}-{host.strip()}"
 
@@ -76,7 +76,7 @@ def trouble(proc: pathlib.Path = pathlib.Path("/proc"),
   try:
     lock.unlink(missing_ok=True)
   except OSError as error:
-    return f"{lock} is left behind and cannot be removed: {error.strerror}"
+    return f"{lock} is stale and cannot be removed: {error.strerror}"
   return None
 
 

@@ -20,7 +20,7 @@ mkdir -p "$home"
 [ -s "$home/began" ] || date +%s >"$home/began"
 export MOE_JAX_AT_WORK=$home/at_work  # made by the agent when it begins: from then on it counts
 exec 9>"$home/lock"
-flock --nonblock 9 || { echo "another start-up script is at work"; exit 0; }
+flock --nonblock 9 || { echo "another start-up script is running"; exit 0; }
 exec >>"$home/log.txt" 2>&1
 echo "==== $(date --utc +%FT%TZ) $(hostname)"
 
@@ -80,13 +80,13 @@ while true; do
   parts=$slices
   if [ -e "$MOE_JAX_AT_WORK" ]; then parts=1; fi
   if [ -z "$(seconds_left "$parts")" ]; then
-    echo "what may be spent would be passed: the slice ends"
+    echo "spending would exceed --max_cost_usd: ending the slice"
     break
   fi
   attempt
   ended=$?
   if [ "$ended" = 0 ]; then break; fi
-  echo "ended with $ended; once more in $pause s"
+  echo "ended with exit code $ended; retrying in $pause s"
   sleep "$pause"
 done
 if [ "${#delete[@]}" -gt 0 ]; then

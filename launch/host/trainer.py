@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-STOP_SECONDS = 100.0  # within a spot machine's two minutes and a pod's grace period
+# Within a pod's grace period; a spot VM may be gone after 30 s, saved or not.
+STOP_SECONDS = 100.0
 
 
 class Trainer:

@@ -107,7 +107,7 @@ def test_a_leader_waits_for_the_other_hosts_and_gives_up_on_them(tmp_path, capfd
   agent = Agent(from_text(file.read_text(), file), epath.Path(file.parent), "0-0",
                 Pace(poll=0.01, retry=0.01, hang=0.2))
   assert _here(agent) == 1
-  assert "of no use: 1 of its 2 hosts were there" in capfd.readouterr().out
+  assert "are unusable: only 1 of 2 hosts reported within 0 s\n" in capfd.readouterr().out
   assert json.loads((file.parent / "host-0-0.json").read_text())["state"] == "dirty"
   assert _launches(file) == [None]  # no attempt was made, none counts
 
@@ -346,7 +346,7 @@ def test_a_host_without_a_number_is_an_error_unless_it_is_alone():
   assert machine.worker_number(1, {}, {}.get) == "0-0"
   with pytest.raises(RuntimeError, match="4 hosts, and neither SLURM"):
     machine.worker_number(4, {}, {}.get)
-  with pytest.raises(RuntimeError, match="does not answer for tpu-env"):  # or a second leader
+  with pytest.raises(RuntimeError, match="returned no tpu-env"):  # or a second leader
     machine.worker_number(4, {}, {"agent-worker-number": "0"}.get)
 
 

@@ -56,7 +56,7 @@ def test_the_image_runs_exactly_the_code_that_was_submitted(out, code):
   assert "agent ['--work=w'] True" in _boot(out, code, code.sha256).stdout
   done = _boot(out, code, "0" * 64)
   assert done.returncode == 1
-  assert "it was changed or cut" in done.stderr
+  assert "it was changed or truncated" in done.stderr
 
 
 def _startup(tmp_path, out, code, **options):
@@ -79,7 +79,7 @@ def test_the_start_up_script_goes_on_until_the_agent_is_done_then_deletes(tmp_pa
   assert (tmp_path / "seen").read_text() == f"--work={out}/e x/_slices/s0/work.json\n" * 2
   assert (tmp_path / "deleted").read_text().split() == list(
       gcloud.delete("s0", gcloud.Options("p", ("us-east5-b",), "v6e-8"), "us-east5-b")[1:])
-  assert "ended with 1; once more" in (tmp_path / "home" / "log.txt").read_text()
+  assert "ended with exit code 1; retrying in 0.1 s" in (tmp_path / "home" / "log.txt").read_text()
   assert _startup(tmp_path, out, code).returncode == 0  # a reboot
   assert len((tmp_path / "seen").read_text().splitlines()) == 3
 
@@ -103,7 +103,8 @@ def test_a_machine_on_which_nothing_begins_ends_its_slice_for_its_share(tmp_path
                   usd_per_chip_hour=_DEAR).returncode == 0
   assert 1 < time.monotonic() - began < 20
   log = (tmp_path / "home" / "log.txt").read_text()
-  assert log.count("FAILED") > 1 and log.endswith("would be passed: the slice ends\n")
+  assert log.count("FAILED") > 1 and log.endswith(
+      "spending would exceed --max_cost_usd: ending the slice\n")
   assert (tmp_path / "deleted").exists() and not (tmp_path / "seen").exists()
 
 

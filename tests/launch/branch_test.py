@@ -88,7 +88,7 @@ def test_one_damaged_configuration_stops_no_other_cell(tmp_path, capsys):
   assert _submit(spec, out, ["ok"] * 3) == 1
   assert [row.state for row in states_of(out, select(spec))] == [
       "damaged", "finished", "finished"]
-  assert "config.json" in capsys.readouterr().out.partition("not finished:")[2]
+  assert "config.json" in capsys.readouterr().out.partition("unfinished:")[2]
 
 
 def test_a_run_of_another_identity_still_stops_the_launch(tmp_path):

@@ -87,5 +87,5 @@ def test_the_checkout_is_left_as_it_was(checkout):
 
 def test_without_a_checkout_the_answer_is_one_line(tmp_path):
   (tmp_path / "study.py").write_text("")
-  with pytest.raises(FieldError, match="needs a git checkout: .*not a git repository"):
+  with pytest.raises(FieldError, match="must be a git checkout to .*: .*not a git repository"):
     pack(str(tmp_path / "study.py"), tmp_path)

@@ -29,7 +29,7 @@ def test_submitting_again_submits_nothing_twice(tmp_path):
 
 def test_a_cell_is_never_two_slices(tmp_path):
   world = World(tmp_path, cells=4, slices=2)
-  with pytest.raises(FieldError, match="is trained by slice tiny-0-.*launch.cancel it first"):
+  with pytest.raises(FieldError, match="belongs to slice tiny-0-.*run launch.cancel first"):
     world.plan = gcloud.plan(world.jobs, dataclasses.replace(world.options, slices=1),
                              _CODE, world.out)
     world.want()
@@ -61,12 +61,12 @@ def test_ctrl_c_says_what_still_runs_and_costs(tmp_path, capsys, monkeypatch):
   assert driver.drive(world.folder, world.cloud.run, clock=world.cloud.clock, sleep=sleep,
                       say=world.said.append) == 130
   _, stops, one, total, *hints = capsys.readouterr().out.split("\n")
-  assert stops == "the launcher stops; what runs goes on:"
+  assert stops == "launcher stopped; the slices keep running:"
   assert one.startswith(f"{world.plan.slices[0].name}: active, ") and "at most $" in one
   assert total.startswith("1 slices, at most $")
   which = f"--out={world.out} --experiment=tiny"
   assert hints[:2] == [f"to watch again: python -m launch.watch {which}",
-                       f"to end all: python -m launch.cancel {which}"]
+                       f"to cancel everything: python -m launch.cancel {which}"]
   assert world.drive()  # the lease was let go
   world.check()
 
@@ -76,7 +76,7 @@ def test_ctrl_c_says_what_still_runs_and_costs(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("wrong, message", [
     ("accelerator-types", "v6e-8 in us-east5-b: ERROR: .*NOT_FOUND: no such accelerator"),
-    ("nothing", "--out=.* cannot be written: ")])
+    ("nothing", "cannot write to --out=.*: ")])
 def test_what_can_be_checked_is_checked_first(tmp_path, capsys, wrong, message):
   world = World(tmp_path, on_command=lambda command: Answer(
       1, "", "ERROR: (gcloud) NOT_FOUND: no such accelerator") if wrong in command else None)
@@ -111,7 +111,7 @@ def test_a_bucket_elsewhere_is_warned_of(tmp_path, capsys, monkeypatch):
   assert "us-east5-b's" not in said
   world.cloud._on_command = lambda command: Answer(0, "{}", "")
   assert driver.preflight(world.options, "gs://bucket/runs", world.cloud.run) is None
-  assert "the bucket is in a region that gcloud does not tell" in capsys.readouterr().out
+  assert "the bucket is in an unknown region" in capsys.readouterr().out
 
 
 def test_the_account_is_shown_with_the_status(tmp_path):

@@ -32,6 +32,26 @@ def test_a_deletion_that_is_refused_is_told_and_tried_again(tmp_path):
   assert len(told) == 1 and "PERMISSION_DENIED" in told[0]
 
 
+def test_a_refusal_and_the_limit_do_not_displace_each_other_at_every_look(tmp_path, monkeypatch):
+  monkeypatch.setattr("tests.launch.world.WORK_SECONDS", 1e6)  # it would never end by itself
+  refused = []
+
+  def on_command(command):
+    if command[4] == "delete" and len(refused) < 3:
+      refused.append(command)
+      return Answer(1, "", "ERROR: (gcloud) PERMISSION_DENIED: tpu.delete denied")
+    return None
+
+  world = World(tmp_path, on_command=on_command, max_cost_usd=8.0)
+  assert not world.drive()
+  world.check()
+  told = [line.split(": ")[2] for line in world.said if line.count(": ") > 1]
+  limit = "spending would exceed --max_cost_usd=8"
+  assert told == [limit, "it cannot be deleted", limit]
+  (record,) = world.records()
+  assert record.error.startswith("spending would exceed --max_cost_usd=8: stopped at $")
+
+
 def test_a_driver_that_slept_through_its_lease_writes_nothing(tmp_path):
   world = World(tmp_path, cells=1)
   first, real, slept = world.driver(), world.cloud.run, []
@@ -57,7 +77,7 @@ def test_a_submission_that_is_refused_changes_nothing(tmp_path):
   before = files_of(world)
   options = dataclasses.replace(world.options, slices=2, max_cost_usd=None)
   plan = gcloud.plan(world.jobs, options, _CODE, world.out)
-  with pytest.raises(FieldError, match="is trained by slice"):
+  with pytest.raises(FieldError, match="belongs to slice"):
     driver.want(plan, world.jobs, options, world.out, world.cloud.clock)
   assert files_of(world) == before
 

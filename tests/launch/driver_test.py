@@ -180,7 +180,7 @@ def test_a_disk_that_is_full_for_a_while_costs_time_alone(tmp_path, monkeypatch)
   assert world.drive()
   world.check()
   assert world.cloud.created == 2
-  assert any("once more in 30 s: [Errno 28] No space left" in line for line in world.said)
+  assert any("retrying in 30 s: [Errno 28] No space left" in line for line in world.said)
 
 
 def test_a_store_out_of_reach_is_tried_again_and_a_mistake_is_not(tmp_path, monkeypatch):
@@ -196,7 +196,7 @@ def test_a_store_out_of_reach_is_tried_again_and_a_mistake_is_not(tmp_path, monk
   monkeypatch.setattr(driver.slices, "decide", decide)
   with pytest.raises(KeyError, match="a mistake"), reaching("gs://bucket/runs"):
     world.drive()
-  assert world.said == ["once more in 30 s: 503"]
+  assert world.said == ["retrying in 30 s: 503"]
   assert world.drive()  # the lease was let go
   world.check()
 
@@ -291,7 +291,7 @@ def test_somebody_elses_resource_of_the_same_name_is_left_alone(tmp_path):
   assert not world.drive()
   (record,) = world.records()
   assert record.state == slices.FAILED
-  assert "is somebody else's; it is left as it is" in record.error
+  assert "belongs to someone else; leaving it alone" in record.error
   assert record.held_seconds == 0
   assert len(world.cloud.present) == 1  # and not deleted
 

@@ -52,8 +52,8 @@ def _spoil_the_list(run_dir):
 
 
 @pytest.mark.parametrize("harm, why", [
-    (_cut, "params/array is missing or cut off"),
-    (_remove, "params/array is missing or cut off"),
+    (_cut, "params/array is missing or truncated"),
+    (_remove, "params/array is missing or truncated"),
     (_leave_an_older_one, "is that of step 15 of 20"),
     (_lose_the_list, "checksums of its last checkpoint are missing"),
     (_spoil_the_list, "checksums of its last checkpoint are missing or damaged")])

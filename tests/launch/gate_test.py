@@ -55,7 +55,7 @@ def test_cells_without_a_plan_are_said_with_the_command_that_makes_it(jobs, out)
   _know(jobs[0], _FITS, out)
   bill, missing, command = gate.notes(jobs, V6E, out, None, _PLANNING)
   assert bill.startswith("1 planned cells take")
-  assert missing.startswith("2 of 3 cells have no plan for v6e-8: whether they fit")
+  assert missing.startswith("2 of 3 cells have no plan for v6e-8, so whether they fit")
   assert command == "  python -m moe_jax.plan"
   other = topology.parse("v6e-4")  # on which the same cells are not known
   assert "3 of 3 cells have no plan for v6e-4" in gate.notes(jobs, other, out, None, _PLANNING)[0]
@@ -138,7 +138,7 @@ def test_the_command_it_names_is_the_one_that_plans(tmp_path, out):
   spec = write_tiny(tmp_path, seeds=1)
   done = _submit(spec, out, "--dry_run", "--config.train.batch_size=16", "--slices_per_run=2",
                  "--max_cost_usd=50")
-  assert "# all slices end before they have cost $50\n" in done.stdout
+  assert "# all slices end before spending exceeds $50\n" in done.stdout
   (command,) = re.findall("^#   (python .*)$", done.stdout, re.MULTILINE)
   assert command == (f"python -m moe_jax.plan --config={spec} --topology=v6e-8 --slices=2 "
                      f"--out={out} --config.train.batch_size=16")
@@ -161,7 +161,7 @@ def test_plans_that_cannot_be_made_stop_the_submission(tmp_path, monkeypatch):
     (["--usd_per_chip_hour=-1"], "--usd_per_chip_hour=-1.0: must be 0 or more"),
     (["--max_cost_usd=0"], "--max_cost_usd=0.0: must be above 0"),
     (["--max_cost_usd=5", "--delete_when_done=false"],
-     "--delete_when_done=False: contradicts --max_cost_usd: where no launcher lives"),
+     "--delete_when_done=False: contradicts --max_cost_usd: without a live launcher"),
     (["--max_cost_usd=nan"], "--max_cost_usd='nan': must be a finite number")])
 def test_bad_money_is_one_line(tmp_path, out, arguments, message):
   done = _submit(write_tiny(tmp_path), out, *arguments)
@@ -183,5 +183,5 @@ def test_a_branch_without_its_trunk_is_not_submitted(tmp_path, out):
   name = select(spec)[0].name
   done = _submit(f"{spec}:{name}", out, "--dry_run")
   assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-  assert "which has not saved step 8 and is not submitted with it" in done.stderr
+  assert "which has not saved step 8 and is not part of this submission" in done.stderr
   assert _submit(spec, out, "--dry_run").returncode == 0

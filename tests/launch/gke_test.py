@@ -52,7 +52,7 @@ def test_it_is_applied_once(submit, capsys):
   run, kubectl, _ = submit
   assert run() == 0 and kubectl.told == ["apply", "apply"]
   assert run() == 0 and kubectl.told == ["apply", "apply"]
-  assert capsys.readouterr().out.count("is there already") == 2
+  assert capsys.readouterr().out.count("already exists") == 2
 
 
 def test_one_that_has_ended_with_cells_left_is_made_anew(submit, capsys):
@@ -63,7 +63,7 @@ def test_one_that_has_ended_with_cells_left_is_made_anew(submit, capsys):
   jobs[0].run_dir.write_status({"state": "finished", "step": 20, "steps": 20})
   assert run() == 0 and kubectl.told == ["apply", "apply", "delete", "apply"]
   said = capsys.readouterr().out
-  assert "is done" in said and "has ended (Completed) and cells are left: it is made anew" in said
+  assert "is done" in said and "has ended (Completed) with unfinished cells; recreating it" in said
 
 
 def test_without_the_permission_nothing_is_written_or_applied(submit, capsys, tmp_path):

@@ -62,10 +62,10 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path, capsys):
   assert _submit(spec, out, ["broken", "diverge", "liar", "ok"]) == 1
   assert _states(spec, out) == ["failed", "diverged", "failed", "finished"]
   assert _attempts(spec, out) == [1, 1, 1, 1]
-  end = capsys.readouterr().out.partition("1 of 4 cells are finished; not finished:")[2]
+  end = capsys.readouterr().out.partition("1 of 4 cells are finished; unfinished:")[2]
   assert f"{BASE}: failed: ImportError: no module named 'nonsense'" in end
   assert f"{BASE}-s1: diverged at step 7 of 20: the loss is nan" in end
-  assert f"{BASE}-s2: failed: ended without an error and is not" in end
+  assert f"{BASE}-s2: failed: exited without an error, but is not" in end
   assert f"log: {out}/tiny/{BASE}/log.txt" in end
   assert f"{BASE}-s3" not in end
 
@@ -199,7 +199,7 @@ def test_a_signal_saves_every_cell_and_the_next_launch_goes_on(tmp_path, launche
   assert _states(spec, out) == ["preempted", "preempted", "pending"]
   assert "0 of 3 cells are finished" in output
   assert "1 not started" in output
-  assert f"to go on: {sys.executable} " in output.splitlines()[-1]
+  assert f"to resume: {sys.executable} " in output.splitlines()[-1]
   saved = [int((out / "tiny" / name / "checkpoint").read_text())
            for name in (BASE, f"{BASE}-s1")]
   assert saved == _steps(spec, out)[:2]

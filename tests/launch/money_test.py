@@ -36,7 +36,9 @@ def test_what_is_used_never_passes_the_limit(tmp_path, limit, n, monkeypatch):
   # What is left would not have paid for the slices while they are asked for and deleted.
   assert _used(world) > limit - n * _RATE * (_MARGIN + 300)
   assert world.cloud.created == min(n, int(limit / (_RATE * _MARGIN)))
-  assert all(f"of --max_cost_usd={limit:g} spent" in record.error for record in world.records())
+  reason = f": spending would exceed --max_cost_usd={limit:g}: stopped at $"
+  assert all(reason[2:] in record.error for record in world.records())
+  assert sum(reason in line for line in world.said) == n  # once for each slice
   assert {record.state for record in world.records()} == {slices.CANCELLED}
 
 

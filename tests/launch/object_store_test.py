@@ -126,5 +126,5 @@ def test_a_store_out_of_reach_is_one_line(tmp_path, gcs, command):
 def test_where_nothing_can_be_written_one_line_says_why(gcs, out, why):
   gcs.read_only = True
   error = remote.why_not_writable(out)
-  assert error.startswith(f"--out={out} cannot be written: ") and "\n" not in error
+  assert error.startswith(f"cannot write to --out={out}: ") and "\n" not in error
   assert re.search(why, error)

@@ -94,7 +94,7 @@ def test_a_slice_of_one_device_takes_them_and_plans_are_told_to_be_of_one(tmp_pa
                     "--dry_run", "--backend=gcloud", "--project=p", "--zones=us-east5-b",
                     "--topology=v6e-1", "--slices=9", "--config.execution.population=2")
   assert done.returncode == 0, done.stderr
-  assert "the up to 2 that train together here take the memory of as many" in done.stdout
+  assert "up to 2 cells train together here and need up to 2 times its memory" in done.stdout
   assert sum(line.startswith("gcloud ") for line in done.stdout.splitlines()) == 3, done.stdout
 
 
@@ -104,14 +104,14 @@ def test_a_slice_of_one_device_takes_them_and_plans_are_told_to_be_of_one(tmp_pa
     (("--config.train.population=8",), "--config.train.population='8': no such field; did you "
      "mean 'config.execution.population'"),
     (("--config.execution.population=2", "--processes=2"),
-     "--processes=2: must be 1 where cells train together"),
+     "--processes=2: must be 1 when cells train together"),
     (("--config.execution.population=2", "--backend=slurm", "--gpus_per_node=4"),
-     "--config.execution.population=2: must be 1: cells train together on one device, and each "
-     "run has 4; v6e-1, v5litepod-1 and one GPU of one node are one"),
+     "--config.execution.population=2: must be 1: cells train together on a single device, and "
+     "each run has 4; use v6e-1, v5litepod-1, or one GPU on one node"),
     (("--config.execution.population=2", "--backend=gcloud", "--project=p", "--zones=us-east5-b",
       "--topology=v6e-1", "--slices_per_run=2"),
-     "--config.execution.population=2: must be 1: cells train together on one device, and each "
-     "run has 2;")])
+     "--config.execution.population=2: must be 1: cells train together on a single device, and "
+     "each run has 2;")])
 def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path, arguments, line):
   spec = write_tiny(tmp_path)
   done = run_module("-m", "launch.submit", f"--config={spec}", f"--out={tmp_path}/runs",

@@ -37,7 +37,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, spec, backend):
   done = _submit(backend, spec, tmp_path, "--slices=2", "--dry_run", "--config.seed_data=3",
                  MY_TOKEN=_SECRET)
   assert (done.returncode, done.stderr) == (0, "")
-  assert "code " in done.stdout and "every machine must see this directory" in done.stdout
+  assert "code " in done.stdout and "every machine must see the same directory" in done.stdout
   plan = json.loads(_submit(backend, spec, tmp_path, "--slices=2", "--dry_run=json",
                             "--config.seed_data=3", MY_TOKEN=_SECRET).stdout)
   assert plan["backend"] == backend
@@ -55,8 +55,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, spec, backend):
 
 
 @pytest.mark.parametrize("backend, arguments, message", [
-    ("gcloud", [], "--project='': is needed by --backend=gcloud"),
-    ("gcloud", ["--project=p", "--topology=v6e-16"], "--zones='': is needed"),
+    ("gcloud", [], "--project='': is required by --backend=gcloud"),
+    ("gcloud", ["--project=p", "--topology=v6e-16"], "--zones='': is required"),
     ("gcloud", ["--project=$(reboot)", "--zones=us-east5-b", "--topology=v6e-8"],
      "--project='$(reboot)': must be letters"),
     ("gcloud", ["--project=--impersonate", "--zones=us-east5-b", "--topology=v6e-8"],
@@ -64,7 +64,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, spec, backend):
     ("gcloud", ["--project=p", "--zones=us-east5", "--topology=v6e-8"],
      "--zones='us-east5': must be zones such as us-east5-b"),
     ("gcloud", ["--project=p", "--zones=us-east5-b", "--topology=tpu7x-64"],
-     "is not served by queued resources: --backend=gke"),
+     "is not available as a queued resource; use --backend=gke"),
     ("gcloud", ["--project=p", "--zones=us-east5-b", "--topology=v6e-12"],
      "not in the table of slices; the nearest are v6e-8 and v6e-16"),
     ("gcloud", ["--project=p", "--zones=us-east5-b", "--topology=v6e-8", "--slices=0"],
@@ -72,16 +72,16 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, spec, backend):
     ("gcloud", ["--project=p", "--zones=us-east5-b", "--topology=v6e-8", "--capacity=free"],
      "--capacity='free': must be 'spot' or"),
     ("gcloud", ["--project=p", "--zones=us-east5-b", "--topology=v6e-8", "--queue=x"],
-     "--queue='x': is no option of --backend=gcloud, which has --project"),
-    ("gcloud", [*_BACKENDS["gcloud"], "--parallel=2"], "is an option of --backend=local"),
-    ("gke", ["--topology=v6e-16"], "--image='': is needed by --backend=gke"),
-    ("gke", [*_BACKENDS["gke"], "--capacity=reserved"], "is given with --capacity=reserved"),
+     "--queue='x': is not an option of --backend=gcloud, which has --project"),
+    ("gcloud", [*_BACKENDS["gcloud"], "--parallel=2"], "is an option of --backend=local only"),
+    ("gke", ["--topology=v6e-16"], "--image='': is required by --backend=gke"),
+    ("gke", [*_BACKENDS["gke"], "--capacity=reserved"], "must be given with --capacity=reserved"),
     ("gke", [*_BACKENDS["gke"], "--namespace=a;b"], "--namespace='a;b': must be letters"),
     ("slurm", ["--time=soon"], "--time='soon': must be MINUTES"),
-    ("slurm", ["--tasks_per_node=2"], "a GPU has one process each"),
+    ("slurm", ["--tasks_per_node=2"], "--gpus_per_node=0: each GPU has one process"),
     ("slurm", ["--out=gs://bucket/runs"], "must be a directory that all nodes see"),
-    ("slurm", ["--out=/runs/a b"], "must be of letters, digits"),
-    ("local", ["--topology=v6e-8"], "--topology='v6e-8': is no option of --backend=local"),
+    ("slurm", ["--out=/runs/a b"], "must be letters, digits"),
+    ("local", ["--topology=v6e-8"], "--topology='v6e-8': is not an option of --backend=local"),
 ])
 def test_bad_input_is_one_line_and_nothing_is_created(tmp_path, spec, backend, arguments, message):
   done = run_module("-m", "launch.submit", f"--config={spec}", f"--backend={backend}",
@@ -131,7 +131,7 @@ def test_where_nothing_can_be_written_nothing_is_submitted(tmp_path, spec, capsy
     return Answer(0, "", "")
 
   assert module.submit(module.plan(jobs, options, code, out), jobs, options, code, out, run) == 1
-  assert f"--out={out} cannot be written: " in capsys.readouterr().out
+  assert f"cannot write to --out={out}: " in capsys.readouterr().out
   assert "sbatch" not in asked and "kubectl" not in asked
 
 
@@ -153,7 +153,8 @@ def test_a_dry_run_on_a_bucket_prints_lines_that_a_shell_can_run(tmp_path, spec)
   assert "python -m moe_jax.plan" in done.stdout and "--out=runs" in done.stdout
   *_, line = done.stdout.splitlines()
   assert line.startswith("kubectl --namespace=default apply --filename=_slices/tiny-0-")
-  assert "# below, _slices is a copy of gs://bucket/runs/tiny/_slices in this folder" in done.stdout
+  assert "# below, _slices is a copy of gs://bucket/runs/tiny/_slices in the current folder" in (
+      done.stdout)
 
 
 def test_a_thousand_cells_are_planned_with_little_text(tmp_path):

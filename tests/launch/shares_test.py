@@ -145,7 +145,7 @@ def test_what_a_run_begins_from_must_be_there_before_machines_are(tmp_path):
   own = f"{first.cell.experiment}/{first.name}"
   require_sources([first, beginning(own)])
   for source in ("nowhere/none", own):
-    with pytest.raises(FieldError, match="is to begin .*: that checkpoint is not there"):
+    with pytest.raises(FieldError, match="is the source of .*, but that checkpoint does not exist"):
       require_sources([beginning(source)])
   (first.run_dir.checkpoints / "20").mkdir(parents=True)
   with pytest.raises(FieldError, match="that run has not finished"):
@@ -154,5 +154,5 @@ def test_what_a_run_begins_from_must_be_there_before_machines_are(tmp_path):
   first.run_dir.write_status({"state": "finished", "step": 20})
   require_sources([beginning(own)])
   require_sources([beginning(f"{own}@20")])
-  with pytest.raises(FieldError, match="that checkpoint is not there"):
+  with pytest.raises(FieldError, match="that checkpoint does not exist"):
     require_sources([beginning(f"{own}@10")])

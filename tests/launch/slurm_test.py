@@ -109,7 +109,7 @@ def test_a_run_of_two_processes_is_requeued_and_finishes(tmp_path, cluster, monk
 
   assert slurm.submit(planned, jobs, options, code, out) == 0
   assert slurm.submit(planned, jobs, options, code, out) == 0
-  assert "is in the queue already" in capsys.readouterr().out
+  assert "is already in the queue" in capsys.readouterr().out
   job = f"{_said('squeue', '--me', '--noheader', '--format=%F').splitlines()[0]}_0"
 
   def log():

@@ -77,8 +77,7 @@ def test_where_the_first_ends_without_they_are_not_started(spec, tmp_path, capsy
   said = capsys.readouterr().out
   dense = select(spec)[2].name
   for step in ("its last step", "step 10"):
-    assert f"not started: {dense}, with whose parameters it begins, ended before it saved {step}" \
-        in said
+    assert f"not started: its source {dense} ended before it saved {step}" in said
   assert _submit(spec, out, ["ok", "ok", "ok"], 3) == 0
 
 
@@ -168,8 +167,8 @@ def test_what_is_neither_there_nor_submitted_is_refused_in_one_line(spec, tmp_pa
   assert (done.returncode, done.stdout) == (2, "")
   dense = select(spec)[2].name
   assert done.stderr == (
-      f"error: --config.train.init_from='up/{dense}': is to begin {last}: that checkpoint is not "
-      "there, and the run is not submitted with it\n")
+      f"error: --config.train.init_from='up/{dense}': is the source of {last}, but that "
+      "checkpoint does not exist and the run is not part of this submission\n")
   assert not out.exists()
 
 
@@ -182,7 +181,7 @@ def test_a_trunk_that_is_nowhere_is_refused_for_the_whole_grid(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"error: --config='{trunk}-branch100': branches from quickstart/{trunk}, which has not "
-        "saved step 100 and is not submitted with it\n")
+        "saved step 100 and is not part of this submission\n")
   assert not (tmp_path / "runs").exists()
 
 

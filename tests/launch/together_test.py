@@ -73,7 +73,7 @@ def test_where_one_is_killed_the_others_are_ended(three):
   os.kill(int(told[1][0]), signal.SIGKILL)
   _, err = process.communicate(timeout=PATIENCE)
   assert process.returncode == 137
-  assert err == "error: process 1 of 3 was killed by SIGKILL; the others were ended\n"
+  assert err == "error: process 1 of 3 was killed by SIGKILL; the others were killed\n"
   assert all(gone(pid) for pid, _ in told)
 
 

@@ -69,8 +69,8 @@ def test_a_submission_that_failed_half_way_is_one_line(tmp_path, command):
   budget.set_limit(epath.Path(tmp_path / "tiny" / "_slices"), 5.0)
   done = run_module("-m", f"launch.{command}", f"--out={tmp_path}", "--experiment=tiny")
   assert done.returncode == 2
-  assert done.stderr == ("error: --experiment='tiny': was not submitted to its end: no machines "
-                         "were asked for, and the same launch.submit begins anew\n")
+  assert done.stderr == ("error: --experiment='tiny': was only partly submitted: no machines "
+                         "were requested; run the same launch.submit again\n")
 
 
 def test_gc_finds_what_nobody_accounts_for(tmp_path):
@@ -152,7 +152,7 @@ def test_cancel_takes_over_from_a_driver_that_is_gone(tmp_path, capsys):
 
   assert driver.end_all(world.folder, sleep, run=world.cloud.run, clock=world.cloud.clock)
   assert len(looks) >= 3 and [record.state for record in world.records()] == ["cancelled"]
-  assert capsys.readouterr().out.count("it ends the slices, or else this does") == 1
+  assert capsys.readouterr().out.count("waiting for it to end the slices, or for its lease") == 1
   world.check()
 
 
