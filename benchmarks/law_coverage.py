@@ -1,9 +1,7 @@
 """How often the 95 % intervals of a fit cover the truth, over grids with a planted law.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.law_coverage --grids=2000
-    OMP_NUM_THREADS=1 python -m benchmarks.law_coverage --grids=500 --law=paper-tokens
-
-(These matrices are small: more threads make it slower.)
+    python -m benchmarks.law_coverage --grids=2000
+    python -m benchmarks.law_coverage --grids=500 --law=paper-tokens
 
 Each grid is drawn anew: shapes, coefficients, noise between seeds, and learning rates that
 miss their optimum. Rows pass through everything that a

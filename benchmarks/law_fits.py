@@ -1,6 +1,6 @@
 """Fits published measurements again, and sets what comes out beside what was published.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.law_fits --chinchilla=chinchilla_svg_extracted_data.csv \
+    python -m benchmarks.law_fits --chinchilla=chinchilla_svg_extracted_data.csv \
         --gadre=gadre_openlm_scaling_points.csv --tlm26=tlm26_moe_tinystories.csv \
         --li2026=li2026_moe_surpass_dense_bpc.csv --peers
 

@@ -47,3 +47,11 @@ def test_the_experiments_load_nothing_slow():
 
 def test_what_is_looked_for_would_be_found():
   assert "jax" in _loaded("import jax")
+
+
+def test_fits_run_on_one_thread_unless_the_user_says_otherwise():
+  """NumPy reads it as it is imported, so it must be set before."""
+  say = "import moe_jax; assert 'numpy' not in sys.modules; print(os.environ[name])"
+  name = "import os, sys; name = 'OPENBLAS_NUM_THREADS'; "
+  assert run_module("-c", f"{name} os.environ.pop(name, None); {say}").stdout == "1\n"
+  assert run_module("-c", name + say, OPENBLAS_NUM_THREADS="3").stdout == "3\n"
