@@ -36,7 +36,7 @@ def attend(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
 
 def plain_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
                     segments_BS: jax.Array | None, mesh: Mesh) -> jax.Array:
-  """`attend` without blocks: materializes all scores; for any platform."""
+  """`attend` on any platform; materializes all scores."""
   mask_B1SS = None
   if segments_BS is not None:
     mask_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]

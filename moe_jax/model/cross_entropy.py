@@ -30,7 +30,7 @@ def summed_nll(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
 
   Args:
     x_BSD: outputs of the decoder, B split over all mesh axes.
-    head_DV: output head, whole on every device, of the type of the outputs.
+    head_DV: output head, replicated, of the dtype of the outputs.
     targets_BS: int32.
     mesh: where it runs.
   """

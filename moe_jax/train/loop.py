@@ -215,8 +215,8 @@ def _go(members: Sequence[Member], mesh, stop: list[int], progress: Progress | N
 class _Loop:
   """Takes the training steps of all members in parallel.
 
-  Each member counts its own steps. The counts differ if the process was killed while saving: each
-  member then resumes from its own checkpoint. A member that has ended stays in the population, so
+  Each member counts its own steps. The counts may differ, e.g. after a kill while saving: each
+  member resumes from its own checkpoint. A member that has ended stays in the population, so
   that the compiled program does not change; its results are ignored.
   """
 
