@@ -1,8 +1,8 @@
-"""MoE language models of equal size: train a grid, evaluate it, and choose a shape."""
+"""Compares MoE language models of equal size: trains a grid, evaluates it, and picks a shape."""
 
 import os
 
-# Fits multiply small matrices thousands of times. OpenBLAS hands each to as many threads as there
-# are cores, and while other work keeps these busy, its threads spin: 37 s instead of 7 for one fit
-# and its jackknife. NumPy reads this as it is imported.
+# Fits multiply small matrices thousands of times. OpenBLAS uses one thread per core for each
+# product, and its threads spin while other work keeps the cores busy: 37 s instead of 7 s for one
+# fit and its jackknife. NumPy reads the variable on import.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -1,8 +1,8 @@
 """bfloat16 as 16-bit integers, which XLA's CPU compiler slices and updates in place.
 
-To read or write part of a bfloat16 array that compiler converts the whole array to float32 and
-back (JAX 0.10.2). A scan over L layers that saves an array in each of them then converts L arrays
-L times. Integers are copied as they are, and reinterpreting bits changes no value.
+To read or write part of a bfloat16 array, that compiler converts the whole array to float32 and
+back (JAX 0.10.2). A scan over L layers that saves an array per layer then converts L arrays L
+times. Integers are copied as they are, and a bitcast changes no value.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Bits(NamedTuple):
 
 
 def to_bits(x: jax.Array) -> jax.Array | Bits:
-  """The bits of a bfloat16 array; any other array as it is."""
+  """Bitcasts a bfloat16 array to uint16; returns any other array unchanged."""
   if x.dtype != jnp.bfloat16:
     return x
   return Bits(jax.lax.bitcast_convert_type(x, jnp.uint16))
@@ -31,15 +31,15 @@ def from_bits(x: jax.Array | Bits) -> jax.Array:
 
 
 def part_of(x: jax.Array | Bits, part: Callable[[jax.Array], jax.Array]) -> jax.Array:
-  """`part`, a slice or an index, of an array that went through `to_bits`."""
+  """Applies `part`, which slices or indexes, to an array that went through `to_bits`."""
   return from_bits(jax.tree.map(part, x))
 
 
 def saves_bits(function: Callable[..., Any]) -> Callable[..., Any]:
-  """The same function, which saves bits for its backward pass wherever it would save bfloat16.
+  """Wraps `function` to save its bfloat16 residuals as bits.
 
-  For the body of a scan, which writes what its body saves into arrays with a leading layer axis.
-  It has no forward-mode derivative.
+  For the body of a scan, which writes the body's residuals into arrays with a leading layer axis.
+  The result does not support forward-mode differentiation.
   """
 
   @jax.custom_vjp
@@ -47,7 +47,7 @@ def saves_bits(function: Callable[..., Any]) -> Callable[..., Any]:
     return function(*args)
 
   def fwd(*args):
-    y, vjp = jax.vjp(function, *args)  # a pytree, whose leaves are what it saves
+    y, vjp = jax.vjp(function, *args)  # vjp is a pytree whose leaves are the residuals
     return y, jax.tree.map(to_bits, vjp)
 
   def bwd(vjp, dy):

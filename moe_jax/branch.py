@@ -1,15 +1,15 @@
 """Branches: several token budgets from one `wsd` run, the trunk. No JAX.
 
-While the learning rate is stable a run does not know how long it will be. So runs of several
-lengths share their first steps: a trunk does them once, and each branch takes the trunk's
+While the learning rate is stable, a run does not depend on its length. So runs of several
+lengths share their first steps: a trunk takes them once, and each branch starts from the trunk's
 checkpoint at the step where its own decay begins (arXiv 2404.06395, 2405.18392).
-`grid.trunk_and_branches` writes them down.
+`grid.trunk_and_branches` creates such cells.
 """
 
 from moe_jax.config import RunConfig, identity_difference
 from moe_jax.errors import require
 
-# What a branch may have of its own: in the stable phase none of it has had any effect yet.
+# Fields in which a branch may differ: they have no effect before the end of the stable phase.
 _OWN = ("train.steps", "train.decay_fraction", "train.final_learning_rate_fraction",
         "train.branch_from")
 

@@ -1,6 +1,6 @@
 """Command lines: absl flags, `--config=FILE[:CELL]` and typed `--config.PATH=VALUE` overrides.
 
-Every command of the project starts through `run`, so that bad input ends in one line on
+Every command of the project is started by `run`, so that invalid input ends with one line on
 stderr and exit code 2, before anything is compiled, launched or written.
 """
 
@@ -22,13 +22,13 @@ from moe_jax.fields import leaf_types, parse
 
 EXIT_BAD_INPUT = 2
 _PREFIX = "--config."
-_THREADS_PER_FAKE_DEVICE = 8  # for collectives that wait side by side
+_THREADS_PER_FAKE_DEVICE = 8  # for collectives that run concurrently
 
-flags.disclaim_key_flags()  # so that --help of the command lists the flags declared here
+flags.disclaim_key_flags()  # so that a command's --help lists the flags declared here
 
 
 def define_config_flag(required: bool = True) -> flags.FlagHolder:
-  """Declares `--config`; `selected_cells` reads it together with the overrides."""
+  """Declares `--config`, whose value `selected_cells` takes, together with the overrides."""
   return flags.DEFINE_string(
       "config", None, "Experiment file, experiments/NAME.py, or one cell of it, "
       "experiments/NAME.py:CELL, or several, :CELL,CELL. Override a field with "
@@ -55,11 +55,11 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def give_fake_devices_threads() -> None:
-  """Where XLA is to play several devices on a CPU, gives it threads for all their collectives.
+  """Gives XLA enough threads for the collectives of the fake devices it emulates on a CPU, if any.
 
-  Each device's part of a collective holds a thread of XLA's pool while it waits for the others.
-  With no more threads than devices, two collectives that run side by side starve each other, and
-  XLA ends the process after 40 s. NPROC is what it takes for the number of processors.
+  Each device's part of a collective blocks a thread of XLA's pool while it waits for the others.
+  With no more threads than devices, two concurrent collectives deadlock, and XLA terminates the
+  process after 40 s. XLA reads the number of processors from NPROC.
   """
   count = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
   if count:
@@ -70,14 +70,14 @@ def give_fake_devices_threads() -> None:
 def run(main: Callable[[list[str]], int | None]) -> None:
   """Runs `main(overrides)` under absl, with the raw --config.PATH=VALUE arguments."""
   found: list[str] = []
-  for library in ("fsspec", "gcsfs"):  # they tell of each read, and of errors that they raise
+  for library in ("fsspec", "gcsfs"):  # they log every read, and errors that they also raise
     logging.getLogger(library).setLevel(logging.CRITICAL)
 
   def flags_parser(argv):
     rest, found[:] = split_overrides(argv)
     try:
       for override in found:
-        if "=" not in override:  # --config.train.steps 5, of which absl would refuse the 5
+        if "=" not in override:  # for --config.train.steps 5, absl would complain about the 5
           parse_override(override)
       left = flags.FLAGS(rest)
     except FieldError as error:
@@ -100,14 +100,14 @@ def run(main: Callable[[list[str]], int | None]) -> None:
       raise
     except KeyboardInterrupt:
       print("interrupted; what was finished is kept", file=sys.stderr, flush=True)
-      os._exit(128 + signal.SIGINT)  # not through the exit handlers of threads at work
+      os._exit(128 + signal.SIGINT)  # exit handlers would wait for running threads
 
   give_fake_devices_threads()
   app.run(body, flags_parser=flags_parser)
 
 
 def _end_if_nobody_reads() -> None:
-  """Ends as SIGPIPE would, which Python ignores, where it is standard output that was closed."""
+  """Exits as SIGPIPE would, which Python ignores, if it is standard output that was closed."""
   output = select.poll()
   output.register(sys.__stdout__.fileno(), 0)
   if any(event & select.POLLERR for _, event in output.poll(0)):  # `| head` has seen enough
@@ -120,14 +120,14 @@ def selected_cells(spec: str, overrides: Sequence[str]) -> tuple[grid.Cell, ...]
 
 
 def no_overrides(overrides: Sequence[str]) -> None:
-  """Raises FieldError where a command that takes no --config.PATH=VALUE was given one."""
+  """Raises FieldError if a command that takes no --config.PATH=VALUE overrides was given one."""
   if overrides:
     field, _, value = overrides[0].removeprefix("--").partition("=")
     raise FieldError(field, value, "is not a flag of this command")
 
 
 def _in_our_words(error: flags.Error) -> str:
-  """What absl refuses: the flag, its value, and what is accepted."""
+  """Rephrases an absl error: the flag, its value, and what is accepted."""
   if isinstance(error, flags.UnrecognizedFlagError):
     ours = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
     return f"--{error.flagname}: no such flag; {did_you_mean(error.flagname, ours, cutoff=0.6)}"
@@ -147,7 +147,7 @@ def _in_our_words(error: flags.Error) -> str:
 
 
 def require_file(flag: str, path: str | None) -> None:
-  """Raises FieldError where no file can be made at `path`: before the work, not after it."""
+  """Raises FieldError if no file can be written at `path`; to be called before any work starts."""
   if path is None:
     return
   if not path:

@@ -1,7 +1,7 @@
-"""Where a run's other processes are: from flags, or from what the environment shows. No JAX.
+"""Detects whether a run has several processes, from flags or the environment. No JAX.
 
-JAX itself finds the addresses on Cloud TPU, GKE and SLURM; here it is only decided whether it
-is asked to. It must not be on a laptop, where asking means waiting for a server that is not there.
+JAX itself finds the addresses on Cloud TPU, GKE and SLURM; this module only decides whether to ask
+it to. On a laptop it must not be asked, since it would wait for a server that does not exist.
 """
 
 import pathlib
@@ -17,18 +17,18 @@ _FLAGS = ("coordinator_address", "num_processes", "process_id")
 def meeting(coordinator_address: str | None, num_processes: int | None,
             process_id: int | None, environ: Mapping[str, str],
             devices: pathlib.Path = pathlib.Path("/dev")) -> dict[str, Any] | None:
-  """What jax.distributed.initialize is to be given; None for a process that is alone.
+  """The arguments for jax.distributed.initialize; None for a single process.
 
   Args:
-    coordinator_address: host:port of process 0; the three are given together, or none. Of
-      them `num_processes` = 1 may stand alone: then nothing is looked for.
-    num_processes: of the run.
-    process_id: of this process, from 0.
+    coordinator_address: host:port of process 0. The three flags are given together or not at all,
+      except that `num_processes` = 1 may be given alone: then no others are looked for.
+    num_processes: number of processes of the run.
+    process_id: index of this process, from 0.
     environ: os.environ.
     devices: the folder in which TPU chips appear.
 
   Raises:
-    FieldError: the flags do not go together, or SLURM would leave GPUs idle.
+    FieldError: the flags are inconsistent, or SLURM would leave GPUs idle.
   """
   given = dict(zip(_FLAGS, (coordinator_address, num_processes, process_id), strict=True))
   if all(value is None for value in given.values()):
@@ -49,10 +49,10 @@ def meeting(coordinator_address: str | None, num_processes: int | None,
 
 def find(environ: Mapping[str, str], devices: pathlib.Path = pathlib.Path("/dev")
          ) -> str | None:
-  """The kind of cluster in which this process may have others beside it, or None.
+  """The kind of cluster in which this process may be one of several, or None.
 
   Raises:
-    FieldError: SLURM gave this process fewer GPUs than are meant for it.
+    FieldError: SLURM started fewer tasks on this node than it has GPUs, or uses --gpus-per-task.
   """
   platforms = environ.get("JAX_PLATFORMS", "")
   if all(name in environ for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID",
@@ -75,9 +75,9 @@ def find(environ: Mapping[str, str], devices: pathlib.Path = pathlib.Path("/dev"
 
 
 def is_one_of_many(environ: Mapping[str, str]) -> bool:
-  """Whether this process surely has others beside it, for commands that want to be alone.
+  """Whether this process is certainly one of several, for commands that must run alone.
 
-  On Cloud TPU the environment does not show it and JAX is asked, which takes the chips.
+  On Cloud TPU the environment does not show this, so JAX is asked, which acquires the chips.
   """
   kind = find(environ)
   if kind == "Cloud TPU":
@@ -91,7 +91,10 @@ def _has_tpu(devices: pathlib.Path) -> bool:
 
 
 def _require_a_task_for_each_gpu(environ: Mapping[str, str]) -> None:
-  """JAX gives each task of a node one GPU, by its number there: the rest would idle unseen."""
+  """Raises FieldError if a node has more GPUs than tasks.
+
+  JAX gives each task one GPU, by its local id, and the rest would silently idle.
+  """
   advice = "ask for a task per GPU: srun --ntasks-per-node=GPUS --gpus-per-node=GPUS"
   if "SLURM_GPUS_PER_TASK" in environ:  # each task then sees a single GPU, numbered 0
     raise FieldError("num_processes", environ["SLURM_NTASKS"], "SLURM's --gpus-per-task hides "
@@ -105,7 +108,7 @@ def _require_a_task_for_each_gpu(environ: Mapping[str, str]) -> None:
 
 
 def _tasks_on_node(environ: Mapping[str, str]) -> int | None:
-  """From SLURM's short form of a list: `4(x2),3` is 4, 4, 3."""
+  """Parses this node's entry of SLURM's compressed list: `4(x2),3` is 4, 4, 3."""
   short = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
   counts: list[int] = []
   for part in short.split(","):
@@ -123,10 +126,10 @@ def _integer(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def share_of_memory(environ: Mapping[str, str], parallel: int) -> dict[str, str]:
-  """The environment of one of so many processes that share this machine's GPUs.
+  """The environment for one of `parallel` processes that share this machine's GPUs.
 
-  Each takes its share of the memory beforehand; alone, JAX would take three quarters. What the user
-  has said of it stands, by whichever of the two names: with both JAX gives up on the GPU.
+  Each preallocates its share of the memory, where JAX would take three quarters by default. A value
+  set by the user wins, under either of the two names: if both are set, JAX gives up on the GPU.
   """
   if {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(environ):
     return dict(environ)

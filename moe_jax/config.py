@@ -1,9 +1,9 @@
 """RunConfig: everything that defines a run, as frozen dataclasses. No JAX.
 
-Identity (what is trained: it decides the result) and execution (how it is run: mesh, remat,
-logging) are apart. A run may go on with another execution, never with another identity.
-Every section (sections.py) checks itself when it is made, and `RunConfig` checks what spans
-sections, so an invalid configuration cannot exist.
+Identity (what is trained, which determines the result) and execution (how it is run: mesh, remat,
+logging) are separate. A run may resume with a different execution, never with another identity.
+Every section (sections.py) validates itself on construction, and `RunConfig` checks constraints
+across sections, so an invalid configuration cannot exist.
 """
 
 import copy
@@ -28,8 +28,8 @@ from moe_jax.sections import (
 SCHEMA_VERSION = 1
 
 # Fields added to version 1 after runs had been stored, each with the value that those runs used
-# implicitly. A stored configuration may lack them, and at this value identity_hash leaves them out,
-# so that the hashes of those runs stay valid.
+# implicitly. A stored configuration may lack them, and identity_hash omits them at this value, so
+# that the hashes of those runs stay valid.
 _ADDED = {"moe.router": "softmax", "moe.bias_update_rate": 1e-3, "moe.jitter": 0.0,
           "moe.drop_order": "position", "train.branch_from": None, "arch.qk_norm": "head",
           "train.init_from": None, "execution.keep_steps": (), "execution.population": 1}
@@ -51,7 +51,7 @@ class RunConfig:
 
   def __post_init__(self):
     types = leaf_types(RunConfig)
-    for path, value in leaves(self).items():  # an experiment file may say anything
+    for path, value in leaves(self).items():  # experiment files are not type-checked
       require(path in types, path, value, "must be a section of the configuration")
       checked(value, types[path], path)
     require(self.schema_version == SCHEMA_VERSION, "schema_version", self.schema_version,
@@ -79,7 +79,7 @@ class RunConfig:
             f"group, which is {self.execution.microbatches} * {self.group_sequences}")
 
   def check_vocabulary(self, vocab_size: int) -> None:
-    """Raises FieldError if the model has no embedding for one of so many token ids."""
+    """Raises FieldError if the embedding has fewer than `vocab_size` rows."""
     require(vocab_size <= self.arch.vocab_size, "arch.vocab_size", self.arch.vocab_size,
             f"must be at least the {vocab_size} tokens of the tokenizer {self.data.tokenizer!r}")
 
@@ -100,7 +100,7 @@ class RunConfig:
 
 
 def require_causal(config: RunConfig) -> None:
-  """Raises FieldError for a model that cannot decode, token after token."""
+  """Raises FieldError for a model that is not causal and so cannot decode token by token."""
   require(config.moe.causal, "moe.router", config.moe.router, "cannot decode: it is not "
           "causal, for an expert picks a token by comparing it with later ones; must be "
           "softmax or sigmoid")
@@ -108,12 +108,12 @@ def require_causal(config: RunConfig) -> None:
 
 def resolve_mesh(config: RunConfig, n_devices: int,
                  n_slices: int = 1) -> tuple[int, int, int]:
-  """(data, fsdp, expert) sizes of the mesh on `n_devices`, which are `n_slices` equal slices.
+  """Returns the (data, fsdp, expert) mesh sizes on `n_devices` devices in `n_slices` equal slices.
 
   Raises:
     FieldError: the mesh does not use all devices, does not divide the experts or the
-      width, cannot split a microbatch into whole routing groups for each device, or lays
-      another axis than `data` across slices.
+      width, cannot split a microbatch into whole routing groups for each device, or puts
+      an axis other than `data` across slices.
   """
   mesh, arch = config.execution.mesh, config.arch
   model_parallel = mesh.fsdp * mesh.expert
@@ -140,14 +140,14 @@ def resolve_mesh(config: RunConfig, n_devices: int,
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-  """The fields that decide the result, as a flat dict from dotted path to value.
+  """The fields that determine the result, as a flat dict from dotted path to value.
 
-  It is canonical: a default that is written out changes nothing, nor does the order of corpora
-  or the sum of their weights. A float written as a whole number (`weight_decay=0`) is the same
-  identity as 0.0, and so is -0.0. Hashes of runs that were made before widths and corpora became
-  canonical differ where they were written out; config.json has the hash that a run began with.
-  A branch contributes the step at which it leaves its trunk and nothing else: all that decides the
-  trunk's state there are fields that both share (branch.require_trunk). `init_from` contributes
+  It is canonical: it does not depend on whether a default is written out, on the order of corpora
+  or on the sum of their weights. A float written as an integer (`weight_decay=0`) has the same
+  identity as 0.0, and so has -0.0. Runs from before widths and corpora were canonicalized have
+  another hash if they wrote these out; config.json has the hash that a run began with.
+  A branch contributes only the step at which it leaves its trunk: the trunk's state at that step is
+  determined by fields that both share (branch.require_trunk). `init_from` contributes
   EXPERIMENT/CELL@STEP, without the path.
   """
   floats = _float_paths()
@@ -161,7 +161,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _canonical_fields(config: RunConfig) -> dict[str, int | None]:
-  """The fields whose value is what the default resolves to, or has no effect; at the default."""
+  """The default of each field whose value equals what the default resolves to or has no effect."""
   arch, found = config.arch, dict[str, int | None]()
   if arch.kv_heads == arch.n_heads:
     found["arch.n_kv_heads"] = None
@@ -189,7 +189,7 @@ def _init_source(train: TrainConfig) -> str | None:
 
 
 def identity_hash(config: RunConfig) -> str:
-  """Twelve hex digits that name the identity; in every row of every table."""
+  """A hash of the identity, 12 hex digits, which appears in every row of results."""
   told = {path: value for path, value in identity(config).items()
           if path not in _ADDED or value != _ADDED[path]}
   canonical = json.dumps(told, sort_keys=True)
@@ -197,7 +197,7 @@ def identity_hash(config: RunConfig) -> str:
 
 
 def identity_difference(ours: RunConfig, theirs: RunConfig) -> list[str]:
-  """The identity fields in which two configurations differ, each as one phrase."""
+  """Describes each identity field in which two configurations differ, one phrase per field."""
   a, b = identity(ours), identity(theirs)
   return [f"{path} is {a[path]!r} here and {b[path]!r} there"
           for path in a if a[path] != b[path]]
@@ -216,7 +216,7 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
     inner = values
     for section in sections:
       inner = inner.get(section) if isinstance(inner, dict) else None
-    if isinstance(inner, dict):  # else it is refused below
+    if isinstance(inner, dict):  # otherwise from_dict raises
       inner.setdefault(name, before)
   return from_dict(RunConfig, values)
 

@@ -1,18 +1,18 @@
-"""The one exception for bad input: it names the field, the value and what is accepted.
+"""FieldError, the exception for invalid input: names the field, the value and what is accepted.
 
-No JAX here: every floor of the house may import it.
+No JAX, so that every module may import it.
 """
 
 import difflib
 
 
 class FieldError(ValueError):
-  """A value that a user gave and that is refused.
+  """A value given by the user is invalid.
 
   Attributes:
     field: dotted path of the field, e.g. ``arch.n_topk``.
-    value: what was given.
-    accepted: what would have been accepted, as a phrase.
+    value: the given value.
+    accepted: what would be accepted, as a phrase.
   """
 
   def __init__(self, field: str, value: object, accepted: str):
@@ -23,12 +23,12 @@ class FieldError(ValueError):
     return f"{self.field}={self.value!r}: {self.accepted}"
 
   def under(self, prefix: str) -> "FieldError":
-    """The same error seen from one level up: ``n_topk`` becomes ``arch.n_topk``."""
+    """The same error with a prefixed field: ``n_topk`` becomes ``arch.n_topk``."""
     return type(self)(f"{prefix}.{self.field}", self.value, self.accepted)
 
 
 class DamagedFile(FieldError):
-  """A file of a run that cannot be read: it is that run's failure alone."""
+  """A file of a run is damaged, which affects only that run."""
 
 
 def require(condition: bool, field: str, value: object, accepted: str) -> None:
@@ -38,7 +38,7 @@ def require(condition: bool, field: str, value: object, accepted: str) -> None:
 
 
 def did_you_mean(word: str, known: list[str], cutoff: float = 0.4) -> str:
-  """A phrase that offers the nearest known names: ``did you mean 'x'?`` or the list."""
+  """A phrase that suggests the closest known names: ``did you mean 'x'?``, or lists them."""
   near = difflib.get_close_matches(word, known, n=2, cutoff=cutoff)
   if near:
     return "did you mean " + " or ".join(repr(name) for name in near) + "?"

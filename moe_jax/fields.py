@@ -13,19 +13,19 @@ from moe_jax.errors import FieldError, did_you_mean
 
 T = TypeVar("T")
 
-_LARGEST_INT = 10**15  # float64, in which sizes and times are computed, holds such numbers exactly
+_LARGEST_INT = 10**15  # exact in float64, in which sizes and times are computed
 
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-  """Field name -> resolved annotation."""
+  """Maps each field name to its resolved annotation."""
   hints = typing.get_type_hints(cls)
   return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 @functools.cache
 def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
-  """Dotted path -> annotation of every leaf below the dataclass `cls`."""
+  """Maps the dotted path of every leaf below the dataclass `cls` to its annotation."""
   found = {}
   for name, hint in field_types(cls).items():
     if dataclasses.is_dataclass(hint):
@@ -36,11 +36,11 @@ def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def leaves(instance: Any) -> dict[str, Any]:
-  """Dotted path -> value of every leaf below a dataclass instance."""
+  """Maps the dotted path of every leaf below a dataclass instance to its value."""
   names, get = _leaf_getter(type(instance))
   try:
     values = get(instance) if len(names) > 1 else (get(instance),)
-  except AttributeError:  # a section is not what it should be, which its owner will say
+  except AttributeError:  # a section has the wrong type, which the caller reports
     return _walk(instance)
   return dict(zip(names, values, strict=True))
 
@@ -58,13 +58,13 @@ def _walk(instance: Any, prefix: str = "") -> dict[str, Any]:
 
 @functools.cache
 def _leaf_getter(cls: type) -> tuple[tuple[str, ...], operator.attrgetter]:
-  # All leaves in one call: names and hashes of a thousand cells read a million of them.
+  # One call for all leaves: names and hashes of a thousand cells read a million of them.
   names = tuple(leaf_types(cls))
   return names, operator.attrgetter(*names)
 
 
 def parse(text: str, hint: Any, path: str) -> Any:
-  """Reads `text` as the annotated type. Raises FieldError with what is accepted."""
+  """Parses `text` as the annotated type. Raises FieldError, which says what is accepted."""
   if typing.get_origin(hint) is typing.Literal:
     options = typing.get_args(hint)
     if text in options:
@@ -102,7 +102,11 @@ def parse(text: str, hint: Any, path: str) -> Any:
 
 
 def checked(value: Any, hint: Any, path: str) -> Any:
-  """`value` if it has the annotated type (an int passes as a float), else FieldError."""
+  """Returns `value` if it has the annotated type (an int is accepted as a float).
+
+  Raises:
+    FieldError: it has another type, or is a number that is not finite or too large.
+  """
   if type(value) is int and abs(value) > _LARGEST_INT:
     raise FieldError(path, value, "is too large a number")
   if type(value) is hint and hint is not float:  # a float must also be finite
@@ -132,11 +136,11 @@ def checked(value: Any, hint: Any, path: str) -> Any:
 def override(instance: T, changes: Mapping[str, Any]) -> T:
   """A copy of the dataclass tree with the leaves at the given dotted paths replaced.
 
-  All changes to one dataclass are made at once, so that its own check sees the result
-  and never a half-changed state.
+  All changes to one dataclass are made at once, so that its own check never sees a partially
+  changed state.
 
   Raises:
-    FieldError: an unknown path (the nearest are offered) or a value that is refused.
+    FieldError: an unknown path (the closest ones are suggested) or an invalid value.
   """
   types_by_name = field_types(type(instance))
   nested: dict[str, dict[str, Any]] = {}
@@ -159,7 +163,7 @@ def override(instance: T, changes: Mapping[str, Any]) -> T:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-  """Rebuilds a dataclass tree from nested dicts; every field must be there."""
+  """Rebuilds a dataclass tree from nested dicts; every field must be present."""
   types_by_name = field_types(cls)
   for name in values:
     if name not in types_by_name:
@@ -180,10 +184,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def from_json(cls: type[T], values: Any) -> T:
-  """A dataclass without sections, from what a file held; absent fields have their defaults.
+  """Builds a flat dataclass from parsed JSON; missing fields get their defaults.
 
   Raises:
-    FieldError: it is no such dataclass; names the field.
+    FieldError: a field is unknown, missing or invalid; names it.
   """
   types_by_name = field_types(cls)
   if not isinstance(values, Mapping):

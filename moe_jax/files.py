@@ -1,6 +1,6 @@
-"""Files that are read and written whole, on a disk or an object store. No JAX.
+"""Reads and writes whole files, on a disk or an object store. No JAX.
 
-An object store has no append and no atomic rename.
+An object store supports neither append nor atomic rename.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from moe_jax.fields import from_json
 
 T = TypeVar("T")
 
-# gcsfs would keep what it once saw in a folder, and be blind to what other machines write there.
+# gcsfs would cache directory listings and miss files that other machines write.
 os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')
 
-_STORES = ("aiohttp", "fsspec", "gcsfs", "google", "tensorflow")  # whose errors are no OSErrors
+_STORES = ("aiohttp", "fsspec", "gcsfs", "google", "tensorflow")  # their errors are not OSErrors
 
 
 def is_local(path: str | os.PathLike) -> bool:
@@ -31,7 +31,7 @@ def is_local(path: str | os.PathLike) -> bool:
 
 
 def absolute(path: str) -> str:
-  """The path as it holds in any working directory: that of an object store already does."""
+  """The path, valid in any working directory; that of an object store is returned unchanged."""
   return os.path.abspath(path) if is_local(path) else path
 
 
@@ -39,23 +39,23 @@ def files_below(folder: epath.Path) -> Iterator[epath.Path]:
   """All files below a folder, at any depth."""
   scheme, remote, _ = os.fspath(folder).partition("://")
   for root, _, names in folder.walk():
-    # Of an object's path etils gives what is behind the scheme.
+    # For an object store, etils yields paths without the scheme.
     home = epath.Path(f"{scheme}://{root}") if remote and is_local(root) else root
     yield from (home / name for name in names)
 
 
 def write_text(path: epath.Path, text: str) -> None:
-  """Writes a file whole, in UTF-8; see write_bytes."""
+  """Writes a whole file, in UTF-8; see write_bytes."""
   write_bytes(path, text.encode())
 
 
 def write_bytes(path: epath.Path | pathlib.Path, content: bytes) -> None:
-  """Writes a file whole: a reader sees the old content or the new, never a part."""
+  """Writes a whole file atomically: a reader sees the old content or the new, never a part."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  if not is_local(path):  # an object appears when its upload is complete
+  if not is_local(path):  # an object only appears once its upload is complete
     path.write_bytes(content)
     return
-  # a heartbeat thread may write the same file: each writer needs its own
+  # A heartbeat thread may write the same file, so each writer needs its own partial file.
   partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
   try:
     partial.write_bytes(content)
@@ -63,7 +63,7 @@ def write_bytes(path: epath.Path | pathlib.Path, content: bytes) -> None:
   except OSError as error:
     raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None
   finally:
-    partial.unlink(missing_ok=True)  # gone, unless something went wrong
+    partial.unlink(missing_ok=True)  # it still exists only after an error
 
 
 def write_json(path: epath.Path | pathlib.Path, value: Any) -> None:
@@ -71,7 +71,7 @@ def write_json(path: epath.Path | pathlib.Path, value: Any) -> None:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Rows as CSV; None, and a column that a row has not, is an empty field."""
+  """Formats rows as CSV; None and columns missing from a row become empty fields."""
   columns = dict.fromkeys(name for row in rows for name in row)
   text = io.StringIO()
   writer = csv.DictWriter(text, list(columns), lineterminator="\n")
@@ -81,7 +81,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_json(path: epath.Path) -> Any:
-  """The content, or None where there is no file. Raises DamagedFile if it is not JSON."""
+  """The content, or None if there is no file. Raises DamagedFile if it is not JSON."""
   if not path.exists():
     return None
   try:
@@ -93,7 +93,7 @@ def read_json(path: epath.Path) -> Any:
 
 
 def read_as(cls: type[T], path: epath.Path) -> T | None:
-  """The content as a flat dataclass, or None where there is no file. Raises DamagedFile."""
+  """The content as a flat dataclass, or None if there is no file. Raises DamagedFile."""
   stored = read_json(path)
   try:
     return None if stored is None else from_json(cls, stored)
@@ -102,17 +102,17 @@ def read_as(cls: type[T], path: epath.Path) -> T | None:
 
 
 def is_of_storage(error: Exception) -> bool:
-  """Whether a file system or an object store raised it, and not a mistake of this program."""
+  """Whether a file system or an object store raised `error`, rather than a bug of this program."""
   return isinstance(error, OSError) or any(
       cls.__module__.partition(".")[0] in _STORES for cls in type(error).__mro__)
 
 
 @contextlib.contextmanager
 def reaching(path: str | os.PathLike) -> Iterator[None]:
-  """Files below `path` are read or written: a FieldError, one line, where that is impossible."""
+  """Turns storage errors raised within the context into a FieldError of one line."""
   try:
     yield
-  except (FieldError, BrokenPipeError):  # the pipe is that of standard output
+  except (FieldError, BrokenPipeError):  # the pipe is standard output
     raise
   except Exception as error:
     if not is_of_storage(error):

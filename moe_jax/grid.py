@@ -1,4 +1,4 @@
-"""A grid of cells: what an experiment file returns, how its cells are named and selected."""
+"""Grids of cells: what an experiment file returns, and how cells are named and selected."""
 
 import collections
 import dataclasses
@@ -17,7 +17,7 @@ from moe_jax.config import RunConfig, TrainConfig, identity, identity_difference
 from moe_jax.errors import FieldError, did_you_mean, require
 from moe_jax.fields import override
 
-# The five variables every name begins with; all other fields appear only where they differ.
+# Every name begins with these five fields; all others appear only where they differ.
 _SHAPE_TAGS = {"arch.n_layers": "l", "arch.d_model": "d", "arch.d_expert": "f",
                "arch.n_exp": "e", "arch.n_topk": "k"}
 _SUFFIX_TAGS = {
@@ -35,7 +35,7 @@ _SUFFIX_TAGS = {
 
 
 def _format(value: Any) -> str:
-  """3e-3 for 0.003, 0 for False; only characters that suit a path and a job name."""
+  """Formats a value for a name: 3e-3 for 0.003, 0 for False; safe in paths and job names."""
   if isinstance(value, bool):
     return str(int(value))
   if isinstance(value, float):
@@ -47,10 +47,10 @@ def _format(value: Any) -> str:
 
 
 def cell_name(config: RunConfig, recipe: RunConfig) -> str:
-  """`l8-d512-f128-e64-k8`, with a suffix for each identity field that is not the recipe's.
+  """`l8-d512-f128-e64-k8`, with a suffix for each identity field that differs from the recipe.
 
-  The name is the directory, the job, the metrics tag and the row of the table. Nothing
-  parses it back.
+  The name is used for the directory, the job, the metrics and the table row. Nothing ever
+  parses it.
   """
   ours, default = identity(config), identity(recipe)
   parts = [tag + _format(ours[path]) for path, tag in _SHAPE_TAGS.items()]
@@ -61,7 +61,7 @@ def cell_name(config: RunConfig, recipe: RunConfig) -> str:
   return "-".join(parts)
 
 
-TOKENS = "train.tokens"  # no field of a run, but an override that sets train.steps
+TOKENS = "train.tokens"  # not a field but an override, which sets train.steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +70,10 @@ class Grid:
 
   Attributes:
     name: the experiment's name, and its directory.
-    recipe: what the cells have in common; a cell's name tells only where it differs.
-    cells: one configuration a cell. One from which others branch keeps those checkpoints.
-    n_total: the size all cells are meant to have; None where sizes differ on purpose.
+    recipe: the common configuration; a cell's name has only the fields that differ from it.
+    cells: one configuration per cell. The checkpoints that other cells branch from or are
+      initialized from are added to its keep_steps.
+    n_total: the intended size of all cells; None if sizes differ on purpose.
   """
 
   name: str
@@ -101,7 +102,7 @@ class Grid:
     object.__setattr__(self, "cells", self._keeping_what_others_need())
 
   def _require_different_branches(self) -> None:
-    """Raises FieldError for two that are the same run, but for the step at which they branch."""
+    """Raises FieldError if two cells differ only in the step at which they branch."""
     seen: dict[tuple, str] = {}
     for name, config in zip(self.names, self.cells, strict=True):
       if config.train.branch_from is None:
@@ -113,15 +114,17 @@ class Grid:
               "the step at which they branch, and in nothing that follows from it")
 
   def _with_its_own_trunk(self, config: RunConfig) -> RunConfig:
-    """A branch of EXPERIMENT/CELL, where that is this experiment, as a branch of CELL: all that
-    looks for a trunk among the cells looks for its name. The identity tells neither."""
+    """Shortens a trunk EXPERIMENT/CELL of this experiment to CELL.
+
+    Trunks are looked up by cell name. The identity contains neither form.
+    """
     experiment, slash, cell = (config.train.branch_run or "").partition("/")
     if not slash or experiment != self.name or "/" in cell:
       return config
     return override(config, {"train.branch_from": f"{cell}@{config.train.branch_step}"})
 
   def _keeping_what_others_need(self) -> tuple[RunConfig, ...]:
-    """The cells; each keeps the checkpoints that others go on from. Raises FieldError."""
+    """The cells, with the checkpoints that others start from in keep_steps. Raises FieldError."""
     cells = dict(zip(self.names, self.cells, strict=True))
 
     def keep(name: str, step: int) -> None:
@@ -133,7 +136,7 @@ class Grid:
       if source in cells and config.train.init_step:
         keep(source, config.train.init_step)
       trunk = cells.get(config.train.branch_run)
-      if trunk is None:  # no branch, or of a run that is not in this grid
+      if trunk is None:  # not a branch, or its trunk is not in this grid
         continue
       try:
         require_trunk(config, trunk)
@@ -142,24 +145,26 @@ class Grid:
       keep(config.train.branch_run, config.train.branch_step)
     return tuple(cells.values())
 
-  @functools.cached_property  # what __post_init__ replaces in cells is no part of a name
+  @functools.cached_property  # __post_init__ changes nothing in cells that affects their names
   def names(self) -> tuple[str, ...]:
     return tuple(cell_name(config, self.recipe) for config in self.cells)
 
   def get_config(self, cell: str) -> RunConfig:
-    """The cell of that name. Raises FieldError that offers the nearest names."""
+    """The configuration of `cell`. Raises FieldError, which suggests the closest names."""
     names = self.names
     require(cell in names, "config", f"{self.name}:{cell}",
             "no such cell; " + did_you_mean(cell, list(names)))
     return self.cells[names.index(cell)]
 
   def override(self, changes: Mapping[str, Any]) -> "Grid":
-    """The grid with the given fields replaced in every cell; the recipe stays, so that
-    names tell what was overridden. A cell that branches or begins from another of the grid then
-    follows it to its new name. TOKENS stands for the number of steps that is nearest to so many."""
+    """Replaces the given fields in every cell.
+
+    The recipe stays, so names show what was overridden. References between cells (branch_from,
+    init_from) are updated to the new names. TOKENS sets the nearest number of steps.
+    """
     overridden = [override(config, _in_steps(changes, config)) for config in self.cells]
     cells, followed = overridden, None
-    for _ in range(len(self.cells) + 2):  # a new name may change that of the next in the chain
+    for _ in range(len(self.cells) + 2):  # renaming a cell may rename the cells that refer to it
       if cells == followed:
         return dataclasses.replace(self, cells=tuple(cells))
       new = {old: cell_name(config, self.recipe)
@@ -171,7 +176,9 @@ class Grid:
                      "itself")
 
   def only(self, wanted: Sequence[str], changes: Mapping[str, Any]) -> "Grid":
-    """The grid of those cells, and behind them of those that they will follow to new names.
+    """The grid of the `wanted` cells, followed by those they refer to, directly or indirectly.
+
+    A reference that `changes` overrides does not count.
 
     Raises:
       FieldError: there is no such cell.
@@ -189,14 +196,14 @@ class Grid:
 
 
 def _own_cell(run: str | None, experiment: str) -> str | None:
-  """CELL of EXPERIMENT/CELL, where it is that experiment's."""
+  """CELL if `run` is EXPERIMENT/CELL of that experiment, else None."""
   own, _, cell = (run or "").partition("/")
   return cell if own == experiment else None
 
 
 def _to_new_names(train: TrainConfig, experiment: str, new: Mapping[str, str],
                   changes: Mapping[str, Any]) -> dict[str, Any]:
-  """What a cell's run must be told of where those that it goes on from have new names."""
+  """The overrides that update a cell's references to the new names of other cells."""
   found = {}
   if train.branch_run in new and "train.branch_from" not in changes:
     found["train.branch_from"] = f"{new[train.branch_run]}@{train.branch_step}"
@@ -208,7 +215,7 @@ def _to_new_names(train: TrainConfig, experiment: str, new: Mapping[str, str],
 
 
 def _in_steps(changes: Mapping[str, Any], config: RunConfig) -> Mapping[str, Any]:
-  """The changes with the steps that their tokens are, in the batches that they make."""
+  """Converts TOKENS in `changes` to train.steps, at the batch size they result in."""
   if TOKENS not in changes:
     return changes
   fields = {path: value for path, value in changes.items() if path != TOKENS}
@@ -216,7 +223,7 @@ def _in_steps(changes: Mapping[str, Any], config: RunConfig) -> Mapping[str, Any
   require("train.steps" not in fields, TOKENS, tokens, "says the same as train.steps: give one")
   batch_tokens = (fields.get("train.batch_size", config.train.batch_size)
                   * fields.get("data.seq_len", config.data.seq_len))
-  if batch_tokens < 1:  # refused by the fields' own checks
+  if batch_tokens < 1:  # the fields' own checks will raise
     return fields
   require(tokens >= batch_tokens, TOKENS, tokens,
           f"must be at least the {batch_tokens} of one batch")
@@ -225,22 +232,23 @@ def _in_steps(changes: Mapping[str, Any], config: RunConfig) -> Mapping[str, Any
 
 def trunk_and_branches(config: RunConfig, recipe: RunConfig,
                        shares: Sequence[float] = (0.25, 0.5, 1.0)) -> tuple[RunConfig, ...]:
-  """A `wsd` trunk, and a branch for each share of the tokens, as cells of a grid.
+  """Returns a `wsd` trunk, and a branch for each token budget, as cells of a grid.
 
       def get_grid():
         return Grid("budgets", RECIPE, trunk_and_branches(RECIPE, RECIPE))
 
   With 1,000 steps and a decay_fraction of 0.2 the trunk takes 800 steps without decay, and the
-  branches end after 250, 500 and 1,000 steps, of which they do the last 50, 100 and 200: 1,150
-  steps are done instead of 1,750. Each result is bitwise that of the run done alone.
+  branches end after 250, 500 and 1,000 steps, of which they take the last 50, 100 and 200: 1,150
+  steps in total instead of 1,750. Each result is bitwise the same as without branching.
 
   Args:
-    config: the longest run; its decay_fraction is that of every branch.
-    recipe: of the grid, from which the trunk's name follows.
-    shares: of the steps of `config`. The trunk ends where the last of them begins to decay.
+    config: the longest run; every branch has its decay_fraction.
+    recipe: of the grid, which determines the trunk's name.
+    shares: budgets as fractions of the steps of `config`. The trunk ends where the decay of the
+      longest branch begins.
 
   Raises:
-    FieldError: a share leaves no stable phase behind the warm-up.
+    FieldError: a share leaves no stable phase after the warm-up.
   """
   def with_train(**fields) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
@@ -258,11 +266,11 @@ class Cell:
 
   Attributes:
     experiment: name of its grid.
-    selector: `FILE:CELL`, what `--config` takes to select it, before overrides.
-    name: its name after overrides: its run directory.
+    selector: `FILE:CELL`, the `--config` value that selects it, before overrides.
+    name: its name after overrides, also of its run directory.
     config: its configuration after overrides.
-    residual_ppm: how far its exact n_total is from the grid's, in parts per million; None
-      where the grid names none.
+    residual_ppm: deviation of its exact n_total from the grid's, in parts per million; None
+      if the grid has no n_total.
   """
 
   experiment: str
@@ -276,7 +284,7 @@ def load_grid(path: str) -> Grid:
   """Runs an experiment file and returns its grid.
 
   Raises:
-    FieldError: no such file, no `get_grid` in it, or it raises (its error is quoted).
+    FieldError: no such file, no `get_grid` in it, or it raises (the error is quoted).
   """
   file = pathlib.Path(path)
   if file.suffix != ".py" or not os.path.isfile(file):
@@ -287,7 +295,7 @@ def load_grid(path: str) -> Grid:
   module_name = "experiment_" + re.sub(r"\W", "_", str(file.resolve()))
   spec = importlib.util.spec_from_file_location(module_name, file)
   module = importlib.util.module_from_spec(spec)
-  sys.modules[module_name] = module  # dataclasses in the file look their module up here
+  sys.modules[module_name] = module  # needed by dataclasses defined in the file
   try:
     spec.loader.exec_module(module)
     require(hasattr(module, "get_grid"), "get_grid", None, "is missing: an experiment "
@@ -295,7 +303,7 @@ def load_grid(path: str) -> Grid:
     grid = module.get_grid()
   except FieldError as error:
     raise FieldError("config", path, f"the file gives {error}") from error
-  except (Exception, SystemExit) as error:  # whatever a user's file does, the answer is one line
+  except (Exception, SystemExit) as error:  # any error in a user's file is reported in one line
     line = ""
     for frame in _frames(error.__traceback__):
       if frame.tb_frame.f_code.co_filename == spec.origin:
@@ -315,10 +323,10 @@ def _frames(traceback):
 
 
 def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, ...]:
-  """The cells that `FILE` (all), `FILE:CELL` or `FILE:CELL,CELL` names, with overrides applied.
+  """The cells selected by `FILE` (all), `FILE:CELL` or `FILE:CELL,CELL`, with overrides applied.
 
   Raises:
-    FieldError: the file, the cell, a field or a value is refused.
+    FieldError: the file, a cell, a field or a value is invalid.
   """
   path, colon, named = spec.partition(":")
   wanted = named.split(",") if colon else []
@@ -331,7 +339,7 @@ def select(spec: str, changes: Mapping[str, Any] | None = None) -> tuple[Cell, .
   try:
     grid = grid.override(changes)
   except FieldError as error:
-    if error.field.startswith("grid."):  # no flag of that name: two cells became one
+    if error.field.startswith("grid."):  # not a flag: e.g. the overrides made two cells equal
       raise FieldError("config", spec, f"the overrides give {error}") from None
     raise error.under("config") from None
   cells = tuple(Cell(grid.name, f"{path}:{base}", name, config, _residual_ppm(config, grid))

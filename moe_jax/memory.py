@@ -1,4 +1,4 @@
-"""The memory that a process is given."""
+"""Sets up the memory allocation of a process."""
 
 import os
 import sys
@@ -7,12 +7,12 @@ _TUNABLES = "GLIBC_TUNABLES"
 
 
 def use_huge_pages() -> None:
-  """Starts the program anew, once, with memory in pages of 2 MB instead of 4 kB.
+  """Restarts the program, once, with memory in pages of 2 MB instead of 4 kB.
 
-  XLA on a CPU takes the memory of a step anew for every step, and the system clears it page by page
-  on first use: a fifth of the time of a small model's step. The C library asks for huge pages only
-  if its environment says so as the process starts. To be called first of all, by what is run as
-  `python -m`. Does nothing on other systems, or where the user has set that variable.
+  XLA on a CPU allocates the memory of a step anew for every step, and the kernel zeroes it page by
+  page on first use: a fifth of the step time of a small model. The C library uses huge pages
+  only if its environment asks for them when the process starts. To be called first thing in a
+  `python -m` program. A no-op on other systems, or if the user has set GLIBC_TUNABLES.
   """
   if sys.platform == "linux" and _TUNABLES not in os.environ:
     os.environ[_TUNABLES] = "glibc.malloc.hugetlb=1"

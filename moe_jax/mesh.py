@@ -1,4 +1,4 @@
-"""Devices -> mesh; logical axes of parameters -> shardings. One table, for every parameter."""
+"""Creates the device mesh and maps logical axes to shardings, by one table for all parameters."""
 
 import itertools
 import math
@@ -14,11 +14,11 @@ from moe_jax.config import RunConfig, resolve_mesh
 
 DATA, FSDP, EXPERT = MESH_AXES = ("data", "fsdp", "expert")
 
-# The batch is split over all axes: outside the MoE layer `expert` is more data parallelism.
+# The batch is split over all axes: outside the MoE layer, `expert` is data parallelism, too.
 BATCH_AXES = MESH_AXES
 
-# Logical axis of a parameter -> mesh axes it is split over. The d_model of the experts' weights
-# leaves `expert` to the experts themselves. What is not listed is not split.
+# Logical axis of a parameter -> mesh axes it is split over. The experts' d_model is not split over
+# `expert`, which their expert axis takes. Unlisted axes are not split.
 RULES = {
     "experts": (EXPERT,),
     "expert_d_model": (FSDP,),
@@ -27,13 +27,13 @@ RULES = {
 
 
 def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mesh:
-  """The mesh that `config.execution.mesh` asks for, on all devices or on those given.
+  """Creates the mesh of `config.execution.mesh`, on `devices` or on all devices.
 
-  Where the devices are several TPU slices, `data` runs over the slices first, and all else
-  stays inside one: between slices there is only the data-centre network.
+  On several TPU slices, only `data` crosses slices (as its major part), because between slices
+  there is only the data center network.
 
   Raises:
-    FieldError: the mesh does not suit the devices, the architecture or the batch.
+    FieldError: the mesh does not fit the devices, the architecture or the batch.
   """
   devices = jax.devices() if devices is None else devices
   n_slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -45,7 +45,7 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
                         data, fsdp, expert)
     if order is not None:
       return Mesh(np.array(devices)[order], MESH_AXES, axis_types=types)
-  # An axis may need a part of one of the torus: 8 chips of 4 x 4.
+  # A mesh axis may need only part of a torus axis, e.g. 8 chips of 4 x 4.
   if n_slices == 1:
     laid_out = mesh_utils.create_device_mesh((data, fsdp, expert), devices,
                                              allow_split_physical_axes=True)
@@ -58,17 +58,17 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
 
 def torus_order(places: Sequence[tuple[int, ...]], data: int, fsdp: int,
                 expert: int) -> np.ndarray | None:
-  """Devices [data, fsdp, expert] such that `expert` lies in blocks as near to cubes as there are.
+  """Orders devices as [data, fsdp, expert] such that `expert` spans blocks as cubic as possible.
 
-  Half of all that an all-to-all moves crosses the middle of its block, so what counts is how
-  long the block is: eight chips exchange in half the time as 2 x 2 x 2 that they take as 2 x 4.
+  Half of the traffic of an all-to-all crosses the middle of its block, so what counts is the
+  block's longest side: eight chips exchange twice as fast as 2 x 2 x 2 than as 2 x 4.
 
   Args:
-    places: of each device, its slice and its coordinates there; all slices alike and whole.
-    data, fsdp, expert: sizes; `data` runs over the slices first.
+    places: slice and coordinates within the slice of each device; slices are complete and equal.
+    data, fsdp, expert: sizes of the mesh axes; slices are the major part of `data`.
 
   Returns:
-    Indices of devices; None where the sizes do not divide the torus.
+    Indices of devices; None if the sizes do not divide the torus.
   """
   place_ND = np.array(places) - np.min(places, axis=0)
   n_slices, *extents = place_ND.max(axis=0) + 1
@@ -83,7 +83,7 @@ def torus_order(places: Sequence[tuple[int, ...]], data: int, fsdp: int,
       return None
     blocks.append(block)
     left = [extent // part for extent, part in zip(left, block, strict=True)]
-  # Each dimension of the torus, outermost first: data, fsdp, expert.
+  # Split each torus dimension into data, fsdp and expert, outermost first.
   split = grid.reshape(n_slices, *(part for parts in zip(*blocks[::-1], strict=True)
                                    for part in parts))
   axes = [0, *(1 + 3 * dimension + kind for kind in range(3) for dimension in range(len(extents)))]
@@ -91,7 +91,7 @@ def torus_order(places: Sequence[tuple[int, ...]], data: int, fsdp: int,
 
 
 def _near_cube(size: int, extents: list[int]) -> tuple[int, ...] | None:
-  """Extents whose product is `size`, dividing those there are; the longest as short as can be."""
+  """Extents whose product is `size` and that divide `extents`, with the shortest longest side."""
   divisors = [[n for n in range(1, extent + 1) if extent % n == 0 and size % n == 0]
               for extent in extents]
   blocks = [block for block in itertools.product(*divisors) if math.prod(block) == size]
@@ -99,17 +99,17 @@ def _near_cube(size: int, extents: list[int]) -> tuple[int, ...] | None:
 
 
 def param_spec(axes: tuple[str | None, ...]) -> P:
-  """How a parameter with these logical axes is split."""
+  """The PartitionSpec of a parameter with these logical axes."""
   return P(*(RULES.get(axis) for axis in axes))
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-  """How an array is split whose dimension `axis` is the batch."""
+  """The sharding of an array whose dimension `axis` is the batch."""
   return NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES))
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, ...], axis: int = 0) -> np.ndarray:
-  """Numbers, ascending, of the rows along `axis` that the devices of this process hold."""
+  """Sorted indices of the rows along `axis` that the devices of this process hold."""
   held = sharding.addressable_devices_indices_map(shape).values()
   return np.unique(np.concatenate([np.arange(shape[axis])[index[axis]] for index in held]))
 
@@ -123,5 +123,5 @@ def mesh_size(mesh: Mesh) -> int:
 
 
 def platform_of(mesh: Mesh) -> str:
-  """`cpu`, `gpu` or `tpu`: decides how a thing is done, not what comes out."""
+  """`cpu`, `gpu` or `tpu`: selects implementations, without changing what they compute."""
   return mesh.devices.flat[0].platform

@@ -1,11 +1,11 @@
-"""Populations: cells of one compiled shape that one process trains together. No JAX.
+"""Populations: cells of one shape, which share a compiled step and train together. No JAX.
 
-Cells that differ in nothing but a few numbers (seeds, learning rate, lengths of the schedule's
-phases, weight decay, coefficients of the router's losses) or in the run whose parameters they begin
-with run the same program on different arguments. So they share one compiled step, and several of
-them fill a device that one alone would leave idle: `execution.population` says how many train
-together at most. Each has its own run directory, which tells nothing of the others: a run that
-began in a population may go on alone, and the other way.
+Cells that differ only in a few numbers (seeds, learning rate, lengths of the schedule's phases,
+weight decay, coefficients of the router's losses) or in the run they are initialized from run the
+same program with different arguments. So they share one compiled step, and several of them can
+fill a device that one alone would leave idle; `execution.population` is the maximum number that
+train together. Each has its own run directory, which does not depend on the others: a run that
+began in a population may resume alone, and vice versa.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from moe_jax.errors import FieldError
 from moe_jax.fields import leaves, override
 from moe_jax.grid import Cell
 
-# What a compiled step takes as an argument or does not know of, and what stands in for it where
-# it does not matter. (As long as they form a valid configuration, any values would do.)
+# Fields that the compiled step takes as arguments or does not use, with placeholder values. (Any
+# values would do that form a valid configuration.)
 _ARGUMENTS = {
     "seed_init": 0, "seed_data": 0,
     "moe.balance_coef": 0.0, "moe.z_coef": 0.0, "moe.bias_update_rate": 0.0,
@@ -28,12 +28,12 @@ _ARGUMENTS = {
 
 
 def shape_of(config: RunConfig) -> RunConfig:
-  """What a compiled step depends on: equal for cells that can share one."""
+  """`config` reduced to what the compiled step depends on: equal for cells that can share one."""
   return override(config, _ARGUMENTS)
 
 
 def require_one_shape(cells: Sequence[Cell]) -> None:
-  """Raises FieldError, which names the fields, unless all cells have the shape of the first."""
+  """Raises FieldError, which names the differing fields, unless all cells have the same shape."""
   first, *others = cells
   ours = leaves(shape_of(first.config))
   for cell in others:
@@ -46,11 +46,11 @@ def require_one_shape(cells: Sequence[Cell]) -> None:
 
 
 def deal(cells: Sequence[Cell]) -> list[tuple[Cell, ...]]:
-  """The cells in groups that train together, in the order in which they can be trained.
+  """Groups the cells that train together, in an order in which they can be trained.
 
-  A group has one shape and one length, so that none of its members waits for another, and at
-  most as many cells as its members' `execution.population` says. Trunks come before branches, and
-  a run before those that begin with its parameters.
+  The cells of a group have the same shape and length, so that none waits for another, and
+  there are at most `execution.population` of them. Trunks come before their branches, and a run
+  before those that are initialized from it.
   """
   by_name = {cell.name: cell for cell in cells}
   by_path = {f"{cell.experiment}/{cell.name}": cell for cell in cells}

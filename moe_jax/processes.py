@@ -1,12 +1,12 @@
-"""Many processes of one run: they meet, agree on what process 0 decides, and end together.
+"""Coordinates the processes of a run: they join, follow process 0's decisions, and exit together.
 
-A process that raises tells the others why before it ends, and they end with that line and exit
-code: none waits for it in a collective operation. One that falls silent (killed, its host lost) is
-noticed by process 0 within SILENT_SECONDS, and all others end with a line that names it. Where
+A process that raises reports its error to the others before it exits, and they exit with that line
+and exit code instead of waiting for it in a collective. If a process goes silent (killed, its host
+lost), process 0 notices within SILENT_SECONDS, and all others exit with a line that names it. If
 process 0 itself is killed, JAX ends the others at once, with a message of its own.
 
-What is exchanged goes through the key-value store of jax.distributed, which needs no device: it
-works before the first computation, and while one hangs. A process that is alone does none of this.
+Communication goes through the key-value store of jax.distributed, which needs no devices: it works
+before the first computation, and while one hangs. A single process does none of this.
 """
 
 import collections
@@ -32,38 +32,38 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import FieldError
 
-JOIN_SECONDS = 300.0  # in which all processes must have come
+JOIN_SECONDS = 300.0  # time limit for all processes to join
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
-_LEAVE_SECONDS = 30.0  # that process 0, on whom the store depends, stays for the others at most
-_LAST_SECONDS = 1.0  # from what a process says last to its end: JAX aborts it if 0 goes before
-_ENDLESS_MS = 10**9  # eleven days: the watch ends a wait for a process that has gone
+_LEAVE_SECONDS = 30.0  # maximum time that process 0, which hosts the store, waits for the others
+_LAST_SECONDS = 1.0  # for the others to exit: JAX aborts those left when process 0 exits
+_ENDLESS_MS = 10**9  # eleven days: it is the watch that ends a wait for a lost process
 
-_ROOM = "moe_jax"  # all keys are below it
+_ROOM = "moe_jax"  # prefix of all keys
 _numbers = itertools.count()
 _listeners: list[Callable[[str], None]] = []
 
 
 def is_first() -> bool:
-  """Whether this is process 0, which alone writes the files of a run and speaks for it."""
+  """Whether this is process 0, the only one to write a run's files and print its messages."""
   return jax.process_index() == 0
 
 
 def run(body: Callable[[], int], arguments: Mapping[str, Any] | None,
         ending: Callable[[BaseException], tuple[int, str] | None]) -> int:
-  """Runs `body` as one of a run's processes; returns its exit code when all have ended theirs.
+  """Runs `body` as one of a run's processes; returns its exit code once all have finished.
 
-  A process that is alone runs `body`, and what it raises is raised. Among many an exception ends
+  A single process just runs `body`, and exceptions propagate. Among several, an exception ends
   all of them, at once and without the exit handlers of libraries, which would wait for others.
 
   Args:
-    body: computes on JAX's devices, which must not have been asked for before.
-    arguments: for jax.distributed.initialize, of cluster.meeting; None if alone.
-    ending: exit code and line of an exception that it knows; what it does not know is shown
-      with its traceback and ends in 1.
+    body: computes on JAX's devices, which must not be initialized yet.
+    arguments: for jax.distributed.initialize, from cluster.meeting; None for a single process.
+    ending: maps a known exception to its exit code and line; an unknown one is printed with its
+      traceback, and the exit code is 1.
 
   Raises:
-    FieldError: nobody is to be found under these arguments.
+    FieldError: the other processes cannot be found with these arguments.
   """
   if arguments is None or not _join(arguments):
     return body()
@@ -72,7 +72,7 @@ def run(body: Callable[[], int], arguments: Mapping[str, Any] | None,
     code = body()
     _store().wait_at_barrier(f"{_ROOM}/end", _ENDLESS_MS)
   except BaseException as error:
-    if _is_of_jax(error):  # perhaps since another process is gone: the watch will know
+    if _is_of_jax(error):  # maybe because another process is gone: give the watch time to notice
       time.sleep(SILENT_SECONDS + 2 * BEAT_SECONDS)
     known = ending(error)
     if known is None:
@@ -85,9 +85,9 @@ def run(body: Callable[[], int], arguments: Mapping[str, Any] | None,
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-  """On every process, what `make` returns on process 0: JSON. The others wait for it.
+  """Broadcasts what `make` returns on process 0, as JSON; the other processes wait for it.
 
-  All processes call it in the same order.
+  All processes must make these calls in the same order.
   """
   if jax.process_count() == 1:
     return make()
@@ -100,13 +100,13 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 def require_same(facts: Mapping[str, Any]) -> None:
-  """Returns when every process has called it, with equal facts.
+  """Checks that all processes call it with equal facts, and waits for them.
 
   Args:
-    facts: by name, JSON.
+    facts: JSON values by name.
 
   Raises:
-    FieldError: this process's differ from those of process 0; names what differs.
+    FieldError: the facts of this process differ from those of process 0; names which.
   """
   mine = json.loads(json.dumps(facts))
   theirs = from_first(lambda: mine)
@@ -122,7 +122,7 @@ def require_same(facts: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def told_of_the_end(listener: Callable[[str], None]) -> Iterator[None]:
-  """Calls `listener` with a line if, meanwhile, another process ends this one."""
+  """Within the context, calls `listener` with the reason if another process ends this one."""
   _listeners.append(listener)
   try:
     yield
@@ -131,14 +131,14 @@ def told_of_the_end(listener: Callable[[str], None]) -> Iterator[None]:
 
 
 class StopVote:
-  """Whether any process was asked to stop: all learn it at the same step.
+  """Whether any process was asked to stop, such that all processes stop at the same step.
 
-  Every process votes once a step. Among many the votes are summed up on the devices, behind
-  the step; the result is looked at one step later, when it is there without waiting.
+  Every process votes once per step. Among several, the maximum of the votes is computed on the
+  devices after the step and read one step later, when it is available without waiting.
   """
 
   def __init__(self, asked: list[int], mesh: Mesh):
-    """`asked` gets the number of the signal when this process is asked to stop."""
+    """`asked` receives the number of the signal that asks this process to stop."""
     self._asked, self._alone = asked, jax.process_count() == 1
     every = Mesh(mesh.devices.reshape(-1), ("device",))
     self._spread = NamedSharding(every, P("device"))
@@ -146,7 +146,7 @@ class StopVote:
     self._votes: collections.deque[jax.Array] = collections.deque()
 
   def cast(self) -> None:
-    """To be called after each step is given to the devices, on every process."""
+    """Votes; to be called after each step is dispatched, on every process."""
     if self._alone:
       return
     mine = np.array(self._asked[:1] or [0], np.int32)
@@ -155,31 +155,31 @@ class StopVote:
     self._votes.append(self._highest(votes_N))
 
   def result(self) -> int:
-    """The signal's number; 0 to go on. To be called before each step, on every process."""
+    """The signal's number, or 0 to continue; to be called before each step, on every process."""
     if self._alone:
       return self._asked[0] if self._asked else 0
     return int(self._votes.popleft()) if len(self._votes) > 1 else 0
 
 
 class _Watch:
-  """A thread that shows that this process lives, and ends it when another has ended."""
+  """A thread that sends this process's heartbeat and ends the process if another one failed."""
 
   def __init__(self, index: int, count: int):
     self._index, self._count, self._store = index, count, _store()
-    self._once = threading.Lock()  # taken by what ends this process, and never given back
+    self._once = threading.Lock()  # acquired to end this process, and never released
     self._looked = time.monotonic()
     self._heard = dict.fromkeys(range(1, count), ("", self._looked))
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()
 
   def stop(self) -> None:
-    """Ends the watch on all processes. To be called when every one has ended its work."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was quicker
+    """Ends the watch on all processes; to be called once all have finished their work."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was faster
       self._store.key_value_set(f"{_ROOM}/verdict", "null")
     self._thread.join()
 
   def end_all(self, code: int, line: str) -> NoReturn:
-    """Prints the line, and ends this and all other processes with it."""
+    """Prints the line and ends this process and all others."""
     self._once.acquire()
     print(f"error: {line}", file=sys.stderr)
     self._pronounce(code, f"process {self._index} on {socket.gethostname()} ended: {line}")
@@ -187,7 +187,7 @@ class _Watch:
 
   def _watch(self) -> None:
     for beat in itertools.count():
-      with contextlib.suppress(jax.errors.JaxRuntimeError):  # a busy store: the next may pass
+      with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store is busy: try again later
         self._store.key_value_set(f"{_ROOM}/beat/{self._index}", str(beat),
                                   allow_overwrite=True)
         if self._index == 0 and (lost := self._lost()):
@@ -208,17 +208,17 @@ class _Watch:
       try:
         print(f"error: {line}", file=sys.stderr)
         for listener in _listeners:
-          with contextlib.suppress(Exception):  # the end of a process hangs on no disk or bucket
+          with contextlib.suppress(Exception):  # storage errors must not keep it from exiting
             listener(line)
       finally:
         self._leave(verdict["code"])
 
   def _lost(self) -> str:
-    """The processes of which nothing has been heard for too long; "" if there is none."""
+    """The processes that have been silent for too long; "" if there are none."""
     now = time.monotonic()
     beats = {int(key.rpartition("/")[2]): beat
              for key, beat in self._store.key_value_dir_get(f"{_ROOM}/beat")}
-    slept = now - self._looked > SILENT_SECONDS / 2  # then the others could not be heard
+    slept = now - self._looked > SILENT_SECONDS / 2  # this process was suspended and heard nobody
     self._looked = now
     for index, (last, _) in self._heard.items():
       if slept or beats.get(index, "") != last:
@@ -227,16 +227,16 @@ class _Watch:
                      if now - when > SILENT_SECONDS)
 
   def _pronounce(self, code: int, line: str) -> None:
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was quicker
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was faster
       self._store.key_value_set(f"{_ROOM}/verdict", json.dumps({"code": code, "line": line}))
 
   def _leave(self, code: int) -> NoReturn:
-    """Ends this process now; process 0 soon after the others, whom it answers, said that they go.
+    """Exits now; process 0, which hosts the store, waits for the others to announce their exit.
 
-    That one of them has gone cannot be seen from here: one that takes longer than _LAST_SECONDS
-    is aborted by JAX, and ends with SIGABRT instead of its code.
+    Whether they have exited is not visible from here: one that takes longer than _LAST_SECONDS
+    is aborted by JAX, and ends with SIGABRT instead of its exit code.
     """
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    with contextlib.suppress(OSError):  # the output is closed
       sys.stdout.flush()
       sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -251,16 +251,16 @@ class _Watch:
 
 
 def _join(arguments: Mapping[str, Any]) -> bool:
-  """Meets the others; False if there are none. Raises FieldError."""
+  """Joins the other processes; returns False if there are none. Raises FieldError."""
   address = arguments.get("coordinator_address")
   if address and arguments["process_id"] == 0:
     _require_free_port(address)
-  # Where process 0 dies JAX aborts the others: without a page of what each thread was doing.
+  # If process 0 dies, JAX aborts the others: do not dump the stacks of all threads then.
   if faulthandler.is_enabled():
     faulthandler.enable(all_threads=False)
-  # JAX's own would swallow SIGTERM, on which the loop saves.
+  # JAX's preemption service would swallow SIGTERM, on which the loop saves.
   jax.config.update("jax_enable_preemption_service", False)
-  # JAX ends a process that waited in vain with an abort and a stack trace: we are quicker.
+  # On a timeout JAX aborts with a stack trace: exit with one line before that.
   given_up = threading.Timer(JOIN_SECONDS, _give_up, [address])
   given_up.daemon = True
   given_up.start()
@@ -288,7 +288,7 @@ def _give_up(address: str | None) -> None:
 
 
 def _require_free_port(address: str) -> None:
-  """JAX would wait for the stranger who has the port."""
+  """Raises FieldError if another program has the port, for which JAX would wait."""
   port = int(address.rpartition(":")[2])
   family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
   try:
@@ -300,8 +300,10 @@ def _require_free_port(address: str) -> None:
 
 
 def _store() -> Any:
-  """The key-value store that the processes share. JAX has no public door to it; Orbax and
-  others take this one."""
+  """The key-value store that the processes share.
+
+  JAX has no public API for it; Orbax and others use this private one, too.
+  """
   from jax._src import distributed
   return distributed.global_state.client
 

@@ -1,9 +1,9 @@
 """Matrix products in the forms that XLA's CPU compiler runs fast.
 
-Its library multiplies rows that lie one after another with a matrix in either order. It has no
-kernel for a first factor that lies transposed, which is what the gradient of weights asks for (the
-fallback takes half as long again), and multiplies bfloat16 as such, twice as fast as float32, only
-where the result is asked for in float32; else it converts everything (JAX 0.10.2).
+Its library multiplies a row-major first factor with a matrix in either layout. It has no kernel
+for a transposed first factor, which is what the gradient of weights needs (the fallback takes half
+as long again), and it multiplies in bfloat16, twice as fast as in float32, only if the result is
+requested in float32; otherwise it converts everything (JAX 0.10.2).
 """
 
 import functools
@@ -17,39 +17,39 @@ from jax.sharding import Mesh
 
 from moe_jax.mesh import platform_of
 
-_FEW_ROWS = 64  # not measured: a batch of decoding is below, one of training far above
+_FEW_ROWS = 64  # not measured: decoding batches are below, training batches far above
 
 
 def precision_of(dtype: jnp.dtype, platform: str) -> jax.lax.Precision | None:
-  """What makes a product of float32 be one: accelerators round its factors unless they are told.
+  """The precision argument that keeps float32 products in float32, which accelerators would round.
 
-  A CPU does not round, and has no fast kernel for what is asked for in so many words.
+  A CPU does not round, and has no fast kernel for an explicit precision.
   """
   told = dtype == jnp.float32 and platform != "cpu"
   return jax.lax.Precision.HIGHEST if told else None
 
 
-# The sum in float32, as every platform has it; what is to be bfloat16 is rounded by the caller.
+# Accumulates and returns float32 on every platform; the caller rounds to bfloat16 if needed.
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def turned(x: jax.Array) -> jax.Array:
-  """x with its last two axes swapped, in memory too: a first factor to multiply with.
+  """Transposes the last two axes of x in memory, for use as a first factor.
 
-  Swapped alone, it would become a product of a transposed factor again; the barrier keeps it from
-  that, and the leading axis of one keeps XLA from seeing through the barrier.
+  XLA would fold a plain transpose into the product again; the barrier prevents that, and the
+  leading axis of size 1 keeps XLA from seeing through the barrier.
   """
   return jax.lax.optimization_barrier(x[None].swapaxes(-1, -2))[0]
 
 
 def multiply(x: jax.Array, w: jax.Array, mesh: Mesh, axes: int = 1) -> jax.Array:
-  """Contracts the last `axes` axes of x with the first ones of w, in the type of x and w.
+  """Contracts the last `axes` axes of x with the first `axes` axes of w, in the dtype of both.
 
   Args:
-    x: activations; what lies before the contracted axes stays in front.
-    w: weights, of the type of x.
-    mesh: of devices whose platform decides how it is done.
-    axes: how many.
+    x: activations; their other axes come first in the result.
+    w: weights, of the dtype of x.
+    mesh: the platform of its devices selects the implementation.
+    axes: number of axes to contract.
   """
   platform = platform_of(mesh)
   if platform != "cpu":
@@ -62,8 +62,8 @@ def multiply(x: jax.Array, w: jax.Array, mesh: Mesh, axes: int = 1) -> jax.Array
 def multiply_each(x: jax.Array, weights: Sequence[jax.Array], mesh: Mesh) -> list[jax.Array]:
   """`multiply` by several weights; on a CPU as one product, which reads x once.
 
-  Few rows, as in decoding, are multiplied by one weight at a time: there laying the weights side by
-  side would be most of the work.
+  Few rows, as in decoding, are multiplied by one weight at a time, since concatenating the weights
+  would be most of the work.
   """
   if platform_of(mesh) != "cpu" or x.size // x.shape[-1] < _FEW_ROWS:
     return [multiply(x, w, mesh) for w in weights]
@@ -75,7 +75,7 @@ def multiply_each(x: jax.Array, weights: Sequence[jax.Array], mesh: Mesh) -> lis
 
 @jax.custom_vjp
 def cpu_matmul(x_TD: jax.Array, w_DF: jax.Array) -> jax.Array:
-  """x @ w in the type of both; axes in front of these are those of both."""
+  """x @ w in the dtype of both; leading axes are batch axes of both."""
   return _product(x_TD, w_DF)
 
 
@@ -84,7 +84,7 @@ def _product(x_TD, w_DF):
 
 
 def _fwd(x_TD, w_DF):
-  return _product(x_TD, w_DF), (x_TD, w_DF)  # in the open, where remat's policies see it
+  return _product(x_TD, w_DF), (x_TD, w_DF)  # not cpu_matmul, so that remat policies see the dot
 
 
 def _bwd(residuals, dy_TF):

@@ -1,16 +1,16 @@
-"""The run directory `<out>/<experiment>/<cell>/`: the one place that knows file names. No JAX.
+"""The run directory `<out>/<experiment>/<cell>/`, and all its file names. No JAX.
 
-    config.json                       before the first step
-    status.json                       by the trainer: state, step, heartbeat, error
-    metrics/<attempt>-<first step>.jsonl   a file a checkpoint interval; each attempt its own
-    checkpoints/<step>/               Orbax; checksums/<step>.json lists a hash for each file
-    eval/NAME.json                    by evaluations of the newest checkpoint
-    eval/NAME.npz                     what they measured of each document
-    eval/steps/<step>/NAME.json       of any checkpoint
-    launch.json, log.txt              by the launcher
+    config.json                       written before the first step
+    status.json                       from the trainer: state, step, heartbeat, error
+    metrics/<attempt>-<first step>.jsonl   one file per attempt and checkpoint interval
+    checkpoints/<step>/               Orbax; checksums/<step>.json has a hash of each file
+    eval/NAME.json                    evaluations of the newest checkpoint
+    eval/NAME.npz                     their measurements per document
+    eval/steps/<step>/NAME.json       evaluations of any checkpoint
+    launch.json, log.txt              from the launcher
     tensorboard/, profile/            for TensorBoard; profile/ on request
 
-It may lie on an object store (files.py): so each file has one writer and is written whole.
+It may be on an object store (files.py), so each file has one writer and is written as a whole.
 `<out>/<experiment>/results.csv` is derived from these files.
 """
 
@@ -33,7 +33,7 @@ from moe_jax.errors import DamagedFile, FieldError
 from moe_jax.files import is_local, read_json, write_json
 from moe_jax.grid import Cell
 
-_LONGEST_PART = 255  # bytes in a name of a path
+_LONGEST_PART = 255  # bytes in one component of a path
 
 HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 120.0
@@ -41,31 +41,31 @@ DEAD_AFTER_SECONDS = 120.0
 RUNNING, FINISHED, PREEMPTED = "running", "finished", "preempted"
 DIVERGED, FAILED = "diverged", "failed"
 
-# How the trainer ends, for launchers; 0 is finished, cli.EXIT_BAD_INPUT nothing trained.
-EXIT_PREEMPTED = 75  # stopped by a signal after saving a checkpoint: run again to go on
-EXIT_DIVERGED = 76  # the loss is not finite: running again would diverge again
+# Exit codes of the trainer, for launchers; 0: finished, cli.EXIT_BAD_INPUT: nothing was trained.
+EXIT_PREEMPTED = 75  # stopped by a signal after saving a checkpoint: run again to resume
+EXIT_DIVERGED = 76  # the loss is not finite: a retry would diverge again
 EXIT_BUSY = 77  # another process holds the run directory
 
 
 class RunDirBusy(RuntimeError):
-  """Another process works on the run directory."""
+  """Another process is using the run directory."""
 
 
 def is_gone(host: str, pid: int) -> bool:
-  """Whether a process has surely ended; False where another host's word is needed."""
+  """Whether a process has certainly ended; False if it cannot be checked from this host."""
   if host != socket.gethostname():
     return False
   try:
     os.kill(pid, 0)
   except ProcessLookupError:
     return True
-  except PermissionError:  # it exists and is another user's
+  except PermissionError:  # it exists and belongs to another user
     return False
   return False
 
 
 def _require_directory(root: epath.Path) -> None:
-  """Raises FieldError where `root` neither is a directory nor can be made one."""
+  """Raises FieldError unless `root` is a directory or can be created."""
   nearest = next(path for path in (root, *root.absolute().parents) if os.path.lexists(path))
   if not nearest.is_dir():
     kind = "a file" if nearest.exists() else "a link to nothing"
@@ -75,13 +75,13 @@ def _require_directory(root: epath.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-  """One run's files."""
+  """The files of one run."""
 
   path: epath.Path
 
   @classmethod
   def of(cls, out: str | os.PathLike, cell: Cell) -> "RunDir":
-    """The directory of a cell under the root `out`. Raises FieldError if it is out of reach."""
+    """The directory of a cell under the root `out`. Raises FieldError if `out` is unusable."""
     if os.fspath(out).startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
       raise FieldError("out", os.fspath(out), "needs gcsfs: pip install 'moe_jax[gcs]'")
     if not os.fspath(out):
@@ -101,13 +101,15 @@ class RunDir:
 
   @classmethod
   def named(cls, out: str | os.PathLike, run: str) -> "RunDir":
-    """The directory of another's RUN, which is EXPERIMENT/CELL under the root `out`, or a path."""
+    """The directory of `run`, which is EXPERIMENT/CELL under the root `out`, or a path."""
     is_path = run.startswith(("/", "./", "../")) or run.count("/") > 1
     return cls(epath.Path(run) if is_path else epath.Path(out) / run)
 
   def trunk(self, config: RunConfig) -> "RunDir | None":
-    """The directory of the run that this one, of that configuration, branches from; None if it
-    does not."""
+    """The directory of the run that this one branches from; None if it is not a branch.
+
+    `config` is this run's configuration.
+    """
     run = config.train.branch_run
     if run is None:
       return None
@@ -115,8 +117,10 @@ class RunDir:
     return RunDir.named(root, run if "/" in run else f"{experiment}/{run}")
 
   def source(self, config: RunConfig) -> "RunDir | None":
-    """The directory of the run whose parameters this one, of that configuration, begins with; None
-    if it begins with its own."""
+    """The directory of the run that this one is initialized from; None if from scratch.
+
+    `config` is this run's configuration.
+    """
     run = config.train.init_run
     return None if run is None else RunDir.named(self.path.parent.parent, run)
 
@@ -144,25 +148,25 @@ class RunDir:
     return self.path / "checksums" / f"{step}.json"
 
   def has_checkpoint(self, step: int | None = None) -> bool:
-    """Whether the checkpoint of that step, or any, is finished. It may be damaged."""
+    """Whether there is a finished checkpoint, of `step` if given. It may be damaged."""
     return any(True for _ in self._saved("[0-9]*" if step is None else str(step)))
 
   def saved_step(self) -> int:
-    """The newest step of which there is a finished checkpoint, or 0. It may be damaged."""
+    """The step of the newest finished checkpoint, or 0. It may be damaged."""
     return max(self._saved("[0-9]*"), default=0)
 
   def _saved(self, steps: str) -> Iterator[int]:
     if is_local(self.path):
       names = (file.name for file in self.checkpoints.glob(steps))
     else:
-      # There a step's folder exists from its first file on; Orbax writes this one last.
+      # On an object store a step's folder appears with its first file; Orbax writes this one last.
       names = (file.parent.name for file in self.checkpoints.glob(f"{steps}/commit_success.txt"))
     return (int(name) for name in names if name.isdecimal())
 
   # config.json
 
   def check_identity(self, cell: Cell) -> bool:
-    """Whether the run has begun; writes nothing.
+    """Returns whether the run has begun; writes nothing.
 
     Raises:
       FieldError: the directory belongs to a run of another identity; names the fields.
@@ -176,12 +180,12 @@ class RunDir:
     return theirs is not None
 
   def check_source(self, config: RunConfig) -> None:
-    """Checks that a run which has begun is the one that begins with what `init_from` names now.
+    """Checks that a run which has begun was initialized from the run that `init_from` now names.
 
-    The identity has the name of that run alone, which runs of several roots may have.
+    The identity contains only the name of that run, and runs under different roots may share it.
 
     Raises:
-      FieldError: it began with another run's parameters.
+      FieldError: it was initialized from another run's parameters.
     """
     there = self.source(config)
     if there is None or (began := self.read_began_from()) is None:
@@ -196,14 +200,14 @@ class RunDir:
 
   def claim(self, cell: Cell, branched_from: Mapping[str, Any] | None = None,
             began_from: Mapping[str, Any] | None = None) -> None:
-    """Writes config.json, or checks that the one there has this identity.
+    """Writes config.json, or checks that an existing one has the same identity.
 
     Args:
-      cell: what is trained here.
-      branched_from: of a branch that has not left its trunk's checkpoint yet: `run`,
-        `identity` and `step` of that checkpoint.
-      began_from: of one that has not begun yet, and begins with another run's parameters: the
-        same, and `checkpoint`, a hash of what it holds.
+      cell: the cell to train here.
+      branched_from: for a branch without checkpoints of its own: `run`, `identity` and `step`
+        of the trunk's checkpoint.
+      began_from: for a run without checkpoints that is initialized from another run: `run`,
+        `identity` and `step` of that checkpoint, and `checkpoint`, a hash of its content.
 
     Raises:
       FieldError: the directory belongs to a run of another identity; names the fields.
@@ -219,15 +223,15 @@ class RunDir:
         "config": config_lib.to_dict(cell.config)})
 
   def read_branched_from(self) -> dict[str, Any] | None:
-    """`run`, `identity` and `step` of the trunk's checkpoint that a branch began with."""
+    """`run`, `identity` and `step` of the trunk's checkpoint that a branch started from."""
     return (self._stored() or {}).get("branched_from")
 
   def read_began_from(self) -> dict[str, Any] | None:
-    """`run`, `identity`, `step` and `checkpoint` of what a run took its first parameters from."""
+    """`run`, `identity`, `step` and `checkpoint` of the parameters a run was initialized from."""
     return (self._stored() or {}).get("began_from")
 
   def read_identity(self) -> str | None:
-    """The hash of the identity that the run began with, as it was written; None where none is."""
+    """The stored hash of the identity that the run began with, or None."""
     return (self._stored() or {}).get("identity")
 
   def read_config(self) -> RunConfig | None:
@@ -242,7 +246,7 @@ class RunDir:
                         f"is not a run configuration: {error}") from None
 
   def _stored(self) -> dict[str, Any] | None:
-    """config.json, or None before the run began. Raises DamagedFile."""
+    """The content of config.json, or None before the run began. Raises DamagedFile."""
     path = self.path / "config.json"
     stored = read_json(path)
     if not isinstance(stored, dict | None):
@@ -252,7 +256,7 @@ class RunDir:
   # status.json
 
   def read_status(self) -> dict[str, Any]:
-    """The trainer's last word, or {} before its first."""
+    """The status last written by the trainer, or {} if there is none. Raises DamagedFile."""
     path = self.path / "status.json"
     status = read_json(path)
     if status is None:
@@ -270,11 +274,11 @@ class RunDir:
         "heartbeat": time.time()})
 
   def is_alive(self, status: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote this status still works on the run.
+    """Whether the process that wrote this status is still working on the run.
 
-    Its heartbeat must be young; on this host its process must exist too. One that exists
-    and is silent (a long compilation) lives if the directory is locked. The lock is tried
-    only then: looking at a run must not get into the way of one that starts.
+    Its heartbeat must be recent; on this host, its process must exist too. A process that exists
+    but is silent (a long compilation) counts as alive if the directory is locked. The lock is
+    tried only in that case, since inspecting a run must not block one that is starting.
     """
     if status.get("state") != RUNNING or is_gone(status["host"], status["pid"]):
       return False
@@ -295,14 +299,14 @@ class RunDir:
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
-    """Holds the directory for this process while the context lasts.
+    """Locks the directory for this process within the context.
 
-    On a file system the kernel keeps the lock and drops it when the process ends, however
-    it ends. An object store has no locks: there a heartbeat younger than
-    DEAD_AFTER_SECONDS from another process counts as held.
+    On a file system the kernel releases the lock when the process ends, however it ends. An
+    object store has no locks: there a heartbeat from another process that is younger than
+    DEAD_AFTER_SECONDS counts as a lock.
 
     Raises:
-      RunDirBusy: another process, which is named, holds it.
+      RunDirBusy: another process holds the lock; names it.
     """
     if not is_local(self.path):
       status = self.read_status()
@@ -331,12 +335,12 @@ class RunDir:
     return self.path / "metrics" / f"{attempt:04d}-{first_step:08d}.jsonl"
 
   def next_attempt(self) -> int:
-    """One more than any attempt that has left metrics."""
+    """One more than the highest attempt with metrics."""
     names = [file.name for file in self._metrics_files()]
     return 1 + max((int(name.partition("-")[0]) for name in names), default=0)
 
   def read_metrics(self) -> list[dict[str, Any]]:
-    """The records of all attempts by step; where two have a step, the later counts."""
+    """The records of all attempts, sorted by step; for duplicate steps the later attempt wins."""
     by_step = {}
     for file in self._metrics_files():
       for number, line in enumerate(file.read_text().splitlines(), start=1):
@@ -354,11 +358,11 @@ class RunDir:
   # eval/
 
   def write_eval(self, name: str, result: Mapping[str, Any], step: int | None = None) -> None:
-    """Keeps an evaluation of the newest checkpoint, or of that of `step`."""
+    """Writes an evaluation of the newest checkpoint, or of the one at `step`."""
     write_json(self._evals(step) / f"{name}.json", dict(result))
 
   def read_eval(self, name: str, step: int | None = None) -> Any:
-    """What write_eval wrote, or None. Raises DamagedFile."""
+    """Reads what write_eval wrote, or None. Raises DamagedFile."""
     return read_json(self._evals(step) / f"{name}.json")
 
   def read_evals(self) -> dict[str, dict[str, Any]]:
@@ -366,11 +370,11 @@ class RunDir:
     return {file.stem: read_json(file) for file in files}
 
   def evaluated_steps(self) -> list[int]:
-    """Steps of which there are evaluations, ascending; that of the newest may not be one."""
+    """Steps with evaluations under eval/steps, ascending; may lack the newest checkpoint's."""
     return sorted(int(folder.name) for folder in (self.path / "eval" / "steps").glob("[0-9]*"))
 
   def documents(self, name: str) -> epath.Path:
-    """File of what an evaluation measured of each document."""
+    """The file of an evaluation's measurements per document."""
     return self._evals(None) / f"{name}.npz"
 
   def _evals(self, step: int | None) -> epath.Path:

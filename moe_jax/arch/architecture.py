@@ -1,4 +1,4 @@
-"""The shape of an MoE decoder: the five variables of arXiv 2601.08215 and the rest."""
+"""The shape of an MoE decoder: the five variables of arXiv 2601.08215, and all others."""
 
 import dataclasses
 import numbers
@@ -11,26 +11,26 @@ from moe_jax.errors import require
 class Architecture:
   """A decoder-only transformer whose feed-forward layers are mixtures of SwiGLU experts.
 
-  The widths are stored as integers; ratios (`granularity`, `sparsity`) are derived,
-  so that a rounded shape never claims to be the one that was asked for.
+  Widths are stored as integers and ratios (`granularity`, `sparsity`) are derived from them,
+  so that a rounded shape is never reported with the ratios that were requested.
 
   Attributes:
     n_layers: depth l.
     d_model: width d.
     d_expert: hidden width of one expert.
-    n_exp: routed experts in an MoE layer. 1 makes a dense model.
+    n_exp: routed experts per MoE layer. 1 makes a dense model.
     n_topk: experts each token is sent to.
     n_heads: query heads.
-    n_kv_heads: key and value heads; None means n_heads (no grouped queries).
+    n_kv_heads: key and value heads; None means n_heads (no grouped-query attention).
     head_dim: width of one head; None means d_model / n_heads.
     vocab_size: rows of the embedding table.
-    n_shared_experts: experts that see every token, beside the routed ones.
-    n_dense_layers: how many of the first layers are dense instead of MoE.
-    d_dense: hidden width of such a dense layer; None means the active width of an
+    n_shared_experts: experts that every token goes to, in addition to the routed ones.
+    n_dense_layers: number of initial layers that are dense instead of MoE.
+    d_dense: hidden width of these dense layers; None means the active width of an
       MoE layer, (n_topk + n_shared_experts) * d_expert.
     tie_embeddings: whether the output head is the embedding table.
-    qk_norm: what is normalised of queries and keys: each `head` (Qwen3), the whole `projection`
-      (OLMoE), or `none` (Mixtral).
+    qk_norm: what queries and keys are normalized over: each `head` (Qwen3), the whole
+      `projection` (OLMoE), or `none` (Mixtral).
   """
 
   n_layers: int
@@ -77,7 +77,7 @@ class Architecture:
 
   @property
   def granularity(self) -> float:
-    """g = d_model / d_expert; after rounding it need not be whole."""
+    """g = d_model / d_expert; need not be an integer."""
     return self.d_model / self.d_expert
 
   @property
@@ -102,11 +102,11 @@ class Architecture:
 
   @property
   def qk_norm_scales(self) -> int:
-    """Norm scales of a layer's queries and keys."""
+    """Number of norm scales of a layer's queries and keys."""
     return {"head": 2, "projection": self.n_heads + self.kv_heads, "none": 0}[
         self.qk_norm] * self.d_head
 
   @property
   def n_moe_layers(self) -> int:
-    """Layers that have experts and a router."""
+    """Number of layers with experts and a router."""
     return self.n_layers - self.n_dense_layers

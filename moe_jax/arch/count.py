@@ -1,6 +1,6 @@
-"""Exact parameters, FLOPs and bytes of an architecture, and the paper's approximations.
+"""Counts the parameters, FLOPs and bytes of an architecture exactly, and by the paper's formulas.
 
-Parameters are those of the real tree, every norm scale and router included:
+Parameter counts equal those of the real tree, including every norm scale and router:
 
     embed [V,D]; head [D,V] unless tied; final norm [D]
     every layer   two norms [D]; q [D,H,h]; k, v [D,Kv,h]; o [H,h,D]; q and k norm [h]
@@ -11,14 +11,14 @@ Parameters are those of the real tree, every norm scale and router included:
 
 FLOPs count a multiply-add as two, for every matrix product of the model: projections,
 router, experts, attention scores and values, output head. Not counted: the embedding
-look-up, norms, softmaxes, activations, the optimizer, padding of expert capacity, and what
-rematerialisation computes twice; nothing is taken off for dropped tokens.
+lookup, norms, softmaxes, activations, the optimizer, padding of expert capacity, and
+recomputation by remat; nothing is subtracted for dropped tokens.
 
-Causal convention: the query at position t attends to t + 1 keys, so (seq_len + 1) / 2 on
-average: only the lower triangle counts. Document masks are not taken into account.
+Causal convention: the query at position t attends to t + 1 keys, (seq_len + 1) / 2 on
+average, so only the lower triangle counts. Document masks are ignored.
 
 Everything here is arithmetic on the fields of an Architecture, so the parameter counts also
-take an object of the same field names that holds NumPy arrays (the iso solver's).
+work for an object with the same field names that holds NumPy arrays (as in the iso solver).
 """
 
 from moe_jax.arch.architecture import Architecture
@@ -30,8 +30,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1
 def n_parameters(arch: Architecture, n_routed: int) -> int:
   """All parameters but embedding and head, with `n_routed` experts in each MoE layer.
 
-  `n_routed` = n_exp makes it N_total, n_topk N_active, 0 what is left without the routed
-  experts (their routers stay).
+  `n_routed` = n_exp gives N_total, n_topk gives N_active, and 0 gives all but the routed
+  experts (routers are always included).
   """
   d_model = arch.d_model
   projections = 2 * d_model * (arch.n_heads + arch.kv_heads) * arch.d_head
@@ -49,12 +49,12 @@ def n_total(arch: Architecture) -> int:
 
 
 def n_active(arch: Architecture) -> int:
-  """N_active: those of N_total that one token uses: n_topk of the routed experts, all else."""
+  """N_active: the part of N_total that one token uses, with n_topk of the routed experts."""
   return n_parameters(arch, arch.n_topk)
 
 
 def n_embedding(arch: Architecture) -> int:
-  """Parameters of the embedding and the output head: one table where they are tied."""
+  """Parameters of the embedding and the output head, which are one table if tied."""
   return (1 if arch.tie_embeddings else 2) * arch.vocab_size * arch.d_model
 
 
@@ -71,8 +71,8 @@ def n_active_with_embedding(arch: Architecture) -> int:
 def paper_n_total(arch: Architecture) -> int:
   """l d² (4 + 3 n_exp / g): arXiv 2601.08215's approximation of N_total.
 
-  It leaves out routers, norms and embeddings, takes attention for 4 d² (no grouped
-  queries, heads that fill d_model), and knows neither shared experts nor dense layers.
+  It omits routers, norms and embeddings, counts attention as 4 d² (no grouped-query
+  attention, heads that fill d_model), and has neither shared experts nor dense layers.
   """
   return _paper_count(arch, arch.n_exp)
 
@@ -83,12 +83,12 @@ def paper_n_active(arch: Architecture) -> int:
 
 
 def _paper_count(arch: Architecture, n_routed: int) -> int:
-  # d² / g is d * d_expert, which stays a whole number.
+  # d² / g is d * d_expert, which is exact in integers.
   return arch.n_layers * arch.d_model * (4 * arch.d_model + 3 * n_routed * arch.d_expert)
 
 
 def _layer_matmul_parameters(arch: Architecture) -> int:
-  """Parameters that multiply one token's activations, head left out."""
+  """Parameters in the matrix products of one token, without the head."""
   norm_scales = arch.d_model + arch.n_layers * (2 * arch.d_model + arch.qk_norm_scales)
   return n_active(arch) - norm_scales
 
@@ -96,8 +96,8 @@ def _layer_matmul_parameters(arch: Architecture) -> int:
 def forward_flops_per_token(arch: Architecture, seq_len: int) -> int:
   """FLOPs of one forward pass over sequences of `seq_len`, per token.
 
-  Conventions (multiply-adds, causal attention, what is left out) as in the module's
-  docstring. Scores and values take 2 * 2 * H * h FLOPs a key and a layer.
+  For the conventions (multiply-adds, causal attention, what is not counted) see the module's
+  docstring. Scores and values take 2 * 2 * H * h FLOPs per key and layer.
 
   Raises:
     FieldError: `seq_len` is below 1.
@@ -109,21 +109,21 @@ def forward_flops_per_token(arch: Architecture, seq_len: int) -> int:
 
 
 def training_flops_per_token(arch: Architecture, seq_len: int) -> int:
-  """Three times the forward pass: the backward pass counts twice. The base of MFU."""
+  """Three times the forward pass, since the backward pass counts twice; used for MFU."""
   return 3 * forward_flops_per_token(arch, seq_len)
 
 
 def prefill_flops_per_token(arch: Architecture, seq_len: int) -> float:
-  """FLOPs per token of reading a prompt of `seq_len` into the cache.
+  """FLOPs per token of prefilling the cache with a prompt of `seq_len` tokens.
 
-  As the forward pass, but the output head is needed for the last position alone.
+  Those of the forward pass, but with the output head for the last position only.
   """
   head = 2 * arch.d_model * arch.vocab_size
   return forward_flops_per_token(arch, seq_len) - head + head / seq_len
 
 
 def decode_flops_per_token(arch: Architecture, context: int) -> int:
-  """FLOPs of generating one token that attends to `context` keys, its own among them.
+  """FLOPs of decoding one token that attends to `context` keys, including its own.
 
   Raises:
     FieldError: `context` is below 1.
@@ -135,7 +135,7 @@ def decode_flops_per_token(arch: Architecture, context: int) -> int:
 
 
 def dtype_bytes(dtype: str) -> int:
-  """Bytes of one number. Raises FieldError for a name that is not in DTYPE_BYTES."""
+  """Bytes per element. Raises FieldError for a name that is not in DTYPE_BYTES."""
   require(dtype in DTYPE_BYTES, "dtype", dtype, did_you_mean(str(dtype), list(DTYPE_BYTES)))
   return DTYPE_BYTES[dtype]
 
@@ -146,7 +146,7 @@ def weight_bytes(arch: Architecture, dtype: str) -> int:
 
 
 def optimizer_bytes(arch: Architecture) -> int:
-  """Bytes of AdamW's two float32 moments: 8 a parameter. Master weights are not in it."""
+  """Bytes of AdamW's two float32 moments: 8 per parameter. Excludes master weights."""
   return 2 * weight_bytes(arch, "float32")
 
 

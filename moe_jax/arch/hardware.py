@@ -1,27 +1,27 @@
-"""Peak figures of accelerators, and which of them a JAX device is.
+"""Peak figures of accelerators, looked up by name or by JAX device kind.
 
-Figures are the vendors' published ones: Cloud TPU's system architecture pages and NVIDIA's
-data sheets (SXM parts, dense bfloat16, no structured sparsity). TPU memory is in GiB, as the
-chips have it; NVIDIA's is taken as the decimal gigabytes of the data sheet, a few per cent
-below what the driver shows, so that a plan errs on the safe side. Links between chips are
-published as the sum over all links of a chip and both directions; here is one direction, half.
+The figures are published by the vendors: Cloud TPU's system architecture pages and NVIDIA's
+data sheets (SXM parts, dense bfloat16, no structured sparsity). TPU memory is in GiB, as on the
+chips; NVIDIA's is taken as the decimal gigabytes of the data sheet, a few percent
+below what the driver shows, so that plans are conservative. Link bandwidths are published as the
+sum over all links of a chip and both directions; here they are for one direction, half of that.
 
-A TPU's clock is its published peak over what its matrix units do in a cycle (v4 and v5p eight
-units of 128 x 128, v5e four, v6e four of 256 x 256, tpu7x eight). A chip's share of the
-data-centre network is that of "How To Scale Your Model" (jax-ml.github.io/scaling-book); for
-v4 and tpu7x it is taken as that of the nearest generation.
+A TPU's clock is its published peak divided by the FLOPs of its matrix units per cycle (v4 and v5p
+have eight units of 128 x 128, v5e four, v6e four of 256 x 256, tpu7x eight). A chip's share of the
+data center network is from "How To Scale Your Model" (jax-ml.github.io/scaling-book); for
+v4 and tpu7x it is that of the nearest generation.
 
-Of a TPU's memory a program can have what the compiler leaves it, which is not the published
-figure: it is read off libtpu 0.0.42.1's own refusal, "exceeds available HBM (15.75G)", of a
-program that is too large for each kind (tests/plan/limit_test.py asks again).
+The TPU memory available to a program is what the compiler allows, not the published figure. It is
+taken from libtpu 0.0.42.1's error message, "exceeds available HBM (15.75G)", for a program that is
+too large, for each kind (tests/plan/limit_test.py checks it again).
 """
 
 import dataclasses
 
 _GIB = 2**30
 
-# Catalogue prices on demand, US regions, seen in 2026 and undated there: `--usd_per_chip_hour`
-# replaces them. None where there is no public price.
+# On-demand list prices in US regions, seen in 2026 in an undated catalogue; `--usd_per_chip_hour`
+# overrides them. None if there is no public price.
 PRICES_AS_OF = "a 2026 catalogue snapshot"
 
 
@@ -34,14 +34,14 @@ class Hardware:
     bf16_flops: peak dense bfloat16 FLOP/s of a chip.
     hbm_bytes: memory of a chip.
     hbm_bytes_per_second: peak memory bandwidth of a chip.
-    link_bytes_per_second: what a chip can send to others of its slice or NVLink domain, over
+    link_bytes_per_second: bandwidth from a chip to others of its slice or NVLink domain, over
       all its links (ICI, NVLink), in one direction.
-    device_kinds: what `jax.Device.device_kind` says for it.
-    devices_per_chip: JAX devices that share a chip (tpu7x shows its two cores).
-    clock_hz: of a TPU, to turn XLA's cycles into time; None for a GPU.
+    device_kinds: values of `jax.Device.device_kind` for it.
+    devices_per_chip: JAX devices per chip (two for tpu7x, whose cores are separate devices).
+    clock_hz: of a TPU, to convert XLA's cycles to time; None for a GPU.
     dcn_bytes_per_second: a chip's share of the network between TPU slices; None for a GPU.
     usd_per_chip_hour: see PRICES_AS_OF.
-    program_hbm_bytes: of one JAX device of a TPU, what a program can have; None for a GPU.
+    program_hbm_bytes: memory available to a program on one JAX device of a TPU; None for a GPU.
   """
 
   name: str
@@ -99,7 +99,7 @@ _BY_KIND = {kind: chip for chip in HARDWARE.values() for kind in chip.device_kin
 def by_device_kind(kind: str) -> Hardware | None:
   """The accelerator that `jax.Device.device_kind` names, or None if it is not in the table.
 
-  The match is exact: the PCIe variants of a GPU have other peaks, and no MFU is better
-  than one against the wrong peak.
+  The match is exact: the PCIe variants of a GPU have other peaks, and it is better to report no
+  MFU than one relative to the wrong peak.
   """
   return _BY_KIND.get(kind)

@@ -1,26 +1,26 @@
-"""The iso-N_total solver: integer architectures of a given exact size.
+"""The iso-N_total solver: finds integer architectures of a given exact size.
 
-A researcher who compares shapes at equal N_total fixes N_total, varies n_exp, n_topk or
-granularity, and holds the rest. Three integers are left to find, n_layers, d_model and
-d_expert, and three statements settle them:
+To compare shapes at equal N_total, one fixes N_total, varies n_exp, n_topk or granularity, and
+holds the rest constant. That leaves three integers, n_layers, d_model and d_expert, which are
+determined by three constraints:
 
     N_total                         within `tolerance_ppm`, counted exactly
     depth against width             `aspect` (d_model / n_layers) or `n_layers` is held
     experts against attention       `granularity` (d_model / d_expert) or `n_active` is held
 
-`n_layers` is kept as it is and `n_active` within its own tolerance; aspect and granularity
-are ratios of integers and may move, by a factor of at most 1 + `max_shift` either way. Of
-all shapes that meet this, the solver returns the one whose held ratios moved least:
+A held `n_layers` is exact and a held `n_active` has a tolerance of its own; aspect and granularity
+are ratios of integers and may shift by a factor of at most 1 + `max_shift` either way. Of all
+shapes that satisfy the constraints, the solver returns the one whose held ratios shift least:
 
-    minimise hypot(ln(aspect / held aspect), ln(granularity / held granularity))
+    minimize hypot(ln(aspect / held aspect), ln(granularity / held granularity))
 
 with a term for each ratio that is held. Ties go to the smallest sum of |residual| /
-tolerance, then to fewer layers, then to the narrower model. The search is exhaustive: the
-shape returned is the best there is, and where there is none the answer is `IsoRefused`.
+tolerance, then to fewer layers, then to the narrower model. The search is exhaustive, so the
+returned shape is optimal; if there is none, `IsoRefused` is raised.
 
 Heads, grouped queries, shared experts, dense first layers and the vocabulary come from a
-template. n_heads stays the template's. Where it sets no head_dim, heads fill d_model, which
-is then a multiple of 2 * n_heads too (rotary embeddings turn pairs).
+template, including n_heads. If it sets no head_dim, heads fill d_model, which must then also be
+a multiple of 2 * n_heads (rotary embeddings rotate pairs).
 """
 
 import contextlib
@@ -35,10 +35,11 @@ from moe_jax.arch.architecture import Architecture
 from moe_jax.arch.iso_search import Cells, Found, Shapes, Space, TooManyShapes, search
 from moe_jax.errors import FieldError, require
 
-# Beyond these a shape makes no sense and int64 runs out.
+# Larger values make no sense and would overflow int64.
 _LARGEST = {"n_total": 10**15, "n_active": 10**15, "n_exp": 10**5, "n_topk": 10**5,
             "n_layers": 10**5}
-# The search looks near the held ratios first; most cells need no more than that.
+# The search tries small shifts of the held ratios first, as fractions of max_shift; most cells
+# need no more.
 _FIRST_SHIFTS = (1 / 16, 1 / 4)
 
 
@@ -49,11 +50,11 @@ class IsoLimits:
   Attributes:
     d_model_multiple: d_model is a multiple of it. 128 fills the lanes of a TPU.
     d_expert_multiple: d_expert is a multiple of it. Coarser multiples suit the hardware
-      better and leave fewer sizes to be reached.
-    tolerance_ppm: largest |residual| of n_total, in parts per million.
-    n_active_tolerance_ppm: the same of n_active, where it is held.
-    max_shift: 0.25 lets a held aspect or granularity end up anywhere between 1/1.25 and
-      1.25 times what was asked.
+      better but can match fewer sizes.
+    tolerance_ppm: maximum |residual| of n_total, in parts per million.
+    n_active_tolerance_ppm: the same for n_active, if it is held.
+    max_shift: 0.25 allows a held aspect or granularity to end up anywhere between 1/1.25 and
+      1.25 times the requested value.
   """
 
   d_model_multiple: int = 64
@@ -74,12 +75,12 @@ class IsoLimits:
 
 @dataclasses.dataclass(frozen=True)
 class IsoSolution:
-  """A shape, and how far it is from what was asked.
+  """A shape, and its deviations from the requested values.
 
   Attributes:
     arch: the architecture.
     residual_ppm: (its n_total / asked - 1) * 1e6, by the exact count.
-    n_active_residual_ppm: the same of n_active; None where it was not held.
+    n_active_residual_ppm: the same for n_active; None if not held.
     aspect_shift: its d_model / n_layers over the held aspect, minus 1; None if not held.
     granularity_shift: its granularity over the held one, minus 1; None if not held.
   """
@@ -104,14 +105,14 @@ class IsoSolution:
 
 
 class IsoRefused(FieldError):
-  """No shape meets what was asked.
+  """No shape satisfies the constraints.
 
   Attributes:
-    nearest: the shape nearest in size that keeps to `max_shift` (where no size does: to
-      four times that). Where n_active is held, n_total is within its tolerance if it can
-      be. None only where the lattice is too fine to be searched so far.
+    nearest: the shape closest in size within `max_shift` (if there is none of any size, within
+      four times that). If n_active is held, n_total is within its tolerance if possible. None
+      only if the lattice is too fine to be searched that far.
     further: the nearest shape within tolerance beyond `max_shift`; None if there is none
-      up to four times as far (0.1 counting as the least distance).
+      within four times `max_shift` (which counts as at least 0.1 here).
   """
 
   def __init__(self, field: str, value: object, accepted: str,
@@ -126,9 +127,9 @@ class IsoRefused(FieldError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class IsoGrid:
-  """The solutions of many cells. Arrays [N]; in a refused cell the shape is 0.
+  """The solutions of many cells, as arrays [N]; the shape is 0 for a cell without a solution.
 
-  `grid[i]` is the IsoSolution of cell i, or raises its IsoRefused, which is worked out then.
+  `grid[i]` is the IsoSolution of cell i, or raises its IsoRefused, which is computed lazily.
 
   Attributes:
     n_layers, d_model, d_expert: the shapes, int64.
@@ -148,7 +149,7 @@ class IsoGrid:
 
   @property
   def residual_ppm(self) -> np.ndarray:
-    """(n_total / asked - 1) * 1e6 of every cell, by the exact count; NaN where refused."""
+    """(n_total / asked - 1) * 1e6 of every cell, by the exact count; NaN without a solution."""
     asked = self._cells.n_total
     shapes = Shapes(self._template, self.n_layers, self.d_model, self.d_expert,
                     self._cells.n_exp, self._cells.n_topk)
@@ -170,19 +171,19 @@ def solve(*, template: Architecture, n_total: int, n_exp: int, n_topk: int,
           aspect: float | None = None, n_layers: int | None = None,
           granularity: float | None = None, n_active: int | None = None,
           limits: IsoLimits | None = None) -> IsoSolution:
-  """The architecture of this size; see the module's docstring for what is best.
+  """Finds the best architecture of this size, as defined in the module's docstring.
 
   Args:
-    template: its heads, shared experts, dense layers, vocabulary and ties are taken.
+    template: provides heads, shared experts, dense layers, vocabulary and weight tying.
     n_total: parameters without embedding and head.
     n_exp, n_topk: routed experts, and those a token is sent to. 1 and 1 is a dense model.
     aspect, n_layers: hold one of them.
     granularity, n_active: hold one of them.
-    limits: multiples, tolerances and how far held ratios may move.
+    limits: multiples, tolerances and maximum shift of held ratios.
 
   Raises:
-    FieldError: a value that makes no sense.
-    IsoRefused: no shape meets it all; names the reason and the nearest shape.
+    FieldError: a value is invalid.
+    IsoRefused: no shape satisfies the constraints; names the reason and the nearest shape.
   """
   grid = solve_grid(template=template, n_total=n_total, n_exp=n_exp, n_topk=n_topk,
                     aspect=aspect, n_layers=n_layers, granularity=granularity,
@@ -198,12 +199,12 @@ def solve_grid(*, template: Architecture, n_total: ArrayLike, n_exp: ArrayLike,
                limits: IsoLimits | None = None) -> IsoGrid:
   """`solve` for many cells at once.
 
-  Numbers and 1-D arrays may be mixed; arrays have one length, the number of cells. What
-  is held is the same in all cells.
+  Numbers and 1-D arrays may be mixed; all arrays have the same length, the number of cells. The
+  same quantities are held in all cells.
 
   Raises:
-    FieldError: a value that makes no sense, in any cell. A cell that has no solution does
-      not raise: it is False in `solved`, and `grid[i]` raises its reason.
+    FieldError: a value is invalid, in any cell. A cell without a solution does
+      not raise: it is False in `solved`, and `grid[i]` raises the reason.
   """
   limits = limits or IsoLimits()
   cells = _cells(template, n_total=n_total, n_exp=n_exp, n_topk=n_topk, aspect=aspect,
@@ -220,7 +221,7 @@ def solve_grid(*, template: Architecture, n_total: ArrayLike, n_exp: ArrayLike,
       raise FieldError("d_model_multiple", limits.d_model_multiple, "the window holds "
                        "millions of shapes: take coarser multiples or a smaller max_shift"
                        ) from None
-    # What lies outside the window is further away than its edge.
+    # Shapes outside the window are further away than its edge.
     best = (found.distance <= np.log1p(shift)) | ((fraction == 1) & (found.n_layers > 0))
     shape[:, open_cells[best]] = np.stack(
         [found.n_layers, found.d_model, found.d_expert])[:, best]
@@ -229,7 +230,7 @@ def solve_grid(*, template: Architecture, n_total: ArrayLike, n_exp: ArrayLike,
 
 
 def _space(template: Architecture, limits: IsoLimits, shift: float, **most_misfit) -> Space:
-  """Where to look, held ratios moving by a factor of up to 1 + shift."""
+  """The search space in which held ratios may shift by a factor of up to 1 + shift."""
   heads_multiple = 1 if template.head_dim else 2 * template.n_heads
   return Space(template, math.lcm(limits.d_model_multiple, heads_multiple),
                limits.d_expert_multiple, limits.tolerance_ppm / 1e6,
@@ -237,7 +238,7 @@ def _space(template: Architecture, limits: IsoLimits, shift: float, **most_misfi
 
 
 def _cells(template: Architecture, **asked: ArrayLike | None) -> Cells:
-  """Checks and broadcasts what was asked."""
+  """Checks the requested values and broadcasts them to all cells."""
   for pair in (("aspect", "n_layers"), ("granularity", "n_active")):
     require(sum(asked[name] is not None for name in pair) == 1, pair[0], asked[pair[0]],
             f"hold either {pair[0]} or {pair[1]}, which is {asked[pair[1]]}")
@@ -292,9 +293,9 @@ def _solution(cell: Cells, template: Architecture, n_layers, d_model,
 
 
 def _sure_misfit(cell: Cells, space: Space) -> float:
-  """Tolerances that counts must be let off for a shape to turn up, if any size has one.
+  """An upper bound on the least misfit, in tolerances, over shapes of any size in the window.
 
-  The measure is a shape on the lattice near the held ratios, and a good deal more.
+  It is derived from a lattice shape near the held ratios, with a generous margin.
   """
   least, fine, step = space.fewest_layers, cell.granularity, space.d_expert_multiple
   width_for_depth = 0 if cell.aspect is None else cell.aspect[0] * least
@@ -313,10 +314,10 @@ def _sure_misfit(cell: Cells, space: Space) -> float:
 
 
 def _nearest(cell: Cells, template: Architecture, limits: IsoLimits) -> IsoSolution | None:
-  """The shape of least misfit inside the window, whatever its size.
+  """The shape of least misfit inside the window, of any size.
 
-  Where n_active is held, n_total stays within its tolerance if any shape's does. Where no
-  shape of any size lies in the window, the window is widened.
+  If n_active is held, n_total stays within its tolerance if possible. If there is no shape
+  of any size in the window, the window is widened.
   """
   ways = [("most_misfit", "n_active_most_misfit")]
   if cell.n_active is not None:
@@ -327,7 +328,7 @@ def _nearest(cell: Cells, template: Architecture, limits: IsoLimits) -> IsoSolut
       for misfit in 2.0 ** np.arange(1, 2 + math.log2(enough)):
         space = _space(template, limits, shift, **dict.fromkeys(loosened, misfit))
         found = search(cell, space, "misfit")
-        # What this space leaves out is off by more than `misfit` tolerances.
+        # Shapes outside this space are off by more than `misfit` tolerances.
         if found.misfit[0] <= misfit:
           return _of(found, cell, template)
   return None
@@ -338,7 +339,7 @@ def _movable(limits: IsoLimits) -> float:
 
 
 def _further(cell: Cells, template: Architecture, limits: IsoLimits) -> IsoSolution | None:
-  """The nearest shape within tolerance where held ratios may move further than allowed."""
+  """The nearest shape within tolerance if held ratios may shift further than allowed."""
   if cell.aspect is None and cell.granularity is None:
     return None
   for shift in (2 * _movable(limits), 4 * _movable(limits)):
@@ -355,7 +356,7 @@ def _of(found: Found, cell: Cells, template: Architecture) -> IsoSolution | None
 
 
 def _reason(cell: Cells, limits: IsoLimits) -> tuple[str, int, str, bool]:
-  """(field, value, reason, whether moving the held ratios could help)."""
+  """Returns (field, value, reason, whether larger shifts of the held ratios could help)."""
   n_total = cell.n_total[0].item()
   if cell.n_active is None:
     return "n_total", n_total, f"no shape is within {limits.tolerance_ppm:g} ppm", True
@@ -371,7 +372,7 @@ def _reason(cell: Cells, limits: IsoLimits) -> tuple[str, int, str, bool]:
 
 
 def _refusal(cell: Cells, template: Architecture, limits: IsoLimits) -> IsoRefused:
-  """Why one cell has no solution, and what comes nearest."""
+  """Explains why a cell has no solution and finds the nearest shapes."""
   field, value, reason, may_help = _reason(cell, limits)
   nearest = further = None
   with contextlib.suppress(TooManyShapes):

@@ -1,10 +1,10 @@
-"""The lattice search under the iso-N_total solver: many cells at once, in NumPy.
+"""The lattice search behind the iso-N_total solver: many cells at once, in NumPy.
 
 A shape is (n_layers, d_model, d_expert) on a lattice of multiples. Counts are affine in
-n_layers and in d_expert and grow with d_model, which leaves little to search: the range of
+n_layers and in d_expert and grow with d_model, so little has to be searched: the range of
 d_model that the box of allowed shapes admits is found by bisection, for each d_model there
 is an interval of n_layers, and for each pair an interval of d_expert. All pairs in the box
-are looked at, so the best one found is the best there is.
+are examined, so the best shape found is optimal.
 
 Suffixes: N cells, P pairs (cell, d_model), T triples (cell, d_model, n_layers).
 """
@@ -18,11 +18,11 @@ import numpy as np
 from moe_jax.arch.architecture import Architecture
 from moe_jax.arch.count import n_parameters
 
-_EDGE = 1e-9  # a ratio on the edge of the window is inside it
-_MARGIN = 1e-6  # layers beyond a bound, for rounding: the counts are judged exactly later
+_EDGE = 1e-9  # relative, so that a ratio on the edge of the window counts as inside
+_MARGIN = 1e-6  # slack of bounds on n_layers, for rounding; counts are checked exactly later
 _CHUNK = 1024  # cells searched together, so that the arrays stay in cache
-_MOST_SHAPES = 4_000_000  # looked at together; about a gigabyte
-_MOST_PARAMETERS = 10**17  # int64 has room for the products below it
+_MOST_SHAPES = 4_000_000  # examined together; about a gigabyte
+_MOST_PARAMETERS = 10**17  # products below it fit into int64
 
 
 class TooManyShapes(Exception):
@@ -31,7 +31,7 @@ class TooManyShapes(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shapes:
-  """Arrays of shapes under Architecture's names, so that they can be counted."""
+  """Arrays of shapes with the field names of Architecture, so that count.py works on them."""
 
   template: Architecture
   n_layers: np.ndarray
@@ -40,7 +40,7 @@ class Shapes:
   n_exp: np.ndarray
   n_topk: np.ndarray
 
-  # One value for all shapes.
+  # The same for all shapes.
   n_heads = property(operator.attrgetter("template.n_heads"))
   n_kv_heads = property(operator.attrgetter("template.n_kv_heads"))
   head_dim = property(operator.attrgetter("template.head_dim"))
@@ -48,7 +48,7 @@ class Shapes:
   n_shared_experts = property(operator.attrgetter("template.n_shared_experts"))
   n_dense_layers = property(operator.attrgetter("template.n_dense_layers"))
   d_dense = property(operator.attrgetter("template.d_dense"))
-  # Architecture's own formulas, which hold for arrays too.
+  # Architecture's own formulas, which also work for arrays.
   kv_heads, d_head = Architecture.kv_heads, Architecture.d_head
   qk_norm_scales = Architecture.qk_norm_scales
   n_moe_layers, dense_width = Architecture.n_moe_layers, Architecture.dense_width
@@ -56,7 +56,7 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cells:
-  """What is asked: one entry a cell. Of each pair of optional fields exactly one is held.
+  """The requested values, one entry per cell. Exactly one of each pair of optional fields is held.
 
   Attributes:
     n_total, n_exp, n_topk: int64 [N].
@@ -73,7 +73,7 @@ class Cells:
   n_active: np.ndarray | None
 
   def take(self, index) -> "Cells":
-    """The cells at `index`, repeated or left out as it says."""
+    """The cells at `index`, as in NumPy indexing."""
     return Cells(**{field.name: None if (value := getattr(self, field.name)) is None
                     else value[index] for field in dataclasses.fields(self)})
 
@@ -83,16 +83,16 @@ class Cells:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-  """Where to look.
+  """The search space.
 
   Attributes:
-    template: everything of the architecture that is neither asked nor searched.
+    template: provides everything of the architecture that is neither requested nor searched.
     d_model_multiple, d_expert_multiple: the lattice.
-    tolerance: |n_total found / asked - 1| that is one unit of misfit.
-    n_active_tolerance: the same of n_active, where it is held.
-    shift: held ratios may move by a factor 1 + shift either way.
-    most_misfit: how many tolerances n_total may be off.
-    n_active_most_misfit: the same of n_active.
+    tolerance: the |n_total found / asked - 1| that counts as a misfit of 1.
+    n_active_tolerance: the same for n_active, if it is held.
+    shift: held ratios may shift by a factor of 1 + shift either way.
+    most_misfit: maximum deviation of n_total, in tolerances.
+    n_active_most_misfit: the same for n_active.
   """
 
   template: Architecture
@@ -109,11 +109,11 @@ class Space:
     return self.template.n_dense_layers + 1
 
   def slack(self, n_total: np.ndarray) -> np.ndarray:
-    """Whole parameters that n_total may be off."""
+    """Maximum deviation of n_total, in whole parameters."""
     return _whole(n_total * self.tolerance * self.most_misfit)
 
   def n_active_slack(self, n_active: np.ndarray) -> np.ndarray:
-    """Whole parameters that n_active may be off."""
+    """Maximum deviation of n_active, in whole parameters."""
     return _whole(n_active * self.n_active_tolerance * self.n_active_most_misfit)
 
 
@@ -123,11 +123,11 @@ def _whole(slack: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-  """The best shape of each cell; n_layers is 0 where the space holds none.
+  """The best shape of each cell; n_layers is 0 if the space contains none.
 
   Attributes:
     n_layers, d_model, d_expert: int64 [N].
-    distance: how far the held ratios moved: the Euclidean norm of their logarithms.
+    distance: Euclidean norm of the logarithms of the held ratios' shifts.
     misfit: sum of |residual| / tolerance over the counts that are held.
   """
 
@@ -139,13 +139,13 @@ class Found:
 
 
 def search(cells: Cells, space: Space, nearest: str) -> Found:
-  """The best shape of every cell within `space`.
+  """Finds the best shape of every cell within `space`.
 
   Args:
-    cells: what is asked.
-    space: where to look.
-    nearest: what is smallest in the best shape: `distance` or `misfit`; the other one
-      decides ties, then fewer layers, then the narrower model.
+    cells: the requested values.
+    space: the search space.
+    nearest: what to minimize: `distance` or `misfit`; the other one breaks ties, then fewer
+      layers, then the narrower model.
 
   Raises:
     TooManyShapes: the lattice is too fine for the window of one cell.
@@ -173,7 +173,7 @@ def _search_chunk(cells: Cells, space: Space, nearest: str) -> Found:
 
 
 def _layer_window(cells: Cells, space: Space, d_model):
-  """Fewest and most layers that the held aspect or depth allows, before rounding."""
+  """Minimum and maximum n_layers that the held aspect or depth allows, before rounding."""
   if cells.aspect is None:
     return cells.n_layers, cells.n_layers
   return (d_model / (cells.aspect * (1 + space.shift)),
@@ -181,14 +181,14 @@ def _layer_window(cells: Cells, space: Space, d_model):
 
 
 def _expert_window(cells: Cells, space: Space, d_model):
-  """Narrowest and widest expert that the held granularity allows, before rounding."""
+  """Minimum and maximum d_expert that the held granularity allows, before rounding."""
   return (d_model / (cells.granularity * (1 + space.shift)),
           d_model * (1 + space.shift) / cells.granularity)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bound:
-  """A condition on (n_layers, d_model) that every solution meets.
+  """A necessary condition on (n_layers, d_model) for a solution.
 
   The count with `n_routed` experts of width `d_expert(d_model)` is at most (or least)
   `limit`. It grows with both variables and is affine in n_layers.
@@ -204,7 +204,7 @@ class _Bound:
     return n_parameters(shapes, self.n_routed)
 
   def depth(self, cells: Cells, space: Space, d_model):
-    """The real n_layers at which the count is the limit."""
+    """The real-valued n_layers at which the count equals the limit."""
     first = space.fewest_layers
     count = self.count(cells, space, first, d_model)
     slope = self.count(cells, space, first + 1, d_model) - count
@@ -212,17 +212,17 @@ class _Bound:
 
 
 def _bounds(cells: Cells, space: Space) -> tuple[list[_Bound], _Bound]:
-  """What every solution is at most (all of the list), and at least."""
+  """The upper bounds (all hold) and the lower bound that every solution satisfies."""
   total_slack = space.slack(cells.n_total)
   most, least = cells.n_total + total_slack, cells.n_total - total_slack
   step = space.d_expert_multiple
   if cells.n_active is None:
     return ([_Bound(cells.n_exp, lambda c, d: _expert_window(c, space, d)[0], most)],
             _Bound(cells.n_exp, lambda c, d: _expert_window(c, space, d)[1], least))
-  # Without the routed experts, of which a token uses `used`, both counts leave the same
-  # rest: (n_active - used * n_total) / (1 - used). Of the rest only shared experts and
-  # dense layers depend on d_expert: none of it at d_expert = 0, and never more than
-  # `attached` times the routed experts, (n_total - n_active) / (1 - used).
+  # Both counts have the same rest besides the routed experts, of which a token uses a fraction
+  # `used`: (n_active - used * n_total) / (1 - used). Only the rest's shared experts and dense
+  # layers depend on d_expert: they are 0 at d_expert = 0, and at most `attached` times the
+  # routed experts, (n_total - n_active) / (1 - used).
   active_slack = space.n_active_slack(cells.n_active)
   most_active, least_active = cells.n_active + active_slack, cells.n_active - active_slack
   used, idle = cells.n_topk / cells.n_exp, 1 - cells.n_topk / cells.n_exp
@@ -238,12 +238,12 @@ def _bounds(cells: Cells, space: Space) -> tuple[list[_Bound], _Bound]:
 
 
 def _widths(cells: Cells, space: Space) -> tuple[np.ndarray, np.ndarray]:
-  """Every d_model on the lattice that the bounds leave: (cell, d_model) [P]."""
+  """Every d_model on the lattice that the bounds allow: (cell, d_model) [P]."""
   uppers, lower = _bounds(cells, space)
   step = space.d_model_multiple
 
   def layers(unit_N, side):
-    # Where the window has too few layers for the template, more of them stay a bound.
+    # If the window has fewer layers than the template needs, the template's minimum is the bound.
     return np.maximum(_layer_window(cells, space, unit_N * float(step))[side],
                       space.fewest_layers)
 
@@ -255,9 +255,9 @@ def _widths(cells: Cells, space: Space) -> tuple[np.ndarray, np.ndarray]:
   def wide_enough(unit_N):
     return lower.count(cells, space, layers(unit_N, 1), unit_N * float(step)) >= lower.limit
 
-  # A shape has more than d_model parameters, so this d_model has more than n_total may be.
+  # A shape has more than d_model parameters, so this d_model exceeds the limit.
   top_N = uppers[0].limit // step + 2
-  # One unit more on either side makes up for rounding in the float counts.
+  # One more unit on either side allows for rounding in the float counts.
   last_N = _first_true(too_wide, top_N)
   first_N = np.maximum(_first_true(wide_enough, top_N) - 1, 1)
   cell_P, offset_P = _expand(last_N - first_N + 1)
@@ -265,7 +265,7 @@ def _widths(cells: Cells, space: Space) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _first_true(holds, top_N: np.ndarray) -> np.ndarray:
-  """Smallest unit >= 1 where the monotone condition holds, or `top_N`."""
+  """Bisects for the smallest unit >= 1 at which the monotone condition holds, or `top_N`."""
   below_N, above_N = np.zeros_like(top_N), top_N
   while np.any(above_N - below_N > 1):
     middle_N = (below_N + above_N) // 2
@@ -276,9 +276,9 @@ def _first_true(holds, top_N: np.ndarray) -> np.ndarray:
 
 
 def _expand(length_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """[2, 0, 3] -> ([0, 0, 2, 2, 2], [0, 1, 0, 1, 2])."""
+  """Returns the row and the offset within it of each element: [2, 1] -> ([0, 0, 1], [0, 1, 0])."""
   length_N = np.maximum(length_N, 0)
-  # Summed as floats: a sum that overflows is too many all the same.
+  # In floats, since an int64 sum might overflow.
   if np.sum(length_N, dtype=np.float64) > _MOST_SHAPES:
     raise TooManyShapes
   row = np.repeat(np.arange(len(length_N)), length_N)
@@ -287,7 +287,7 @@ def _expand(length_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _depths(cells: Cells, space: Space, cell_P: np.ndarray, d_model_P: np.ndarray):
-  """Every n_layers that the bounds leave: (cell, d_model, n_layers) [T]."""
+  """Every n_layers that the bounds allow: (cell, d_model, n_layers) [T]."""
   at_P = cells.take(cell_P)
   uppers_P, lower_P = _bounds(at_P, space)
   fewest_P, most_P = _layer_window(at_P, space, d_model_P)
@@ -308,7 +308,7 @@ def _best(cells: Cells, space: Space, cell_T, d_model_T, n_layers_T, nearest: st
   step = space.d_expert_multiple
 
   def line(n_routed_T):
-    """Exact count at d_expert = 0, and what one step of d_expert adds to it."""
+    """Exact count at d_expert = 0, and its increase per step of d_expert."""
     zero_T = np.zeros_like(d_model_T)
     start_T, next_T = (n_parameters(Shapes(
         space.template, n_layers_T, d_model_T, d_expert, at_T.n_exp, at_T.n_topk),
@@ -320,7 +320,7 @@ def _best(cells: Cells, space: Space, cell_T, d_model_T, n_layers_T, nearest: st
     held.append((at_T.n_active, space.n_active_slack(at_T.n_active),
                  space.n_active_tolerance, *line(at_T.n_topk)))
   low_T, high_T = np.ones_like(d_model_T), np.full_like(d_model_T, np.iinfo(np.int64).max)
-  targets = []  # in steps of d_expert, where distance or misfit has its least value
+  targets = []  # steps of d_expert near which the distance or the misfit is least
   for asked_T, slack_T, _, start_T, slope_T in held:
     low_T = np.maximum(low_T, -((start_T - asked_T + slack_T) // slope_T))
     high_T = np.minimum(high_T, (asked_T + slack_T - start_T) // slope_T)
@@ -331,8 +331,8 @@ def _best(cells: Cells, space: Space, cell_T, d_model_T, n_layers_T, nearest: st
     high_T = np.minimum(high_T, np.floor(widest_T / step * (1 + _EDGE)).astype(np.int64))
     targets.append(np.floor(d_model_T / at_T.granularity / step).astype(np.int64))
 
-  # Distance and misfit are convex in d_expert: of whole steps in [low, high] the best is
-  # next to a target, or the end of the interval that is nearest to it.
+  # Distance and misfit are quasiconvex in d_expert, so the best integer step in [low, high] is
+  # next to a target, or the end of the interval closest to it.
   rows = np.flatnonzero(low_T <= high_T)
   units = np.concatenate([np.clip(target_T[rows] + up, low_T[rows], high_T[rows])
                           for target_T in targets for up in (0, 1)])
@@ -346,7 +346,7 @@ def _best(cells: Cells, space: Space, cell_T, d_model_T, n_layers_T, nearest: st
     distance = np.hypot(distance, np.log(d_model / n_layers / at_T.aspect[rows]))
   if at_T.granularity is not None:
     distance = np.hypot(distance, np.log(d_model / d_expert / at_T.granularity[rows]))
-  distance = np.round(distance, 12)  # so that equal ratios tie, whatever their rounding
+  distance = np.round(distance, 12)  # so that equal ratios tie despite rounding errors
   order = (distance, misfit) if nearest == "distance" else (misfit, distance)
   cell, pick = _least(len(cells), cell_T[rows], (*order, n_layers, d_model, d_expert))
 
@@ -360,7 +360,7 @@ def _best(cells: Cells, space: Space, cell_T, d_model_T, n_layers_T, nearest: st
 
 
 def _least(n_cells: int, cell: np.ndarray, keys) -> tuple[np.ndarray, np.ndarray]:
-  """Index of the lexicographically least row of every cell that has one: (cell, row)."""
+  """Returns (cells with any rows, index of the lexicographically least row of each)."""
   row = np.arange(len(cell))
   for key in keys:
     least_N = np.full(n_cells, np.inf)

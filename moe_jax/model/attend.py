@@ -1,4 +1,4 @@
-"""Attention of one sequence's positions to earlier ones, by what is fast on the platform."""
+"""Causal self-attention, with the fastest implementation for each platform."""
 
 import contextlib
 
@@ -10,19 +10,19 @@ from moe_jax.mesh import platform_of
 from moe_jax.model import flash, splash
 from moe_jax.products import einsum, precision_of, turned
 
-_CPU_BLOCKS = 4  # parts of the queries: 4 leave out 3/8 of all scores, 8 would leave out 7/16
+_CPU_BLOCKS = 4  # blocks of queries: 4 skip 3/8 of all scores, 8 would skip 7/16
 
 
 def attend(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
            segments_BS: jax.Array | None, mesh: Mesh) -> jax.Array:
-  """out_BSHh: softmax(query key / sqrt(h)) value over positions up to one's own.
+  """out_BSHh: softmax(query key / sqrt(h)) value over positions up to the query's own.
 
   Args:
     query_BSHh: H query heads, a multiple of the K heads of keys and values.
-    key_BSKh, value_BSKh: of the type of the queries. Softmax is in float32.
-    segments_BS: int32, the document of each position: attention stays within it. None for
-      no such limit.
-    mesh: of devices whose platform decides how it is done; B is split over it.
+    key_BSKh, value_BSKh: of the dtype of the queries. The softmax is in float32.
+    segments_BS: int32, the document of each position, which attention stays within; None for
+      attention across documents.
+    mesh: B is split over it; the platform of its devices selects the implementation.
   """
   platform = platform_of(mesh)
   if platform == "cpu":
@@ -36,7 +36,7 @@ def attend(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
 
 def plain_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
                     segments_BS: jax.Array | None, mesh: Mesh) -> jax.Array:
-  """`attend` with all scores at once, on any platform."""
+  """`attend` on any platform; materializes all scores."""
   mask_B1SS = None
   if segments_BS is not None:
     mask_B1SS = (segments_BS[:, :, None] == segments_BS[:, None, :])[:, None]
@@ -46,16 +46,16 @@ def plain_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.
 
 def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, mesh: Mesh,
                           **which) -> jax.Array:
-  """JAX's own, of float32 as it says; `which` are its mask and is_causal."""
+  """jax.nn.dot_product_attention with full float32 precision; `which`: mask and is_causal."""
   precision = precision_of(query.dtype, platform_of(mesh))
-  # It takes no precision; from a context its gradient has it, too.
+  # It has no precision argument; a context also covers its gradient.
   told = contextlib.nullcontext() if precision is None else jax.default_matmul_precision("highest")
   with told:
     return jax.nn.dot_product_attention(query, key, value, **which)
 
 
 def _by_query_blocks(query_BSHh, key_BSKh, value_BSKh, segments_BS):
-  """A part of the queries at a time, with the keys that it may see."""
+  """Attends one block of queries at a time, to the keys up to the end of the block."""
   b, seq_len, n_heads, h = query_BSHh.shape
   n_kv = key_BSKh.shape[2]
   query_BKGSh = query_BSHh.reshape(b, seq_len, n_kv, n_heads // n_kv, h).transpose(0, 2, 3, 1, 4)
@@ -64,9 +64,9 @@ def _by_query_blocks(query_BSHh, key_BSKh, value_BSKh, segments_BS):
   return out_BKGSh.transpose(0, 3, 1, 2, 4).reshape(query_BSHh.shape)
 
 
-# Scores above the diagonal are not computed. Those below live for one part of the queries alone
-# and are made again in the backward pass from the sums that are kept (as FlashAttention does,
-# arXiv 2205.14135): on a CPU it is memory traffic and exponentials that cost, not products.
+# Blocks of scores above the diagonal are skipped. The others exist for one block of queries at a
+# time and are recomputed in the backward pass from the saved log-sum-exps (as in FlashAttention,
+# arXiv 2205.14135): on a CPU, memory traffic and exponentials dominate, not products.
 
 
 @jax.custom_vjp
@@ -94,11 +94,11 @@ def _heads_first_fwd(query_BKGSh, key_BKSh, value_BKSh, segments_BS):
 def _heads_first_bwd(residuals, dout_BKGSh):
   query_BKGSh, key_BKSh, value_BKSh, segments_BS, out_BKGSh, lse_BKGS = residuals
   dtype, (b, n_kv, n_groups, seq_len, h) = query_BKGSh.dtype, query_BKGSh.shape
-  # What the normalisation takes from the gradient of each row of scores.
+  # The softmax's normalization subtracts this from the gradient of each row of probabilities.
   common_BKGS = (dout_BKGSh.astype(jnp.float32) * out_BKGSh.astype(jnp.float32)).sum(-1)
   key_BKhS = turned(key_BKSh)
   dqueries, dkey_BKSh, dvalue_BKSh = [], 0.0, 0.0
-  # Scores lie keys first: all five products then multiply first factors as they lie.
+  # With keys as the major axis of the scores, no product needs a transposed first factor.
   for part in _parts(seq_len):
     keys, rows = slice(part.stop), (b, n_kv, -1, h)
     query_BKRh = query_BKGSh[..., part, :].reshape(rows)  # R = G * Q
@@ -129,7 +129,7 @@ def _parts(seq_len: int) -> list[slice]:
 
 
 def _seen(segments_BS, part: slice):
-  """seen_BKGQS: whether the queries of a part may see each key up to its end."""
+  """seen_BKGQS: whether each query of a block may attend to each key up to the block's end."""
   seen_BQS = (jnp.arange(part.stop) <= jnp.arange(part.start, part.stop)[:, None])[None]
   if segments_BS is not None:
     seen_BQS &= segments_BS[:, part, None] == segments_BS[:, None, :part.stop]

@@ -1,4 +1,4 @@
-"""Causal attention with rotary positions; queries and keys normalised as Qwen3 or OLMoE do."""
+"""The attention layer: rotary positions, queries and keys normalized as in Qwen3 or OLMoE."""
 
 import functools
 
@@ -15,7 +15,7 @@ from moe_jax.products import multiply, multiply_each
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """x / rms(x) * scale over the last axis, inside float32, in the type of x."""
+  """x / rms(x) * scale over the last axis, computed in float32, in the dtype of x."""
   x32 = x.astype(jnp.float32)
   normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)
   return (normed * scale).astype(x.dtype)
@@ -24,9 +24,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def rotate(x_BSHh: jax.Array, theta: float, position_BS: jax.Array | None = None) -> jax.Array:
   """Rotary position embedding, rotate-half layout (arXiv 2104.09864).
 
-  Positions count from the start of the sequence, unless they are given. Scores depend on
-  differences of positions alone, so a document that starts in the middle of a packed sequence
-  needs no reset.
+  Positions count from the start of the sequence unless they are given. Scores depend only on
+  differences between positions, so they need no reset for a document that starts in the middle of
+  a packed sequence.
   """
   seq_len, h = x_BSHh.shape[1], x_BSHh.shape[-1]
   if position_BS is None:
@@ -40,13 +40,13 @@ def rotate(x_BSHh: jax.Array, theta: float, position_BS: jax.Array | None = None
 
 
 def _norm_projection(x_BSHh: jax.Array, scale_Hh: jax.Array, eps: float) -> jax.Array:
-  """rms_norm over all heads of a token at once."""
+  """rms_norm over all heads of a token together."""
   flat = rms_norm(x_BSHh.reshape(*x_BSHh.shape[:2], -1), scale_Hh.reshape(-1), eps)
   return flat.reshape(x_BSHh.shape)
 
 
 class Attention(nnx.Module):
-  """Multi-head or grouped-query attention; shapes of weights are in their names."""
+  """Multi-head or grouped-query attention; the weights' names carry their shapes."""
 
   def __init__(self, config: RunConfig, rngs: nnx.Rngs):
     arch = config.arch
@@ -68,8 +68,8 @@ class Attention(nnx.Module):
     Args:
       x_BSD: tokens.
       segments_BS: int32, the document of each token.
-      gather: makes a weight ready to multiply (transformer.gather_whole).
-      mesh: with B split over all its axes.
+      gather: casts and all-gathers a weight before it is multiplied (transformer.gather_whole).
+      mesh: B is split over all its axes.
     """
     query_BSHh, key_BSKh, value_BSKh = self.project(x_BSD, gather, mesh)
     with jax.named_scope("attention"):
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
   def project(self, x_BSD: jax.Array, gather, mesh: Mesh,
               position_BS: jax.Array | None = None
               ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """query_BSHh, key_BSKh, value_BSKh; queries and keys normalised and rotated.
+    """query_BSHh, key_BSKh, value_BSKh; queries and keys normalized and rotated.
 
     `position_BS` are the positions to rotate by, by default 0 to S - 1.
     """

@@ -1,12 +1,12 @@
-"""The decoder with a cache of keys and values: what decoding runs, token after token.
+"""The decoder with a KV cache, for autoregressive decoding.
 
-The modules and their weights are those of transformer.py; only attention differs, for it reads
+The modules and their weights are those of transformer.py; only attention differs, as it reads
 keys and values of earlier tokens from the cache. Nothing is dropped: each token reaches all of
-its experts, whoever else is in the batch.
+its experts, whatever else is in the batch.
 
-A row's token at position p has its key in slot p of the row. So rows may stand at different
-positions, and what padding behind a prompt left in later slots is overwritten before any query
-may see it.
+The key of a row's token at position p is in slot p of that row. So rows may be at different
+positions, and what the padding after a prompt wrote to later slots is overwritten before any query
+can attend to it.
 """
 
 import dataclasses
@@ -26,25 +26,25 @@ from moe_jax.model.attention import Attention, rms_norm
 from moe_jax.model.transformer import Block, Transformer, gather_whole, logits
 from moe_jax.products import multiply
 
-_FLOAT32 = ("norm", "w_router")  # in the names of weights that the forward pass never rounds
+_FLOAT32 = ("norm", "w_router")  # name parts of the weights that the forward pass never rounds
 
 
 class Cache(NamedTuple):
-  """Keys and values of C slots for each row; K heads of width h; layers in their order."""
+  """Keys and values: L layers, B rows, C slots per row, K heads of width h."""
 
   key_LBCKh: jax.Array
   value_LBCKh: jax.Array
 
 
 def decoding_config(config: RunConfig) -> RunConfig:
-  """`config` with nothing dropped. Raises FieldError for a model that cannot decode."""
+  """`config` with dropless dispatch. Raises FieldError for a model that cannot decode."""
   require_causal(config)
   moe = dataclasses.replace(config.moe, dispatch="dropless")
   return dataclasses.replace(config, moe=moe)
 
 
 def empty_cache(config: RunConfig, batch: int, slots: int, mesh: Mesh) -> Cache:
-  """A cache of the type of the activations, its rows split over the mesh as the batch is."""
+  """A cache of zeros in the dtype of the activations, its rows split over the mesh like a batch."""
   arch = config.arch
   shape = (arch.n_layers, batch, slots, arch.kv_heads, arch.d_head)
   dtype, sharding = jnp.dtype(config.model.compute_dtype), batch_sharding(mesh, axis=1)
@@ -52,10 +52,10 @@ def empty_cache(config: RunConfig, batch: int, slots: int, mesh: Mesh) -> Cache:
 
 
 def served(config: RunConfig, params: functional.Params) -> functional.Params:
-  """The parameters in the type in which they are multiplied: what a server keeps in memory.
+  """Casts the parameters to the dtype they are multiplied in, for serving.
 
-  The forward pass rounds matrices to the type of the activations before it multiplies, so this
-  changes no output. Routers and norms stay in float32.
+  The forward pass rounds matrices to the dtype of the activations before it multiplies, so this
+  does not change any output. Routers and norms stay in float32.
   """
   dtype = jnp.dtype(config.model.compute_dtype)
 
@@ -69,19 +69,19 @@ def served(config: RunConfig, params: functional.Params) -> functional.Params:
 def prefill(config: RunConfig, params: functional.Params, router: functional.Router,
             cache: Cache, tokens_BS: jax.Array, length_B: jax.Array,
             mesh: Mesh) -> tuple[jax.Array, Cache]:
-  """Reads prompts into the first slots of a cache.
+  """Runs prompts through the decoder and writes their keys and values to the first slots.
 
   Args:
-    config: of decoding_config.
+    config: from decoding_config.
     params: of the model, or `served`.
-    router: what its routers carry.
-    cache: of at least S slots; B a multiple of the devices.
-    tokens_BS: int32, padded behind each prompt.
-    length_B: int32, tokens of each prompt, at least 1.
+    router: state of the model's routers.
+    cache: of at least S slots; B is a multiple of the number of devices.
+    tokens_BS: int32, each prompt padded at its end.
+    length_B: int32, length of each prompt, at least 1.
     mesh: where it runs.
 
   Returns:
-    logits_BV in float32, of the token that follows each prompt, and the cache.
+    logits_BV in float32, for the token after each prompt, and the updated cache.
   """
   model = functional.merged(config, params, router)
   x_BSD, cache = _layers(model, cache, tokens_BS, None, mesh)
@@ -92,11 +92,12 @@ def prefill(config: RunConfig, params: functional.Params, router: functional.Rou
 def decode(config: RunConfig, params: functional.Params, router: functional.Router,
            cache: Cache, token_B: jax.Array, position_B: jax.Array,
            mesh: Mesh) -> tuple[jax.Array, Cache]:
-  """One more token for each row; for the rest see prefill.
+  """Decodes one token per row; for the other arguments and the result see prefill.
 
   Args:
-    token_B: int32, which token.
-    position_B: int32, its position, below the slots of the cache; all before it are there.
+    token_B: int32, the token of each row.
+    position_B: int32, its position, less than the number of slots; all earlier positions must be
+      in the cache.
   """
   model = functional.merged(config, params, router)
   x_B1D, cache = _layers(model, cache, token_B[:, None], position_B, mesh)
@@ -104,7 +105,7 @@ def decode(config: RunConfig, params: functional.Params, router: functional.Rout
 
 
 def _layers(model: Transformer, cache: Cache, tokens_BS, position_B, mesh):
-  """All layers; `position_B` is None for prompts, which stand from slot 0 on."""
+  """Runs all layers; `position_B` is None for prompts, which start at slot 0."""
   x_BSD, first = model.embed(tokens_BS, mesh), 0
   for layers in model.stacks():
     x_BSD, cache, first = _scan(layers, x_BSD, cache, first, position_B, mesh)
@@ -112,9 +113,9 @@ def _layers(model: Transformer, cache: Cache, tokens_BS, position_B, mesh):
 
 
 def _scan(layers: Block, x_BSD, cache: Cache, first: int, position_B, mesh):
-  """Runs stacked blocks, the `first` layer of the cache on; also returns the next one's number.
+  """Runs stacked blocks, whose layers in the cache start at `first`; also returns their end.
 
-  The cache is carried and not scanned over, so that it is updated in place.
+  The cache is carried rather than scanned over, so that it is updated in place.
   """
   graphdef, stacked = nnx.split(layers)
 
@@ -137,7 +138,7 @@ def _scan(layers: Block, x_BSD, cache: Cache, first: int, position_B, mesh):
 
 
 def _attend(attention: Attention, x_BSD, cache: Cache, number, position_B, gather, mesh):
-  """Attention of the layer of that number."""
+  """Attention of layer `number`, and the cache with that layer's new keys and values."""
   if position_B is None:
     query_BSHh, key_BSKh, value_BSKh = attention.project(x_BSD, gather, mesh)
     cache = Cache(*(jax.lax.dynamic_update_slice(old, new[None], (number, 0, 0, 0, 0))

@@ -1,10 +1,10 @@
-"""Cross-entropy of the output head, without the logits of the whole batch.
+"""Cross-entropy of the output head, without materializing the logits of the whole batch.
 
 The head is the widest matrix of a small model: the float32 logits of a batch are often larger
-than all its other activations together. Here they exist for one chunk of tokens at a time. The
-gradients of a sum of losses are known up to one factor as soon as its logits are, so training
-makes them in the same pass: each chunk's logits are made once, and nothing of their size is
-kept for the backward pass (the idea is Liger Kernel's, arXiv 2410.10989, section 3.2).
+than all its other activations together. Here they exist for one chunk of tokens at a time. Given
+the logits, the gradients of a sum of losses are known up to one scalar factor, so training
+computes them in the forward pass: each chunk's logits are computed once, and nothing of their size
+is saved for the backward pass (the idea is Liger Kernel's, arXiv 2410.10989, section 3.2).
 """
 
 import functools
@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.mesh import BATCH_AXES, platform_of
 from moe_jax.products import einsum, precision_of
 
-# Bytes of float32 logits at a time on a device. A CPU wants them in its cache; a matrix unit
-# wants many rows, and the sum of the head's gradient is read and written once a chunk.
+# Bytes of float32 logits per chunk and device. On a CPU they should fit into the cache; a matrix
+# unit needs many rows, and each chunk reads and writes the whole gradient of the head.
 _CHUNK_BYTES = {"cpu": 2**24}
 _CHUNK_BYTES_ACCELERATOR = 2**29
 
@@ -30,7 +30,7 @@ def summed_nll(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
 
   Args:
     x_BSD: outputs of the decoder, B split over all mesh axes.
-    head_DV: output head, whole on every device, of the type of the outputs.
+    head_DV: output head, replicated, of the dtype of the outputs.
     targets_BS: int32.
     mesh: where it runs.
   """
@@ -46,8 +46,11 @@ def summed_nll(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
 
 def token_scores(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
                  mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-  """nll_BS in float32, which `summed_nll` sums, and greedy_BS: whether each target is the likeliest
-  token. For evaluation, not to be differentiated."""
+  """Returns each token's loss and whether it is the argmax; for evaluation, without gradients.
+
+  The losses nll_BS, in float32, are the terms that `summed_nll` sums. greedy_BS is bool: whether
+  the target is the most likely token.
+  """
 
   def on_device(x_bSD, head_DV, targets_bS):
     chunks = _chunks(x_bSD, targets_bS, head_DV.shape[1], mesh)
@@ -64,7 +67,7 @@ def token_scores(x_BSD: jax.Array, head_DV: jax.Array, targets_BS: jax.Array,
 
 
 class _Chunks(NamedTuple):
-  """N chunks of R tokens; behind the last token a target of -1 says that there is none."""
+  """N chunks of R tokens; a target of -1 marks the padding after the last token."""
 
   x_NRD: jax.Array
   target_NR: jax.Array
@@ -74,7 +77,7 @@ def _chunks(x_bSD: jax.Array, targets_bS: jax.Array, vocab_size: int, mesh: Mesh
   n_tokens = targets_bS.size
   limit = _CHUNK_BYTES.get(platform_of(mesh), _CHUNK_BYTES_ACCELERATOR)
   least = -(-n_tokens * vocab_size * 4 // limit)
-  # Of equal length where less than twice as many make it so: then the tokens stay where they lie.
+  # Up to twice as many chunks if these divide the tokens evenly: then no padding copies them.
   n_chunks = next((n for n in range(least, 2 * least) if n_tokens % n == 0), least)
   rows = -(-n_tokens // n_chunks)
   spare = n_chunks * rows - n_tokens
@@ -88,7 +91,7 @@ def _precision(head_DV, mesh):
 
 
 def _nll(x_RD, target_R, head_DV, precision):
-  """nll_R, 0 where there is no token, and what its gradient is made of."""
+  """nll_R, 0 for padding, and the exponentials and their sum, for the gradient."""
   logit_RV = einsum("rd,dv->rv", x_RD, head_DV, precision=precision)
   max_R = logit_RV.max(-1)
   exp_RV = jnp.exp(logit_RV - max_R[:, None])
@@ -104,7 +107,7 @@ def _summed(chunks: _Chunks, head_DV: jax.Array, precision: jax.lax.Precision | 
 
 
 def _summed_fwd(chunks, head_DV, precision):
-  # A CPU multiplies faster what lies as it is read.
+  # Transposed once, since a CPU multiplies faster without transposed factors.
   head_VD, x_NDR = head_DV.T, chunks.x_NRD.swapaxes(1, 2)
   multiply = functools.partial(einsum, precision=precision)
 

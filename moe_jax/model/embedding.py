@@ -1,8 +1,8 @@
-"""Looking tokens up in the embedding, with a gradient that sums in float32.
+"""Embedding lookup whose gradient accumulates in float32.
 
-A frequent token has thousands of rows in a batch. The gradient of plain indexing adds them up in
-the type of the table, and in bfloat16 a sum of many stops growing: after 256 equal summands the
-next is less than its rounding.
+A frequent token occurs thousands of times in a batch. The gradient of plain indexing accumulates
+in the dtype of the table, and a bfloat16 sum stagnates: after 256 equal terms, the next one is
+rounded away.
 """
 
 import jax
@@ -14,13 +14,13 @@ from moe_jax.mesh import BATCH_AXES
 
 
 def look_up(embedding_VD: jax.Array, token_BS: jax.Array, mesh: Mesh) -> jax.Array:
-  """x_BSD: the row of each token.
+  """x_BSD: the embedding of each token.
 
-  Each device sums the gradients of its own tokens in float32 and rounds once; sums of devices are
-  of the table's type, as those of all weights are.
+  Each device sums the gradients of its own tokens in float32 and rounds once; the sum over devices
+  is in the dtype of the table, as for all weights.
 
   Args:
-    embedding_VD: whole on every device, of the type of the activations.
+    embedding_VD: replicated, in the dtype of the activations.
     token_BS: int32, B split over all mesh axes.
     mesh: where it runs.
   """

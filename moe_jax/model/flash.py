@@ -1,11 +1,11 @@
-"""Flash attention on GPUs: JAX's Pallas kernel (Triton), which never holds the scores.
+"""Flash attention on GPUs: JAX's Pallas Triton kernel, which never materializes the scores.
 
-cuDNN's kernel is known to be faster, but what JAX 0.10.2 lets through to it of documents does not
-do here: a mask [B, 1, S, S], whose gradient is computed for nothing, and which does not pass under
-`jax.vmap`, which a population is. Here documents' numbers are compared tile by tile. No attention
-has been timed on a GPU yet: `python -m benchmarks.attention` is what does it.
+cuDNN's kernel is known to be faster, but JAX 0.10.2 can pass it document boundaries only as a
+[B, 1, S, S] mask, whose gradient is computed needlessly and which fails under `jax.vmap`, as used
+for populations. This kernel compares document numbers tile by tile. No attention has been timed on
+a GPU yet; `python -m benchmarks.attention` would do it.
 
-JAX 0.11 announces that it will part with Triton; a JAX without it has plain attention here.
+JAX 0.11 announces the removal of Triton; without it, attention falls back to the plain one.
 """
 
 import functools
@@ -18,14 +18,14 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.mesh import BATCH_AXES
 
-_TILE = 128  # queries and keys in a tile of the forward pass
-_MOST_WIDTH = 128  # of a head, so that tiles fit into the memory of a multiprocessor
-_LEAST_WIDTH = 16  # narrower products do not go by tensor cores
+_TILE = 128  # queries and keys per tile of the forward pass
+_MOST_WIDTH = 128  # of a head, so that tiles fit into shared memory
+_LEAST_WIDTH = 16  # of a head: tensor cores do not support narrower products
 
 
 @functools.cache
 def kernel() -> ModuleType | None:
-  """JAX's module of it, where this version has one. Nothing but a GPU has it imported."""
+  """The module of JAX's kernel, or None if this version has none. Imported only on GPUs."""
   try:
     from jax.experimental.pallas.ops.gpu import attention
   except ImportError:
@@ -34,7 +34,7 @@ def kernel() -> ModuleType | None:
 
 
 def suits(query_BSHh: jax.Array) -> bool:
-  """Whether the kernel takes them: whole tiles, and a type that it multiplies as it says."""
+  """Whether the kernel supports these queries: whole tiles, bfloat16, a suitable head width."""
   _, seq_len, _, h = query_BSHh.shape
   return (seq_len % _TILE == 0 and _LEAST_WIDTH <= h <= _MOST_WIDTH
           and query_BSHh.dtype == jnp.bfloat16 and kernel() is not None)
@@ -43,7 +43,7 @@ def suits(query_BSHh: jax.Array) -> bool:
 def flash_attention(query_BSHh: jax.Array, key_BSKh: jax.Array, value_BSKh: jax.Array,
                     segments_BS: jax.Array | None, mesh: Mesh,
                     interpret: bool = False) -> jax.Array:
-  """Causal attention within segments, out_BSHh: arguments and result of splash.splash_attention."""
+  """out_BSHh: causal attention within segments; for the arguments see splash_attention."""
   sharded = P(BATCH_AXES)
 
   @functools.partial(jax.shard_map, mesh=mesh, check_vma=False, out_specs=sharded,

@@ -1,9 +1,9 @@
 """The decoder as pure functions of a plain nested dict of layer-stacked arrays.
 
 Names in the dict are the modules' attributes and carry their shapes, e.g.
-`params["moe_layers"]["moe"]["w_gate_EDF"]` of shape [layers, E, D, F]: that is what a
-checkpoint holds. What a router carries beside its parameters (the selection bias of sigmoid
-scores, `router["moe_layers"]["moe"]["bias_E"]` of shape [layers, E]) is such a dict of its own.
+`params["moe_layers"]["moe"]["w_gate_EDF"]` of shape [layers, E, D, F]. This is the format of
+checkpoints. The state of routers beside their parameters (the selection bias for sigmoid
+scores, `router["moe_layers"]["moe"]["bias_E"]` of shape [layers, E]) is a separate dict.
 """
 
 import functools
@@ -20,7 +20,7 @@ from moe_jax.model.transformer import RouterState, Transformer
 from moe_jax.moe.router import RouterSums
 
 Params = dict[str, Any]
-Router = dict[str, Any]  # {} for the routers that carry nothing
+Router = dict[str, Any]  # {} for routers without state
 
 
 @functools.lru_cache(maxsize=8)
@@ -31,7 +31,7 @@ def _abstract(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
 
 def abstract_model(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
-  """{"params", "router"} as ShapeDtypeStructs with shardings: all that a forward pass needs."""
+  """{"params", "router"} as ShapeDtypeStructs with shardings: all arrays of a forward pass."""
 
   def describe(variable):
     shape = variable.get_value().shape
@@ -47,24 +47,24 @@ def abstract_model(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def abstract_params(config: RunConfig, mesh: Mesh) -> Params:
-  """ShapeDtypeStructs with shardings, for every parameter."""
+  """All parameters as ShapeDtypeStructs with shardings."""
   return abstract_model(config, mesh)["params"]
 
 
 def init_params(config: RunConfig, mesh: Mesh) -> Params:
-  """Parameters from `config.seed_init`, the same on every mesh.
+  """Initializes the parameters from `config.seed_init`, identically on every mesh.
 
-  Each device makes its own shards: no parameter is ever whole on one of many.
+  Each device initializes its own shards, so no device ever holds a whole sharded parameter.
   """
-  # LLVM takes ten seconds to optimise the random-number loops, which run once: 12.8 s of
-  # compilation become 1.3 s.
+  # LLVM takes ten seconds to optimize the random-number loops, which run once: without that,
+  # compilation takes 1.3 s instead of 12.8 s.
   on_cpu = platform_of(mesh) == "cpu"
   options = {"xla_backend_optimization_level": 0} if on_cpu else None
   return lower_init_params(config, mesh).compile(options)(np.int32(config.seed_init))
 
 
 def lower_init_params(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
-  """The program of init_params, ready to compile; its argument is the seed."""
+  """Lowers the program of init_params, whose argument is the seed."""
 
   def create(seed):
     model = Transformer(config, nnx.Rngs(params=jax.random.key(seed)))
@@ -76,7 +76,7 @@ def lower_init_params(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def init_router(config: RunConfig, mesh: Mesh) -> Router:
-  """The routers' state before the first step: every bias is 0."""
+  """The initial state of the routers: every bias is 0."""
   return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype),
                                                   leaf.sharding),
                       abstract_model(config, mesh)["router"])
@@ -88,14 +88,14 @@ def apply(config: RunConfig, params: Params, inputs_BS: jax.Array, segments_BS: 
           ) -> tuple[jax.Array, RouterSums | None]:
   """logits_BSV in float32 and the router's sums by layer; see Transformer.
 
-  `router` may be left out where the routers carry nothing.
+  `router` may be omitted if the routers have no state.
   """
   return merged(config, params, router)(inputs_BS, segments_BS, mesh, remat, counted_BS,
                                         noise_key_B)
 
 
 def merged(config: RunConfig, params: Params, router: Router | None = None) -> Transformer:
-  """The decoder with these arrays, e.g. to run it another way than from end to end."""
+  """The decoder with these arrays as its weights, e.g. to run only parts of it."""
   graphdef, *abstract = _abstract(config)
   states = jax.tree.map(lambda leaf: leaf, abstract)  # copies: the cached ones stay abstract
   for state, values in zip(states, (params, router or {}), strict=True):

@@ -1,6 +1,6 @@
-"""The forward pass that also returns which experts each token was sent to, layer by layer.
+"""A forward pass that also returns each token's experts in every layer.
 
-Blocks run as they are. What a router makes of what it sees is computed once more, beside it.
+Blocks run unchanged; the routing decisions are recomputed from the same inputs next to them.
 """
 
 from typing import NamedTuple
@@ -18,12 +18,12 @@ from moe_jax.moe.router import RouterSums, route
 
 
 class Choices(NamedTuple):
-  """Of each token, for each MoE layer.
+  """The routing of each token in each MoE layer.
 
   Attributes:
-    expert_LBSK: int16, its experts, best first.
-    dropped_LBSK: bool, whether that expert had no slot for it.
-    entropy_LBS: float32, of the router's distribution, in nats.
+    expert_LBSK: int16, the token's experts, best first.
+    dropped_LBSK: bool, whether that expert had no slot for the token.
+    entropy_LBS: float32, entropy of the router's distribution, in nats.
   """
 
   expert_LBSK: jax.Array
@@ -33,7 +33,7 @@ class Choices(NamedTuple):
 
 def features(model: Transformer, inputs_BS: jax.Array, segments_BS: jax.Array, mesh: Mesh,
              counted_BS: jax.Array) -> tuple[jax.Array, jax.Array, RouterSums, Choices]:
-  """As Transformer.features, and the choices; for token-choice routers and an MoE layer or more."""
+  """Transformer.features, and the choices. Needs a token-choice router and an MoE layer."""
   x_BSD = model.embed(inputs_BS, mesh)
   for layers in model.stacks():
     x_BSD, found = _scan(layers, x_BSD, segments_BS, mesh, counted_BS)

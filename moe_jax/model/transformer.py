@@ -1,7 +1,6 @@
 """The decoder: pre-norm blocks of attention and experts, scanned over layers.
 
-Modules hold the shapes and the parameters; `functional.py` turns them into pure functions of
-a plain nested dict.
+These are nnx modules; `functional.py` turns them into pure functions of a plain nested dict.
 """
 
 import functools
@@ -25,7 +24,7 @@ from moe_jax.moe.layer import Semantics
 from moe_jax.moe.router import RouterSums
 from moe_jax.products import einsum, multiply, multiply_each, precision_of
 
-Gather = Callable[..., jax.Array]  # gather_whole for a mesh and a type
+Gather = Callable[..., jax.Array]  # gather_whole, with mesh and dtype bound
 
 _save_named = jax.checkpoint_policies.save_only_these_names
 _REMAT_POLICIES = {
@@ -37,10 +36,10 @@ _REMAT_POLICIES = {
 
 
 def gather_whole(weight: nnx.Param, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
-  """A weight in the type it is multiplied in, whole on every device.
+  """Casts a weight to the dtype it is multiplied in and all-gathers it.
 
-  Cast first, so that half the bytes travel. Gathered explicitly and once a layer, because XLA
-  would turn each matrix product with a split weight into a loop over its parts.
+  The cast comes first, so that half the bytes are moved. The all-gather is explicit, once per
+  layer, because XLA would turn each matrix product with a sharded weight into a loop over shards.
   """
   return jax.lax.with_sharding_constraint(weight[...].astype(dtype), replicated(mesh))
 
@@ -55,17 +54,17 @@ class SwiGLU(nnx.Module):
                                  scale=down_scale)
 
   def __call__(self, x_BSD: jax.Array, gather: Gather, mesh: Mesh) -> jax.Array:
-    """y_BSD; `gather` makes a weight ready to multiply."""
+    """y_BSD; `gather` casts and all-gathers a weight before it is multiplied."""
     gate_BSF, up_BSF = multiply_each(x_BSD, [gather(self.w_gate_DF), gather(self.w_up_DF)], mesh)
     return multiply(gated(gate_BSF, up_BSF), gather(self.w_down_FD), mesh)
 
 
 class RouterState(nnx.Variable):
-  """What a router carries from step to step beside its weights: no gradient, no decay."""
+  """State of a router beside its weights, updated every step; no gradient, no weight decay."""
 
 
 class MoE(nnx.Module):
-  """Routed experts, and shared ones beside them."""
+  """Routed experts, plus shared experts if there are any."""
 
   def __init__(self, config: RunConfig, rngs: nnx.Rngs):
     arch = config.arch
@@ -98,7 +97,7 @@ class MoE(nnx.Module):
 
 
 class Block(nnx.Module):
-  """x + attention(norm(x)), then + feed_forward(norm(x)); routed or dense."""
+  """x + attention(norm(x)), then x + feed_forward(norm(x)) with a dense or MoE layer."""
 
   def __init__(self, config: RunConfig, dense: bool, rngs: nnx.Rngs):
     arch = config.arch
@@ -114,7 +113,7 @@ class Block(nnx.Module):
   def __call__(self, x_BSD: jax.Array, segments_BS: jax.Array, mesh: Mesh,
                counted_BS: jax.Array | None, noise_key_B: jax.Array | None
                ) -> tuple[jax.Array, RouterSums | None]:
-    """y_BSD, and the sums of its router where it has one; see Transformer.features."""
+    """y_BSD, and the router's sums (None if dense); see Transformer.features."""
     return self.feed_forward(self.attend(x_BSD, segments_BS, mesh), mesh, counted_BS, noise_key_B)
 
   def attend(self, x_BSD: jax.Array, segments_BS: jax.Array, mesh: Mesh) -> jax.Array:
@@ -126,7 +125,7 @@ class Block(nnx.Module):
   def feed_forward(self, x_BSD: jax.Array, mesh: Mesh, counted_BS: jax.Array | None = None,
                    noise_key_B: jax.Array | None = None
                    ) -> tuple[jax.Array, RouterSums | None]:
-    """x + feed_forward(norm(x)), and the sums of its router where it has one."""
+    """x + feed_forward(norm(x)), and the router's sums (None if dense)."""
     normed_BSD = self.before_feed_forward(x_BSD)
     gather = functools.partial(gather_whole, mesh=mesh, dtype=x_BSD.dtype)
     if self.dense:
@@ -135,12 +134,12 @@ class Block(nnx.Module):
     return x_BSD + y_BSD, sums
 
   def before_feed_forward(self, x_BSD: jax.Array) -> jax.Array:
-    """What the feed-forward layer, and its router, see."""
+    """The input of the feed-forward layer and its router."""
     return rms_norm(x_BSD, self.ff_norm_D[...], self.config.model.norm_eps)
 
 
 class Transformer(nnx.Module):
-  """Embedding, dense layers, MoE layers, output head. Layers of a kind are stacked."""
+  """Embedding, dense layers, MoE layers, output head. Layers of the same kind are stacked."""
 
   def __init__(self, config: RunConfig, rngs: nnx.Rngs):
     arch = config.arch
@@ -167,13 +166,12 @@ class Transformer(nnx.Module):
       segments_BS: int32, the document of each position.
       mesh: where it runs.
       remat: what the backward pass recomputes: none, dots, rows or full.
-      counted_BS: bool, False for padding, which the router's sums leave out; None counts
-        all.
-      noise_key_B: a random key for each row, for the router's jitter; None for none.
+      counted_BS: bool, False for padding, which the router's sums omit; None counts all.
+      noise_key_B: a random key per row, for the router's jitter; None for no jitter.
 
     Returns:
-      logits_BSV in float32, and the router's sums with a leading axis of MoE layers (None
-      where there is none).
+      logits_BSV in float32, and the router's sums with a leading axis over MoE layers (None
+      if there are no MoE layers).
     """
     x_BSD, head_DV, sums = self.features(inputs_BS, segments_BS, mesh, remat, counted_BS,
                                          noise_key_B)
@@ -191,17 +189,17 @@ class Transformer(nnx.Module):
     return *self.before_head(x_BSD, mesh), sums
 
   def embed(self, inputs_BS: jax.Array, mesh: Mesh) -> jax.Array:
-    """x_BSD, which the first layer sees."""
+    """x_BSD, the input of the first layer."""
     return look_up(self._whole(self.embedding_VD, mesh), inputs_BS, mesh)
 
   def stacks(self) -> Iterator[Block]:
-    """The layers of each kind there is, in their order; see _stack."""
+    """Yields the stacked dense layers and the stacked MoE layers, if any; see _stack."""
     for name in ("dense_layers", "moe_layers"):
       if hasattr(self, name):
         yield getattr(self, name)
 
   def before_head(self, x: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """(x, head_DV), whose product is the logits, of outputs [..., D] of the last layer."""
+    """(x, head_DV), whose product is the logits, from the last layer's outputs x [..., D]."""
     x = rms_norm(x, self.final_norm_D[...], self.config.model.norm_eps)
     with jax.named_scope("head"):
       if self.config.arch.tie_embeddings:
@@ -213,7 +211,7 @@ class Transformer(nnx.Module):
 
 
 def logits(x: jax.Array, head_DV: jax.Array, mesh: Mesh) -> jax.Array:
-  """The product of what `before_head` gives, in float32."""
+  """The logits in float32, from the result of `before_head`."""
   return einsum("...d,dv->...v", x, head_DV,
                 precision=precision_of(x.dtype, platform_of(mesh)))
 
@@ -230,7 +228,7 @@ def _stack(config: RunConfig, dense: bool, n_layers: int, rngs: nnx.Rngs) -> Blo
 
 
 def _scan(layers: Block, x_BSD, segments_BS, mesh, remat, counted_BS, noise_key_B):
-  """Runs stacked blocks one after another; one compiled body, whatever the depth."""
+  """Scans over stacked blocks, so that compile time does not grow with depth."""
   graphdef, stacked = nnx.split(layers)
   key_LB = None
   if noise_key_B is not None:

@@ -1,17 +1,17 @@
-"""A mixture of experts from a dense model that computes the same (sparse upcycling).
+"""Sparse upcycling: initializes an MoE from a dense model such that both compute the same.
 
-Every expert of a layer begins as a copy of the dense layer (arXiv 2212.05055), all else is taken
-over, the router is new. Since a token's weights sum to 1, copies weighted by them are the dense
-layer again: at step 0 the two models compute the same.
+Every expert of a layer starts as a copy of the dense layer (arXiv 2212.05055), everything else is
+copied, and the router is new. Since a token's weights sum to 1, the weighted sum of the copies is
+the dense layer: at step 0 the two models compute the same function.
 
-Finer experts (arXiv 2410.07524): the dense layer is cut along its hidden width into G shards,
-whose sum it is, and each expert is a copy of one. That is the dense layer only if a token is sent
-to whole sets of shards: so the experts form groups of G, one of each shard, which begin with
-the same router column (that paper's virtual groups). A token's n_topk best are then n_topk / G
-whole groups. Each weight is G times smaller than with whole experts, so the down projections are
-taken G times.
+Finer experts (arXiv 2410.07524): the dense layer is split along its hidden width into G shards,
+whose outputs sum to its own, and each expert is a copy of one shard. This gives the dense layer
+only if a token goes to complete sets of shards, so the experts form groups of G, one per shard,
+whose router columns start equal (that paper's virtual groups). A token's n_topk best experts are
+then n_topk / G complete groups. Each weight is G times smaller than with whole experts, so the
+down projections are multiplied by G.
 
-Nothing but the router tells copies apart in the beginning; what they are sent makes them differ.
+Copies start identical; they diverge because the router sends them different tokens.
 """
 
 import jax.numpy as jnp
@@ -22,13 +22,13 @@ from moe_jax.model.functional import Params
 
 
 def is_dense(config: RunConfig) -> bool:
-  """Whether every layer is one SwiGLU, if perhaps written as an only expert."""
+  """Whether every layer is a single SwiGLU, possibly written as an MoE with one expert."""
   arch = config.arch
   return arch.n_moe_layers == 0 or (arch.n_exp == 1 and arch.n_shared_experts == 0)
 
 
 def dense_width(config: RunConfig) -> int | None:
-  """Hidden width of the layers of a dense model; None if they differ."""
+  """Hidden width of a dense model's layers; None if they differ."""
   arch = config.arch
   widths = {arch.dense_width} if arch.n_dense_layers else set()
   widths |= {arch.d_expert} if arch.n_moe_layers else set()
@@ -36,7 +36,7 @@ def dense_width(config: RunConfig) -> int | None:
 
 
 def check(config: RunConfig, dense: RunConfig) -> None:
-  """Raises FieldError where `config` cannot begin as the dense model `dense`."""
+  """Raises FieldError if `config` cannot be initialized from the dense model `dense`."""
   arch, width = config.arch, dense_width(dense)
   require(width is not None, "train.init_from", config.train.init_from,
           "its dense layers are not all of one width")
@@ -62,12 +62,12 @@ def check(config: RunConfig, dense: RunConfig) -> None:
 
 
 def upcycled(dense_params: Params, fresh: Params, config: RunConfig) -> Params:
-  """Parameters of `config` that compute what the dense parameters do.
+  """Parameters of `config` that compute the same as the dense parameters.
 
   Args:
     dense_params: of a model that `check` has accepted.
-    fresh: newly initialised parameters of `config`, of which the router is used.
-    config: of the mixture.
+    fresh: newly initialized parameters of `config`, of which only the routers are used.
+    config: of the MoE.
   """
   arch = config.arch
   layers, ff = _dense_layers(dense_params)
@@ -85,7 +85,7 @@ def upcycled(dense_params: Params, fresh: Params, config: RunConfig) -> Params:
 
 
 def _experts(ff: Params, d_expert: int, n_exp: int, w_router_LDE) -> Params:
-  """A stack of dense layers as experts; expert e is shard e mod G."""
+  """Turns a stack of dense layers into experts; expert e is shard e mod G."""
   n_layers, d_model, width = ff["w_gate_DF"].shape
   parts = width // d_expert
 
@@ -103,7 +103,7 @@ def _experts(ff: Params, d_expert: int, n_exp: int, w_router_LDE) -> Params:
 
 
 def _dense_layers(params: Params) -> tuple[Params, Params]:
-  """(everything but feed-forward, feed-forward as a dense layer), stacked over all layers."""
+  """Splits the layers into (all but feed-forward, feed-forward), stacked over all layers."""
   rest, ffs = [], []
   for name in ("dense_layers", "moe_layers"):
     if name not in params:

@@ -1,15 +1,15 @@
-"""Dispatch: send each token to its experts and bring the weighted outputs back.
+"""Dispatch: sends each token to its experts and sums their weighted outputs.
 
-Several implementations, one truth:
+All implementations share one signature and are tested against `reference_dispatch`:
 
     dispatch(x_TD, routing, run_experts) -> (y_TD, dropped_T)
 
-`run_experts(x_ERD, weight_ER=None)` maps rows, R for each expert, to outputs of the same shape,
-times the weight of each row where there are weights; it knows the experts and where they live
-(see layer.py). Where experts have unequal numbers of rows (dropless.py), it is
-`run_groups(x_SD, weight_S, size_E)`, on the rows of one expert after another. `dropped_T` counts
-each token's assignments that found no slot. Everything is index-based: no [T, E, C] tensor exists,
-so the cost of dispatch follows the rows that move, T*K*D, and not the number of experts.
+`run_experts(x_ERD, weight_ER=None)` maps R rows per expert to outputs of the same shape, scaled
+by the row weights if given; it holds the experts' weights and knows which device each expert is on
+(see layer.py). Where the number of rows varies by expert (dropless.py), its counterpart is
+`run_groups(x_SD, weight_S, size_E)`, which takes rows sorted by expert. `dropped_T` counts
+the assignments of each token that found no slot. Everything is index-based: no [T, E, C] tensor
+is ever built, so the cost of dispatch scales with the rows moved, T*K*D, not with E.
 """
 
 import fractions
@@ -30,8 +30,8 @@ def expert_capacity(capacity_factor: float, group_tokens: int, n_topk: int,
                     n_exp: int) -> int:
   """Slots per expert and routing group: ceil(factor * tokens * n_topk / n_exp).
 
-  At most `group_tokens`, for a token goes to an expert once. The factor counts as the decimal
-  number that was written: 1.1 * 10 is 11 slots, not the 12 of binary rounding.
+  At most `group_tokens`, since a token goes to an expert at most once. The factor is taken as the
+  decimal number written: 1.1 * 10 is 11 slots, not the 12 that binary rounding would give.
   """
   slots = fractions.Fraction(str(capacity_factor)) * group_tokens * n_topk / n_exp
   return min(math.ceil(slots), group_tokens)
@@ -39,7 +39,7 @@ def expert_capacity(capacity_factor: float, group_tokens: int, n_topk: int,
 
 def reference_dispatch(x_TD: jax.Array, routing: Routing,
                        run_experts: RunExperts) -> tuple[jax.Array, jax.Array]:
-  """Every expert on every token, in float32: slow and obviously right. Drops nothing."""
+  """Runs every expert on every token, in float32: slow but obviously correct. Drops nothing."""
   n_tokens, n_exp = routing.prob_TE.shape
   weight_TE = (jax.nn.one_hot(routing.expert_TK, n_exp) * routing.weight_TK[..., None]).sum(1)
   return run_every_expert(x_TD, weight_TE, run_experts), jnp.zeros(n_tokens, jnp.int32)
@@ -47,7 +47,7 @@ def reference_dispatch(x_TD: jax.Array, routing: Routing,
 
 def run_every_expert(x_TD: jax.Array, weight_TE: jax.Array,
                      run_experts: RunExperts) -> jax.Array:
-  """y_TD: the outputs of all experts for each token, by weight, in float32."""
+  """y_TD: the weighted sum of all experts' outputs for each token, computed in float32."""
   x_ETD = jnp.broadcast_to(x_TD.astype(jnp.float32), (weight_TE.shape[1], *x_TD.shape))
   y_TD = jnp.einsum("te,etd->td", weight_TE, run_experts(x_ETD),
                     precision=jax.lax.Precision.HIGHEST)
@@ -58,21 +58,21 @@ def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts
                       group_tokens: int, capacity: int,
                       priority_TK: jax.Array | None = None,
                       n_devices: int = 1) -> tuple[jax.Array, jax.Array]:
-  """A fixed number of slots for each expert and routing group; what overflows is dropped.
+  """Dispatches into a fixed number of slots per expert and routing group; drops the overflow.
 
-  A dropped assignment contributes nothing to its token; the other weights stay as they are.
+  A dropped assignment contributes nothing to its token; the token's other weights are unchanged.
 
   Args:
     x_TD: tokens; T must be a multiple of `group_tokens`.
-    routing: where they go.
+    routing: the experts and weights of each token.
     run_experts: (x_ERD, weight_ER) -> y_ERD with R = groups * capacity. Rows of empty slots
-      weigh nothing.
+      have weight 0.
     group_tokens: N, consecutive tokens that compete for the same slots.
     capacity: C, slots per expert and group.
-    priority_TK: who is served first at an expert; None means earlier positions.
-    n_devices: over how many the experts lie, in equal parts. Rows come with the first expert of
-      each device, then the second of each, and so on: so that they travel without being
-      put in another order first.
+    priority_TK: assignments with higher priority get slots first; None means by position.
+    n_devices: number of devices the experts are split over evenly. The expert axis of the rows is
+      ordered by local index, then device: the first expert of every device, then the second of
+      every device, and so on, so that no transpose is needed before the all-to-all.
 
   Returns:
     y_TD, and dropped_T: int32, assignments of each token that found no slot.
@@ -92,12 +92,12 @@ def capacity_dispatch(x_TD: jax.Array, routing: Routing, run_experts: RunExperts
 
 
 class Slots(NamedTuple):
-  """A partial one-to-one map between assignments (choice, token) and slots, both ways.
+  """A partial one-to-one map between assignments (choice, token) and slots, stored both ways.
 
-  Slots are numbered expert first, so that those of an expert lie together: here S = E*G*C, and
-  without a capacity as dropless.py has them.
-  Assignments are numbered choice first, k*T + t: with the few choices innermost a TPU would fill
-  few of its lanes, and put every array of them in another order before using it.
+  Slots are ordered by expert, so those of an expert are contiguous: S = E*G*C here; for the
+  layout without a capacity see dropless.py.
+  Assignments are numbered choice-major, k*T + t: with K, which is small, as the minor axis, a TPU
+  would fill few of its lanes and relayout each such array before using it.
 
   Attributes:
     assignment_S: index into the flattened K*T assignments; K*T for an empty slot.
@@ -110,16 +110,16 @@ class Slots(NamedTuple):
 
 def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: int,
                  priority_TK: jax.Array | None = None) -> Slots:
-  """Gives each assignment a slot of its expert, earlier positions of a group first.
+  """Assigns each assignment a slot of its expert, earlier positions in the group first.
 
-  With priorities the highest come first, and position decides between equal ones. V-MoE's
-  batch-prioritized routing (arXiv 2106.05974, section 4.1) is the same for n_topk = 1; above,
-  it ranks tokens by their largest weight and serves all first choices before second ones,
-  where here each expert ranks what was assigned to it.
+  With priorities the highest go first, and position breaks ties. V-MoE's batch-prioritized
+  routing (arXiv 2106.05974, section 4.1) is the same for n_topk = 1; for n_topk > 1 it ranks
+  tokens by their largest weight and serves all first choices before any second choice, whereas
+  here each expert ranks the assignments it received.
 
   Args:
     expert_TK: int32, the experts of each token; T must be whole groups.
-    n_exp: E, how many experts there are.
+    n_exp: E, number of experts.
     group_tokens, capacity, priority_TK: see capacity_dispatch.
   """
   n_tokens, n_topk = expert_TK.shape
@@ -138,7 +138,7 @@ def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: 
   bounds = jax.vmap(lambda row: jnp.searchsorted(row, jnp.arange(n_exp + 1)))(sorted_GA)
   start_GE, end_GE = bounds[:, :-1], bounds[:, 1:]
 
-  # Slot -> assignment: the c-th assignment of expert e stands at start + c in sorted order.
+  # Slot -> assignment: the c-th assignment of expert e is at start + c in sorted order.
   source_GEC = start_GE[..., None] + jnp.arange(capacity)
   order_GEC = jnp.take_along_axis(
       order_GA, source_GEC.reshape(n_groups, -1), axis=-1, mode="clip").reshape(source_GEC.shape)
@@ -156,14 +156,14 @@ def assign_slots(expert_TK: jax.Array, n_exp: int, group_tokens: int, capacity: 
 
 
 def sort_by_expert(expert_GNK: jax.Array, n_exp: int) -> tuple[jax.Array, jax.Array]:
-  """The assignments of each group by expert, then by position, A = N*K.
+  """Sorts the A = N*K assignments of each group by expert, then by position.
 
-  Expert and position are sorted as one number where 31 bits hold both: a sort of one array costs
-  half of one of pairs, to run and, on a TPU, to compile. The numbers are laid out choice by
-  choice, since K alone would leave a TPU's lanes empty.
+  Expert and position are packed into one sort key if 31 bits hold both: sorting one array takes
+  half as long as sorting pairs, both to run and, on a TPU, to compile. The keys are laid out
+  choice-major, since a minor axis of size K would leave most of a TPU's lanes empty.
 
   Returns:
-    order_GA: n * K + k of each, and sorted_GA: its expert.
+    order_GA, the index n * K + k of each assignment, and sorted_GA, its expert.
   """
   *groups, n_tokens, n_topk = expert_GNK.shape
   n_assigned = n_tokens * n_topk
@@ -178,12 +178,12 @@ def sort_by_expert(expert_GNK: jax.Array, n_exp: int) -> tuple[jax.Array, jax.Ar
 
 
 def choice_first(order: jax.Array, n_topk: int, n_tokens: int) -> jax.Array:
-  """The assignments n * K + k of `sort_by_expert` as k * n_tokens + n."""
+  """Renumbers the assignments of `sort_by_expert` from n * K + k to k * n_tokens + n."""
   return order % n_topk * n_tokens + order // n_topk
 
 
 def unsorted(value_GA: jax.Array, order_GA: jax.Array, n_topk: int) -> jax.Array:
-  """value_KT: what `sort_by_expert` put in order, back where it came from; T = G*N."""
+  """value_KT: undoes the order of `sort_by_expert`; T = G*N."""
   n_groups, n_assigned = order_GA.shape
   n_tokens = n_assigned // n_topk
   place_GA = choice_first(order_GA, n_topk, n_tokens)
@@ -195,8 +195,8 @@ def unsorted(value_GA: jax.Array, order_GA: jax.Array, n_topk: int) -> jax.Array
 # Moving rows. The map between assignments and slots is one-to-one and stored both ways, so the
 # gradient of a gather is again a gather, where automatic differentiation would emit a
 # scatter-add. An empty slot gets the row of token 0 (its assignment is K*T, a multiple of T), which
-# costs less than zeros would: its weight is 0, and so is all that comes of it, forward and
-# backward, while numbers are finite.
+# is cheaper than filling in zeros. Its weight is 0, so it contributes exactly 0 to outputs and
+# gradients as long as all values are finite.
 
 
 def _gather_rows(x_TD, slots):
@@ -205,8 +205,8 @@ def _gather_rows(x_TD, slots):
 
 
 def _sum_rows(y_SD, slots):
-  # One choice after the other: its rows are added as they are read, where a gather of all choices
-  # would write K*T rows to memory first.
+  # One choice at a time, so that XLA fuses each gather into the sum; one gather of all choices
+  # would first write K*T rows to memory.
   def rows(slot_T):
     kept_T1 = (slot_T < y_SD.shape[0])[:, None]
     return jnp.where(kept_T1, y_SD.at[slot_T].get(mode="clip"), 0).astype(jnp.float32)
@@ -223,12 +223,12 @@ def _weights_back(weight_S, slots):
 
 
 def _or_zero(values, index):
-  """values[index], and 0 where the index is one past the end."""
+  """values[index], or 0 where the index is one past the end."""
   return values.at[index].get(mode="fill", fill_value=0)
 
 
 def _with_transpose(linear, transpose, doc: str):
-  """linear(x, slots), whose gradient is transpose(dy, slots)."""
+  """Returns linear(x, slots) with the custom gradient transpose(dy, slots)."""
   function = jax.custom_vjp(linear)
   function.defvjp(lambda x, slots: (linear(x, slots), slots),
                   lambda slots, dy: (transpose(dy, slots), None))

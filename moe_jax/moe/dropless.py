@@ -1,10 +1,11 @@
-"""Dispatch to groups of rows: sort the assignments by expert, multiply the groups, sort back.
+"""Dispatch without padding: sorts assignments by expert, runs each group of rows, sorts back.
 
     dropless_dispatch(x_TD, routing, run_groups) -> (y_TD, dropped_T)
     packed_dispatch(x_TD, routing, run_groups, group_tokens=N, capacity=C) -> (y_TD, dropped_T)
 
-No expert's share is padded to a capacity: a group has as many rows as there are. The first drops
-nothing, the second what `capacity_dispatch` drops. The rows move by the same gathers as there.
+Groups are not padded to a capacity: each has exactly the rows sent to its expert. The first
+function drops nothing, the second drops what `capacity_dispatch` drops. Both move rows with the
+gathers of dispatch.py.
 """
 
 from collections.abc import Callable
@@ -31,11 +32,11 @@ RunGroups = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 def dropless_dispatch(x_TD: jax.Array, routing: Routing,
                       run_groups: RunGroups) -> tuple[jax.Array, jax.Array]:
-  """Every token at all of its experts, with a row for each assignment.
+  """Sends every token to all of its experts, one row per assignment.
 
   Args:
     x_TD: tokens.
-    routing: where they go.
+    routing: the experts and weights of each token.
     run_groups: (x_SD, weight_S, size_E) -> y_SD, outputs times weights, for rows in the layout of
       grouped_matmul.py, S = T*K + SPARE_ROWS.
   """
@@ -48,7 +49,7 @@ def dropless_dispatch(x_TD: jax.Array, routing: Routing,
 def packed_dispatch(x_TD: jax.Array, routing: Routing, run_groups: RunGroups, *,
                     group_tokens: int, capacity: int, priority_TK: jax.Array | None = None
                     ) -> tuple[jax.Array, jax.Array]:
-  """What `capacity_dispatch` computes, without rows for the slots that stay empty."""
+  """Computes the same as `capacity_dispatch`, without rows for empty slots."""
   n_exp = routing.prob_TE.shape[-1]
   with jax.named_scope("dispatch"):
     padded = assign_slots(routing.expert_TK, n_exp, group_tokens, capacity, priority_TK)
@@ -66,10 +67,10 @@ def _run_rows(x_TD, weight_TK, slots, size_E, run_groups):
 
 
 def pack_slots(padded: Slots, n_exp: int) -> tuple[Slots, jax.Array]:
-  """The slots that are in use, in their order, and behind them empty ones to T*K + SPARE_ROWS.
+  """Moves the used slots to the front, in order, and pads with empty ones to T*K + SPARE_ROWS.
 
   Returns:
-    The slots, and size_E: how many of each expert are in use.
+    The slots, and size_E: the number of used slots of each expert.
   """
   n_assigned = padded.slot_KT.size
   n_rows = n_assigned + SPARE_ROWS
@@ -83,10 +84,10 @@ def pack_slots(padded: Slots, n_exp: int) -> tuple[Slots, jax.Array]:
 
 
 def sort_slots(expert_TK: jax.Array, n_exp: int) -> tuple[Slots, jax.Array]:
-  """A slot for each assignment: by expert, then by position; the spare ones are empty.
+  """Gives each assignment a slot, by expert, then by position; the SPARE_ROWS slots are empty.
 
   Returns:
-    The slots, and size_E: assignments of each expert.
+    The slots, and size_E: the number of assignments of each expert.
   """
   order_1A, sorted_1A = sort_by_expert(expert_TK[None], n_exp)
   bound_E = jnp.searchsorted(sorted_1A[0], jnp.arange(n_exp + 1)).astype(jnp.int32)

@@ -1,9 +1,9 @@
-"""Expert choice: each expert picks its tokens (Zhou et al., arXiv 2202.09368). For research.
+"""Expert choice: each expert picks its tokens (Zhou et al., arXiv 2202.09368). Research only.
 
-Every expert takes the same number of a routing group's tokens, so that loads are even by
-construction and nothing overflows; a token gets as many experts as pick it, n_topk on average
-and perhaps none. It is NOT causal: whether an expert picks a token depends on the tokens after
-it. A loss measured so has seen the future, and such a model cannot decode.
+Every expert takes the same number of tokens from a routing group, so loads are balanced by
+construction and nothing overflows. A token is picked by n_topk experts on average, and possibly by
+none. This is NOT causal: whether an expert picks a token depends on later tokens, so the measured
+loss has seen the future, and the model cannot decode.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Choice(NamedTuple):
 
   Attributes:
     token_S: int32, the token in each slot.
-    weight_S: float32, what the expert's output for it is multiplied by: its probability.
+    weight_S: float32, the weight of the expert's output for that token: its probability.
     prob_TE: float32, softmax over all experts.
     logit_TE: float32.
   """
@@ -44,8 +44,8 @@ def choose_tokens(logit_TE: jax.Array, n_topk: int, group_tokens: int,
                   counted_T: jax.Array | None = None) -> Choice:
   """Each expert picks its group_tokens * n_topk / n_exp most probable tokens of each group.
 
-  That number must be whole. Equal probabilities: the earlier token is picked first. Tokens
-  that are not counted (padding) are picked last. (arXiv 2202.09368, section 3.1.)
+  That number must be an integer. Ties go to the earlier token. Tokens that are not counted
+  (padding) are picked last. (arXiv 2202.09368, section 3.1.)
   """
   n_tokens, n_exp = logit_TE.shape
   capacity = group_tokens * n_topk // n_exp
@@ -65,10 +65,11 @@ def choice_dispatch(x_TD: jax.Array, choice: Choice, run_experts: RunExperts) ->
   """y_TD: the weighted sum of the outputs of the experts that picked each token.
 
   `run_experts` maps x_ERD to y_ERD with R = groups * capacity. A token may be picked by any
-  number of experts, so the way back is a scatter-add, in float32.
+  number of experts, so outputs are combined by a scatter-add, in float32.
   """
   n_exp, d_model = choice.prob_TE.shape[-1], x_TD.shape[-1]
-  # Widened for the way back: the gradient of a token sums over the experts that picked it.
+  # Gathered from float32 for the sake of the backward pass, which is a scatter-add: a token's
+  # gradient sums over the experts that picked it.
   x_SD = x_TD.astype(jnp.float32)[choice.token_S].astype(x_TD.dtype)
   y_ERD = run_experts(x_SD.reshape(n_exp, -1, d_model))
   y_SD = y_ERD.reshape(-1, d_model).astype(jnp.float32) * choice.weight_S[:, None]
@@ -77,12 +78,12 @@ def choice_dispatch(x_TD: jax.Array, choice: Choice, run_experts: RunExperts) ->
 
 def reference_choice_dispatch(x_TD: jax.Array, choice: Choice,
                               run_experts: RunExperts) -> jax.Array:
-  """The same by every expert on every token, in float32: slow and obviously right."""
+  """Runs every expert on every token, in float32: slow but obviously correct."""
   return run_every_expert(x_TD, choice.prob_TE * choice.chosen_TE, run_experts)
 
 
 def choice_sums(choice: Choice, counted_T: jax.Array | None = None) -> RouterSums:
-  """The router's sums; nothing is dropped, but tokens that no expert picked are left behind."""
+  """The router's sums. Nothing is dropped; tokens that no expert picked count as left behind."""
   chosen_TE = choice.chosen_TE
   if counted_T is None:
     counted_T = jnp.ones(len(chosen_TE), bool)

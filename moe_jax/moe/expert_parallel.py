@@ -1,9 +1,9 @@
 """Expert parallelism: the MoE layer in `shard_map` over the mesh, with all-to-all on `expert`.
 
 Tokens are split over all three mesh axes. Each device routes its own tokens, in whole routing
-groups, so which tokens drop does not depend on the mesh. The rows of an expert travel to the
-device that holds it and back by all-to-all over the `expert` axis; each device's share of the
-expert weights is gathered over `fsdp` just before it is used.
+groups, so which tokens drop does not depend on the mesh. Rows travel to the device that holds
+their expert, and back, by all-to-all over the `expert` axis; each device's expert weights are
+all-gathered over `fsdp` just before they are used.
 """
 
 import functools
@@ -21,14 +21,14 @@ from moe_jax.moe.layer import Semantics, moe_layer
 from moe_jax.moe.ragged_exchange import exchange, plan_exchange
 from moe_jax.moe.router import RouterSums, jitter_noise
 
-SAVED = "rows"  # name of the rows that experts received, for what remat keeps
+SAVED = "rows"  # checkpoint_name of the rows that experts received, for remat policies
 
-# Most all-to-alls into which a layer's exchange is split: more overlap better with the products,
-# but make a longer program.
+# Upper bound on the all-to-alls that a layer's exchange is split into: more of them overlap better
+# with the matrix products but make the program longer.
 _MOST_EXCHANGES = 8
 
-# Slots per assignment from which packing pays (see _packs): between what was measured on two
-# cores, slower at 1.25 and faster at 2.
+# Slots per assignment above which packing pays off (see _packs). Measured on two cores: packing
+# is slower at 1.25 and faster at 2.
 _SLOTS_TO_PACK = 1.5
 
 
@@ -41,17 +41,17 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
 
   Args:
     x_BSD: tokens, B split over all mesh axes.
-    w_router_DE: router weights, the same on every device.
+    w_router_DE: router weights, replicated.
     experts: E split over `expert`, D over `fsdp`.
     semantics: see `Semantics`.
     mesh: with the axes data, fsdp, expert.
-    counted_BS: bool, False for padding, which the sums leave out; None counts all.
-    bias_E: selection bias of sigmoid scores, the same on every device; None for a softmax.
-    noise_key_B: a random key for each row, from which the jitter of what its router sees
-      follows; None (as in evaluation) means no jitter.
+    counted_BS: bool, False for padding, which the sums omit; None counts all.
+    bias_E: selection bias for sigmoid scores, replicated; None for the other routers.
+    noise_key_B: a random key per row, for the jitter of the router's inputs; None (as in
+      evaluation) means no jitter.
 
   Returns:
-    y_BSD split as x_BSD is, and sums over all tokens of the batch.
+    y_BSD split like x_BSD, and sums over all tokens of the batch.
   """
   if counted_BS is None:
     counted_BS = jnp.ones(x_BSD.shape[:2], bool)
@@ -61,12 +61,12 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
                      in_specs=(P(BATCH_AXES), P(), specs, P(BATCH_AXES), P(), P(BATCH_AXES)),
                      out_specs=(P(BATCH_AXES), P()))
   def on_device(x_bSD, w_router_DE, experts_eDF, counted_bS, bias_E, noise_key_b):
-    # Cast first: half the bytes travel when the tokens are bfloat16.
+    # Cast before the all-gather: with bfloat16 tokens it then moves half the bytes.
     dtype = jnp.float32 if semantics.dispatch == "reference" else x_bSD.dtype
     local = Experts(*(jax.lax.all_gather(w.astype(dtype), FSDP, tiled=True,
                                          axis=axes.index("expert_d_model"))
                       for w, axes in zip(experts_eDF, EXPERT_AXES, strict=True)))
-    # Each device has its own rows: its share of the weights' gradient is its own, too.
+    # Rows differ along `data`, and so do the weights' gradients before they are summed.
     local = jax.tree.map(lambda w: jax.lax.pcast(w, DATA, to="varying"), local)
 
     def run_groups(x_SD, weight_S, size_E):
@@ -89,10 +89,10 @@ def sharded_moe_layer(x_BSD: jax.Array, w_router_DE: jax.Array, experts: Experts
 
 
 def _packs(semantics: Semantics, n_exp: int, mesh: Mesh) -> bool:
-  """Whether only rows of slots in use are multiplied: on a CPU where at least a third is empty.
+  """Whether to multiply only the rows of used slots: on a CPU, if at least a third are empty.
 
-  There the blocks of swiglu_blocks.py, which have no empty rows but are small products, are faster
-  (not at a capacity factor of 1.25), and hold less memory.
+  There swiglu_blocks.py, which skips empty rows at the price of smaller products, is faster (but
+  not at a capacity factor of 1.25) and uses less memory.
   """
   if semantics.dispatch != "capacity" or semantics.router == "expert_choice":
     return False
@@ -103,11 +103,11 @@ def _packs(semantics: Semantics, n_exp: int, mesh: Mesh) -> bool:
 
 def _run_experts(x_ERD: jax.Array, weight_ER: jax.Array | None, experts: Experts,
                  mesh: Mesh) -> jax.Array:
-  """Rows of one device through experts of all devices along `expert`.
+  """Runs one device's rows through the experts of all devices along `expert`.
 
-  Experts that hold the same place on their devices come together (capacity_dispatch's order).
-  Each such group travels by an exchange of its own, which neither needs its rows in another
-  order nor leaves them in one, and the next can travel while one is multiplied.
+  Experts with the same local index are adjacent (the order of capacity_dispatch). They are
+  exchanged in groups, one all-to-all each: no rows need to be transposed before or after, and the
+  next exchange can overlap with the products of the previous one.
   """
   platform, n_devices = platform_of(mesh), mesh.shape[EXPERT]
   if n_devices == 1:
@@ -125,12 +125,15 @@ def _run_experts(x_ERD: jax.Array, weight_ER: jax.Array | None, experts: Experts
 
 
 def n_exchanges(n_here: int) -> int:
-  """How many groups of equal size the experts of a device travel in."""
+  """Number of equal groups in which a device's experts are exchanged."""
   return max(n for n in range(1, _MOST_EXCHANGES + 1) if n_here % n == 0)
 
 
 def _exchange(x: jax.Array, n_devices: int, back: bool = False) -> jax.Array:
-  """[places * devices, R, D] on each device -> [places, devices * R, D]; `back` undoes it."""
+  """All-to-all: [places * devices, R, D] on each device -> [places, devices * R, D].
+
+  A place is an expert's local index. `back` is the inverse.
+  """
   *_, d = x.shape
   places = x.shape[0] if back else x.shape[0] // n_devices
   x_PnRD = jax.lax.all_to_all(x.reshape(places, n_devices, -1, d), EXPERT, 1, 1, tiled=True)
@@ -138,20 +141,20 @@ def _exchange(x: jax.Array, n_devices: int, back: bool = False) -> jax.Array:
 
 
 def _saved(x_eRD: jax.Array) -> jax.Array:
-  """Names the rows that experts received, for what remat keeps."""
+  """Names the rows that experts received, for remat policies."""
   return checkpoint_name(x_eRD, SAVED)
 
 
 def _run_groups(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, experts: Experts,
                 n_topk: int, mesh: Mesh) -> jax.Array:
-  """Rows of one device, sorted by expert, through experts of all devices along `expert`."""
+  """Runs one device's rows, sorted by expert, through the experts of all devices along `expert`."""
   platform, n_devices = platform_of(mesh), mesh.shape[EXPERT]
   if n_devices == 1:
     return grouped_swiglu(_saved(x_SD), weight_S, size_E, experts, platform)
   plan = plan_exchange(jax.lax.all_gather(size_E, EXPERT), jax.lax.axis_index(EXPERT))
-  n_sent = x_SD.shape[0] - SPARE_ROWS  # as many arrive, on average
+  n_sent = x_SD.shape[0] - SPARE_ROWS  # also the average number of rows that arrive
   n_tokens = n_sent // n_topk
-  n_arriving = n_devices * n_tokens * min(n_topk, plan.size_e.shape[0])  # at most
+  n_arriving = n_devices * n_tokens * min(n_topk, plan.size_e.shape[0])  # upper bound
   there = functools.partial(exchange, way=plan.there, way_back=plan.back,
                             n_rows=n_arriving + SPARE_ROWS, axis_name=EXPERT, platform=platform)
   x_RD, weight_R = there(x_SD), there(weight_S)

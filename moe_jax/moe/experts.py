@@ -1,4 +1,4 @@
-"""SwiGLU experts: their weights, and how each runs on its rows."""
+"""SwiGLU experts: their weights, and their forward pass on dense or grouped rows."""
 
 import functools
 from typing import NamedTuple
@@ -12,29 +12,29 @@ from moe_jax.products import cpu_matmul, precision_of
 
 
 class Experts(NamedTuple):
-  """Weights of SwiGLU experts without bias: w_down(silu(x w_gate) * (x w_up))."""
+  """Weights of bias-free SwiGLU experts: w_down(silu(x w_gate) * (x w_up))."""
 
   w_gate_EDF: jax.Array
   w_up_EDF: jax.Array
   w_down_EFD: jax.Array
 
 
-# Logical axes of the experts' weights, which mesh.RULES maps to the mesh.
+# Logical axes of the experts' weights, which mesh.RULES maps to mesh axes.
 EXPERT_AXES = Experts(("experts", "expert_d_model", None), ("experts", "expert_d_model", None),
                       ("experts", None, "expert_d_model"))
 
 
 def swiglu(x_ERD: jax.Array, weight_ER: jax.Array | None = None, *, experts: Experts,
            platform: str) -> jax.Array:
-  """y_ERD: each expert on its R rows, each row times its weight where there are weights.
+  """y_ERD: runs each expert on its R rows and scales each row by its weight, if given.
 
-  In the type of the rows; products of float32 have its full precision. How it is done depends on
-  the platform of the devices, "cpu", "gpu" or "tpu".
+  Computes in the dtype of the rows; float32 products have full precision. `platform` ("cpu", "gpu"
+  or "tpu") selects the implementation.
   """
   matmul = cpu_matmul if platform == "cpu" else functools.partial(
       jnp.matmul, precision=precision_of(x_ERD.dtype, platform))
   gate_EDF, up_EDF, down_EFD = (w.astype(x_ERD.dtype) for w in experts)
-  # Side by side, so that the rows are read once for both.
+  # One product for gate and up, so that the rows are read once.
   gate_up_ERF = matmul(x_ERD, jnp.concatenate([gate_EDF, up_EDF], axis=-1))
   return matmul(gated(*jnp.split(gate_up_ERF, 2, axis=-1), weight_ER), down_EFD)
 
@@ -45,11 +45,11 @@ def grouped_swiglu(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, expe
 
   Args:
     x_SD: rows.
-    weight_S: float32, what each row of the result is multiplied by.
-    size_E: int32, rows of each expert.
-    experts: their weights.
+    weight_S: float32, the weight that scales each output row.
+    size_E: int32, number of rows of each expert.
+    experts: the experts' weights.
     platform: of the devices.
-    usual_rows: how many of the S rows are in use on average, where S has room for the worst case.
+    usual_rows: average number of rows in use, if S is sized for the worst case.
   """
   gate_EDF, up_EDF, down_EFD = (w.astype(x_SD.dtype) for w in experts)
   gate_up_EDH = jnp.concatenate([gate_EDF, up_EDF], axis=-1)
@@ -62,10 +62,10 @@ def grouped_swiglu(x_SD: jax.Array, weight_S: jax.Array, size_E: jax.Array, expe
 
 
 def gated(gate: jax.Array, up: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-  """silu(gate) * up, times the row's weight, in float32 and rounded once to their type.
+  """silu(gate) * up * weight, computed in float32 and rounded once to the dtype of `gate`.
 
-  The weight enters before the last product and not after it: the gradient of the weights then
-  needs no output of that product, which need not be kept nor computed again.
+  The row weight is applied before the down projection, not after it: the gradient of the weights
+  then does not need that projection's output, so it is neither saved nor recomputed.
   """
   hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
   if weight is not None:

@@ -1,31 +1,31 @@
 """Grouped matrix products: rows sorted by expert, each expert's rows times its own matrix.
 
-Only the work that there is, is done: the cost follows the rows in the groups, neither the
-number of experts nor the size of the array that holds the rows.
+The cost scales with the rows in the groups, not with the number of experts or the length of the
+array that holds the rows.
 
-Groups follow one another in the order of the experts, without gaps, and at least SPARE_ROWS
-rows that belong to nobody follow the last. On TPU XLA's `ragged_dot` has a kernel for the
-product of the rows. For the gradient of the matrices it has none there, and none at all on NVIDIA
-GPUs (JAX 0.10.2): it would multiply every row for every expert. On GPUs bfloat16 has kernels of our
-own (grouped_triton.py; JAX 0.11 announces that it will part with Triton, and one without it takes
-what else there is); all else is a loop over blocks of rows of one expert each. On CPUs a whole
-feed-forward layer is one such loop (swiglu_blocks.py).
+Layout: groups are contiguous, in expert order, and the last is followed by at least SPARE_ROWS
+rows that belong to no group. On TPU, XLA's `ragged_dot` has a kernel for the product of the rows.
+It has none for the gradient of the matrices, and none at all on NVIDIA GPUs (JAX 0.10.2): there it
+would multiply every row by every expert. On GPUs, bfloat16 has its own kernels (grouped_triton.py;
+JAX 0.11 announces the removal of Triton, without which the loop takes over); everything else is a
+loop over blocks of rows, each of one expert. On CPUs, a whole feed-forward layer is one such loop
+(swiglu_blocks.py).
 
-For NVIDIA GPUs this is read in what XLA compiles for an H100, which need not be there: with
+The statements about NVIDIA GPUs come from what XLA compiles for an H100, which needs no GPU: with
 jax-cuda12-plugin and nvidia-cuda-nvcc-cu12 installed, JAX_PLATFORMS=cpu, autotuning off and
 
     jax.experimental.topologies.get_topology_desc(
         platform="cuda", topology="1x1x1", target_config=SPEC)
 
-where SPEC is XLA's h100_sxm.txtpb without what this version does not read (rates of units).
-`ragged_dot` of 8192 rows of bfloat16 and 64 matrices of [1024, 512] becomes one dense product,
+where SPEC is XLA's h100_sxm.txtpb without the fields that this version does not parse (unit rates).
+`ragged_dot` of 8192 bfloat16 rows and 64 matrices of [1024, 512] becomes one dense product,
 [8192, 65536] times [65536, 512]: 64 times the FLOPs, and 1 GiB of temporary memory. Both
-gradients are as dense, in 1.5 GiB; XLA's two experimental flags for `ragged_dot` changed nothing
-there. Our kernels take no memory but their results, and the matrices once more, transposed for the
-gradient of the rows; they multiply about half a block of each expert for nothing. ptxas says that
-they use Hopper's products (wgmma), load ahead and spill no register. Nothing has been timed.
-Pallas' `ragged_dot_mgpu`, which JAX brings as an example, is not used: it has no gradient, wants
-tiles chosen by hand, unrolls a loop over the groups and imports JAX's test utilities.
+gradients are dense too, in 1.5 GiB; XLA's two experimental flags for `ragged_dot` change nothing
+here. Our kernels need no memory beyond their results and, for the gradient of the rows, a
+transposed copy of the matrices; they waste about half a block of work per expert. According to
+ptxas they use Hopper's wgmma, pipeline their loads and spill no registers. Nothing has been timed.
+Pallas' `ragged_dot_mgpu`, an example in JAX, is not used: it has no gradient, needs hand-picked
+tile sizes, unrolls a loop over the groups and imports JAX's test utilities.
 """
 
 import functools
@@ -37,31 +37,31 @@ import jax.numpy as jnp
 
 from moe_jax.products import precision_of
 
-# Rows in a block of the loop. Not measured; a block must be worth reading and writing the sum of a
-# matrix's gradient.
+# Rows per block of the loop. Not measured; a block must be large enough to amortize reading and
+# writing the gradient of one expert's matrix.
 _BLOCK_ROWS = {"gpu": 256, "tpu": 512}
 
-# So that the last block of a group may reach past the end of it.
+# Padding, so that the last block may extend past the last group.
 SPARE_ROWS = max(_BLOCK_ROWS.values())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, size_E: jax.Array, platform: str,
                    usual_rows: int | None = None) -> jax.Array:
-  """y_SF: the rows of group e times w_EDF[e]. Float32 is meant as it says.
+  """y_SF: the rows of group e times w_EDF[e]. Float32 products have full precision.
 
   Args:
-    x_SD: rows in the layout above; what stands after the last group counts for nothing.
-    w_EDF: matrices, of the type of the rows; on a mesh, varying over the axes that the rows
-      vary over.
-    size_E: int32, rows in each group.
-    platform: of the devices, `gpu` or `tpu`, which decides how it is done.
-    usual_rows: how many rows there are in all groups on average, where x_SD has room for more;
-      only plans read it.
+    x_SD: rows in the layout above; rows after the last group are ignored.
+    w_EDF: matrices, of the dtype of the rows; inside shard_map, varying over the same mesh axes
+      as the rows.
+    size_E: int32, number of rows in each group.
+    platform: of the devices, `gpu` or `tpu`; selects the implementation.
+    usual_rows: average number of rows in all groups together, if x_SD has room for more; used
+      only by the planner.
 
   Returns:
-    The products, in the type of the rows, each rounded once; what stands after the last group
-    means nothing.
+    The products, in the dtype of the rows, each rounded once; rows after the last group are
+    undefined.
   """
   if platform == "tpu":
     return jax.lax.ragged_dot(x_SD, w_EDF, size_E, precision=precision_of(x_SD.dtype, platform))
@@ -87,7 +87,7 @@ grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
 def _kernels(x_SD: jax.Array, platform: str) -> ModuleType | None:
-  """grouped_triton.py, where it suits and this version of JAX can import it."""
+  """The module grouped_triton.py, if it applies and this version of JAX can import it."""
   if platform != "gpu" or x_SD.dtype != jnp.bfloat16:
     return None
   try:
@@ -101,12 +101,13 @@ class Blocks(NamedTuple):
   """J blocks, each of one expert's rows.
 
   Attributes:
-    n_used: how many there are; the arrays are longer, and what is behind them has no rows inside.
-    rows: rows in a block.
-    expert_J: whose they are.
-    start_J: the first row.
-    inside_J: rows that are the expert's; the others belong to those after it.
-    n_experts: of how many experts.
+    n_used: number of blocks in use; the arrays are padded, and inside_J is <= 0 in the padding.
+    rows: rows per block.
+    expert_J: the expert of each block.
+    start_J: the first row of each block.
+    inside_J: number of the expert's rows from start_J on; if below `rows`, the rest of the block
+      belongs to later experts.
+    n_experts: number of experts.
   """
 
   n_used: jax.Array
@@ -118,7 +119,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(n_rows: int, size_E: jax.Array, rows: int) -> Blocks:
-  """The blocks of `rows` rows that cover the groups of an array of `n_rows`."""
+  """Covers the groups of an array of `n_rows` rows with blocks of `rows` rows."""
   n_blocks_E = -(-size_E // rows)
   end_E = jnp.cumsum(n_blocks_E)
   j_J = jnp.arange(n_rows // rows + len(size_E))
@@ -130,22 +131,24 @@ def blocks_of(n_rows: int, size_E: jax.Array, rows: int) -> Blocks:
 
 
 def _over_blocks(blocks: Blocks, usual_rows: int, body, start):
-  """fori_loop over the blocks that are used; its scope tells plans how many there are on average:
-  half a block of each expert is empty."""
+  """Runs a fori_loop over the used blocks.
+
+  The loop's scope gives the planner the average trip count: half a block per expert is empty.
+  """
   usual = -(-usual_rows // blocks.rows) + blocks.n_experts // 2
   with jax.named_scope(f"trips_{usual}"):
     return jax.lax.fori_loop(0, blocks.n_used, body, start)
 
 
 def _each_block(x_SD, w_EDF, size_E, platform, usual_rows):
-  """Multiplies each block with its expert's matrix."""
+  """Multiplies each block by its expert's matrix."""
   blocks = blocks_of(x_SD.shape[0], size_E, _BLOCK_ROWS[platform])
 
   def multiply(j, y_SF):
     start, w_DF = blocks.start_J[j], w_EDF[blocks.expert_J[j]]
     x_RD = jax.lax.dynamic_slice_in_dim(x_SD, start, blocks.rows)
     y_RF = jnp.einsum("rd,df->rf", x_RD, w_DF, precision=precision_of(x_SD.dtype, platform))
-    # Rows of the experts after this one are overwritten when their own blocks come, later.
+    # The block's rows of later experts are overwritten by their own blocks.
     return jax.lax.dynamic_update_slice_in_dim(y_SF, y_RF, start, axis=0)
 
   zeros_SF = jnp.zeros_like(x_SD, shape=(x_SD.shape[0], w_EDF.shape[2]))
@@ -153,7 +156,7 @@ def _each_block(x_SD, w_EDF, size_E, platform, usual_rows):
 
 
 def _sum_of_outer_products(x_SD, dy_SF, size_E, platform, usual_rows):
-  """dw_EDF, summed over an expert's rows in float32."""
+  """dw_EDF, summed over each expert's rows in float32."""
   blocks = blocks_of(x_SD.shape[0], size_E, _BLOCK_ROWS[platform])
 
   def add(j, dw_EDF):

@@ -1,8 +1,8 @@
-"""Grouped matrix products on GPUs: two Pallas kernels (Triton), one of rows, one of matrices.
+"""Grouped matrix products on GPUs: Pallas Triton kernels for the rows and the matrices' gradient.
 
-What grouped_matmul.py does by a loop on the device, a block of rows after the other, is here a grid
-of programs that run side by side: a block and some columns each. Compiled by XLA for an H100
-without one; neither has been timed.
+Where grouped_matmul.py loops over blocks of rows sequentially, these kernels run a parallel grid,
+one program per block and tile of columns. They have been compiled for an H100, but not run on one,
+let alone timed.
 """
 
 import jax
@@ -21,19 +21,19 @@ def multiply_rows(x_SD: jax.Array, w_EDF: jax.Array, expert_J: jax.Array, start_
   """y_SF: rows start_J .. start_J + inside_J of each of J blocks, times w_EDF[expert_J].
 
   Args:
-    x_SD: rows, of a type that a GPU multiplies as it is (bfloat16).
-    w_EDF: matrices, of the type of the rows.
-    expert_J, start_J, inside_J: of blocks of ROWS rows; inside_J is not above 0 where a block is
-      of nobody.
-    interpret: run the kernel's program step by step on any device, for tests.
+    x_SD: rows, of a dtype that GPUs multiply without rounding (bfloat16).
+    w_EDF: matrices, of the dtype of the rows.
+    expert_J, start_J, inside_J: blocks of ROWS rows, see grouped_matmul.Blocks; inside_J <= 0
+      marks an unused block.
+    interpret: run the kernel in Pallas' interpreter on any device, for tests.
 
   Returns:
-    The products, in the type of the rows; rows of no block are 0.
+    The products, in the dtype of the rows; rows in no block are 0.
   """
   (n_rows, d), f = x_SD.shape, w_EDF.shape[2]
 
   def kernel(expert_J, start_J, inside_J, x_SD, w_EDF, zeros_SF, y_SF):
-    del zeros_SF  # what y_SF begins with
+    del zeros_SF  # aliased to y_SF, which it initializes
     j = pl.program_id(0)
     row_R, column_F = jnp.arange(ROWS), pl.program_id(1) * _COLUMNS + jnp.arange(_COLUMNS)
     expert, start, inside = expert_J[j], start_J[j], inside_J[j]
@@ -60,11 +60,11 @@ def multiply_rows(x_SD: jax.Array, w_EDF: jax.Array, expert_J: jax.Array, start_
 
 def sum_of_outer_products(x_SD: jax.Array, y_SF: jax.Array, size_E: jax.Array,
                           interpret: bool = False) -> jax.Array:
-  """w_EDF: the sum over an expert's rows of x^T y, in float32, in the type of the rows.
+  """w_EDF: the sum of x^T y over each expert's rows, in float32, rounded to the dtype of the rows.
 
   Args:
-    x_SD, y_SF: rows of one type, those of an expert after those of the one before.
-    size_E: int32, rows of each expert.
+    x_SD, y_SF: rows of the same dtype, sorted by expert.
+    size_E: int32, number of rows of each expert.
     interpret: as for multiply_rows.
   """
   d, f, e = x_SD.shape[1], y_SF.shape[1], len(size_E)
@@ -94,7 +94,6 @@ def sum_of_outer_products(x_SD: jax.Array, y_SF: jax.Array, size_E: jax.Array,
 
 
 def _load(ref, which, row_R, column_C, inside_R, inside_C):
-  """Rows and columns of a matrix in memory, of that of the index `which` where there are several;
-  0 outside."""
+  """Loads a tile of the matrix at index `which` (empty if `ref` is one matrix); 0 outside."""
   return triton.load(ref.at[*which, row_R[:, None], column_C[None, :]], other=0.0,
                      mask=inside_R[:, None] & inside_C[None, :])

@@ -1,4 +1,4 @@
-"""The MoE layer of one device: route, dispatch, run the experts, combine."""
+"""The MoE layer on one device: routes, dispatches, runs the experts and combines."""
 
 import functools
 from typing import NamedTuple
@@ -24,14 +24,14 @@ from moe_jax.moe.router import RouterSums, Routing, route, router_logits, router
 
 
 class Semantics(NamedTuple):
-  """What routing and dispatch mean, resolved from a RunConfig; static under jit.
+  """Routing and dispatch semantics, resolved from a RunConfig; static under jit.
 
   Attributes:
-    n_topk: experts a token.
+    n_topk: experts per token.
     norm_topk_prob: whether the chosen weights are divided by their sum.
-    group_tokens: tokens in a routing group.
-    capacity: slots per expert and group, where `dispatch` is "capacity" and tokens choose.
-    dispatch, router, jitter, drop_order: of MoEConfig.
+    group_tokens: tokens per routing group.
+    capacity: slots per expert and group, if `dispatch` is "capacity" and tokens choose experts.
+    dispatch, router, jitter, drop_order: as in MoEConfig.
   """
 
   n_topk: int
@@ -45,7 +45,7 @@ class Semantics(NamedTuple):
 
   @classmethod
   def of(cls, config: RunConfig) -> "Semantics":
-    """The semantics of this configuration, defaults resolved."""
+    """Resolves the semantics of `config`, defaults included."""
     arch, moe = config.arch, config.moe
     capacity = expert_capacity(moe.capacity_factor, config.group_tokens, arch.n_topk,
                                arch.n_exp)
@@ -57,22 +57,22 @@ def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts |
               semantics: Semantics, counted_T: jax.Array | None = None,
               bias_E: jax.Array | None = None, noise_TD: jax.Array | None = None,
               n_devices: int = 1, packed: bool = False) -> tuple[jax.Array, RouterSums]:
-  """Routes, dispatches, runs and combines the tokens of one device.
+  """Applies the MoE layer to the tokens of one device.
 
   Args:
     x_TD: tokens; T must be whole routing groups.
     w_router_DE: router weights.
-    run_experts: computes the experts' outputs: a RunGroups where the dispatch is dropless or
+    run_experts: computes the experts' outputs: a RunGroups if the dispatch is dropless or
       `packed`, else a RunExperts (see dispatch.py).
     semantics: see `Semantics`.
-    counted_T: bool, False for padding, which the sums leave out; None counts all.
-    bias_E: selection bias of sigmoid scores; None for the other routers.
-    noise_TD: what the router's inputs are multiplied by; None for no jitter.
-    n_devices: over how many the experts lie.
-    packed: a capacity has no rows for slots that stay empty; for experts on one device.
+    counted_T: bool, False for padding, which the sums omit; None counts all.
+    bias_E: selection bias for sigmoid scores; None for the other routers.
+    noise_TD: jitter, which multiplies the router's inputs; None for no jitter.
+    n_devices: number of devices the experts are split over.
+    packed: use packed_dispatch, which has no rows for empty slots; needs n_devices = 1.
 
   Returns:
-    y_TD of the type of x_TD, and sums over the tokens.
+    y_TD in the dtype of x_TD, and sums over the tokens.
   """
   assert not packed or n_devices == 1, "packed rows are in no order that devices could exchange"
   assert (bias_E is not None) == (semantics.router == "sigmoid"), "the bias is of sigmoid scores"
@@ -102,7 +102,7 @@ def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts |
 
 
 def _in_order(run_experts: RunExperts, n_devices: int, x_ERD: jax.Array) -> jax.Array:
-  """`run_experts` for rows in the order of the experts, whatever the order it takes."""
+  """Applies `run_experts`, which expects capacity_dispatch's order, to rows in expert order."""
   n_exp, *rest = x_ERD.shape
   x_PnRD = x_ERD.reshape(n_devices, n_exp // n_devices, *rest).swapaxes(0, 1)
   y_PnRD = run_experts(x_PnRD.reshape(x_ERD.shape)).reshape(x_PnRD.shape)
@@ -111,7 +111,7 @@ def _in_order(run_experts: RunExperts, n_devices: int, x_ERD: jax.Array) -> jax.
 
 def priority(routing: Routing, semantics: Semantics,
              counted_T: jax.Array | None) -> jax.Array | None:
-  """Who is served first at an expert, for capacity_dispatch: None is by position; padding last."""
+  """Priorities for capacity_dispatch, padding last; None means by position."""
   if semantics.drop_order == "position":
     return None
   weight_TK = jax.lax.stop_gradient(routing.weight_TK)

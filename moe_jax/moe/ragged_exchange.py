@@ -1,17 +1,17 @@
-"""Ragged all-to-all: each row to the device that holds its expert, and back again.
+"""Ragged all-to-all: sends each row to the device that holds its expert, and back.
 
-A device's rows stand sorted by expert. It sends each expert's as one slice to the expert's
-device, where the slices of all senders meet expert by expert, within an expert in the order of
-the devices. So the rows need no sorting where they arrive.
+A device's rows are sorted by expert. It sends each expert's rows as one slice to the expert's
+device, which stores the slices it receives by expert, then by sending device. So the rows need no
+sorting on arrival.
 
-Arrays have static shapes, and nothing may be dropped: the room for what arrives is that for
-the worst case, in which all tokens of all devices along the axis want this device's experts.
-That is devices * T * min(K, e) rows, up to devices times what arrives on average. Rows that
-nobody sent cost memory but no product.
+Arrays have static shapes and nothing may be dropped, so the receive buffer is sized for the worst
+case, in which all tokens of all devices along the axis go to this device's experts.
+That is devices * T * min(K, e) rows, up to `devices` times the average. Unused rows
+cost memory but no compute.
 
-Starts and sizes are computed once, for `jax.lax.ragged_all_to_all` (compiled for TPU, never run
-there; on GPUs neither). A CPU has none: there a stand-in reads the very same numbers, gathers
-the rows of all devices and picks what was sent here.
+Offsets and sizes are computed once, for `jax.lax.ragged_all_to_all` (compiled for TPU, but never
+run there or on GPUs). CPUs do not support it: there an emulation uses the same offsets and sizes,
+all-gathers the rows and picks those sent to this device.
 """
 
 import functools
@@ -22,15 +22,15 @@ import jax.numpy as jnp
 
 
 class Slices(NamedTuple):
-  """What one device sends and receives, in the order that ragged_all_to_all wants.
+  """The slices one device sends and receives, in the argument order of ragged_all_to_all.
 
-  An axis of P devices with e slices for each, numbered by the other device first.
+  There are e slices for each of the P devices along the axis, numbered by the other device first.
 
   Attributes:
-    send_start: int32 [P * e], where each slice that is sent begins here.
-    send_size: int32 [P * e].
-    arrive_start: int32 [P * e], where it begins on the device that it is sent to.
-    receive_size: int32 [P * e], of the slices that arrive here.
+    send_start: int32 [P * e], offset of each sent slice on this device.
+    send_size: int32 [P * e], size of each sent slice.
+    arrive_start: int32 [P * e], offset of each sent slice on the receiving device.
+    receive_size: int32 [P * e], size of each received slice.
   """
 
   send_start: jax.Array
@@ -40,7 +40,7 @@ class Slices(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """The way to the experts, the way back, and the rows of each expert of this device."""
+  """The exchange to the experts, its inverse, and the number of rows of each local expert."""
 
   there: Slices
   back: Slices
@@ -48,15 +48,15 @@ class Plan(NamedTuple):
 
 
 def plan_exchange(size_PE: jax.Array, device: jax.Array | int) -> Plan:
-  """The plan of one of P devices.
+  """Plans the exchange for one of P devices.
 
   Args:
-    size_PE: rows that each device has for each expert.
-    device: which of the P this is.
+    size_PE: number of rows that each device has for each expert.
+    device: index of this device.
   """
   n_devices, n_exp = size_PE.shape
   e = n_exp // n_devices
-  # Where each expert's slices begin, on the device that has the rows and on the expert's.
+  # Offset of each slice on the sending device (home) and on the expert's device (away).
   home_PE = jnp.cumsum(size_PE, axis=1) - size_PE
   group_Pe = size_PE.sum(0).reshape(n_devices, e)
   group_Pe = jnp.cumsum(group_Pe, axis=1) - group_Pe
@@ -76,15 +76,15 @@ def plan_exchange(size_PE: jax.Array, device: jax.Array | int) -> Plan:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def exchange(x_SD: jax.Array, way: Slices, way_back: Slices, n_rows: int, axis_name: str,
              platform: str) -> jax.Array:
-  """y_RD: what arrives here, then zeros.
+  """y_RD: the rows received by this device, padded with zeros.
 
-  The gradient travels the way back: a row goes to one place, so no sum is needed.
+  The gradient is the inverse exchange: each row goes to exactly one place, so no sum is needed.
 
   Args:
-    x_SD: rows, or numbers [S], varying over the axis.
-    way, way_back: of a Plan, either first.
-    n_rows: R, room for what arrives.
-    axis_name: the axis over which devices exchange.
+    x_SD: rows, or scalars [S], varying over the axis.
+    way, way_back: `there` and `back` of a Plan, or `back` and `there`.
+    n_rows: R, size of the receive buffer.
+    axis_name: the mesh axis over which devices exchange.
     platform: of the devices.
   """
   move = _stand_in if platform == "cpu" else _native
@@ -110,7 +110,7 @@ def _native(x_SD, way, n_rows, axis_name):
 
 
 def _stand_in(x_SD, way, n_rows, axis_name):
-  """ragged_all_to_all by means of all_gather."""
+  """Emulates ragged_all_to_all with all_gather."""
   x_PSD = jax.lax.all_gather(x_SD, axis_name)
   way = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name), way)
   n_devices = x_PSD.shape[0]
@@ -128,11 +128,11 @@ def _stand_in(x_SD, way, n_rows, axis_name):
 
 def slice_index(source: jax.Array, target: jax.Array, size: jax.Array,
                 n_rows: int) -> jax.Array:
-  """index_R: for each row of the result, where it comes from; a huge number for no place.
+  """index_R: the source row of each row of the result; the largest int32 where there is none.
 
-  Slices of these sizes are read from `source` on and written from `target` on.
+  Slice i is copied from offset source[i] to offset target[i] and has size[i] rows.
   """
-  begin = jnp.where(size > 0, target, n_rows)  # empty slices may begin where others do
+  begin = jnp.where(size > 0, target, n_rows)  # an empty slice may share its offset with another
   order = jnp.argsort(begin)
   row_R = jnp.arange(n_rows, dtype=jnp.int32)
   last_R = jnp.searchsorted(begin[order], row_R, side="right") - 1

@@ -1,7 +1,7 @@
-"""Token-choice top-k routing, its losses and its statistics, in float32.
+"""Token-choice top-k routing with its losses and statistics, in float32.
 
-The math is Qwen3-MoE's: softmax over all experts, top-k, weights divided by their sum; or
-DeepSeek-V3's: sigmoid scores, and a bias on the selection that balances without a loss.
+Two variants: Qwen3-MoE's (softmax over all experts, top-k, weights divided by their sum) and
+DeepSeek-V3's (sigmoid scores, and a selection bias that balances load without a loss).
 """
 
 import functools
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Name of routing decisions (experts of tokens, slots), which every remat policy saves: they are
-# a few integers a token, and computing them again would take sorts.
+# checkpoint_name of routing decisions (experts and slots), which every remat policy saves: they are
+# a few integers per token, and recomputing them would repeat the sorts.
 SAVED = "route"
 
-# Added to denominators: where all sigmoid scores of a token underflow, its weights are 0 and not
-# NaN. Its square, by which the gradient divides, is still a number in float32.
+# Added to denominators, so that a token whose sigmoid scores all underflow gets weights of 0, not
+# NaN. Its square, by which the gradient divides, does not underflow in float32.
 _NO_SCORE = 1e-15
 
 
@@ -25,7 +25,7 @@ class Routing(NamedTuple):
 
   Attributes:
     expert_TK: int32, the chosen experts, best first.
-    weight_TK: float32, what their outputs are multiplied by.
+    weight_TK: float32, the weights of their outputs.
     prob_TE: float32, the scores of all experts divided by their sum.
     logit_TE: float32.
   """
@@ -37,20 +37,20 @@ class Routing(NamedTuple):
 
 
 class RouterSums(NamedTuple):
-  """Sums over tokens, from which losses and metrics follow.
+  """Sums over tokens, from which the router's losses and metrics are computed.
 
-  They add up over routing groups, devices and microbatches, so that the balance loss is
-  that of the global batch however it was split. (A mean of per-device balance losses is
-  another loss: it asks each device's tokens to be balanced; see arXiv 2501.11873.)
+  They are additive over routing groups, devices and microbatches, so the balance loss is that of
+  the global batch however it is split. (The mean of per-device balance losses is a different
+  loss: it asks for each device's tokens to be balanced; see arXiv 2501.11873.)
 
   Attributes:
     assigned_E: assignments to each expert, dropped ones included.
     prob_E: sum of router probabilities.
     squared_lse: sum of squared log-sum-exp of the logits.
     entropy: sum of the entropies of the router's distributions, in nats.
-    dropped: assignments that found no slot.
-    left_behind: tokens that no expert served.
-    tokens: how many tokens.
+    dropped: number of assignments that found no slot.
+    left_behind: number of tokens that no expert served.
+    tokens: number of tokens.
   """
 
   assigned_E: jax.Array
@@ -69,9 +69,9 @@ def route(x_TD: jax.Array, w_router_DE: jax.Array, n_topk: int, norm_topk_prob: 
   Args:
     x_TD: tokens, any float type.
     w_router_DE: router weights.
-    n_topk: experts a token.
-    norm_topk_prob: divide the chosen scores by their sum.
-    bias_E: selection bias of sigmoid scores; None for a softmax.
+    n_topk: experts per token.
+    norm_topk_prob: whether to divide the chosen scores by their sum.
+    bias_E: selection bias for sigmoid scores; None for softmax.
   """
   logit_TE = router_logits(x_TD, w_router_DE)
   if bias_E is None:
@@ -80,11 +80,11 @@ def route(x_TD: jax.Array, w_router_DE: jax.Array, n_topk: int, norm_topk_prob: 
 
 
 def jitter_noise(key_B: jax.Array, seq_len: int, d_model: int, jitter: float) -> jax.Array:
-  """noise_BSD, uniform in 1 +- jitter: what the router's inputs are multiplied by in training.
+  """noise_BSD, uniform in 1 +- jitter, which multiplies the router's inputs in training.
 
-  So that a token near a boundary is sent to either side now and then (input jitter of Switch,
-  arXiv 2101.03961, appendix C). Each row has its own key, so that a row's noise is the same
-  on whatever device and in whatever microbatch it is. The experts see the tokens as they are.
+  It lets a token near a decision boundary sometimes go to the other side (Switch's input jitter,
+  arXiv 2101.03961, appendix C). Each row has its own key, so its noise does not depend on its
+  device or microbatch. The experts see the tokens without noise.
   """
 
   def draw(key):
@@ -95,16 +95,16 @@ def jitter_noise(key_B: jax.Array, seq_len: int, d_model: int, jitter: float) ->
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def router_logits(x_TD: jax.Array, w_router_DE: jax.Array) -> jax.Array:
-  """logit_TE in float32, whatever the type of the tokens.
+  """logit_TE, in float32 for tokens of any dtype.
 
-  Its backward pass converts the tokens again rather than keeping them in float32.
+  The backward pass recomputes the float32 copy of the tokens instead of saving it.
   """
   return jnp.einsum("td,de->te", x_TD.astype(jnp.float32), w_router_DE.astype(jnp.float32),
                     precision=jax.lax.Precision.HIGHEST)
 
 
 def softmax_top_k(logit_TE: jax.Array, n_topk: int, norm_topk_prob: bool) -> Routing:
-  """The most probable experts, weighted by their probabilities (Qwen3-MoE)."""
+  """Chooses the most probable experts, weighted by their probabilities (Qwen3-MoE)."""
   prob_TE = jax.nn.softmax(logit_TE)
   expert_TK = _highest(prob_TE, n_topk)
   weight_TK = of_chosen(prob_TE, expert_TK)
@@ -115,11 +115,11 @@ def softmax_top_k(logit_TE: jax.Array, n_topk: int, norm_topk_prob: bool) -> Rou
 
 def sigmoid_top_k(logit_TE: jax.Array, bias_E: jax.Array, n_topk: int,
                   norm_topk_prob: bool) -> Routing:
-  """The highest of sigmoid(logit) + bias, weighted by sigmoid(logit).
+  """Chooses experts by sigmoid(logit) + bias and weights them by sigmoid(logit).
 
-  The bias decides who is chosen and nothing else, so that balancing sends no gradient
-  (DeepSeek-V3, arXiv 2412.19437, eq. 13-16; Wang et al., arXiv 2408.15664, eq. 3). `bias_E`
-  moves by `balanced_bias`.
+  The bias affects only which experts are chosen, so balancing adds no gradient (DeepSeek-V3,
+  arXiv 2412.19437, eq. 13-16; Wang et al., arXiv 2408.15664, eq. 3). `bias_E` is updated by
+  `balanced_bias`.
   """
   score_TE = jax.nn.sigmoid(logit_TE)
   expert_TK = _highest(score_TE + bias_E, n_topk)
@@ -137,22 +137,22 @@ def _highest(score_TE: jax.Array, n_topk: int) -> jax.Array:
 
 
 def of_chosen(score_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
-  """score_TK of the chosen experts, each chosen once."""
+  """score_TK: the scores of the chosen experts, which are distinct for each token."""
   return jax.lax.platform_dependent(score_TE, expert_TK, cpu=gathered, default=compared)
 
 
 def gathered(score_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
-  """score_TK by take_along_axis, whose gradient is a scatter: fast on CPUs."""
+  """`of_chosen` by take_along_axis, whose gradient is a scatter: fast on CPUs."""
   return jnp.take_along_axis(score_TE, expert_TK, axis=-1)
 
 
 @jax.custom_vjp
 def compared(score_TE: jax.Array, expert_TK: jax.Array) -> jax.Array:
-  """score_TK by comparing with every expert, forward and backward: fast on vector units.
+  """`of_chosen` by comparing with every expert, forward and backward: fast on vector units.
 
-  A TPU gathers numbers one by one, and sorts what it scatters. There the T*K*E comparisons, which
-  grow with the square of granularity, are part of the sum that they go into. A CPU makes them one
-  after another: with 512 experts, 64 a token, they took 700 times as long as the gather.
+  A TPU gathers elements one by one and sorts before it scatters. There the T*K*E comparisons, which
+  grow with the square of granularity, fuse into the sum that follows. A CPU executes them one by
+  one: with 512 experts, 64 per token, they took 700 times as long as the gather.
   """
   return jnp.where(_is_chosen(score_TE, expert_TK), score_TE[:, None], 0).sum(-1)
 
@@ -174,10 +174,11 @@ def _is_chosen(score_TE, expert_TK):
 
 
 def balanced_bias(bias_E: jax.Array, assigned_E: jax.Array, rate: float) -> jax.Array:
-  """The selection bias for the next step: b_e + rate * sign(mean load - load_e).
+  """Returns the selection bias for the next step: b_e + rate * sign(mean load - load_e).
 
-  An overloaded expert is chosen less from now on, by a fixed amount (arXiv 2408.15664,
-  algorithm 1). The loads are those of the global batch. Leading axes (layers) are kept.
+  The bias of an overloaded expert decreases by a fixed amount, so it is chosen less often
+  (arXiv 2408.15664, algorithm 1). Loads are those of the global batch. Leading axes (layers) are
+  kept.
   """
   excess_E = assigned_E - assigned_E.mean(-1, keepdims=True)
   return bias_E - rate * jnp.sign(excess_E)
@@ -185,17 +186,17 @@ def balanced_bias(bias_E: jax.Array, assigned_E: jax.Array, rate: float) -> jax.
 
 def router_sums(routing: Routing, dropped_T: jax.Array,
                 counted_T: jax.Array | None = None) -> RouterSums:
-  """Sums over tokens.
+  """Sums the router's statistics over tokens.
 
   Args:
-    routing: where they go.
-    dropped_T: assignments of each token that found no slot.
+    routing: the experts and scores of each token.
+    dropped_T: number of assignments of each token that found no slot.
     counted_T: bool, False for padding, which no sum counts; None counts every token.
   """
   n_tokens, n_exp = routing.prob_TE.shape
   if counted_T is None:
     counted_T = jnp.ones(n_tokens, bool)
-  # Padding goes to an expert past the last, which bincount leaves out.
+  # Padding goes to a nonexistent expert, which bincount ignores.
   expert_TK = jnp.where(counted_T[:, None], routing.expert_TK, n_exp)
   return sums_over_tokens(routing.prob_TE, routing.logit_TE,
                           assigned_E=jnp.bincount(expert_TK.ravel(), length=n_exp),
@@ -206,17 +207,17 @@ def router_sums(routing: Routing, dropped_T: jax.Array,
 def sums_over_tokens(prob_TE: jax.Array, logit_TE: jax.Array, *, assigned_E: jax.Array,
                      dropped_T: jax.Array, left_behind_T: jax.Array,
                      counted_T: jax.Array) -> RouterSums:
-  """RouterSums of the tokens that count.
+  """RouterSums over the counted tokens.
 
   Args:
     prob_TE, logit_TE: float32, the router's scores.
-    assigned_E: assignments to each expert, of counted tokens alone.
-    dropped_T: assignments of each token that found no slot.
-    left_behind_T: bool, whether no expert served it.
+    assigned_E: assignments to each expert, from counted tokens only.
+    dropped_T: number of assignments of each token that found no slot.
+    left_behind_T: bool, True for tokens that no expert served.
     counted_T: bool, False for padding.
   """
   lse_T = jax.nn.logsumexp(logit_TE, axis=-1)
-  # No loss: and the derivative at a probability of 0 would be infinite.
+  # The entropy is a metric, not a loss, and its derivative at a probability of 0 is infinite.
   entropy_T = jax.scipy.special.entr(jax.lax.stop_gradient(prob_TE)).sum(-1)
   return RouterSums(
       assigned_E=assigned_E.astype(jnp.float32),
@@ -246,7 +247,7 @@ def z_loss(sums: RouterSums) -> jax.Array:
 
 
 def router_metrics(sums: RouterSums) -> dict[str, jax.Array]:
-  """Plain numbers to log, over layers where the sums have them.
+  """Scalar metrics, aggregated over layers if the sums have a layer axis.
 
   drop_rate: share of assignments without a slot. left_behind: share of tokens that no expert
   served. load_variation: standard deviation of expert loads over their mean, worst layer.

@@ -1,7 +1,7 @@
-"""SwiGLU of rows sorted by expert, all of it in one loop over blocks of one expert's rows.
+"""SwiGLU on rows sorted by expert, fused into one loop over blocks of rows, for CPUs.
 
-What `grouped_swiglu` does with two grouped products, for CPUs: there a block's hidden units stay
-in the cache between the products, and nothing but its input is kept for the backward pass.
+Computes what `grouped_swiglu` computes with two grouped products. A block's hidden activations stay
+in cache between the products, and only the inputs are saved for the backward pass.
 """
 
 import jax
@@ -19,10 +19,10 @@ def swiglu_blocks(x_SD: jax.Array, weight_S: jax.Array, w_gate_up_EDH: jax.Array
 
   Args:
     x_SD: rows in the layout of grouped_matmul.py.
-    weight_S: float32, of each row.
-    w_gate_up_EDH: gate and up side by side, H = 2 F, of the type of the rows.
-    w_down_EFD: of the type of the rows.
-    size_E: int32, rows in each group.
+    weight_S: float32, the weight of each row.
+    w_gate_up_EDH: gate and up concatenated, H = 2 F, of the dtype of the rows.
+    w_down_EFD: of the dtype of the rows.
+    size_E: int32, number of rows in each group.
   """
   blocks, dtype = _blocks(x_SD.shape[0], size_E), x_SD.dtype
   *rows, w_gate_up, w_down = map(to_bits, (x_SD, weight_S, w_gate_up_EDH, w_down_EFD))
@@ -34,7 +34,7 @@ def swiglu_blocks(x_SD: jax.Array, weight_S: jax.Array, w_gate_up_EDH: jax.Array
     gate_RF, up_RF = jnp.split(einsum("rd,dh->rh", x_RD, w_gate_up_DH), 2, axis=-1)
     hidden_RF = (jax.nn.silu(gate_RF) * up_RF * weight_R[:, None]).astype(dtype)
     y_RD = einsum("rf,fd->rd", hidden_RF, w_down_FD)
-    # Rows of the experts after this one are overwritten when their own blocks come, later.
+    # The block's rows of later experts are overwritten by their own blocks.
     return jax.lax.dynamic_update_slice_in_dim(y_SD, y_RD, start, axis=0)
 
   return jax.lax.fori_loop(0, blocks.n_used, run, _zeros(x_SD)).astype(dtype)
@@ -56,8 +56,10 @@ def _bwd(residuals, dy_SD):
     x_RD, dy_RD, weight_R = _block(rows, start, blocks.rows)
     w_gate_up_HD, w_down_FD = _of_expert((w_gate_up, w_down), expert)
     inside_R = jnp.arange(blocks.rows) < blocks.inside_J[j]
-    weight_R = jnp.where(inside_R, weight_R, 0)  # and with it all that comes of other experts' rows
-    # Rows come last, so that the weights' gradients multiply first factors as they lie.
+    # A weight of 0 zeroes all gradients from the block's rows of later experts.
+    weight_R = jnp.where(inside_R, weight_R, 0)
+    # Rows are the minor axis, so that no first factor has to be transposed for the weights'
+    # gradients.
     gate_FR, up_FR = jnp.split(einsum("hd,rd->hr", w_gate_up_HD, x_RD), 2)
     sigmoid_FR = jax.nn.sigmoid(gate_FR)
     silu_FR = gate_FR * sigmoid_FR
@@ -74,8 +76,8 @@ def _bwd(residuals, dy_SD):
             dgate_up_EHD.at[expert].add(einsum("hr,rd->hd", both_HR, x_RD)),
             ddown_EFD.at[expert].add(einsum("fr,rd->fd", hidden_FR, dy_RD)), dgate_up_HR)
 
-  # The last is a place to put gradients of gate and up side by side: of a concatenation XLA's CPU
-  # compiler makes a branch for each number, which took longer than any of the products.
+  # The last entry is a buffer for the concatenated gradients of gate and up: for a concatenation
+  # XLA's CPU compiler emits a branch per element, which took longer than any of the products.
   f = w_down_EFD.shape[1]
   side_by_side_HR = jnp.zeros_like(x_SD, shape=(2 * f, blocks.rows), dtype=jnp.float32)
   sums = (*map(_zeros, (x_SD, weight_S, w_gate_up_EHD, w_down_EFD)), side_by_side_HR)
@@ -88,15 +90,19 @@ swiglu_blocks.defvjp(_fwd, _bwd)
 
 
 def _blocks(n_rows, size_E):
-  """Of half as many rows as a group has on average, 32 to 256: fewer waste time on small products,
-  more on rows of other experts."""
+  """Blocks of about half the average group, a power of two from 32 to 256 rows.
+
+  Smaller blocks waste time on small products, larger ones on rows of other experts.
+  """
   half = (n_rows - SPARE_ROWS) // (2 * len(size_E))
   return blocks_of(n_rows, size_E, min(256, 1 << max(5, half.bit_length() - 1)))
 
 
 def _zeros(x):
-  """In float32 to be written to by block: XLA's CPU compiler converts an array of bfloat16 whole,
-  there and back, to write a part of it."""
+  """Float32 zeros to accumulate blocks in.
+
+  To update part of a bfloat16 array, XLA's CPU compiler converts the whole array there and back.
+  """
   return jnp.zeros_like(x, dtype=jnp.float32)
 
 

@@ -1,1 +1,1 @@
-"""Training: the optimizer, the step, the loop, and what a run leaves on disk."""
+"""Training: optimizer, training step, loop, checkpoints and metrics."""

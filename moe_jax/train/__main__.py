@@ -1,9 +1,9 @@
 """python -m moe_jax.train --config=experiments/quickstart.py:CELL --out=runs
 
-FILE:CELL,CELL trains several one after another; those of one shape train together where
---config.execution.population allows it.
-A run of many processes is this command in each of them. On Cloud TPU, GKE and SLURM they find one
-another; elsewhere --coordinator_address, --num_processes and --process_id say where they are.
+Trains a cell. FILE:CELL,CELL trains several, one after another; cells of one shape train together
+if --config.execution.population is above 1.
+For a run of several processes, start this command in each. On Cloud TPU, GKE and SLURM they find
+each other; elsewhere pass --coordinator_address, --num_processes and --process_id.
 """
 
 import os
@@ -32,7 +32,7 @@ _PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, e.g. 10:12: p
 
 
 def main(overrides: list[str]) -> int:
-  logging.set_verbosity(logging.WARNING)  # Orbax tells every file at INFO
+  logging.set_verbosity(logging.WARNING)  # Orbax logs every file at INFO
   cells = cli.selected_cells(_CONFIG.value, overrides)
   groups = deal(cells)
   if (len(cells) != 1 and ":" not in _CONFIG.value
@@ -44,16 +44,16 @@ def main(overrides: list[str]) -> int:
   arguments = cluster.meeting(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
                               os.environ)
   profile_steps = _profile_steps(_PROFILE.value, cells[0].config.train.steps)
-  from moe_jax import processes  # this imports JAX: bad input is answered before that
+  from moe_jax import processes  # imports JAX, so only after the input has been checked
   from moe_jax.train.checkpoint import CheckpointError
   from moe_jax.train.loop import train_together
 
   def body() -> int:
     codes = [0]
-    for group in groups:  # one after another; the worst ending is the one to tell
+    for group in groups:  # sequentially; the exit code is the highest of all groups
       try:
         codes.append(train_together(group, _OUT.value, profile_steps))
-      except (CheckpointError, run_dir.RunDirBusy) as error:  # of this group's directories alone
+      except (CheckpointError, run_dir.RunDirBusy) as error:  # only affects this group
         if len(groups) == 1 or arguments is not None:
           raise
         code, line = _ending(error)
@@ -72,7 +72,7 @@ def main(overrides: list[str]) -> int:
     code, line = known
     print(f"error: {line}", file=sys.stderr, flush=True)
     if is_of_storage(error):
-      os._exit(code)  # on a full disk the exit handlers of libraries fail too, with pages to tell
+      os._exit(code)  # on a full disk the exit handlers of libraries fail too, with long tracebacks
     return code
 
 
@@ -88,7 +88,7 @@ def _profile_steps(text: str | None, steps: int) -> tuple[int, int] | None:
 
 
 def _ending(error: BaseException) -> tuple[int, str] | None:
-  """Exit code and line of what may end a run; None for what nobody foresaw."""
+  """Exit code and error message for expected exceptions; None for others."""
   from moe_jax.train.checkpoint import CheckpointError
   match error:
     case FieldError():

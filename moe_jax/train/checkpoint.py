@@ -1,8 +1,8 @@
-"""Checkpoints: Orbax, asynchronous, with a checksum for each file; what to go on from.
+"""Saves and restores checkpoints: asynchronous, with Orbax, and a checksum for each file.
 
-The checksums of a step are written when all its files are and before Orbax renames it into
-place (`checksums/<step>.json`, see checksums.py). So a finished step always has them, however
-the process ends; one that has none, or fails its checksums, is damaged.
+The checksums of a step (`checksums/<step>.json`, see checksums.py) are written after all its files
+and before Orbax renames it into place. So a finished step always has them, however the process
+ends; one without checksums, or one that does not match them, is damaged.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from moe_jax.train.checkpoint_format import META, PARAMS, ROUTER, CheckpointErro
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-  """A checkpoint that was read: `step` optimizer steps have been done.
+  """A restored checkpoint.
 
   Attributes:
-    step: of the checkpoint.
-    state: as it was saved, with the shardings that were asked for.
+    step: optimizer steps taken so far.
+    state: the saved state, with the requested shardings.
     data: position of the data iterator.
-    meta: what the caller saved beside it, and `format_version`.
+    meta: the caller's metadata, and `format_version`.
   """
 
   step: int
@@ -40,9 +40,9 @@ class Restored:
 
 
 class Checkpointer:
-  """Writes a run's checkpoints in the background, and finds the one to go on from.
+  """Saves a run's checkpoints in the background, and restores the one to resume from.
 
-  Every process of the run makes one and calls its methods in the same order. The process
+  Every process of the run creates one and calls its methods in the same order. Process 0
   must hold `RunDir.lock`. Use it as a context manager: leaving it waits for the last save.
   """
 
@@ -51,12 +51,12 @@ class Checkpointer:
 
     Args:
       run_dir: of the run.
-      keep: how many of the latest are kept.
-      keep_steps: those of these steps are kept too.
+      keep: number of latest checkpoints to keep.
+      keep_steps: steps whose checkpoints are kept in addition.
     """
     self._run_dir, self._keep = run_dir, keep + len(keep_steps)
     self._writing: int | None = None
-    self._failed = False  # a save has, and that was said
+    self._failed = False  # whether a save failed, which has been reported
     self._space_checked = False
     policies = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
@@ -65,24 +65,24 @@ class Checkpointer:
         lightweight_initialize=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=self._record_checksums))
     if jax.process_index() == 0:
-      files.remove_unfinished(run_dir)  # what a kill left half-written
+      files.remove_unfinished(run_dir)  # left behind by a killed process
     self._manager = ocp.CheckpointManager(files.folder_of(run_dir), options=options)
     logging.get_absl_logger().addFilter(_reported_elsewhere)
 
   def save(self, step: int, state: Mapping[str, Any], data: Any,
            meta: Mapping[str, Any]) -> None:
-    """Begins to write a checkpoint; returns when the arrays are copied off the devices.
+    """Starts saving a checkpoint; returns once the arrays have been copied off the devices.
 
-    Waits for the previous save first. Does nothing if `step` is the latest checkpoint.
+    Waits for the previous save first. A no-op if `step` is the latest checkpoint.
 
     Args:
-      step: optimizer steps done; above that of every checkpoint there is.
+      step: optimizer steps taken; must be above the step of every existing checkpoint.
       state: a dict with `params`; its values are pytrees of jax arrays.
       data: position of the data iterator, JSON.
-      meta: anything else to keep, JSON.
+      meta: any other metadata, JSON.
 
     Raises:
-      CheckpointError: this or the previous save failed; the disk is full.
+      CheckpointError: this or the previous save failed, e.g. because the disk is full.
       FieldError: the disk has no room for the checkpoints of this run.
     """
     self.wait()
@@ -99,17 +99,17 @@ class Checkpointer:
                             f"{self._manager.directory}, {self._manager.latest_step()}")
 
   def restore_latest(self, abstract_state: Mapping[str, Any]) -> Restored | None:
-    """Reads the newest sound checkpoint; deletes damaged ones above it, with a warning.
+    """Restores the newest sound checkpoint; deletes newer, damaged ones, with a warning.
 
     Args:
       abstract_state: the state as jax.ShapeDtypeStruct, with the shardings to restore to
-        (any mesh; the first device where there is none).
+        (on any mesh; the first device if a sharding is missing).
 
     Returns:
-      The checkpoint, or None if none was ever finished.
+      The checkpoint, or None if there is no finished one.
 
     Raises:
-      CheckpointError: there are checkpoints but none is sound (nothing is deleted then), or
+      CheckpointError: there are checkpoints but all are damaged (nothing is deleted then), or
         the newest sound one has another format or other arrays.
     """
     found = files.NONE
@@ -118,7 +118,7 @@ class Checkpointer:
       found, problems = files.newest_sound(self._run_dir)
       for step in problems if found >= 0 else ():
         files.warn(self._run_dir, step, problems[step], "deleted")
-        files.step_dir(self._run_dir, step).rmtree()  # a step that exists cannot be saved again
+        files.step_dir(self._run_dir, step).rmtree()  # Orbax does not overwrite existing steps
       self._sweep_checksums()
     found = processes.from_first(lambda: found)
     self._manager.reload()
@@ -131,7 +131,7 @@ class Checkpointer:
     return Restored(found, state, data, meta)
 
   def wait(self) -> None:
-    """Waits until the save that was begun is on disk. Raises CheckpointError if it failed."""
+    """Waits until the pending save is on disk. Raises CheckpointError if it failed."""
     with self._one_line():
       self._manager.wait_until_finished()
     if self._writing is not None and jax.process_index() == 0:
@@ -139,11 +139,12 @@ class Checkpointer:
     self._writing = None
 
   def close(self) -> None:
-    """Waits for the save that was begun, then ends the background threads."""
+    """Waits for the pending save, then ends the background threads."""
     try:
       self.wait()
     finally:
-      with contextlib.suppress(*[Exception] if self._failed else []):  # its echo
+      # Closing the manager raises the error of a failed save once more.
+      with contextlib.suppress(*[Exception] if self._failed else []):
         self._manager.close()
       logging.get_absl_logger().removeFilter(_reported_elsewhere)
 
@@ -160,14 +161,14 @@ class Checkpointer:
       logging.error("%s", second)
 
   def _record_checksums(self) -> None:
-    """Called by Orbax on process 0, in its thread, when a step's files are all written."""
+    """Called by Orbax on process 0, in its own thread, after all files of a step are written."""
     directory = files.step_dir(self._run_dir, self._writing)
-    if not directory.exists():  # local paths: Orbax renames the step when this returns
+    if not directory.exists():  # on local paths, Orbax renames the step after this returns
       (directory,) = files.unfinished(self._run_dir, str(self._writing))
     checksums.record(directory, self._run_dir.checksums(self._writing))
 
   def _sweep_checksums(self) -> None:
-    """Removes the checksums of steps that are gone."""
+    """Removes the checksums of deleted steps."""
     current = {f"{step}.json" for step in files.checkpoint_steps(self._run_dir)}
     folder = self._run_dir.checksums(0).parent
     for file in folder.iterdir() if folder.exists() else ():
@@ -176,7 +177,7 @@ class Checkpointer:
 
   @contextlib.contextmanager
   def _one_line(self) -> Iterator[None]:
-    """Turns whatever ends a save into a CheckpointError, and frees what it had written."""
+    """Turns any error of a save into a CheckpointError, and removes its partial files."""
     try:
       yield
     except Exception as error:
@@ -193,24 +194,24 @@ class Checkpointer:
 
 def restore_model(run_dir: RunDir, abstract_model: Mapping[str, Any],
                   step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
-  """Reads what a forward pass needs, and changes nothing in the run directory.
+  """Restores the arrays of a forward pass, without writing to the run directory.
 
-  Safe while the run goes on. Only the files of what is asked for and of `meta` are read and
+  Safe while the run is training. Only the files of the requested items and of `meta` are read and
   checked.
 
   Args:
     run_dir: of the run.
-    abstract_model: a dict with `params` and perhaps `router` (functional.abstract_model) as
-      jax.ShapeDtypeStruct, with the shardings to restore to (any mesh; the first device
-      where there is none). Floats are rounded to the type that is asked for, e.g. bfloat16.
-    step: of the checkpoint; None means the newest sound one. On many hosts name it, so
-      that all read the same one while the run goes on.
+    abstract_model: a dict with `params` and optionally `router` (functional.abstract_model) as
+      jax.ShapeDtypeStruct, with the shardings to restore to (on any mesh; the first device
+      if a sharding is missing). Floats are rounded to the requested dtype, e.g. bfloat16.
+    step: of the checkpoint; None means the newest sound one. With several processes, give it, so
+      that all read the same checkpoint even while the run is training.
 
   Returns:
     (step, a dict like `abstract_model`, meta).
 
   Raises:
-    CheckpointError: there is no such checkpoint, it is damaged, or holds other arrays.
+    CheckpointError: there is no such checkpoint, it is damaged, or it has other arrays.
   """
   items = tuple(name for name in (PARAMS, ROUTER) if jax.tree.leaves(
       abstract_model.get(name))) + (META,)
@@ -221,9 +222,9 @@ def restore_model(run_dir: RunDir, abstract_model: Mapping[str, Any],
 
 
 def restore_step(run_dir: RunDir, step: int, abstract_state: Mapping[str, Any]) -> Restored:
-  """Reads one whole checkpoint, and changes nothing in the run directory.
+  """Restores a complete checkpoint, without writing to the run directory.
 
-  Every process of a run calls it; process 0 looks for damage.
+  Every process of a run must call it; process 0 verifies the checksums.
 
   Args:
     run_dir: of any run.
@@ -231,7 +232,7 @@ def restore_step(run_dir: RunDir, step: int, abstract_state: Mapping[str, Any]) 
     abstract_state: as for Checkpointer.restore_latest.
 
   Raises:
-    CheckpointError: there is no such checkpoint, it is damaged, or holds other arrays.
+    CheckpointError: there is no such checkpoint, it is damaged, or it has other arrays.
   """
   processes.from_first(lambda: files.require_sound(run_dir, step, None))
   return Restored(step, *checkpoint_format.read(files.step_dir(run_dir, step), abstract_state))
@@ -244,5 +245,5 @@ def _disk_is_full(error: BaseException) -> bool:
 
 
 def _reported_elsewhere(record) -> bool:
-  """Log filter: Orbax logs pages of traceback for an error that it also raises."""
+  """Log filter that drops the tracebacks that Orbax logs for errors it also raises."""
   return not (record.exc_info and "orbax" in record.pathname)

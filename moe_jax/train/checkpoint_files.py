@@ -1,4 +1,4 @@
-"""The checkpoints of a run as files: which there are, which are sound, what room they need."""
+"""The checkpoints of a run as files: which exist, which are damaged, how much space they need."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ from moe_jax.run_dir import RunDir
 from moe_jax.train import checksums
 from moe_jax.train.checkpoint_format import PARAMS, ROUTER, CheckpointError
 
-NONE, ALL_DAMAGED = -1, -2  # in place of a step
+NONE, ALL_DAMAGED = -1, -2  # returned instead of a step
 
 
 def checkpoint_steps(run_dir: RunDir) -> list[int]:
@@ -34,9 +34,9 @@ def checkpoint_steps(run_dir: RunDir) -> list[int]:
 
 
 def lost_end(run_dir: RunDir, step: int) -> str | None:
-  """What is wrong with the last checkpoint of a run that has finished, as a phrase.
+  """What is wrong with the last checkpoint of a finished run, as a phrase.
 
-  None if it is sound, or if all of them were deleted, which is somebody's wish.
+  None if it is sound, or if there are no checkpoints, which must have been deleted on purpose.
   """
   steps = checkpoint_steps(run_dir)
   if not steps:
@@ -48,9 +48,9 @@ def lost_end(run_dir: RunDir, step: int) -> str | None:
 
 
 def content_hash(run_dir: RunDir, step: int) -> str | None:
-  """A hash of what a forward pass reads of a checkpoint, from its list of checksums.
+  """A hash of the model in a checkpoint (parameters and router state), from its checksums.
 
-  Another content has another hash. None where there is no such list, or a damaged one.
+  None if the checksums are missing or damaged.
   """
   try:
     listed = read_json(run_dir.checksums(step))
@@ -64,17 +64,17 @@ def content_hash(run_dir: RunDir, step: int) -> str | None:
 
 
 def check_free_space(keep: Mapping[RunDir, int], state: Any) -> None:
-  """Refuses runs that train side by side and whose checkpoints cannot fit on the (local) disk.
+  """Checks that the checkpoints of runs that train together fit on the (local) disk.
 
-  While one is written, those that are kept are still there. What these runs' checkpoints already
-  take counts as free.
+  While a checkpoint is being written, all kept ones still exist. The space that these runs'
+  checkpoints already take counts as free.
 
   Args:
-    keep: of each run, how many checkpoints are kept; on an object store nothing is checked.
-    state: of one of them: arrays or jax.ShapeDtypeStruct.
+    keep: number of checkpoints to keep for each run; on an object store nothing is checked.
+    state: of one of the runs: arrays or jax.ShapeDtypeStruct.
 
   Raises:
-    FieldError: names what is needed and what is free.
+    FieldError: they do not fit; names the space needed and the space free.
   """
   folders = [folder_of(run_dir) for run_dir in keep]
   if not folders or not is_local(folders[0]):
@@ -94,7 +94,7 @@ def check_free_space(keep: Mapping[RunDir, int], state: Any) -> None:
 
 
 def folder_of(run_dir: RunDir) -> epath.Path:
-  """The folder of checkpoints; absolute, as TensorStore wants it."""
+  """The folder of checkpoints; absolute, as TensorStore requires."""
   path = run_dir.checkpoints
   return path.absolute() if is_local(path) else path
 
@@ -104,7 +104,7 @@ def step_dir(run_dir: RunDir, step: int) -> epath.Path:
 
 
 def unfinished(run_dir: RunDir, step: str = "*") -> list[epath.Path]:
-  """Folders of `step`, or of all steps, that Orbax has not renamed into place."""
+  """Folders of `step`, or of all steps, that Orbax has not yet renamed into place."""
   return list(folder_of(run_dir).glob(f"{step}.orbax-checkpoint-tmp*"))
 
 
@@ -119,7 +119,7 @@ def _damage(run_dir: RunDir, step: int, items: Sequence[str] | None) -> str | No
 
 
 def require_sound(run_dir: RunDir, step: int, items: Sequence[str] | None) -> None:
-  """Raises CheckpointError where there is no such checkpoint, or a damaged one."""
+  """Raises CheckpointError if the checkpoint is missing or damaged."""
   if step not in checkpoint_steps(run_dir):
     raise CheckpointError(f"{folder_of(run_dir)} holds no checkpoint {step}: it has "
                           f"{', '.join(map(str, checkpoint_steps(run_dir))) or 'none'}")
@@ -130,22 +130,22 @@ def require_sound(run_dir: RunDir, step: int, items: Sequence[str] | None) -> No
 
 def newest_sound(run_dir: RunDir, items: Sequence[str] | None = None
                   ) -> tuple[int, dict[int, str]]:
-  """(step, damaged steps above it and what is wrong); step may be NONE, ALL_DAMAGED."""
+  """Returns (step, newer damaged steps -> problem); step may be NONE or ALL_DAMAGED."""
   problems = {}
   for step in reversed(checkpoint_steps(run_dir)):
     problem = _damage(run_dir, step, items)
     if problem is None:
       return step, problems
-    if step_dir(run_dir, step).exists():  # else its run has deleted it meanwhile
+    if step_dir(run_dir, step).exists():  # otherwise its run has just deleted it
       problems[step] = problem
   return (ALL_DAMAGED if problems else NONE), problems
 
 
 def sound_step(run_dir: RunDir, step: int | None, items: Sequence[str] | None) -> int:
-  """`step`, or the newest sound one if None; damaged ones above that are warned of.
+  """Returns `step`, or the newest sound one if None, with a warning for newer, damaged ones.
 
   Raises:
-    CheckpointError: there is no such checkpoint, or a damaged one.
+    CheckpointError: the checkpoint is missing or damaged.
   """
   if step is not None:
     require_sound(run_dir, step, items)

@@ -1,14 +1,14 @@
-"""What a checkpoint holds, and how it is read.
+"""The format of checkpoints, and how they are read.
 
-A checkpoint `checkpoints/<step>/` holds these Orbax items:
+A checkpoint `checkpoints/<step>/` has these Orbax items:
 
     params      the parameters: state["params"], nested dicts of arrays
-    router      what routers carry beside parameters: state["router"]; only if there is any
+    router      the routers' state beside their parameters: state["router"]; only if there is any
     optimizer   every other entry of the state, under its own name
     data        JSON: the position of the data iterator
-    meta        JSON: format_version and what the caller adds
+    meta        JSON: format_version and the caller's metadata
 
-Parameters and router are items of their own so that an evaluation neither reads nor checks the
+Parameters and router are separate items so that an evaluation neither reads nor checks the
 optimizer, which is twice as large. Any pytree can be saved: its leaves are stored under the
 names of their paths, so no class of this project or of optax is part of the format.
 """
@@ -28,22 +28,22 @@ FORMAT_VERSION = 1
 PARAMS, ROUTER, OPTIMIZER, DATA, META = "params", "router", "optimizer", "data", "meta"
 
 
-# Arrays are stored in chunks of at most this size, so that a device which wants a part of one
-# that another mesh wrote reads little more than its part.
+# Maximum size of the chunks that arrays are stored in. A device that needs part of an array written
+# on another mesh then reads little more than that part.
 _CHUNK_BYTES = 64 * 10**6
 
-# What is to be written to one file stands in memory until the file is full. Orbax would fill 2 GB,
-# beside the arrays themselves.
+# A file is buffered in memory until it reaches this size. Orbax's default is 2 GB, in addition to
+# the arrays themselves.
 _FILE_BYTES = 256 * 10**6
 
 
 class CheckpointError(RuntimeError):
-  """A checkpoint cannot be written or read; the message is one line and says what to do."""
+  """A checkpoint cannot be written or read; the message is one line."""
 
 
 def save_args(state: Mapping[str, Any], data: Any, meta: Mapping[str, Any]
               ) -> ocp.args.Composite:
-  """What to hand to Orbax: `state` is a dict with `params`, data and meta are JSON."""
+  """Returns Orbax's arguments for saving; `state` has `params`, `data` and `meta` are JSON."""
   chunked = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
   items = {name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: chunked, tree),
                                      ocdbt_target_data_file_size=_FILE_BYTES)
@@ -55,14 +55,14 @@ def save_args(state: Mapping[str, Any], data: Any, meta: Mapping[str, Any]
 
 def read(directory: epath.Path, abstract_state: Mapping[str, Any],
          model_only: bool = False) -> tuple[Any, Any, dict[str, Any]]:
-  """(state, data, meta) of the sound checkpoint at `directory`.
+  """Reads (state, data, meta) from the checkpoint at `directory`, without checking for damage.
 
   Args:
     directory: of one step.
-    abstract_state: the state, or those of its entries that are wanted, as
-      jax.ShapeDtypeStruct, with the shardings to restore to.
-    model_only: for a model that trains no further: `data` is None, and floats may be asked for in
-      another type of float, to which they are rounded.
+    abstract_state: the state, or a subset of its entries, as jax.ShapeDtypeStruct, with the
+      shardings to restore to.
+    model_only: for a model that is not trained further: `data` is None, and floats are rounded to
+      the requested dtype, which may differ from the stored one.
 
   Raises:
     CheckpointError: another format version, or other arrays.
@@ -87,7 +87,7 @@ def read(directory: epath.Path, abstract_state: Mapping[str, Any],
 
 
 def _named(tree: Any) -> Any:
-  """Any pytree as nested dicts from the names in its leaves' paths to the leaves."""
+  """Converts any pytree to nested dicts, keyed by the names in its leaves' paths."""
   nested: dict[str, Any] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     *folders, name = [jax.tree_util.keystr((key,), simple=True) for key in path]
@@ -99,7 +99,7 @@ def _named(tree: Any) -> Any:
 
 
 def _unnamed(nested: Any, like: Any) -> Any:
-  """The inverse of `_named` for a tree of the structure of `like`."""
+  """The inverse of `_named`, for a tree with the structure of `like`."""
   leaves = []
   for path, _ in jax.tree_util.tree_leaves_with_path(like):
     leaf = nested
@@ -110,7 +110,7 @@ def _unnamed(nested: Any, like: Any) -> Any:
 
 
 def _items(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """State -> Orbax item -> nested dicts of arrays. An item without arrays is left out."""
+  """Splits a state into Orbax items, nested dicts of arrays; omits empty items."""
   rest = {name: value for name, value in state.items() if name not in (PARAMS, ROUTER)}
   items = {PARAMS: _named(state[PARAMS]), ROUTER: _named(state.get(ROUTER, {})),
            OPTIMIZER: _named(rest)}
@@ -118,7 +118,7 @@ def _items(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """With a sharding: without one Orbax looks for the devices that wrote the checkpoint."""
+  """Adds a missing sharding, without which Orbax looks for the devices that wrote the array."""
   if leaf.sharding is not None:
     return leaf
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding
@@ -126,13 +126,13 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def in_flight_gb(stored: Mapping[str, Any], wanted: Any) -> int:
-  """What a process may hold in its memory between file and devices: gigabytes.
+  """The limit, in gigabytes, on the memory Orbax uses between files and devices.
 
-  Room for the largest shard of any array, in whole chunks, and one more gigabyte so that small
-  ones are read side by side. Orbax alone would take 96, and refuses a shard above its limit.
+  The largest shard of any array, in whole chunks, plus one gigabyte so that small arrays are read
+  concurrently. Orbax's default is 96, and it rejects a shard above its limit.
 
   Args:
-    stored: name -> what Orbax says of the array that is stored.
+    stored: name -> Orbax's metadata of the stored array.
     wanted: the arrays as jax.ShapeDtypeStruct, with shardings.
   """
   def chunk_aligned_bytes(there, leaf) -> int:
@@ -151,7 +151,7 @@ def _name_of(path) -> str:
 
 
 def require_version(directory: epath.Path, meta: Mapping[str, Any]) -> None:
-  """Raises CheckpointError for a checkpoint of another format."""
+  """Raises CheckpointError for a checkpoint of another format version."""
   version = meta.get("format_version")
   if version != FORMAT_VERSION:
     raise CheckpointError(f"{directory} has format version {version}, this code reads "
@@ -160,10 +160,16 @@ def require_version(directory: epath.Path, meta: Mapping[str, Any]) -> None:
 
 def require_same_arrays(directory: epath.Path, item: str, wanted: Any, cast: bool = False
                         ) -> dict[str, Any]:
-  """Name -> what Orbax says of each array that is stored.
+  """Checks that an item has the `wanted` arrays; returns name -> Orbax's metadata of each.
+
+  Args:
+    directory: of one step.
+    item: name of the Orbax item.
+    wanted: the arrays as jax.ShapeDtypeStruct.
+    cast: whether floats may differ in dtype.
 
   Raises:
-    CheckpointError: names the first array that differs in name, type or shape.
+    CheckpointError: names the first array that differs in name, dtype or shape.
   """
   if not (directory / item).exists():
     raise CheckpointError(f"{directory} does not fit: it has no {item}")

@@ -1,9 +1,9 @@
-"""Arrays of a checkpoint read piece by piece: for what never needs a model as a whole.
+"""Reads the arrays of a checkpoint chunk by chunk, for code that never needs the whole model.
 
 Orbax restores whole arrays, and one array here is a matrix of every expert of every layer. Its
-files are TensorStore's, which reads any part but decodes whole chunks (64 MB at most). A chunk
-may hold a strip of each expert of every layer, so whoever asks for one expert after the other has
-all of the array decoded each time: arrays are handed out in the chunks that they are stored in.
+files are TensorStore's, which can read any slice but decodes whole chunks (64 MB at most). A chunk
+may contain a strip of each expert of every layer, so reading one expert at a time would decode
+the whole array each time. Arrays are therefore read in the chunks they are stored in.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from moe_jax.run_dir import RunDir
 from moe_jax.train import checkpoint_files as files
 from moe_jax.train.checkpoint_format import META, PARAMS, require_same_arrays, require_version
 
-Path = tuple[str, ...]  # of an array in nested dicts
+Path = tuple[str, ...]  # keys of an array in nested dicts
 
 
 class StoredParams:
@@ -29,7 +29,7 @@ class StoredParams:
 
   Attributes:
     step: of the checkpoint.
-    meta: what was saved beside it.
+    meta: its metadata.
     shapes: of its arrays.
   """
 
@@ -42,7 +42,7 @@ class StoredParams:
       step: of the checkpoint; None means the newest sound one.
 
     Raises:
-      CheckpointError: there is no such checkpoint, it is damaged, or holds other arrays.
+      CheckpointError: there is no such checkpoint, it is damaged, or it has other arrays.
     """
     self.step = files.sound_step(run_dir, step, (PARAMS, META))
     directory = files.step_dir(run_dir, self.step)
@@ -57,7 +57,7 @@ class StoredParams:
     self._base = f"file://{path}/" if is_local(directory) else f"{path}/"
 
   def chunks(self, path: Path) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """Every chunk of the array at `path`, with its place there; each is read once."""
+    """Yields (slices, values) of every chunk of the array at `path`; reads each chunk once."""
     array = ts.open({"driver": "zarr", "kvstore": {
         "driver": "ocdbt", "base": self._base, "path": ".".join(path) + "/"}}, open=True).result()
     starts = (range(0, size, step) for size, step in zip(
@@ -69,6 +69,6 @@ class StoredParams:
 
 
 def tree_paths(tree: Any) -> dict[Path, Any]:
-  """Nested dicts as path -> leaf."""
+  """Flattens nested dicts to path -> leaf."""
   return {tuple(key.key for key in path): leaf
           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

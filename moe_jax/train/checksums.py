@@ -1,4 +1,4 @@
-"""A SHA-256 for each file of a checkpoint: Orbax restores a flipped byte without a word."""
+"""SHA-256 checksums for the files of a checkpoint: Orbax does not detect a flipped byte."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from moe_jax.files import files_below, read_json, write_json
 
 _THREADS = 8  # hashing and reading release the GIL; on an object store reads overlap
 
-# Orbax writes these two in the step's root as it commits, after the hashes were taken.
-# They carry the time of the commit and no value that is ever read here.
+# Orbax writes these two into the step's root on commit, after the checksums have been computed.
+# They contain the time of the commit and nothing that is ever read here.
 _COMMIT_MARKS = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})
 
 
 def record(step_dir: epath.Path, file: epath.Path) -> None:
-  """Writes size and hash of every file below `step_dir` into `file`, as JSON."""
+  """Writes the size and hash of every file below `step_dir` to `file`, as JSON."""
   names = _names(step_dir)
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     entries = pool.map(lambda name: _entry(step_dir / name), names)
@@ -30,8 +30,8 @@ def damage(step_dir: epath.Path, file: epath.Path,
 
   Args:
     step_dir: a finished checkpoint.
-    file: what `record` wrote for it.
-    items: folders of the checkpoint to look at; None means all of it.
+    file: the checksums that `record` wrote for it.
+    items: folders of the checkpoint to check; None means all of it.
   """
   try:
     listed = read_json(file)
@@ -54,7 +54,7 @@ def damage(step_dir: epath.Path, file: epath.Path,
 
 
 def _names(step_dir: epath.Path) -> list[str]:
-  """Files below `step_dir`, relative to it, without the marks of the commit."""
+  """Sorted paths of the files below `step_dir`, relative to it, without the commit marks."""
   names = (file.relative_to(step_dir).as_posix() for file in
            files_below(step_dir))
   return sorted(name for name in names if name not in _COMMIT_MARKS)

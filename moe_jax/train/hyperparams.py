@@ -1,7 +1,7 @@
-"""The hyperparameters of a run that its compiled step takes as arguments.
+"""The hyperparameters that the compiled step takes as arguments.
 
-So cells of one shape (moe_jax/population.py) that differ in them share one compiled step, and one
-that trains many cells together takes an array of each.
+So cells of one shape (moe_jax/population.py) that differ in them share one compiled step, and the
+step of a population takes an array of each.
 """
 
 from typing import NamedTuple
@@ -15,15 +15,15 @@ Number = jax.Array | np.generic
 
 
 class OptimizerHyperparams(NamedTuple):
-  """Of the optimizer; see optimizer.py.
+  """Hyperparameters of the optimizer, float32; see optimizer.py.
 
   Attributes:
-    peak: of the learning rate.
-    end: learning rate that the decay heads for.
-    warmup_steps: float32.
-    decay_begin: step after which the learning rate falls.
-    decay_steps: float32, in which it falls, at least 1.
-    weight_decay: decoupled.
+    peak: peak learning rate.
+    end: learning rate at the end of the decay.
+    warmup_steps: length of the warm-up.
+    decay_begin: step at which the decay begins.
+    decay_steps: length of the decay, at least 1.
+    weight_decay: decoupled weight decay.
   """
 
   peak: Number
@@ -42,13 +42,13 @@ class OptimizerHyperparams(NamedTuple):
 
 
 class Hyperparams(NamedTuple):
-  """Of a whole step.
+  """Hyperparameters of a whole training step.
 
   Attributes:
-    seed_init: int32; a step needs it for the router's jitter.
-    balance_weight, z_weight: of the router's losses.
-    bias_update_rate: how far the selection bias moves.
-    optimizer: see there.
+    seed_init: int32; used by the step for the router's jitter.
+    balance_weight, z_weight: weights of the router's losses.
+    bias_update_rate: step size of the selection bias.
+    optimizer: see OptimizerHyperparams.
   """
 
   seed_init: Number

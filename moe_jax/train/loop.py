@@ -1,8 +1,8 @@
-"""The training loop: takes a run from wherever it stands to its last step, alone or with others.
+"""The training loop: starts or resumes runs and trains them to their last step.
 
-Several runs of one shape are a population (population.py); one run is a population of one. Where
-a run is many processes, all of them go through the same steps, checkpoints and ends, and process 0
-alone writes what is not a checkpoint.
+Several runs of one shape form a population (population.py); a single run is a population of one.
+If a run has several processes, all of them take the same steps, save the same checkpoints and end
+together; only process 0 writes anything but checkpoints.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from moe_jax.train.throughput import peak_flops
 from moe_jax.train.trunk import find_trunk
 from moe_jax.train.warm_start import find_source
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the checkout, where there is one
+_ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the checkout, if there is one
 _SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
 
 
@@ -54,26 +54,25 @@ def train(cell: Cell, out: str | os.PathLike,
 
 def train_together(cells: Sequence[Cell], out: str | os.PathLike,
                    profile_steps: tuple[int, int] | None = None) -> int:
-  """Trains cells of one shape in `<out>/<experiment>/<cell>/`, each going on where it was left.
+  """Trains cells of one shape in `<out>/<experiment>/<cell>/`, resuming those that have begun.
 
   Args:
-    cells: what to train. A run whose loss is not finite, or that has no sound checkpoint left,
-      ends, and the others go on.
+    cells: the cells to train. If the loss of one is not finite, or all its checkpoints are
+      damaged, that run ends and the others continue.
     out: directory of all experiments.
-    profile_steps: (first, last) of the steps that are profiled, counted from 1, of the first
-      cell.
+    profile_steps: (first, last) step to profile, counted from 1, of the first cell not finished.
 
   Returns:
-    An exit code of run_dir.py: 0 all finished, EXIT_PREEMPTED after a signal (the same command
-    goes on), EXIT_DIVERGED where a loss was not finite, 1 where a run of several failed.
+    An exit code of run_dir.py: 0 if all finished, EXIT_PREEMPTED after a signal (the same command
+    resumes), EXIT_DIVERGED if a loss was not finite, 1 if some of several runs failed.
 
   Raises:
-    FieldError: the cells have several shapes, or the mesh, the batch, the corpus, a directory or
-      another run that one begins from does not fit; nothing is written of the runs then. A text
-      has been prepared by then where it is what has too few rows, or too many tokens.
-    RunDirBusy: another process trains one of the cells.
+    FieldError: the cells differ in shape, or the mesh, the batch, the corpus, a directory or a
+      run that one starts from does not fit. Nothing of the runs has been written then; the corpus
+      has been prepared if it is what has too few rows or too many token ids.
+    RunDirBusy: another process is training one of the cells.
     CheckpointError: a checkpoint cannot be written or read.
-    Any of them may be raised on one of many processes alone: processes.run ends the others.
+    Each may be raised on only one of several processes: processes.run ends the others.
   """
   require_one_shape(cells)
   first = processes.is_first()
@@ -105,17 +104,17 @@ def train_together(cells: Sequence[Cell], out: str | os.PathLike,
         return _go(members, mesh, stop, progress, profile_steps if first else None)
     except BaseException as error:
       for member in members:
-        with contextlib.suppress(Exception):  # the disk or the bucket may be what failed
+        with contextlib.suppress(Exception):  # the disk or bucket may be what failed
           member.fail(f"{type(error).__name__}: {error}")
       raise
 
 
 def _fitting(config: RunConfig, n_cells: int, out: str | os.PathLike
              ) -> tuple[jax.sharding.Mesh, PreparedData]:
-  """The mesh and the data of the cells. Raises FieldError if they do not fit together."""
+  """Returns the mesh and data for the cells. Raises FieldError if they do not fit together."""
   try:
     mesh = make_mesh(config)
-    require_mesh(n_cells, mesh)  # before the text, which may take an hour to prepare
+    require_mesh(n_cells, mesh)  # before preparing the corpus, which may take an hour
     prepared = prepare(config.data, epath.Path(out) / "_data")
     config.check_vocabulary(prepared.vocab_size)
     train_dataset(prepared, config.data.seq_len, config.train.batch_size, config.seed_data)
@@ -126,7 +125,7 @@ def _fitting(config: RunConfig, n_cells: int, out: str | os.PathLike
 
 
 def _require_same_everywhere(cells: Sequence[Cell], prepared: PreparedData) -> None:
-  """Raises FieldError where a process was told to train something else than process 0."""
+  """Raises FieldError if this process was told to train something else than process 0."""
   for cell in cells:
     processes.require_same(
         {"config." + path: value for path, value in leaves(cell.config).items()}
@@ -135,7 +134,7 @@ def _require_same_everywhere(cells: Sequence[Cell], prepared: PreparedData) -> N
 
 
 def _claim_unfinished(cells: Sequence[Cell], out: str | os.PathLike, mesh) -> list[int]:
-  """Which cells have something left to do; their directories are claimed for them."""
+  """Claims the run directories of the unfinished cells and returns the cells' indices."""
   todo = {i: RunDir.of(out, cell) for i, cell in enumerate(cells) if not _is_finished(cell, out)}
   check_free_space({run_dir: cells[i].config.execution.keep_checkpoints
                     + len(cells[i].config.execution.keep_steps) for i, run_dir in todo.items()},
@@ -148,7 +147,7 @@ def _claim_unfinished(cells: Sequence[Cell], out: str | os.PathLike, mesh) -> li
 
 
 def _is_finished(cell: Cell, out: str | os.PathLike) -> bool:
-  """Whether there is nothing left to do; says so, or what was finished and is lost."""
+  """Whether the run is finished and its last checkpoint intact; prints a line if it is finished."""
   run_dir = RunDir.of(out, cell)
   if run_dir.read_status().get("state") != run_dir_lib.FINISHED:
     return False
@@ -166,7 +165,10 @@ def _progress(members: Sequence[Member]) -> Progress:
 
 def _go(members: Sequence[Member], mesh, stop: list[int], progress: Progress | None,
         profile_steps: tuple[int, int] | None) -> int:
-  """Trains all to their ends or a signal in `stop`. `progress` is None if another shows it."""
+  """Trains all members until they end or a signal arrives in `stop`; returns the exit code.
+
+  `progress` is None on all processes but the first.
+  """
   with contextlib.ExitStack() as stack:
     stack.enter_context(_heartbeat(members))
     states = []
@@ -190,12 +192,12 @@ def _go(members: Sequence[Member], mesh, stop: list[int], progress: Progress | N
     for member in members:
       member.watch(peak)
     state = population.join(states)
-    del states  # else every array would be there twice
+    del states  # otherwise every array would be held twice
     stopped = _Loop(members, population, state, progress, profile).run(
         processes.StopVote(stop, mesh))
     for member in members:
       member.close()
-  for member in members:  # only now: whoever finds one finished finds them all saved
+  for member in members:  # only now, so that FINISHED implies that every member is saved
     if member.ended is None:
       member.end(run_dir_lib.FINISHED if member.step == member.steps else run_dir_lib.PREEMPTED)
       if member.step < member.steps and processes.is_first():
@@ -211,11 +213,11 @@ def _go(members: Sequence[Member], mesh, stop: list[int], progress: Progress | N
 
 
 class _Loop:
-  """The members' way through their steps, side by side.
+  """Takes the training steps of all members in parallel.
 
-  Each counts its own steps. They differ where one process was killed while it saved: then each
-  goes on from its own checkpoint. A member that has ended stays where it is, so that the program
-  is the same to the end; nobody looks at what is computed there.
+  Each member counts its own steps. The counts may differ, e.g. after a kill while saving: each
+  member resumes from its own checkpoint. A member that has ended stays in the population, so
+  that the compiled program does not change; its results are ignored.
   """
 
   def __init__(self, members: Sequence[Member], population: Population, state: step_lib.State,
@@ -224,12 +226,12 @@ class _Loop:
     self._progress, self._profile = progress, profile
     self._pending: tuple[list[int | None], step_lib.Metrics] | None = None
     reading: dict[Any, Any] = {}
-    for member in members:  # those that read the same rows read them once
+    for member in members:  # members at the same position of the same data share one iterator
       position = member.config.seed_data, member.step
       member.batches = reading.setdefault(position, member.batches)
 
   def run(self, vote: processes.StopVote) -> int:
-    """Trains until every member has ended; returns the signal that came before, or 0."""
+    """Trains until every member has ended, or a signal; returns the signal's number, or 0."""
     members, stopped = self._members, 0
     while any(member.active for member in members) and not (stopped := vote.result()):
       read = {batches: next(batches) for batches in {member.batches for member in members}}
@@ -240,7 +242,7 @@ class _Loop:
       self._profile.end(step, metrics)
       vote.cast()
       taken = [member.step + 1 if member.active else None for member in members]
-      self._settle()  # looked at while the device is busy with the next step
+      self._settle()  # the previous step's metrics, while the device is busy with this one
       for member in members:
         member.step += member.active
       self._pending = taken, metrics
@@ -257,7 +259,7 @@ class _Loop:
         member.save(self._population.state_of(self._state, i))
 
   def _settle(self) -> None:
-    """Looks at the metrics of the last step, once it is done: a member ends at a NaN."""
+    """Waits for the metrics of the pending step and handles them; a member ends at a NaN."""
     if self._pending is None:
       return
     (steps, metrics), self._pending = self._pending, None
@@ -275,7 +277,7 @@ class _Loop:
       self._show(*zip(*logged, strict=True))
 
   def _show(self, steps: Sequence[int], latest: Sequence[dict[str, Any]]) -> None:
-    """Means of losses and rates, sums of speeds."""
+    """Shows means of losses and drop rates, and sums of speeds."""
     def total(name):
       values = [each.get(name) for each in latest]
       return None if None in values else sum(values)
@@ -289,7 +291,7 @@ class _Loop:
 
 @contextlib.contextmanager
 def _heartbeat(members: Sequence[Member]) -> Iterator[None]:
-  """Says now and then that the runs live, also while they compile or wait for a disk."""
+  """Writes the members' heartbeats from a thread, even while they compile or wait for storage."""
   over = threading.Event()
 
   def beat():
@@ -299,8 +301,8 @@ def _heartbeat(members: Sequence[Member]) -> Iterator[None]:
         try:
           member.beat()
         except Exception as error:
-          # A full disk, a bucket that is busy: the next may pass. Whatever it is, without any
-          # the run would be taken for dead, and another trainer might write into it.
+          # A full disk or a busy bucket: the next one may succeed. Go on after any error, because
+          # without heartbeats the run would count as dead, and another trainer might take it over.
           if not told:
             logging.warning("%s cannot be told that it lives: %s", member.run_dir.path,
                             " ".join(str(error).split()))
@@ -319,10 +321,11 @@ def _heartbeat(members: Sequence[Member]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[list[int]]:
-  """A list that gets the signal's number on SIGTERM or SIGINT.
+  """Yields a list that receives the signal's number on SIGTERM or SIGINT.
 
-  The loop then saves and ends. A second SIGINT ends the process at once, as it always did; more
-  SIGTERMs change nothing, since schedulers signal all processes of a job, and launchers too.
+  The loop then saves and ends. A second SIGINT gets Python's usual handling and ends the process
+  at once; further SIGTERMs have no effect, since schedulers and launchers may each send one to
+  every process of a job.
   """
   received: list[int] = []
   previous: dict[int, Any] = {}
@@ -342,20 +345,22 @@ def stop_request() -> Iterator[list[int]]:
 
 
 def use_compilation_cache(out: str | os.PathLike) -> None:
-  """Compiled programs are kept in `<out>/_compilation_cache`, shared by all cells."""
+  """Caches compiled programs in `<out>/_compilation_cache`, shared by all cells."""
   cache = epath.Path(out) / "_compilation_cache"
   jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def git_commit() -> str | None:
-  """The commit of this code, with `+` if files differ from it; outside a checkout what the
-  launcher that sent the code says, or None."""
+  """The commit of this code, with `+` if files differ from it.
+
+  Outside a checkout, the commit reported by the launcher that sent the code, or None.
+  """
   def git(*arguments):
     return subprocess.run(["git", *arguments], cwd=_ROOT, text=True,
                           capture_output=True, check=True).stdout.strip()
   try:
-    if pathlib.Path(git("rev-parse", "--show-toplevel")) == _ROOT:  # and no checkout around it
+    if pathlib.Path(git("rev-parse", "--show-toplevel")) == _ROOT:  # not an enclosing checkout
       return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
   except (OSError, subprocess.CalledProcessError):
     pass

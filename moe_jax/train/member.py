@@ -1,4 +1,4 @@
-"""One run as it is trained, alone or beside others: its files, and where it stands."""
+"""The state of one run during training, alone or in a population: its files and its progress."""
 
 import math
 import os
@@ -28,11 +28,11 @@ _IN_STATUS = ("loss", "drop_rate", "tokens_per_second", "mfu")  # for launch.sta
 
 
 class Diverged(ArithmeticError):
-  """The loss or the gradient is no longer a number; names which, and the step."""
+  """The loss or the gradient is not finite; names which, and the step."""
 
 
 class Member:
-  """What the loop holds on to of one run. Process 0 alone writes what is not a checkpoint."""
+  """One run of the training loop. Only process 0 writes anything but checkpoints."""
 
   def __init__(self, cell: Cell, out: str | os.PathLike, prepared: PreparedData, mesh,
                commit: str | None):
@@ -42,8 +42,8 @@ class Member:
     self._branched_from = self.run_dir.read_branched_from()
     self._attempt = self.run_dir.next_attempt()
     earlier = self.run_dir.read_status()
-    self.step = earlier.get("step", 0)  # steps taken; what is found in begin counts
-    self.latest = {name: earlier.get(name) for name in _IN_STATUS}  # what the last line said
+    self.step = earlier.get("step", 0)  # steps taken; provisional until begin()
+    self.latest = {name: earlier.get(name) for name in _IN_STATUS}  # last logged metrics
     self._started = earlier.get("started", time.time())
     self._first = processes.is_first()
     self._saved_step = 0
@@ -51,7 +51,7 @@ class Member:
     self._writer: MetricsWriter | None = None
     self._throughput: Throughput | None = None
     self._status_lock = threading.Lock()
-    self.ended: str | None = None  # the state in which it has ended
+    self.ended: str | None = None  # final state, one of run_dir.py's; None until it ends
 
   @property
   def steps(self) -> int:
@@ -59,13 +59,13 @@ class Member:
 
   @property
   def active(self) -> bool:
-    """Whether it has steps to take."""
+    """Whether it still has steps to take."""
     return self.ended is None and self.step < self.steps
 
   # training
 
   def begin(self, checkpointer: Checkpointer) -> step_lib.State:
-    """The state to go on with: from the last checkpoint, the trunk's, or new."""
+    """Returns the state to start with: from the run's or its trunk's checkpoint, or new."""
     self._checkpointer = checkpointer
     config = self.config
     self.batches = train_iterator(
@@ -85,8 +85,9 @@ class Member:
           f"saved (fingerprint {theirs} then, {self._prepared.fingerprint} now): put the old "
           "text back, or begin the run anew elsewhere")
     owner = self._trunk.run_dir if self._trunk else self.run_dir
-    # Older versions hashed a default that was written out; which is then in config.json too.
-    if restored.meta["identity"] not in (identity, owner.read_identity()):  # config.json was lost
+    # Older versions hashed explicit defaults differently; config.json then has the same old hash.
+    # A real mismatch is possible if config.json was lost.
+    if restored.meta["identity"] not in (identity, owner.read_identity()):
       raise CheckpointError(f"step {restored.step} in {owner.path} was saved by a run of another "
                             f"identity, {restored.meta['identity']}")
     self.batches.set_state(restored.data)
@@ -97,14 +98,14 @@ class Member:
     return restored.state
 
   def watch(self, peak: float | None) -> None:
-    """Begins to write metrics and to measure speed, against `peak` FLOP/s."""
+    """Starts writing metrics and measuring throughput, relative to `peak` FLOP/s."""
     self._writer = MetricsWriter(self.run_dir, self._attempt, self.step) if self._first else None
     self._throughput = Throughput(self.config, peak)
     self._throughput.look(self.step)
 
   @property
   def due(self) -> bool:
-    """Whether a checkpoint is to be saved here."""
+    """Whether a checkpoint is due at the current step."""
     execution = self.config.execution
     return (self.step % execution.checkpoint_every == 0 or self.step in execution.keep_steps
             or self.step == self.steps) and self.unsaved
@@ -115,17 +116,17 @@ class Member:
 
   def save(self, state: step_lib.State) -> None:
     if self._writer:
-      self._writer.next_chunk()  # so that no step before a checkpoint is missing from the metrics
+      self._writer.next_chunk()  # flushes, so that no step before a checkpoint lacks metrics
     self._checkpointer.save(self.step, state, self.batches.get_state(),
                             {"data_fingerprint": self._prepared.fingerprint,
                              "identity": identity_hash(self.config)})
     self._saved_step = self.step
 
   def settle(self, step: int, values: dict[str, float]) -> bool:
-    """Takes the metrics of a step that is done; logs them when it is time, and says whether.
+    """Checks the metrics of a finished step and logs them if due; returns whether it did.
 
     Raises:
-      Diverged: the loss or the gradient is not a number.
+      Diverged: the loss or the gradient norm is not finite.
     """
     for name in ("loss", "grad_norm"):
       if not math.isfinite(values[name]):
@@ -142,7 +143,7 @@ class Member:
   # ending
 
   def close(self) -> None:
-    """Waits for the last save, and closes the metrics."""
+    """Waits for the last save and closes the metrics."""
     self._checkpointer.wait()
     if self._writer:
       self._writer.close()
@@ -157,18 +158,18 @@ class Member:
       logging.error("%s", line)
 
   def fail(self, error: str) -> None:
-    """Says that the run ended in an error, unless it has ended before."""
+    """Marks the run as failed, unless it has ended already."""
     if self.ended is None:
       self.end(run_dir_lib.FAILED, error)
 
   def end(self, state: str, error: str | None = None) -> None:
-    """Says how the run ended, and no longer that it lives."""
+    """Writes the final state to status.json and stops heartbeats."""
     self.ended = state
     with self._status_lock:
       self._write_status(state, error)
 
   def beat(self) -> None:
-    """Says that the run lives."""
+    """Writes a heartbeat, unless the run has ended."""
     with self._status_lock:
       if self.ended is None:
         self._write_status(run_dir_lib.RUNNING, None)

@@ -1,8 +1,8 @@
-"""Metrics of a run: JSON lines that outlive any kill, and TensorBoard.
+"""Writes a run's metrics as JSON lines, which survive a kill, and to TensorBoard.
 
-A line is written into `metrics/<attempt>-<first step>.jsonl`. An object store cannot append,
-so the current file is written whole each time; it stays short because a new one begins at
-each checkpoint. `RunDir.read_metrics` merges the files of all attempts.
+Lines go to `metrics/<attempt>-<first step>.jsonl`. An object store cannot append, so the current
+file is rewritten as a whole each time; it stays short because each checkpoint starts a new one.
+`RunDir.read_metrics` merges the files of all attempts.
 """
 
 import json
@@ -20,7 +20,7 @@ FLUSH_SECONDS = 5.0
 
 
 class MetricsWriter:
-  """Writes one attempt's metrics. On many hosts only process 0 has one."""
+  """Writes one attempt's metrics. Of several processes, only process 0 has one."""
 
   def __init__(self, run_dir: RunDir, attempt: int, step: int,
                clock: Callable[[], float] = time.monotonic):
@@ -29,9 +29,9 @@ class MetricsWriter:
     Args:
       run_dir: of the run.
       attempt: number of this attempt, RunDir.next_attempt().
-      step: steps the run has taken so far; this attempt writes only above it. TensorBoard
-        then hides what an earlier attempt wrote above it.
-      clock: seconds, for the time between two flushes.
+      step: steps taken so far; this attempt only writes later ones, and TensorBoard hides what
+        earlier attempts wrote for these.
+      clock: returns seconds, for the time between flushes.
     """
     self._run_dir, self._attempt, self._clock = run_dir, attempt, clock
     self._first: int | None = None
@@ -39,10 +39,10 @@ class MetricsWriter:
     self._flushed_at = clock()
     self._board = tensorboardX.SummaryWriter(
         os.fspath(run_dir.tensorboard), purge_step=step + 1,
-        filename_suffix=f".{attempt:04d}")  # two attempts may begin in the same second
+        filename_suffix=f".{attempt:04d}")  # two attempts may start in the same second
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Adds the metrics of a step; they reach the disk within FLUSH_SECONDS of training.
+    """Adds the metrics of a step; flushes if the last flush was FLUSH_SECONDS ago.
 
     A value that is not finite becomes null in the file, as strict JSON has no NaN.
     """
@@ -58,7 +58,7 @@ class MetricsWriter:
       self.flush()
 
   def flush(self) -> None:
-    """Writes what was added so far. Raises OSError, in one line, if the disk is full."""
+    """Writes what was added so far. Raises OSError, with one line, if the disk is full."""
     self._flushed_at = self._clock()
     if self._first is not None:
       write_text(self._run_dir.metrics_file(self._attempt, self._first),
@@ -66,7 +66,7 @@ class MetricsWriter:
     self._board.flush()
 
   def next_chunk(self) -> None:
-    """Flushes, and begins a new file. To be called at each checkpoint."""
+    """Flushes and starts a new file; to be called at each checkpoint."""
     self.flush()
     self._first, self._lines = None, []
 

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and decay; which parameters decay is decided here, by name."""
+"""AdamW with a learning rate schedule, and weight decay for parameters chosen by name."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ from moe_jax.train.hyperparams import OptimizerHyperparams
 
 def learning_rate_schedule(train: TrainConfig,
                            hyperparams: OptimizerHyperparams | None = None) -> optax.Schedule:
-  """Step (counted from 0) -> learning rate.
+  """Returns the schedule: step (counted from 0) -> learning rate.
 
-  Warm-up rises linearly to the peak and its first step is not 0. `wsd` then stays there and
-  falls linearly over the last `decay_fraction` of the steps (arXiv 2404.06395); `cosine` falls
-  from the end of the warm-up on. The decay would reach its end value at step `steps`, one
-  after the last, so no step is taken at a rate of 0.
+  The warm-up is linear, and its first step is not 0. `wsd` then stays at the peak and decays
+  linearly over the last `decay_fraction` of the steps (arXiv 2404.06395); `cosine` decays
+  from the end of the warm-up. The decay would reach its end value at step `steps`, one
+  past the last, so no step is taken at a rate of 0.
 
   Args:
-    train: says which schedule.
-    hyperparams: its numbers, where they are arguments of a compiled step; those of `train` if
-      None.
+    train: selects the schedule.
+    hyperparams: its numbers, if they are arguments of a compiled step; None takes those of
+      `train`.
   """
   peak, end, warmup, begin, length, _ = hyperparams or OptimizerHyperparams.of(train)
 
@@ -37,18 +37,18 @@ def learning_rate_schedule(train: TrainConfig,
 
 
 def decay_mask(params: Any) -> Any:
-  """True for the parameters that decay: every matrix that multiplies activations (`w_*`).
+  """True for the parameters with weight decay: every matrix that multiplies activations (`w_*`).
 
-  Norm scales and the embedding table do not: a table's rows are looked up, and decay would
-  shrink the rows of rare tokens between their rare updates. So with tie_embeddings the output head,
-  which is the same table, does not decay; a head of its own does.
+  Norm scales and the embedding table have none: decay would shrink the rows of rare tokens between
+  their rare updates. So with tie_embeddings the output head, which is the same table, has no
+  weight decay; a separate head has.
   """
   return jax.tree.map_with_path(lambda path, _: path[-1].key.startswith("w_"), params)
 
 
 def make_optimizer(train: TrainConfig,
                    hyperparams: OptimizerHyperparams | None = None) -> optax.GradientTransformation:
-  """Clip by global norm, Adam in float32, decoupled weight decay, learning rate.
+  """Clipping by global norm, Adam in float32, decoupled weight decay and the schedule.
 
   Args:
     train: of the run.

@@ -1,9 +1,9 @@
-"""Many runs of one shape as one: their states side by side, one compiled step for all.
+"""Trains several runs of one shape as one: stacked states, and one compiled step for all.
 
-Every array of the state, the batch and the metrics has a leading axis of members; the step is
-`train_step` under `jax.vmap`, on a CPU in a loop over the members. So each member computes what it
-would compute alone, up to the rounding of sums in another order, and a number that is not finite
-stays with the member that made it. A population of one is the plain step, bit for bit.
+Every array of the state, the batch and the metrics has a leading member axis; the step is
+`train_step` under `jax.vmap`, or on a CPU in a loop over members. So each member computes what it
+would compute alone, up to rounding due to the order of sums, and a non-finite value never
+spreads to other members. A population of one is the plain step, bit for bit.
 """
 
 import functools
@@ -25,7 +25,7 @@ from moe_jax.train.step import Batch, Metrics, State
 
 
 def require_mesh(n_members: int, mesh: Mesh) -> None:
-  """Raises FieldError where a population would have to be split over devices."""
+  """Raises FieldError if a population would have to be split over devices."""
   require(n_members == 1 or mesh_size(mesh) == 1, "config.execution.population", n_members,
           f"trains on one device, and the mesh has {mesh_size(mesh)}: show a process one of them "
           "(CUDA_VISIBLE_DEVICES=0, for instance), or train cells alone with "
@@ -34,8 +34,10 @@ def require_mesh(n_members: int, mesh: Mesh) -> None:
 
 @functools.lru_cache(maxsize=4)
 def compiled_step(shape: RunConfig, mesh: Mesh, n_members: int) -> jax.stages.Compiled:
-  """The step of `n_members` runs of a shape (shape_of): of their states, batches and
-  hyperparameters. The states that are given to it are donated."""
+  """Compiles the step of `n_members` runs of a shape (shape_of).
+
+  It takes their states, batches and hyperparameters, and donates the states.
+  """
   if n_members == 1:
     return step_lib.lower_train_step(shape, mesh).compile()
 
@@ -47,7 +49,7 @@ def compiled_step(shape: RunConfig, mesh: Mesh, n_members: int) -> jax.stages.Co
   together = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
       (n_members, *leaf.shape), leaf.dtype, sharding=replicated(mesh)), each)
   all_steps = jax.vmap(step)
-  if platform_of(mesh) == "cpu":  # one after another: batched, it takes longer
+  if platform_of(mesh) == "cpu":  # there a loop is faster than vmap
     all_steps = functools.partial(_one_after_another, step)
   return jax.jit(all_steps, donate_argnums=0,
                  out_shardings=replicated(mesh)).lower(*together).compile()
@@ -58,10 +60,10 @@ def _one_after_another(step, *together):
 
 
 class Population:
-  """The compiled step of some runs, and the ways from one run to all and back."""
+  """The compiled step of several runs, and conversions between one run's state and all."""
 
   def __init__(self, configs: Sequence[RunConfig], mesh: Mesh):
-    """`configs` are of one shape (moe_jax.population.require_one_shape)."""
+    """`configs` must have the same shape (moe_jax.population.require_one_shape)."""
     self._config, self._mesh, self._n = configs[0], mesh, len(configs)
     self._compiled = compiled_step(shape_of(self._config), mesh, self._n)
     each = [Hyperparams.of(config) for config in configs]
@@ -75,19 +77,19 @@ class Population:
         lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), state), out_shardings=here)
 
   def step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-    """One step of every member. `state` is donated."""
+    """Takes one step of every member. `state` is donated."""
     return self._compiled(state, batch, self._hyperparams)
 
   def join(self, states: Sequence[State]) -> State:
-    """The state of all from that of each."""
+    """Stacks the members' states."""
     return states[0] if self._n == 1 else self._stack(*states)
 
   def state_of(self, state: State, i: int) -> State:
-    """A copy of the state of one member, as it would be alone; of a population of one, itself."""
+    """A copy of member i's state, without the member axis; for a population of one, `state`."""
     return state if self._n == 1 else self._take(state, np.int32(i))
 
   def put_batch(self, batches: Sequence[dict[str, Any]]) -> Batch:
-    """The batch of each member (`inputs_BS`, ...) on the device."""
+    """Stacks the members' batches (`inputs_BS`, ...) and puts them on the device."""
     if self._n == 1:
       return step_lib.put_batch(batches[0], self._config, self._mesh)
     shape = step_lib.abstract_batch(self._config, self._mesh)["inputs"].shape
@@ -96,7 +98,7 @@ class Population:
         for name in batches[0]}
 
   def values(self, metrics: Metrics) -> list[dict[str, float]]:
-    """Each member's metrics as plain numbers; waits for them."""
+    """Returns each member's metrics as floats; waits for them."""
     fetched = jax.device_get(metrics)
     if self._n == 1:
       return [{name: float(value) for name, value in fetched.items()}]

@@ -1,4 +1,4 @@
-"""A profile of some steps on request, in `<run>/profile/`, in the format that xprof reads."""
+"""Profiles selected steps into `<run>/profile/`, in the format that xprof reads."""
 
 import contextlib
 import pathlib
@@ -15,10 +15,10 @@ from moe_jax.run_dir import RunDir
 
 
 class Profile:
-  """Traces the steps `first` to `last`, both included, counted from 1.
+  """Traces the steps `first` to `last`, inclusive, counted from 1.
 
-  To be called around each step: `begin` before it is given to the devices, `end` after. Steps
-  that were done before (the run was resumed behind them) are not traced; the rest is.
+  Call `begin` before each step is dispatched to the devices and `end` after. Of the steps, only
+  those that this attempt takes are traced: a run may resume in the middle of them.
   """
 
   def __init__(self, run_dir: RunDir, steps: tuple[int, int] | None):
@@ -33,7 +33,7 @@ class Profile:
       self._active = True
 
   def end(self, step: int, results: Any) -> None:
-    """Waits for the last of the steps to be done; `results` is what it gives."""
+    """After the last step, waits for its `results` and stops the trace."""
     if self._active and step >= self._steps[1]:
       jax.block_until_ready(results)
       self._stop()
@@ -46,7 +46,7 @@ class Profile:
     return self
 
   def __exit__(self, *_) -> None:
-    if self._active:  # the run ends among the steps
+    if self._active:  # the run ended before the last step to profile
       self._stop()
     if not self._done:
       logging.warning("no profile: this attempt did none of the steps %d to %d", *self._steps)
@@ -54,7 +54,7 @@ class Profile:
 
 @contextlib.contextmanager
 def _trace(folder: epath.Path) -> Iterator[None]:
-  """Traces into `folder`; by way of a local one where it is on an object store."""
+  """Traces into `folder`; for an object store, via a local temporary folder."""
   with contextlib.ExitStack() as stack:
     local = folder
     if not is_local(folder):

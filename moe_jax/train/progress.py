@@ -1,4 +1,4 @@
-"""How far a run is: a live line on a terminal, plain lines now and then elsewhere."""
+"""Displays a run's progress: a live line on a terminal, occasional plain lines elsewhere."""
 
 import datetime
 import time
@@ -12,22 +12,22 @@ PLAIN_SECONDS = 5.0
 
 
 class Progress:
-  """Shows the progress of a run while the context lasts.
+  """Shows the progress of a run within the context.
 
   On a terminal it is one line that is redrawn. Elsewhere (a pipe, a log file) it is plain
-  lines: the first update, then at most one in PLAIN_SECONDS, and always the last.
+  lines: the first update, then at most one per PLAIN_SECONDS, and always the last.
   """
 
   def __init__(self, total_steps: int, name: str = "",
                console: rich.console.Console | None = None,
                clock: Callable[[], float] = time.monotonic):
-    """A display for a run of `total_steps` optimizer steps.
+    """Sets up the display.
 
     Args:
       total_steps: step at which the run ends.
       name: of the run.
-      console: where to; standard output if None.
-      clock: seconds, for the time left and the time between plain lines.
+      console: console to write to; standard output if None.
+      clock: returns seconds, for the time left and the time between plain lines.
     """
     self._total, self._name, self._clock = total_steps, name, clock
     self._console = console or rich.console.Console()
@@ -56,15 +56,14 @@ class Progress:
   def update(self, step: int, *, loss: float | None = None,
              tokens_per_second: float | None = None, mfu: float | None = None,
              drop_rate: float | None = None) -> None:
-    """Shows that `step` steps are done.
+    """Shows that `step` steps have been taken. Values that are None are omitted.
 
     Args:
-      step: optimizer steps done.
+      step: optimizer steps taken.
       loss: nats per token.
       tokens_per_second: of all devices together.
-      mfu: model FLOPs utilisation, between 0 and 1.
+      mfu: model FLOPs utilization, between 0 and 1.
       drop_rate: share of the assignments that found no slot, between 0 and 1.
-        What is None is left out.
     """
     facts = [f"{step}/{self._total}", self._time_left(step)]
     if loss is not None:
@@ -76,7 +75,7 @@ class Progress:
     if drop_rate is not None:
       facts.append(f"drop {drop_rate:.1%}")
     facts = [fact for fact in facts if fact]
-    if self._live:  # the name last: what does not fit is cut off there
+    if self._live:  # the name comes last, since the end of the line is cut off if it does not fit
       line = "  ".join([*facts, self._name])
       self._bar.update(self._task, completed=step, description=line, refresh=True)
       return
@@ -88,7 +87,7 @@ class Progress:
       self._unprinted = line
 
   def _time_left(self, step: int) -> str:
-    """From the speed since the first update: before it lies compilation."""
+    """Formats the time left, from the speed since the first update, so without compilation."""
     now = self._clock()
     if self._start is None:
       self._start = step, now
@@ -99,6 +98,6 @@ class Progress:
     return f"{datetime.timedelta(seconds=round(seconds))} left"
 
   def _print(self, line: str) -> None:
-    self._console.file.write(line + "\n")  # print() of rich would wrap it at 80 columns
+    self._console.file.write(line + "\n")  # rich's print() would wrap it at 80 columns
     self._console.file.flush()
     self._printed_at, self._unprinted = self._clock(), None

@@ -1,4 +1,4 @@
-"""One training step as a pure function of a plain nested dict: the one that is compiled."""
+"""The training step as a pure function of a plain nested dict, and its compilation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,28 +24,28 @@ from moe_jax.population import shape_of
 from moe_jax.train.hyperparams import Hyperparams
 from moe_jax.train.optimizer import learning_rate_schedule, make_optimizer
 
-# {"params", "mu", "nu": trees of the same shape; "router": what routers carry beside their
-# parameters; "step": steps taken}. This is what a checkpoint holds, under these names.
+# {"params", "mu", "nu": trees of the same structure; "router": the routers' state beside their
+# parameters; "step": steps taken}. A checkpoint has the same entries under these names.
 State = dict[str, Any]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-# XLA:TPU options, off by default, that overlap the experts' all-to-all with their products.
+# XLA:TPU options, off by default, that overlap the experts' all-to-alls with their products.
 TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": True,
                "xla_tpu_enable_async_ragged_all_to_all": True}
 
-_NOISE = 0x6A697474  # keeps the keys of the noise apart from those of the initial weights
+_NOISE = 0x6A697474  # separates the random keys of the jitter from those of the initial weights
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> State:
-  """ShapeDtypeStructs with shardings. The moments lie where their parameters lie."""
+  """The state as ShapeDtypeStructs; moments are sharded like their parameters."""
   model = functional.abstract_model(config, mesh)
   return {**model, "mu": model["params"], "nu": model["params"],
           "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))}
 
 
 def init_state(config: RunConfig, mesh: Mesh) -> State:
-  """The state before the first step; depends on `seed_init` and not on the mesh."""
+  """Initializes the state; it depends on `seed_init`, but not on the mesh."""
   abstract = abstract_state(config, mesh)
   made_zero = {name: abstract[name] for name in ("mu", "nu", "step")}
   zeros = jax.jit(
@@ -64,7 +64,7 @@ def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
 
 
 def rows_to_read(config: RunConfig, mesh: Mesh) -> np.ndarray:
-  """Which rows of each global batch this process reads, ascending: those of its devices."""
+  """Sorted indices of the rows of each global batch that this process reads, for its devices."""
   leaf = abstract_batch(config, mesh)["inputs"]
   n_micro, rows, _ = leaf.shape
   mine = local_rows(leaf.sharding, leaf.shape, axis=1)
@@ -72,17 +72,19 @@ def rows_to_read(config: RunConfig, mesh: Mesh) -> np.ndarray:
 
 
 def put_batch(batch: dict[str, Any], config: RunConfig, mesh: Mesh) -> Batch:
-  """This process's rows of a batch (`inputs_BS`, ...) on the devices, as microbatches.
+  """Puts this process's rows of a batch (`inputs_BS`, ...) on its devices, as microbatches.
 
   Args:
-    batch: int32 [rows_to_read, tokens], the rows in that order. With one process, all.
+    batch: int32 [rows, tokens], the rows in the order of rows_to_read; with one process, all.
+    config: the run's configuration.
+    mesh: where it runs.
   """
 
   def put(rows_BS, leaf):
     mine = local_rows(leaf.sharding, leaf.shape, axis=1)
     rows_MBS = rows_BS.reshape(leaf.shape[0], len(mine), leaf.shape[2])
 
-    def of_device(index):  # a device holds consecutive rows, which are consecutive here too
+    def of_device(index):  # a device's rows are consecutive, globally and in `mine`
       first, last, _ = index[1].indices(leaf.shape[1])
       start = np.searchsorted(mine, first)
       return rows_MBS[:, start:start + last - first]
@@ -97,18 +99,17 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
                router: functional.Router | None = None, step: jax.Array | None = None,
                hyperparams: Hyperparams | None = None
                ) -> tuple[jax.Array, tuple[Metrics, RouterSums | None]]:
-  """Mean loss in nats per token, with the router's losses, over the global batch.
+  """Mean loss over the global batch in nats per token, including the router's losses.
 
   The total is cross-entropy + balance_coef * sum over layers of the balance loss
-  + z_coef * sum over layers of the z-loss. Beside it stand metrics and the router's sums by
-  layer (None where every layer is dense). `step` decides the router's jitter, None means none.
-  `hyperparams` are those of `config` if None.
+  + z_coef * sum over layers of the z-loss. It is returned with metrics and the router's sums by
+  layer (None if every layer is dense). `step` seeds the router's jitter; None means no jitter.
+  `hyperparams` default to those of `config`.
 
-  With microbatches, each is a rematerialised part of one function: the forward pass goes
-  over all of them first, because the balance loss multiplies two sums over the global
-  batch, and the backward pass recomputes them one by one. So the loss and its gradient are
-  those of the undivided batch, where accumulating the gradients of each part's own balance
-  loss would train another model.
+  Each microbatch is a rematerialized part of one function: the forward pass first runs over all
+  of them, because the balance loss multiplies two sums over the global batch, and the backward
+  pass recomputes them one by one. So the loss and its gradient are those of the undivided batch,
+  whereas accumulating gradients of per-microbatch balance losses would train a different model.
   """
 
   hyperparams = hyperparams or Hyperparams.of(config)
@@ -134,9 +135,9 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
 
 
 def _noise_keys(config: RunConfig, seed_init: jax.Array, step: jax.Array) -> jax.Array | None:
-  """key_MB: a key for each row of the global batch, from `seed_init` and the step.
+  """key_MB: a key for each row of the global batch, from `seed_init` and `step`.
 
-  So a row's noise depends neither on the mesh nor on the microbatches, nor on a resume.
+  So a row's noise does not depend on the mesh, the microbatches or whether the run was resumed.
   """
   if not config.moe.jitter:
     return None
@@ -158,9 +159,9 @@ def _with_router_losses(loss: jax.Array, sums: RouterSums | None,
 
 def train_step(state: State, batch: Batch, hyperparams: Hyperparams, config: RunConfig,
                mesh: Mesh) -> tuple[State, Metrics]:
-  """One optimizer step. Metrics are scalars of the global batch, before the update.
+  """Takes one optimizer step. Metrics are scalars of the global batch, before the update.
 
-  What `hyperparams` hold is taken from there; `config` may say otherwise (population.shape_of).
+  `hyperparams` take precedence over `config`, which may have placeholders (population.shape_of).
   """
   optimizer = make_optimizer(config.train, hyperparams.optimizer)
   params, router = state["params"], state["router"]
@@ -182,10 +183,10 @@ def train_step(state: State, batch: Batch, hyperparams: Hyperparams, config: Run
 
 
 def lower_train_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
-  """The step for a mesh, of devices that are there or not, ready to compile.
+  """Lowers the step for a mesh, whose devices need not be present.
 
-  It takes state, batch and hyperparameters. The state that is given to it is donated. What
-  `moe_jax.plan` compiles is this.
+  The step takes state, batch and hyperparameters, and donates the state. `moe_jax.plan` compiles
+  this same program.
   """
   shape, state = shape_of(config), abstract_state(config, mesh)
   hyperparams = jax.tree.map(lambda number: jax.ShapeDtypeStruct(
@@ -202,7 +203,7 @@ def lower_train_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 def compile_train_step(config: RunConfig, mesh: Mesh) -> Callable[[State, Batch],
                                                                   tuple[State, Metrics]]:
-  """The compiled step, with the hyperparameters of `config`."""
+  """Compiles the step and binds the hyperparameters of `config`."""
   compiled = lower_train_step(config, mesh).compile()
   hyperparams = jax.device_put(Hyperparams.of(config), replicated(mesh))
   return lambda state, batch: compiled(state, batch, hyperparams)

@@ -1,4 +1,4 @@
-"""Tokens per second, and what share of the machine's peak they are."""
+"""Measures tokens per second and model FLOPs utilization (MFU)."""
 
 import statistics
 import time
@@ -12,12 +12,12 @@ from moe_jax.products import precision_of
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
-  """Peak FLOP/s of these devices together, or None if it is not known.
+  """Peak FLOP/s of these devices together, or None if unknown.
 
-  Accelerators: the published dense bfloat16 peak (arch/hardware.py); none is better than a
-  wrong one. A processor has no such figure: there it is the float32 speed of a large matrix
-  product, measured now (a fifth of a second), of the whole machine, which fake devices share. Of
-  many processes it is not known: they may be on many machines, and this one is measured alone.
+  Accelerators: the published dense bfloat16 peak (arch/hardware.py); None rather than a wrong one.
+  CPUs have no such figure: there it is the float32 speed of a large matrix product on the whole
+  machine, which fake devices share, measured on the spot (a fifth of a second). For several CPU
+  processes it is unknown, because they may run on several machines and only this one is measured.
   """
   known = hardware.by_device_kind(devices[0].device_kind)
   if known is not None:
@@ -28,12 +28,12 @@ def peak_flops(devices: list[jax.Device]) -> float | None:
 
 
 def product_flops(size: int, dtype: str, repeats: int = 5) -> float:
-  """FLOP/s of the fastest of some products of [size, size], measured now.
+  """Measures the FLOP/s of [size, size] matrix products; returns the fastest of `repeats`.
 
-  Summed in float32 and rounded, as every product of the model is: asked for in bfloat16, XLA's CPU
+  Sums are in float32 and rounded at the end, as in the model: with bfloat16 results, XLA's CPU
   compiler takes several times as long (moe_jax/products.py).
   """
-  # Drawn, for a device that multiplies ones takes less power and runs faster.
+  # Random, because a device that multiplies ones draws less power and runs faster.
   x = jax.random.normal(jax.random.key(0), (size, size), dtype)
   multiply = jax.jit(lambda x, y: jnp.matmul(
       x, y, precision=precision_of(x.dtype, jax.default_backend()),
@@ -48,28 +48,28 @@ def product_flops(size: int, dtype: str, repeats: int = 5) -> float:
 
 
 class Throughput:
-  """Speed between two looks.
+  """Measures throughput between successive calls of `look`.
 
   MFU counts the FLOPs of the active parameters and of causal attention, three forward passes
-  a step (count.training_flops_per_token). Padding slots, recomputation and the experts' share
-  of dropped assignments are no useful work and are not counted.
+  per step (count.training_flops_per_token). Padding slots, recomputation and the expert FLOPs
+  of dropped assignments are not useful work and are not counted.
   """
 
   def __init__(self, config: RunConfig, peak: float | None):
-    """`peak` FLOP/s of all devices together; without it there is no MFU."""
+    """`peak` is the peak FLOP/s of all devices together; None omits the MFU."""
     arch = config.arch
     self._tokens, self._peak = config.batch_tokens, peak
     self._flops = count.training_flops_per_token(arch, config.data.seq_len)
-    # Forward and twice that backward, 2 FLOPs a weight, three matrices an expert.
+    # Forward plus twice that backward, 2 FLOPs per weight, three matrices per expert.
     self._routed_flops = (3 * 2 * arch.n_moe_layers * arch.n_topk
                           * 3 * arch.d_model * arch.d_expert)
     self._last: tuple[int, float] | None = None
     self._speeds: list[dict[str, float]] = []
 
   def look(self, step: int, drop_rate: float = 0.0) -> dict[str, float]:
-    """`tokens_per_second` and `mfu` since the last look; {} where no step lies between.
+    """Returns `tokens_per_second` and `mfu` since the last call; {} if no step was taken since.
 
-    `drop_rate`, of this step, stands for all since then.
+    `drop_rate` is this step's, taken for all steps since the last call.
     """
     now = time.perf_counter()
     (last_step, last_time), self._last = self._last or (step, now), (step, now)
@@ -84,7 +84,7 @@ class Throughput:
     return found
 
   def typical(self) -> dict[str, float]:
-    """Medians over all looks but the first that saw steps, in which caches were cold."""
+    """Medians over all measurements but the first, during which caches were cold."""
     speeds = self._speeds[1:] or self._speeds
     return {name: statistics.median(each[name] for each in speeds)
             for name in (speeds[0] if speeds else ())}

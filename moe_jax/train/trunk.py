@@ -1,4 +1,4 @@
-"""The checkpoint of another run that a branch begins with; see moe_jax/branch.py."""
+"""Finds and restores the checkpoint that a branch starts from; see moe_jax/branch.py."""
 
 import dataclasses
 import os
@@ -29,25 +29,25 @@ class Trunk:
 
   @property
   def record(self) -> dict[str, Any]:
-    """What the branch tells of it: in config.json, status.json and results.csv."""
+    """What the branch records about it in config.json, status.json and results.csv."""
     path = self.run_dir.path
     return {"run": f"{path.parent.name}/{path.name}", "identity": self.identity,
             "step": self.step}
 
   def restore(self, abstract_state: Any) -> Restored:
-    """The trunk's state at that step. Raises CheckpointError if it is not sound."""
+    """Restores the trunk's state at that step. Raises CheckpointError if it is damaged."""
     return restore_step(self.run_dir, self.step, abstract_state)
 
 
 def find_trunk(out: str | os.PathLike, cell: Cell) -> Trunk | None:
-  """The checkpoint that a cell has still to branch from; writes nothing.
+  """Finds the checkpoint that a cell is yet to branch from; writes nothing.
 
   Args:
     out: directory of all experiments.
     cell: any cell.
 
   Returns:
-    None if the cell is no branch, or has checkpoints of its own by now.
+    None if the cell is not a branch, or already has checkpoints of its own.
 
   Raises:
     FieldError: there is no such run or checkpoint, or the cell cannot branch from it.

@@ -1,7 +1,7 @@
-"""A run that begins with the parameters of another: `train.init_from`.
+"""Warm start: initializes a run with the parameters of another, for `train.init_from`.
 
-Parameters are taken over, and what routers carry; the optimizer, the schedule and the data begin
-anew. Where the other run is dense and this one is not, it is upcycled (model/upcycle.py).
+Parameters and the routers' state are copied; the optimizer, the schedule and the data start
+afresh. If the other run is dense and this one is not, it is upcycled (model/upcycle.py).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ FIELD = "config.train.init_from"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """The checkpoint that a run begins with.
+  """The checkpoint that a run is initialized from.
 
   Attributes:
     run_dir: of the other run.
@@ -40,16 +40,16 @@ class Source:
 
   @property
   def record(self) -> dict[str, Any]:
-    """What the run tells of it, in config.json."""
+    """What the run records about it in config.json."""
     path = self.run_dir.path
     return {"run": f"{path.parent.name}/{path.name}", "step": self.step,
             "identity": config_lib.identity_hash(self.config),
             "checkpoint": content_hash(self.run_dir, self.step)}
 
   def begin(self, state: step_lib.State, config: RunConfig, mesh: Mesh) -> step_lib.State:
-    """`state`, new, with the parameters of the checkpoint. Raises CheckpointError."""
+    """Replaces the parameters in a new `state` by the checkpoint's. Raises CheckpointError."""
     if not _is_upcycled(config, self.config):
-      del state["params"], state["router"]  # make room
+      del state["params"], state["router"]  # frees their memory
       abstract = functional.abstract_model(config, mesh)
       return state | restore_model(self.run_dir, abstract, self.step)[1]
     abstract = jax.tree.map(lambda leaf: _placed(leaf, mesh),
@@ -65,18 +65,22 @@ def first_state(run_dir: RunDir, config: RunConfig, mesh: Mesh) -> step_lib.Stat
   """The state before the first step: new, or with another run's parameters.
 
   Raises:
-    FieldError, CheckpointError: of find_source, and where that checkpoint is damaged.
+    FieldError: as for find_source.
+    CheckpointError: the checkpoint is damaged.
   """
   source, state = find_source(run_dir, config), step_lib.init_state(config, mesh)
   return state if source is None else source.begin(state, config, mesh)
 
 
 def find_source(run_dir: RunDir, config: RunConfig) -> Source | None:
-  """The checkpoint that a run has still to begin with; writes nothing.
+  """Finds the checkpoint that a run is yet to be initialized from; writes nothing.
 
   Args:
-    run_dir: of the run; an EXPERIMENT/CELL is looked for in the same root.
+    run_dir: of the run; an EXPERIMENT/CELL is looked for under the same root.
     config: of the run.
+
+  Returns:
+    None without `init_from`, or if the run already has checkpoints of its own.
 
   Raises:
     FieldError: there is no such run or checkpoint, or it does not fit.
@@ -114,10 +118,10 @@ def _is_upcycled(config: RunConfig, source: RunConfig) -> bool:
 
 
 def require_fit(config: RunConfig, source: RunConfig) -> None:
-  """Checks that a run can begin with the parameters of another.
+  """Checks that a run can be initialized with the parameters of another.
 
   Raises:
-    FieldError: names the fields that differ, or the one that upcycling does not suit.
+    FieldError: names the fields that differ, or the one that rules out upcycling.
   """
   upcycled = _is_upcycled(config, source)
   if upcycled:
@@ -130,7 +134,7 @@ def require_fit(config: RunConfig, source: RunConfig) -> None:
 
 
 def _function(config: RunConfig, upcycled: bool) -> dict[str, Any]:
-  """The fields without which the same parameters are another function of a document."""
+  """The fields that must agree for the same parameters to compute the same function of a text."""
   arch, data = config.arch, config.data
   fields = {f"arch.{name}": getattr(arch, name) for name in (
       "n_layers", "d_model", "n_heads", "vocab_size", "tie_embeddings", "qk_norm")}
@@ -150,7 +154,7 @@ def _function(config: RunConfig, upcycled: bool) -> dict[str, Any]:
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
-  """On the mesh, split where its axes divide it: a dense run's only expert cannot be."""
+  """Drops mesh axes that do not divide the array: a dense run's only expert cannot be split."""
   axes = []
   for size, names in zip(leaf.shape, leaf.sharding.spec, strict=False):
     names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
