@@ -138,7 +138,7 @@ def _in_our_words(error: flags.Error) -> str:
   name, value, why = found.groups()
   parser = flags.FLAGS[name].parser
   if "value other than None" in why:
-    return f"--{name}: is needed: {flags.FLAGS[name].help.partition('. ')[0]}"
+    return f"--{name}: is required: {flags.FLAGS[name].help.partition('. ')[0]}"
   options = ("true", "false") if parser.flag_type() == "bool" else getattr(
       parser, "enum_values", ())
   accepted = " or ".join(filter(None, options)) or parser.syntactic_help

@@ -36,7 +36,7 @@ def meeting(coordinator_address: str | None, num_processes: int | None,
   if num_processes == 1 and (process_id or 0) == 0:
     return None
   for name, value in given.items():
-    require(value is not None, name, "", "is needed too: --coordinator_address=HOST:PORT, "
+    require(value is not None, name, "", "is required too: --coordinator_address=HOST:PORT, "
             "--num_processes=N and --process_id=I are given together")
   require(num_processes >= 1, "num_processes", num_processes, "must be at least 1")
   require(0 <= process_id < num_processes, "process_id", process_id,

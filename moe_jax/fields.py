@@ -108,7 +108,7 @@ def checked(value: Any, hint: Any, path: str) -> Any:
     FieldError: it has another type, or is a number that is not finite or too large.
   """
   if type(value) is int and abs(value) > _LARGEST_INT:
-    raise FieldError(path, value, "is too large a number")
+    raise FieldError(path, value, "is too large")
   if type(value) is hint and hint is not float:  # a float must also be finite
     return value
   if isinstance(hint, types.UnionType) and value is None:

@@ -118,4 +118,4 @@ def reaching(path: str | os.PathLike) -> Iterator[None]:
     if not is_of_storage(error):
       raise
     raise FieldError("out", os.fspath(path),
-                     f"is out of reach: {' '.join(str(error).split())}") from None
+                     f"cannot be read or written: {' '.join(str(error).split())}") from None

@@ -110,8 +110,8 @@ class Grid:
       result = tuple((path, value) for path, value in identity(config).items()
                      if path != "train.branch_from")
       first = seen.setdefault(result, name)
-      require(first == name, "grid.cells", name, f"is the run that {first} is: they differ in "
-              "the step at which they branch, and in nothing that follows from it")
+      require(first == name, "grid.cells", name, f"is the same run as {first}: they differ only in "
+              "the step at which they branch")
 
   def _with_its_own_trunk(self, config: RunConfig) -> RunConfig:
     """Shortens a trunk EXPERIMENT/CELL of this experiment to CELL.
@@ -172,8 +172,8 @@ class Grid:
       followed, cells = cells, [
           override(config, renamed) if (renamed := _to_new_names(
               config.train, self.name, new, changes)) else config for config in overridden]
-    raise FieldError("grid.cells", self.name, "has a cell that begins, if by way of others, from "
-                     "itself")
+    raise FieldError("grid.cells", self.name, "has a cell that begins, directly or through "
+                     "other cells, from itself")
 
   def only(self, wanted: Sequence[str], changes: Mapping[str, Any]) -> "Grid":
     """The grid of the `wanted` cells, followed by those they refer to, directly or indirectly.
@@ -220,7 +220,8 @@ def _in_steps(changes: Mapping[str, Any], config: RunConfig) -> Mapping[str, Any
     return changes
   fields = {path: value for path, value in changes.items() if path != TOKENS}
   tokens = changes[TOKENS]
-  require("train.steps" not in fields, TOKENS, tokens, "says the same as train.steps: give one")
+  require("train.steps" not in fields, TOKENS, tokens,
+          "conflicts with train.steps: give only one of them")
   batch_tokens = (fields.get("train.batch_size", config.train.batch_size)
                   * fields.get("data.seq_len", config.data.seq_len))
   if batch_tokens < 1:  # the fields' own checks will raise

@@ -191,7 +191,7 @@ class _Watch:
         self._store.key_value_set(f"{_ROOM}/beat/{self._index}", str(beat),
                                   allow_overwrite=True)
         if self._index == 0 and (lost := self._lost()):
-          self._pronounce(1, f"process {lost} has not been heard of for "
+          self._pronounce(1, f"process {lost} has sent no heartbeat for "
                           f"{SILENT_SECONDS:.0f} s")
       try:
         verdict = json.loads(self._store.blocking_key_value_get(
@@ -203,8 +203,8 @@ class _Watch:
       if verdict is None:
         return
       self._once.acquire()
-      line = (f"stopped, because {verdict['line']}; what was saved is kept, and the same "
-              "command goes on")
+      line = (f"stopped, because {verdict['line']}; checkpoints are kept; run the same "
+              "command to resume")
       try:
         print(f"error: {line}", file=sys.stderr)
         for listener in _listeners:
@@ -281,9 +281,9 @@ def _join(arguments: Mapping[str, Any]) -> bool:
 
 def _give_up(address: str | None) -> None:
   where = f"at {address}" if address else "in this cluster"
-  print(f"error: not all processes came together {where} within {JOIN_SECONDS:.0f} s: each "
+  print(f"error: not all processes connected {where} within {JOIN_SECONDS:.0f} s: each "
         "needs the same --coordinator_address and --num_processes, its own --process_id, and "
-        "a way through to process 0", file=sys.stderr, flush=True)
+        "network access to process 0", file=sys.stderr, flush=True)
   os._exit(1)
 
 

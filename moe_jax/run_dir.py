@@ -68,9 +68,9 @@ def _require_directory(root: epath.Path) -> None:
   """Raises FieldError unless `root` is a directory or can be created."""
   nearest = next(path for path in (root, *root.absolute().parents) if os.path.lexists(path))
   if not nearest.is_dir():
-    kind = "a file" if nearest.exists() else "a link to nothing"
+    kind = "a file" if nearest.exists() else "a broken link"
     what = f"is {kind}" if nearest == root else f"lies below {nearest}, {kind}"
-    raise FieldError("out", os.fspath(root), f"{what}; a directory is wanted")
+    raise FieldError("out", os.fspath(root), f"{what}; it must be a directory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +94,9 @@ class RunDir:
       _require_directory(root)
       long = next((part for part in path.parts if len(os.fsencode(part)) > _LONGEST_PART), "")
       if long:
-        raise FieldError("out", str(path), f"has a name of {len(os.fsencode(long))} bytes, of "
-                         f"at most {_LONGEST_PART}; what all cells share can go into the recipe "
-                         "of an experiment file, which names do not tell")
+        raise FieldError("out", str(path), f"has a name of {len(os.fsencode(long))} bytes; at "
+                         f"most {_LONGEST_PART} are allowed: move settings that all cells share "
+                         "into the recipe of the experiment file, which names omit")
     return cls(path)
 
   @classmethod

@@ -75,9 +75,9 @@ def test_flags_are_passed_on_and_nothing_else_is_looked_for(no_chips):
 
 
 @pytest.mark.parametrize("flags,line", [
-    (("h:12", None, None), "num_processes='': is needed too"),
-    ((None, 2, 0), "coordinator_address='': is needed too"),
-    (("h:12", 2, None), "process_id='': is needed too"),
+    (("h:12", None, None), "num_processes='': is required too"),
+    ((None, 2, 0), "coordinator_address='': is required too"),
+    (("h:12", 2, None), "process_id='': is required too"),
     (("h:12", 0, 0), "num_processes=0: must be at least 1"),
     (("h:12", 2, 2), "process_id=2: must be at least 0 and below num_processes, which is 2"),
     (("h:12", 2, -1), "process_id=-1: "),

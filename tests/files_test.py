@@ -66,9 +66,10 @@ def test_a_flat_dataclass_is_read_back_and_what_is_none_is_damage(tmp_path):
 
 
 @pytest.mark.parametrize("raised, told", [
-    (OSError(errno.ENOSPC, "No space left on device"), r"out='here': is out of reach: .*No space"),
+    (OSError(errno.ENOSPC, "No space left on device"),
+     r"out='here': cannot be read or written: .*No space"),
     (type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("503\n later"),
-     "out='here': is out of reach: 503 later")])
+     "out='here': cannot be read or written: 503 later")])
 def test_what_storage_raises_is_one_line(raised, told):
   with pytest.raises(FieldError, match=told), reaching("here"):
     raise raised

@@ -47,7 +47,7 @@ def test_tokens_stand_for_steps_of_the_batch_that_is_asked_for():
   assert one.train.steps == round(1e6 / (4 * RECIPE.data.seq_len))
   with pytest.raises(FieldError, match=r"train\.tokens=5\.0: must be at least the \d+ of one"):
     grid.override({"train.tokens": 5.0})
-  with pytest.raises(FieldError, match=r"train\.tokens.*says the same as train\.steps"):
+  with pytest.raises(FieldError, match=r"train\.tokens.*conflicts with train\.steps"):
     grid.override({"train.tokens": 1e6, "train.steps": 7})
 
 

@@ -142,7 +142,7 @@ def test_a_process_that_falls_silent_ends_the_others(number):
   started[1].kill()
   ended([started[1]])
   for code, _, err in done:
-    assert code == 1 and "stopped, because process 1 has not been heard of for 3 s" in err
+    assert code == 1 and "stopped, because process 1 has sent no heartbeat for 3 s" in err
 
 
 def test_without_process_0_the_others_end_at_once():
@@ -157,7 +157,7 @@ def test_without_process_0_the_others_end_at_once():
 def test_a_process_for_whom_none_comes_says_so():
   ((code, _, err),) = ended(start("", 2, only=1, JOIN_SECONDS="2"))
   assert code == 1
-  assert "error: not all processes came together at localhost:" in err and "within 2 s" in err
+  assert "error: not all processes connected at localhost:" in err and "within 2 s" in err
 
 
 def test_a_port_that_is_taken_is_refused():

@@ -200,12 +200,12 @@ def test_evaluations_are_read_by_name(run_dir):
 
 def test_a_root_that_is_a_file_is_refused(tmp_path, cell):
   (tmp_path / "file").write_text("")
-  with pytest.raises(FieldError, match="is a file; a directory is wanted"):
+  with pytest.raises(FieldError, match="is a file; it must be a directory"):
     RunDir.of(tmp_path / "file", cell)
-  with pytest.raises(FieldError, match="lies below .*/file, a file; a directory is wanted"):
+  with pytest.raises(FieldError, match="lies below .*/file, a file; it must be a directory"):
     RunDir.of(tmp_path / "file" / "runs", cell)
   (tmp_path / "link").symlink_to(tmp_path / "gone")
-  with pytest.raises(FieldError, match="is a link to nothing; a directory is wanted"):
+  with pytest.raises(FieldError, match="is a broken link; it must be a directory"):
     RunDir.of(tmp_path / "link", cell)
 
 
@@ -216,7 +216,7 @@ def test_a_root_elsewhere_is_refused(cell, out):
 
 
 def test_a_name_that_no_file_system_takes_is_refused(tmp_path, cell):
-  with pytest.raises(FieldError, match="has a name of 256 bytes, of at most 255"):
+  with pytest.raises(FieldError, match="has a name of 256 bytes; at most 255"):
     RunDir.of(tmp_path, dataclasses.replace(cell, name="c" * 256))
   RunDir.of(tmp_path, dataclasses.replace(cell, name="c" * 255))
 

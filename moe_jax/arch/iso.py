@@ -390,5 +390,5 @@ def _refusal(cell: Cells, template: Architecture, limits: IsoLimits) -> IsoRefus
   if nearest:
     text += f"; nearest: {nearest}"
   if further:
-    text += f"; within tolerance, further off: {further}"
+    text += f"; within tolerance but beyond max_shift: {further}"
   return IsoRefused(field, value, text, nearest, further)

@@ -72,8 +72,8 @@ def _run_in_processes(function: Callable[..., None], jobs: Sequence[Job], proces
       progress.advance(sizes[future])
     executor.shutdown()
   except concurrent.futures.process.BrokenProcessPool:
-    raise FieldError("processes", processes, "one of them was killed, perhaps for want of "
-                     "memory: the same command goes on; give it fewer") from None
+    raise FieldError("processes", processes, "one of them was killed, perhaps because memory "
+                     "ran out: run the same command with fewer to resume") from None
   finally:
     executor.shutdown(wait=False, cancel_futures=True)
 

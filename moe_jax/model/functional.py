@@ -100,6 +100,6 @@ def merged(config: RunConfig, params: Params, router: Router | None = None) -> T
   states = jax.tree.map(lambda leaf: leaf, abstract)  # copies: the cached ones stay abstract
   for state, values in zip(states, (params, router or {}), strict=True):
     if jax.tree.structure(nnx.to_pure_dict(state)) != jax.tree.structure(values):
-      raise ValueError("params or router is not the tree of this configuration")
+      raise ValueError("params or router does not match this configuration")
     nnx.replace_by_pure_dict(state, values)
   return nnx.merge(graphdef, *states)

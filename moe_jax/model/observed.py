@@ -21,7 +21,7 @@ class Choices(NamedTuple):
   """The routing of each token in each MoE layer.
 
   Attributes:
-    expert_LBSK: int16, the token's experts, best first.
+    expert_LBSK: int16 (int32 from 32,768 experts on), the token's experts, best first.
     dropped_LBSK: bool, whether that expert had no slot for the token.
     entropy_LBS: float32, entropy of the router's distribution, in nats.
   """
@@ -66,5 +66,6 @@ def _choices(block: Block, x_BSD, mesh, counted_BS) -> Choices:
                          semantics.capacity, priority(routing, semantics, counted_BS.ravel()))
     dropped_TK = (slots.slot_KT == slots.assignment_S.size).T
   by_row = (*x_BSD.shape[:2], semantics.n_topk)
-  return Choices(routing.expert_TK.astype(jnp.int16).reshape(by_row), dropped_TK.reshape(by_row),
+  dtype = jnp.int16 if routing.prob_TE.shape[1] < 2**15 else jnp.int32
+  return Choices(routing.expert_TK.astype(dtype).reshape(by_row), dropped_TK.reshape(by_row),
                  jax.scipy.special.entr(routing.prob_TE).sum(-1).reshape(by_row[:2]))

@@ -58,7 +58,7 @@ def check(config: RunConfig, dense: RunConfig) -> None:
   for name in ("n_exp", "n_topk"):
     require(getattr(arch, name) % parts == 0, f"arch.{name}", getattr(arch, name),
             f"must be a multiple of {parts}: the dense run's hidden width of {width} makes "
-            f"{parts} experts of width {arch.d_expert}, and only together are they its layer")
+            f"{parts} experts of width {arch.d_expert}, and a token must use all of them")
 
 
 def upcycled(dense_params: Params, fresh: Params, config: RunConfig) -> Params:

@@ -74,8 +74,8 @@ def moe_layer(x_TD: jax.Array, w_router_DE: jax.Array, run_experts: RunExperts |
   Returns:
     y_TD in the dtype of x_TD, and sums over the tokens.
   """
-  assert not packed or n_devices == 1, "packed rows are in no order that devices could exchange"
-  assert (bias_E is not None) == (semantics.router == "sigmoid"), "the bias is of sigmoid scores"
+  assert not packed or n_devices == 1, "packed rows cannot be exchanged between devices"
+  assert (bias_E is not None) == (semantics.router == "sigmoid"), "bias_E is of sigmoid alone"
   seen_TD = x_TD if noise_TD is None else x_TD * noise_TD
   in_order = functools.partial(_in_order, run_experts, n_devices)
   if semantics.router == "expert_choice":

@@ -22,11 +22,11 @@ from moe_jax.population import deal
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or gs://; all "
                            "processes of a run must see it.")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, to "
-                                   "which all others have a way; any free port.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; 1 looks for "
-                                      "no others.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, "
+                                   "which all others can reach; any free port.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the run; 1 "
+                                      "does not look for others.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 _PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, e.g. 10:12: profiles these "
                                "steps, of process 0, into the run's profile/, for xprof.")
 
@@ -98,8 +98,8 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     case CheckpointError():
       return 1, str(error)
     case Exception() if is_of_storage(error):
-      return 1, (f"{' '.join(str(error).split())}; what was saved is kept, and the same command "
-                 "goes on")
+      return 1, (f"{' '.join(str(error).split())}; checkpoints are kept; run the same command to "
+                 "resume")
     case KeyboardInterrupt():
       return 128 + signal.SIGINT, "interrupted; what was finished is kept"
   return None

@@ -156,7 +156,7 @@ def sound_step(run_dir: RunDir, step: int | None, items: Sequence[str] | None) -
   if step == ALL_DAMAGED:
     raise all_damaged(run_dir, problems)
   for damaged, problem in problems.items():
-    warn(run_dir, damaged, problem, "passed over")
+    warn(run_dir, damaged, problem, "skipped")
   return step
 
 

@@ -202,7 +202,7 @@ def _go(members: Sequence[Member], mesh, stop: list[int], progress: Progress | N
       member.end(run_dir_lib.FINISHED if member.step == member.steps else run_dir_lib.PREEMPTED)
       if member.step < member.steps and processes.is_first():
         saved = f"with step {member.step} saved" if member.step else "before the first step"
-        logging.warning("stopped by %s %s; the same command goes on to step %d",
+        logging.warning("stopped by %s %s; run the same command to resume, up to step %d",
                         signal.Signals(stopped).name, saved, member.steps)
   ends = {member.ended for member in members}
   if run_dir_lib.PREEMPTED in ends:
@@ -304,7 +304,7 @@ def _heartbeat(members: Sequence[Member]) -> Iterator[None]:
           # A full disk or a busy bucket: the next one may succeed. Go on after any error, because
           # without heartbeats the run would count as dead, and another trainer might take it over.
           if not told:
-            logging.warning("%s cannot be told that it lives: %s", member.run_dir.path,
+            logging.warning("%s's heartbeat cannot be written: %s", member.run_dir.path,
                             " ".join(str(error).split()))
           told = True
 

@@ -82,8 +82,8 @@ class Member:
     if theirs != self._prepared.fingerprint:
       raise CheckpointError(
           f"the text of {config.data.corpus!r} has changed since step {restored.step} was "
-          f"saved (fingerprint {theirs} then, {self._prepared.fingerprint} now): put the old "
-          "text back, or begin the run anew elsewhere")
+          f"saved (fingerprint {theirs} then, {self._prepared.fingerprint} now): restore the "
+          "old text, or start a new run with another --out")
     owner = self._trunk.run_dir if self._trunk else self.run_dir
     # Older versions hashed explicit defaults differently; config.json then has the same old hash.
     # A real mismatch is possible if config.json was lost.
@@ -94,7 +94,7 @@ class Member:
     self.step = self._saved_step = restored.step
     if self._first:
       origin = f" of the trunk {self._trunk.record['run']}" if self._trunk else ""
-      print(f"going on from step {restored.step} of {self.steps}{origin}", flush=True)
+      print(f"resuming from step {restored.step} of {self.steps}{origin}", flush=True)
     return restored.state
 
   def watch(self, peak: float | None) -> None:

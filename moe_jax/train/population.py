@@ -27,8 +27,8 @@ from moe_jax.train.step import Batch, Metrics, State
 def require_mesh(n_members: int, mesh: Mesh) -> None:
   """Raises FieldError if a population would have to be split over devices."""
   require(n_members == 1 or mesh_size(mesh) == 1, "config.execution.population", n_members,
-          f"trains on one device, and the mesh has {mesh_size(mesh)}: show a process one of them "
-          "(CUDA_VISIBLE_DEVICES=0, for instance), or train cells alone with "
+          f"trains on one device, and the mesh has {mesh_size(mesh)}: make only one visible to the "
+          "process (CUDA_VISIBLE_DEVICES=0, for instance), or train cells alone with "
           "--config.execution.population=1")
 
 

@@ -130,7 +130,7 @@ def require_fit(config: RunConfig, source: RunConfig) -> None:
   differing = [f"{path} is {ours[path]!r} here and {theirs[path]!r} there"
                for path in ours if ours[path] != theirs[path]]
   require(not differing, "train.init_from", config.train.init_from,
-          "that run is another model: " + "; ".join(differing))
+          "that run's model differs: " + "; ".join(differing))
 
 
 def _function(config: RunConfig, upcycled: bool) -> dict[str, Any]:

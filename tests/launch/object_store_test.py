@@ -92,7 +92,7 @@ def test_a_real_run_is_killed_there_and_goes_on_as_if_undisturbed(tmp_path, gcs,
     process = trainer(f"{spec}:{cell.name}", out)
     told, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, error
-    assert ("going on from step" in told + error) == (out == OUT)
+    assert ("resuming from step" in told + error) == (out == OUT)
   assert curve(saved) == curve(RunDir.of(here, cell))
 
 
@@ -117,7 +117,7 @@ def test_a_store_out_of_reach_is_one_line(tmp_path, gcs, command):
   spec = () if "--experiment=tiny" in arguments else (f"--config={write_tiny(tmp_path)}",)
   done = run_module("-m", f"launch.{verb}", f"--out={OUT}", *arguments, *spec)
   assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-  assert f"error: --out='{OUT}': is out of reach: " in done.stderr
+  assert f"error: --out='{OUT}': cannot be read or written: " in done.stderr
 
 
 @pytest.mark.parametrize("out, why", [

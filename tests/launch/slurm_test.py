@@ -125,7 +125,7 @@ def test_a_run_of_two_processes_is_requeued_and_finishes(tmp_path, cluster, monk
     pytest.fail(f"{_said('squeue', '--me', '--all')}\n{log()}\n"
                 f"{(cluster / 'slurmd.log').read_text()[-3000:]}")
   assert "Restarts=1 " in _said("scontrol", "show", "job", job)
-  assert "going on from step" in log()
+  assert "resuming from step" in log()
   launch = read_launch(run_dir)
   assert (launch.state, launch.attempt, launch.failures) == ("finished", 2, 0)
   assert [record["step"] for record in run_dir.read_metrics()] == list(range(10, 301, 10))

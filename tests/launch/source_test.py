@@ -133,7 +133,7 @@ def get_grid():
   jobs = jobs_of(select(spec), tmp_path / "runs", [])
   with pytest.raises(FieldError, match=r"init_from='up/.*': makes l1-.* wait for itself"):
     require_sources(jobs)
-  with pytest.raises(FieldError, match="has a cell that begins, if by way of others, from itself"):
+  with pytest.raises(FieldError, match="has a cell that begins, directly or through other cells"):
     select(spec, {"train.learning_rate": 5e-3})
 
 

@@ -29,7 +29,7 @@ def test_what_goes_wrong_for_once_does_not_end_the_heartbeat(error, run_dir, mon
     while len(beats) < 8 and time.monotonic() < deadline:
       time.sleep(0.01)
   assert len(beats) >= 8
-  assert caplog.text.count("cannot be told that it lives: try again later") == 1
+  assert caplog.text.count("'s heartbeat cannot be written: try again later") == 1
 
 
 def test_an_error_of_a_bucket_is_one_line():
@@ -38,5 +38,5 @@ def test_an_error_of_a_bucket_is_one_line():
 from moe_jax.train.__main__ import _ending
 print(_ending(type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("try\\nagain")),
       _ending(ValueError("ours")))""")
-  assert done.stdout == ("(1, 'try again; what was saved is kept, and the same command goes on') "
+  assert done.stdout == ("(1, 'try again; checkpoints are kept; run the same command to resume') "
                          "None\n"), done.stderr

@@ -100,7 +100,7 @@ def test_params_of_damaged_or_absent_checkpoints(run_dir, caplog):
   flip_a_byte(files_below(run_dir.checkpoints / "2" / "params")[0])
   before = listing(run_dir)
   assert restore_params(run_dir, wanted)[0] == 1
-  assert "checkpoints/2 is damaged and is passed over" in caplog.text
+  assert "checkpoints/2 is damaged and is skipped" in caplog.text
   with pytest.raises(CheckpointError, match="checkpoints/2 is damaged: params/"):
     restore_params(run_dir, wanted, step=2)
   with pytest.raises(CheckpointError, match="holds no checkpoint 7: it has 1, 2"):

@@ -179,7 +179,7 @@ def test_killed_five_times_it_is_bitwise_the_undisturbed_run(runner, undisturbed
       time.sleep(0.002)
     time.sleep(0.1 * rng.random())
     process.kill()
-    resumed += "going on from step" in process.communicate()[0]
+    resumed += "resuming from step" in process.communicate()[0]
   assert resumed, "every kill came before the first checkpoint: nothing was tested"
   assert runner.run(longer)[0] == 0
   ours, theirs = ([record["loss"] for record in run_dir.read_metrics()] for run_dir in run_dirs)
@@ -198,7 +198,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(runner, undisturbed):
   status = runner.run_dir().read_status()
   assert status["state"] == "preempted" and EVERY <= status["step"] < STEPS
   code, out, _ = runner.run()
-  assert code == 0 and f"going on from step {status['step']} of {STEPS}" in out
+  assert code == 0 and f"resuming from step {status['step']} of {STEPS}" in out
   assert_same_run(runner, undisturbed)
 
 
@@ -226,7 +226,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_does_its_end_again(runn
   assert code == 0
   assert "was finished, but its last checkpoint is damaged: params/" in out
   assert f"checkpoints/{STEPS} is damaged" in err
-  assert f"going on from step {STEPS - EVERY}" in out
+  assert f"resuming from step {STEPS - EVERY}" in out
   assert_same_run(runner, undisturbed)
 
 
@@ -391,7 +391,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(runner, tmp_path):
     assert "disk is full" in lines[0] or "No space left" in lines[0]
     (mount / "filler").unlink()
     process = small.start("--config.train.steps=20000")
-    assert "going on from step" in process.stdout.readline()
+    assert "resuming from step" in process.stdout.readline()
     process.kill()
     process.communicate()
   finally:

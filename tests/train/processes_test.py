@@ -173,13 +173,13 @@ def test_stopped_and_killed_and_resumed_by_other_numbers_of_processes(runner, on
   outcomes = ended(processes)
   assert codes(outcomes) == [1, 1, -signal.SIGKILL, 1], outcomes
   for i in (0, 1, 3):
-    assert "stopped, because process 2 has not been heard of for 30 s" in outcomes[i][2]
+    assert "stopped, because process 2 has sent no heartbeat for 30 s" in outcomes[i][2]
   assert runner.run_dir().read_status()["state"] == "failed"
   assert "process 2" in runner.run_dir().read_status()["error"]
 
   ((code, out, err),) = runner.run(1, 2)
   assert code == 0, err
-  begins = [0, stopped["step"], int(out.partition("going on from step ")[2].split()[0])]
+  begins = [0, stopped["step"], int(out.partition("resuming from step ")[2].split()[0])]
   assert begins[2] >= later
   for attempt, begin in enumerate(begins, start=1):
     seen = runner.hashes(attempt)
@@ -218,6 +218,6 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(runner, one):
   outcomes = runner.run(2, 2)
   assert codes(outcomes) == [0, 0], outcomes
   assert f"checkpoints/{STEPS} is damaged" in outcomes[0][2]
-  assert f"going on from step {STEPS - EVERY}" in outcomes[0][1]
+  assert f"resuming from step {STEPS - EVERY}" in outcomes[0][1]
   assert runner.hashes(1) == one.hashes(1)[STEPS - EVERY:]
   assert_same_curve(runner, one)

@@ -134,7 +134,7 @@ def test_members_of_a_population_begin_each_with_its_own(out, monkeypatch):
     (COPY, {"train.init_from": "old/none"}, "there is no run at .*/old/none: train it first$"),
     (COPY, {"train.init_from": "hf/none"}, "or import it with python -m moe_jax.export"),
     (COPY, {"train.init_from": "old/mixture@3"}, "no checkpoint of step 3; it has 2, 4"),
-    (COPY, {"arch.n_heads": 4, "arch.n_topk": 2}, "that run is another model: arch.n_heads is 4 "
+    (COPY, {"arch.n_heads": 4, "arch.n_topk": 2}, "that run's model differs: arch.n_heads is 4 "
      "here and 2 there; .*arch.head_dim is 4 here and 8 there; arch.n_topk is 2 here and 4 there"),
     (COPY, {"moe.router": "sigmoid"}, "moe.router is 'sigmoid' here and 'softmax' there"),
     (COPY, {"model.rope_theta": 5.0}, "model.rope_theta is 5.0 here and 10000.0 there"),
