@@ -48,7 +48,7 @@ def parse_override(argument: str) -> tuple[str, Any]:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Command line -> (what absl parses, the `--config.PATH=VALUE` arguments)."""
+  """Splits a command line into absl's arguments and the `--config.PATH=VALUE` overrides."""
   overrides = [arg for arg in argv[1:] if arg.startswith((_PREFIX, _PREFIX[1:]))]
   rest = [arg for arg in argv if arg not in overrides]
   return rest, [_PREFIX + arg.partition("config.")[2] for arg in overrides]  # one dash is two

@@ -91,7 +91,7 @@ def _has_tpu(devices: pathlib.Path) -> bool:
 
 
 def _require_a_task_for_each_gpu(environ: Mapping[str, str]) -> None:
-  """Raises FieldError if a node has more GPUs than tasks.
+  """Raises FieldError if this node has more GPUs than tasks, or --gpus-per-task is used.
 
   JAX gives each task one GPU, by its local id, and the rest would silently idle.
   """

@@ -161,7 +161,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _canonical_fields(config: RunConfig) -> dict[str, int | None]:
-  """The default of each field whose value equals what the default resolves to or has no effect."""
+  """Returns, at their defaults, the fields whose value is redundant with the default or unused."""
   arch, found = config.arch, dict[str, int | None]()
   if arch.kv_heads == arch.n_heads:
     found["arch.n_kv_heads"] = None

@@ -105,7 +105,8 @@ def checked(value: Any, hint: Any, path: str) -> Any:
   """Returns `value` if it has the annotated type (an int is accepted as a float).
 
   Raises:
-    FieldError: it has another type, or is a number that is not finite or too large.
+    FieldError: it has another type, is not one of a Literal's options, or is a number that is not
+      finite or, if an int, too large.
   """
   if type(value) is int and abs(value) > _LARGEST_INT:
     raise FieldError(path, value, "is too large")

@@ -71,8 +71,8 @@ class Grid:
   Attributes:
     name: the experiment's name, and its directory.
     recipe: the common configuration; a cell's name has only the fields that differ from it.
-    cells: one configuration per cell. The checkpoints that other cells branch from or are
-      initialized from are added to its keep_steps.
+    cells: one configuration per cell. The steps from which other cells branch or are initialized
+      are added to a cell's keep_steps.
     n_total: the intended size of all cells; None if sizes differ on purpose.
   """
 
@@ -160,7 +160,7 @@ class Grid:
     """Replaces the given fields in every cell.
 
     The recipe stays, so names show what was overridden. References between cells (branch_from,
-    init_from) are updated to the new names. TOKENS sets the nearest number of steps.
+    init_from) are updated to the new names. TOKENS sets train.steps to the nearest number of steps.
     """
     overridden = [override(config, _in_steps(changes, config)) for config in self.cells]
     cells, followed = overridden, None

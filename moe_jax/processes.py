@@ -45,7 +45,7 @@ _listeners: list[Callable[[str], None]] = []
 
 
 def is_first() -> bool:
-  """Whether this is process 0, the only one to write a run's files and print its messages."""
+  """Whether this is process 0, which alone prints messages and writes all files but checkpoints."""
   return jax.process_index() == 0
 
 

@@ -20,7 +20,7 @@ import dataclasses
 
 _GIB = 2**30
 
-# On-demand list prices in US regions, seen in 2026 in an undated catalogue; `--usd_per_chip_hour`
+# On-demand list prices in US regions, seen in 2026 in an undated catalog; `--usd_per_chip_hour`
 # overrides them. None if there is no public price.
 PRICES_AS_OF = "a 2026 catalogue snapshot"
 

@@ -45,7 +45,7 @@ _FIRST_SHIFTS = (1 / 16, 1 / 4)
 
 @dataclasses.dataclass(frozen=True)
 class IsoLimits:
-  """What counts as a solution.
+  """The constraints that a solution must satisfy.
 
   Attributes:
     d_model_multiple: d_model is a multiple of it. 128 fills the lanes of a TPU.
@@ -109,10 +109,10 @@ class IsoRefused(FieldError):
 
   Attributes:
     nearest: the shape closest in size within `max_shift` (if there is none of any size, within
-      four times that). If n_active is held, n_total is within its tolerance if possible. None
-      only if the lattice is too fine to be searched that far.
+      4 * max(max_shift, 0.1)). If n_active is held, n_total is within its tolerance if possible.
+      None only if the lattice is too fine to be searched that far.
     further: the nearest shape within tolerance beyond `max_shift`; None if there is none
-      within four times `max_shift` (which counts as at least 0.1 here).
+      within 4 * max(max_shift, 0.1).
   """
 
   def __init__(self, field: str, value: object, accepted: str,

@@ -21,7 +21,7 @@ class OptimizerHyperparams(NamedTuple):
     peak: peak learning rate.
     end: learning rate at the end of the decay.
     warmup_steps: length of the warm-up.
-    decay_begin: step at which the decay begins.
+    decay_begin: step, counted from 0, after which the learning rate falls.
     decay_steps: length of the decay, at least 1.
     weight_decay: decoupled weight decay.
   """

@@ -125,7 +125,7 @@ def _fitting(config: RunConfig, n_cells: int, out: str | os.PathLike
 
 
 def _require_same_everywhere(cells: Sequence[Cell], prepared: PreparedData) -> None:
-  """Raises FieldError if this process was told to train something else than process 0."""
+  """Raises FieldError if this process was told to train something other than process 0."""
   for cell in cells:
     processes.require_same(
         {"config." + path: value for path, value in leaves(cell.config).items()}
@@ -147,7 +147,7 @@ def _claim_unfinished(cells: Sequence[Cell], out: str | os.PathLike, mesh) -> li
 
 
 def _is_finished(cell: Cell, out: str | os.PathLike) -> bool:
-  """Whether the run is finished and its last checkpoint intact; prints a line if it is finished."""
+  """Whether the run finished and its last checkpoint is intact; prints a line if it finished."""
   run_dir = RunDir.of(out, cell)
   if run_dir.read_status().get("state") != run_dir_lib.FINISHED:
     return False
@@ -231,7 +231,7 @@ class _Loop:
       member.batches = reading.setdefault(position, member.batches)
 
   def run(self, vote: processes.StopVote) -> int:
-    """Trains until every member has ended, or a signal; returns the signal's number, or 0."""
+    """Trains until all members end or a signal arrives; returns the signal's number, or 0."""
     members, stopped = self._members, 0
     while any(member.active for member in members) and not (stopped := vote.result()):
       read = {batches: next(batches) for batches in {member.batches for member in members}}

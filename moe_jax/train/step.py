@@ -106,8 +106,8 @@ def batch_loss(params: functional.Params, batch: Batch, config: RunConfig, mesh:
   layer (None if every layer is dense). `step` seeds the router's jitter; None means no jitter.
   `hyperparams` default to those of `config`.
 
-  Each microbatch is a rematerialized part of one function: the forward pass first runs over all
-  of them, because the balance loss multiplies two sums over the global batch, and the backward
+  Several microbatches are rematerialized parts of one function: the forward pass first runs over
+  all of them, because the balance loss multiplies two sums over the global batch, and the backward
   pass recomputes them one by one. So the loss and its gradient are those of the undivided batch,
   whereas accumulating gradients of per-microbatch balance losses would train a different model.
   """
