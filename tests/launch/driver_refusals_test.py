@@ -16,7 +16,7 @@ from tests.launch.world import World
 _CODE = Code("c", "a" * 64, "e.py", b"")
 
 
-def test_a_deletion_that_is_refused_is_told_and_tried_again(tmp_path):
+def _refusing_three_deletions():
   refused = []
 
   def on_command(command):
@@ -25,7 +25,11 @@ def test_a_deletion_that_is_refused_is_told_and_tried_again(tmp_path):
       return Answer(1, "", "ERROR: (gcloud) PERMISSION_DENIED: tpu.delete denied")
     return None
 
-  world = World(tmp_path, on_command=on_command)
+  return on_command
+
+
+def test_a_deletion_that_is_refused_is_told_and_tried_again(tmp_path):
+  world = World(tmp_path, on_command=_refusing_three_deletions())
   assert world.drive()
   world.check()
   told = [line for line in world.said if "it cannot be deleted" in line]
@@ -34,15 +38,7 @@ def test_a_deletion_that_is_refused_is_told_and_tried_again(tmp_path):
 
 def test_a_refusal_and_the_limit_do_not_displace_each_other_at_every_look(tmp_path, monkeypatch):
   monkeypatch.setattr("tests.launch.world.WORK_SECONDS", 1e6)  # it would never end by itself
-  refused = []
-
-  def on_command(command):
-    if command[4] == "delete" and len(refused) < 3:
-      refused.append(command)
-      return Answer(1, "", "ERROR: (gcloud) PERMISSION_DENIED: tpu.delete denied")
-    return None
-
-  world = World(tmp_path, on_command=on_command, max_cost_usd=8.0)
+  world = World(tmp_path, on_command=_refusing_three_deletions(), max_cost_usd=8.0)
   assert not world.drive()
   world.check()
   told = [line.split(": ")[2] for line in world.said if line.count(": ") > 1]
