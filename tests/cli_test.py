@@ -69,7 +69,7 @@ def test_a_command_gets_its_cells_and_gives_its_exit_code(command, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "--config: is needed: Experiment file"),
+    ([], "--config: is required: Experiment file"),
     (["--confg=x.py"], "--confg: no such flag; did you mean 'config'"),
     (["--config=TINY", "--parallel=x"], "--parallel='x': must be a positive integer"),
     (["--config=TINY", "--parallel=0"], "--parallel=0: must be a positive integer"),

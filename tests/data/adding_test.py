@@ -151,10 +151,10 @@ def test_a_corpus_that_grows_keeps_its_split(tmp_path):
   texts = make_texts(200)
   small = write_json(tmp_path / "small.jsonl", texts[:100])
   large = write_json(tmp_path / "large.jsonl", texts[::-1])
-  for name, source in (("small", small), ("large", large)):
+  for name, source in (("fewer", small), ("more", large)):
     adding.add(name, source, tmp_path, heldout_fraction=0.2)
   for split in ("train", "heldout"):
-    ours, theirs = set(stored(tmp_path, "small", split)), set(stored(tmp_path, "large", split))
+    ours, theirs = set(stored(tmp_path, "fewer", split)), set(stored(tmp_path, "more", split))
     assert ours == theirs & set(texts[:100])
 
 

@@ -140,7 +140,7 @@ def test_members_of_a_population_begin_each_with_its_own(out, monkeypatch):
     (COPY, {"model.rope_theta": 5.0}, "model.rope_theta is 5.0 here and 10000.0 there"),
     (COPY, {"data.tokenizer": "bpe-260"}, "data.tokenizer is 'bpe-260 of small' here and 'bytes' "
      "there"),
-    (MIXTURE, {"arch.n_layers": 3}, "another model: arch.n_layers is 3 here and 2 there$"),
+    (MIXTURE, {"arch.n_layers": 3}, "model differs: arch.n_layers is 3 here and 2 there$"),
 ])
 def test_another_model_is_refused_by_its_fields(sources, base, changes, problem):
   config = override(base, changes)
