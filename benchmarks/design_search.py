@@ -2,12 +2,12 @@
 
     python -m benchmarks.design_search
 
-The budgets suit a model of 30e9 parameters served on v5p-16, and are wide enough that over a
+The budgets suit a model of 30e9 parameters on 16 v5p chips, and are wide enough that over a
 million architectures meet them. There are three questions: one law under a budget of active
 parameters, one law under a decoding roofline, and all published MoE laws under that roofline; the
 best of --repeats searches counts. `judged` architectures went through every stage: counts, memory,
 inference cost and laws; the lattice is larger, since a shape that is too expensive with few experts
-is not tried with more. `answer` is the time to evaluate them: the best, those as good, and the
+is not tried with more. `answer` is the time to summarize them: the best, those as good, and the
 prices of the budgets. A sample of the same architectures then goes through a plain Python loop of
 Architecture, arch.count and Law.predict, with a separate roofline, and every cost and score must
 agree. Prints a table, then the same figures as JSON.

@@ -1,4 +1,4 @@
-"""Checks that the GPU kernels compute correct results on this device, before timing them.
+"""Checks that the GPU kernels compute correct results on this device, before anything is timed.
 
     python -m benchmarks.kernels                        # on a GPU
     python -m benchmarks.kernels --kernels_interpret    # anywhere: the same programs, interpreted

@@ -4,7 +4,7 @@
     python -m benchmarks.law_coverage --grids=500 --law=paper-tokens
 
 Each grid has its own random shapes, coefficients, noise between seeds, and learning rates that miss
-the optimum. Its rows go through the whole pipeline of a results.csv: the envelope of the
+the optimum. Its rows go through the whole pipeline of a results.csv: the optimum of each
 learning-rate sweep, the mean over seeds, the design report, the fit. The table has a line per
 coefficient; `*` marks a coverage outside 93 to 97 %.
 """

@@ -8,8 +8,8 @@
 --config.PATH=VALUE overrides fields of the model, e.g. the dispatch or the remat policy. It times
 whole steps as the trainer runs them: batches are put on the device, metrics are fetched. Passes of
 all sizes are interleaved, so that they see the same load, and the fastest of each counts. `of the
-peak` is the rate of active FLOPs over that of the fastest large matrix product of this device in
-the dtype of the activations, measured here. Prints a table, then the same figures as JSON.
+peak` is the rate of active FLOPs over that of a large matrix product on this device in the
+dtype of the activations, measured here. Prints a table, then the same figures as JSON.
 """
 
 import json
@@ -88,7 +88,7 @@ class Contender:
 
 
 def matmul_peak(dtype: str) -> float:
-  """FLOP/s of the fastest of several large products."""
+  """FLOP/s of a large matrix product, the fastest of several runs."""
   return product_flops(1024 if jax.default_backend() == "cpu" else 8192, dtype)
 
 

@@ -6,9 +6,9 @@
 Times whole steps (see benchmarks.population) of the densest and the sparsest shape, alone and in
 populations of three, at the smallest and the largest size; speeds in between are interpolated.
 Estimates exclude compilation and evaluation, which other units' training can hide, and assume one
-program at a time: the effect of several programs sharing the device is not modeled.
-With --study_minutes it prints the value of experiments/study/arms.TOKENS at which all grids would
-fit. Pass the same overrides as to the sittings, e.g. --config.execution.remat=rows.
+program at a time: the effect of several programs sharing the device is unknown. With
+--study_minutes it prints the value of experiments/study/arms.TOKENS at which all grids would fit in
+that time. Pass the same overrides as to the sittings: --config.execution.remat=rows.
 """
 
 import math

@@ -100,7 +100,7 @@ class Cost:
   def flops(self) -> int:
     """FLOPs of matrix products on one device, including recomputation and empty slots.
 
-    The HLO does not show the inside of a Pallas kernel, which counts with what it declares.
+    The HLO does not show the inside of a Pallas kernel, so its declared FLOPs are used instead.
     """
     return sum(item.flops for item in self.items)
 

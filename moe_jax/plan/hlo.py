@@ -1,7 +1,7 @@
 """Parses the text of a compiled HLO module: computations, instructions, shapes, FLOPs.
 
-The format is what `jax.stages.Compiled.as_text()` prints: a scheduled module, so
-instructions are listed in the order in which the core runs them.
+The format is that of `jax.stages.Compiled.as_text()`: a scheduled module, so the instructions of a
+computation are in the order in which the core runs them.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Array:
 
   @property
   def bytes(self) -> int:
-    bits = 8 if _FLOAT8.match(self.dtype) else _BITS.get(self.dtype, 0)  # token[]: none
+    bits = 8 if _FLOAT8.match(self.dtype) else _BITS.get(self.dtype, 0)  # token[] has no size
     return -(-self.size * bits // 8)
 
 
