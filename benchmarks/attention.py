@@ -1,15 +1,15 @@
-"""Attention by every way there is on the device at hand, forward and with gradients.
+"""Times every attention implementation available on this device, forward and with gradients.
 
     python -m benchmarks.attention --attention_rows=8 --attention_seq_len=2048 --attention_heads=8 \
         --attention_width=128
 
-`plain` is JAX's own, all scores at once, the peer; `ours` is what a training step takes. On a GPU
-also cuDNN's kernel, causal alone and with the documents as a mask, and JAX's Pallas kernel by tiles
-of its backward pass. The limit is one square product in bfloat16 measured beside them: the last
-column is how much of its speed the scores below the diagonal are computed at. `error` is the
-largest one of the output and the gradients, as a share of the norm of what float32 gives. A way
-that is refused says why. The passes alternate, and the fastest of each counts. Prints a table,
-then the same figures as JSON.
+`plain` is the peer, JAX's own attention, which materializes all scores; `ours` is what a training
+step uses. A GPU adds cuDNN's kernel, causal only and with a document mask, and JAX's Pallas kernel
+for several tile sizes of its backward pass. The limit is one square product in bfloat16, timed in
+the same passes: the last column is the speed with gradients, counting causal FLOPs only, as a share
+of it. `error` is the largest relative error (norm of the difference over norm) of output and
+gradients against float32. For an implementation that fails, the table gives the error. Passes are
+interleaved, and the fastest of each counts. Prints a table, then the same figures as JSON.
 """
 
 import functools
@@ -40,14 +40,14 @@ _PASSES = flags.DEFINE_integer("attention_passes", 10, "Passes of which the fast
                                lower_bound=1)
 _TILES = ((32, 32), (64, 32), (32, 64), (64, 64), (128, 64))
 WITHOUT_DOCUMENTS = "cuDNN, without documents"
-_LEAST_SECONDS = 0.01  # of what is timed at a time
-_SIDE = {"cpu": 2048}  # of the square product; on anything faster 8192
+_LEAST_SECONDS = 0.01  # minimum duration of one timing
+_SIDE = {"cpu": 2048}  # of the square product; 8192 on other platforms
 
 Attention = Callable[..., jax.Array]  # query_BSHh, key_BSHh, value_BSHh, segments_BS -> out_BSHh
 
 
 def ways(mesh: jax.sharding.Mesh) -> dict[str, Attention]:
-  """All that might run on the mesh's device, by name."""
+  """Implementations that may run on the mesh's device, by name."""
   found = {"plain": functools.partial(plain_attention, mesh=mesh),
            "ours": functools.partial(attend, mesh=mesh)}
   if platform_of(mesh) != "gpu":
@@ -71,7 +71,7 @@ def _pallas(tile, query_BSHh, key_BSHh, value_BSHh, segments_BS):
 
 
 def inputs(rows: int, seq_len: int, heads: int, width: int) -> list[jax.Array]:
-  """Queries, keys, values, segments_BS of three documents, and the gradient of the output."""
+  """Returns queries, keys, values, segments_BS of three documents, and the output gradient."""
   *keys, last = jax.random.split(jax.random.key(0), 5)
   arrays = [jax.random.normal(key, (rows, seq_len, heads, width), jnp.bfloat16) for key in keys]
   segments_BS = jnp.sort(jax.random.randint(last, (rows, seq_len), 0, 3), axis=1)
@@ -79,7 +79,7 @@ def inputs(rows: int, seq_len: int, heads: int, width: int) -> list[jax.Array]:
 
 
 def with_gradients(way: Attention) -> Callable[..., tuple[jax.Array, ...]]:
-  """The output, and the gradients of queries, keys and values by that of the output."""
+  """Returns a function that computes the output and the gradients of queries, keys and values."""
 
   def run(query, key, value, segments, dout):
     out, back = jax.vjp(lambda *arrays: way(*arrays, segments), query, key, value)
@@ -89,14 +89,14 @@ def with_gradients(way: Attention) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def largest_error(found: tuple[jax.Array, ...], exact: tuple[jax.Array, ...]) -> float:
-  """Of the arrays' differences, each as a share of the norm of the exact one."""
+  """Largest relative error of any array: norm of the difference over norm of the exact array."""
   return max(float(np.linalg.norm(np.float32(x) - np.float32(y)) / np.linalg.norm(np.float32(y)))
              for x, y in zip(found, exact, strict=True))
 
 
 def compiled(way: Attention, arrays: list[jax.Array], exact: tuple[jax.Array, ...]
              ) -> tuple[dict[str, Callable], dict[str, float]]:
-  """The programs of one way, bound to their inputs, and what is known before they are timed."""
+  """Compiles one implementation: (programs bound to their inputs, error and memory)."""
   forward = jax.jit(way).lower(*arrays[:4]).compile()
   both = jax.jit(with_gradients(way)).lower(*arrays).compile()
   return ({"forward": functools.partial(forward, *arrays[:4]),
@@ -126,20 +126,20 @@ def main(overrides: list[str]) -> None:
     try:
       made, figures[name] = compiled(way, arrays,
                                      without if name == WITHOUT_DOCUMENTS else with_documents)
-    except Exception as refused:  # whatever a library refuses or dies of is its row
+    except Exception as refused:  # whatever error a library raises goes into its row
       figures[name] = {"refused": (str(refused).strip() or repr(refused)).splitlines()[0][:100]}
       continue
     programs |= {(name, which): program for which, program in made.items()}
   fastest = dict.fromkeys(programs, math.inf)
   for _ in range(_PASSES.value + 1):  # one more, to warm up
     for key, run in programs.items():
-      # Many at a time where one is over before the next can be given to the device.
+      # Batch short calls, so that dispatch overhead does not dominate the timing.
       calls = 1 if fastest[key] == math.inf else max(1, round(_LEAST_SECONDS / fastest[key]))
       started = time.perf_counter()
       jax.block_until_ready([run() for _ in range(calls)])
       fastest[key] = min(fastest[key], (time.perf_counter() - started) / calls)
   peak = 2 * side**3 / fastest["limit", "forward"]
-  # Two products of scores forward and five backward, of which half of the scores count.
+  # Two score-sized products forward and five backward; causal, so half of the scores count.
   flops = (2 + 5) * rows * heads * seq_len**2 * width
   sheet = Sheet(f"attention, {rows} x {seq_len} tokens, {heads} heads of {width}, bfloat16, "
                 f"{device.device_kind}; a square product reaches {peak / 1e12:.3g} TFLOP/s",

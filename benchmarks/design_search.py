@@ -1,16 +1,16 @@
-"""How many architectures a second the design search prices and judges, against a plain loop.
+"""Measures the design search in architectures per second, against a plain Python loop.
 
     python -m benchmarks.design_search
 
-The budgets are those of a model of 30e9 parameters on 16 chips of v5p, wide enough that over
-a million architectures meet them. Three questions: one law by active parameters, one law by a
-roofline of decoding, and all published laws of MoEs at once; each the best of three. `judged`
-architectures went through everything: counts, memory, inference cost and laws; the lattice is
-larger, since a shape that is too dear with few experts is not tried with more. `answer` is what
-is read off them: the best, what is as good, prices of the budgets. A sample of the
-same architectures then goes one by one through a plain Python loop of Architecture, arch.count
-and Law.predict, with a roofline of its own, and every cost and every score must agree. Prints
-a table, then the same figures as JSON.
+The budgets suit a model of 30e9 parameters on 16 v5p chips, and are wide enough that over a
+million architectures meet them. There are three questions: one law under a budget of active
+parameters, one law under a decoding roofline, and all published MoE laws under that roofline; the
+best of --repeats searches counts. `judged` architectures went through every stage: counts, memory,
+inference cost and laws; the lattice is larger, since a shape that is too expensive with few experts
+is not tried with more. `answer` is the time to summarize them: the best, those as good, and the
+prices of the budgets. A sample of the same architectures then goes through a plain Python loop of
+Architecture, arch.count and Law.predict, with a separate roofline, and every cost and score must
+agree. Prints a table, then the same figures as JSON.
 """
 
 import json
@@ -51,7 +51,7 @@ QUESTIONS = {
 
 
 def scalar_decode_ms(arch: Architecture, serving: Serving) -> float:
-  """The roofline of decoding, for one architecture, in plain Python."""
+  """Decoding roofline of one architecture in plain Python, in ms."""
   chip, n = serving.slice.chip, serving.slice.n_chips
   batch, context = serving.batch, serving.context
   expert = 3 * arch.d_model * arch.d_expert
@@ -90,7 +90,7 @@ def scalar(arch: Architecture, question: Question, laws: list[str]) -> tuple[lis
 
 def disagreement(found: Found, question: Question, laws: list[str],
                  n_sample: int) -> tuple[float, float]:
-  """(largest relative difference, seconds an architecture in the plain loop)."""
+  """Returns (largest relative difference, seconds per architecture in the plain loop)."""
   sample = np.random.default_rng(0).choice(len(found), min(n_sample, len(found)), replace=False)
   archs = [found.architecture(int(i)) for i in sample]
   start = time.perf_counter()
@@ -103,7 +103,7 @@ def disagreement(found: Found, question: Question, laws: list[str],
 
 
 def measure(question: Question, n_sample: int, repeats: int) -> dict[str, Any]:
-  """Figures of one question. Raises RuntimeError if the two ways disagree."""
+  """Returns the figures of one question. Raises RuntimeError if search and loop disagree."""
   question = resolved(question)
   asked = judges(question)
   limits = budgets(question.serving, question.memory_gb, question.active_params,

@@ -1,12 +1,12 @@
-"""A whole small grid, trained and evaluated as a user would: wall-clock, and where it went.
+"""Trains and evaluates a small grid as a user would, and breaks down the wall-clock time.
 
     python -m benchmarks.grid
     python -m benchmarks.grid --grid_parallel=1 --grid_overrides=train.steps=40
 
-`begin` is what a cell's process needs to begin its run (start, import, data), `steps` its training
-steps, `rest` what is left: first parameters, compilation, checkpoints, the end. `speed` is of the
-later steps alone. What no process of a cell is busy with is the launcher's. Prints a table, then
-the same figures as JSON.
+`begin` is the time until a cell's process begins its run (process start, imports, data), `steps`
+that of its training steps, and `rest` the remainder: initialization, compilation, checkpoints,
+shutdown. `speed` covers only the later steps. Time outside the processes of cells is the
+launcher's. Prints a table, then the same figures as JSON.
 """
 
 import json
@@ -38,7 +38,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def measure(experiment: str, overrides: Sequence[str], parallel: int, out: str) -> dict[str, Any]:
-  """Seconds of training and evaluation, and of each cell. Raises RuntimeError if one fails."""
+  """Returns the seconds of training, evaluation and each cell. Raises RuntimeError on failure."""
   arguments = [f"--config={experiment}", f"--out={out}",
                *(f"--config.{override}" for override in overrides)]
   train = _seconds("launch.submit", *arguments, "--backend=local", f"--parallel={parallel}")
@@ -63,9 +63,9 @@ def _seconds(module: str, *arguments: str) -> float:
 
 
 def of_cell(cell: Cell, out: str) -> dict[str, float]:
-  """Where the seconds of a cell's process went, from its run directory."""
+  """Breaks down the seconds of a cell's process, from its run directory."""
   run, tokens, training = RunDir.of(out, cell), cell.config.batch_tokens, 0.0
-  step = cell.config.train.branch_step or 0  # its trunk did those before
+  step = cell.config.train.branch_step or 0  # its trunk ran the steps before
   launched, status = read_json(run.launch), run.read_status()
   for row in run.read_metrics():
     training += (row["step"] - step) * tokens / row["tokens_per_second"]
@@ -78,7 +78,7 @@ def of_cell(cell: Cell, out: str) -> dict[str, float]:
 def main(overrides: list[str]) -> None:
   cli.no_overrides(overrides)
   require(_PARALLEL.value >= 1, "grid_parallel", _PARALLEL.value, "must be at least 1")
-  cells_of(_EXPERIMENT.value, _OVERRIDES.value)  # what is wrong with them is told now
+  cells_of(_EXPERIMENT.value, _OVERRIDES.value)  # fail early on invalid flags
   with tempfile.TemporaryDirectory() as out:
     found = measure(_EXPERIMENT.value, _OVERRIDES.value, _PARALLEL.value, out)
   sheet = Sheet(f"{_EXPERIMENT.value}, {_PARALLEL.value} at a time [s]", ["cell"],

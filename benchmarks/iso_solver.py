@@ -1,11 +1,11 @@
-"""How long the iso-N_total solver takes for a large grid, and cell by cell.
+"""Times the iso-N_total solver on a large grid at once and on single cells.
 
     python -m benchmarks.iso_solver
 
 Cells are drawn at random: N_total from 1e8 to 1e11, 8 to 256 experts, top 1 to 16,
 granularity 1 to 8, aspect 32 to 128, default multiples and tolerances. `at once` is one call
-of solve_grid, the best of three; `alone` calls solve for some of the same cells, and every
-answer is compared with the grid's. Prints a table, then the same figures as JSON.
+of solve_grid, the best of three; `alone` calls solve on some of the same cells, and every result
+must equal the grid's. Prints a table, then the same figures as JSON.
 """
 
 import json
@@ -30,7 +30,7 @@ TEMPLATE = Architecture(n_layers=1, d_model=64, d_expert=64, n_exp=1, n_topk=1, 
 
 
 def draw_problems(n_cells: int) -> dict[str, dict[str, np.ndarray]]:
-  """What is held -> arguments of solve_grid, arrays [n_cells]."""
+  """Names of the fixed quantities -> arguments of solve_grid, arrays [n_cells]."""
   rng = np.random.default_rng(0)
   n_total = np.exp(rng.uniform(np.log(1e8), np.log(1e11), n_cells)).astype(np.int64)
   n_exp = 2 ** rng.integers(3, 9, n_cells)
@@ -39,7 +39,7 @@ def draw_problems(n_cells: int) -> dict[str, dict[str, np.ndarray]]:
   aspect = {"aspect": rng.uniform(32, 128, n_cells)}
   depth = {"n_layers": rng.integers(6, 49, n_cells)}
   fine = {"granularity": rng.uniform(1, 8, n_cells)}
-  # The experts that a token does not use leave this much for the rest of N_active.
+  # N_active / N_total if 5 to 40 % of the parameters are outside the experts.
   share = n_topk / n_exp + (1 - n_topk / n_exp) * rng.uniform(0.05, 0.4, n_cells)
   active = {"n_active": (n_total * share).astype(np.int64)}
   return {"aspect, granularity": size | aspect | fine,
@@ -62,10 +62,10 @@ def solve_alone(cell: dict[str, Any]):
 
 
 def measure(problem: dict[str, np.ndarray], n_alone: int) -> dict[str, Any]:
-  """Figures of one grid. Raises RuntimeError if the two ways disagree."""
+  """Returns the figures of one grid. Raises RuntimeError if solve and solve_grid disagree."""
   runs = [seconds(lambda: solve_grid(template=TEMPLATE, **problem)) for _ in range(3)]
   at_once, grid = min(runs, key=lambda run: run[0])
-  alone = {True: [], False: []}  # seconds of solved and of refused cells
+  alone = {True: [], False: []}  # solved or refused -> seconds of each cell
   for i in range(min(n_alone, len(grid))):
     cell = {name: value[i].item() for name, value in problem.items()}
     took, solution = seconds(lambda cell=cell: solve_alone(cell))

@@ -1,12 +1,12 @@
-"""Whether the kernels for GPUs compute what they should on this device: before anything is timed.
+"""Checks that the GPU kernels compute correct results on this device, before anything is timed.
 
     python -m benchmarks.kernels                        # on a GPU
-    python -m benchmarks.kernels --kernels_interpret    # anywhere: the same programs, step by step
+    python -m benchmarks.kernels --kernels_interpret    # anywhere: the same programs, interpreted
 
-Products of groups and attention within documents, in bfloat16, outputs and gradients, alone and as
-a population takes them (vmap): the largest error of an array as a share of its norm, beside what
-is computed in float64 (groups) and float32 (attention). Three in a thousand is rounding; the exit
-code is 1 where one is above MOST.
+Covers grouped matrix products and attention within documents, in bfloat16, outputs and gradients,
+alone and under vmap as in a population. Prints the largest relative error (norm of the difference
+over norm) of any array against float64 (groups) or float32 (attention). Up to about 3e-3 is
+rounding; the exit code is 1 if any error reaches MOST.
 """
 
 import functools
@@ -31,14 +31,14 @@ from moe_jax.text import aligned
 _INTERPRET = flags.DEFINE_bool("kernels_interpret", False, "Interpret the kernels' programs.")
 
 MOST = 1e-2
-SIZES = (130, 0, 257, 1, 40)  # more than a block, nothing, whole blocks and more, one row, some
-MATRICES = ((100, 72), (156, 148), (80, 84))  # of the study's widths
+SIZES = (130, 0, 257, 1, 40)  # over one block, none, over two blocks, one row, part of one
+MATRICES = ((100, 72), (156, 148), (80, 84))  # with the study's widths
 WIDTHS = (40, 72, 96, 128)  # of heads
 _SEQ_LEN = 256
 
 
 def groups(d: int, f: int, seed: int) -> tuple[jax.Array, ...]:
-  """x_SD, w_EDF, dy_SF, size_E; zeros where no group has rows."""
+  """Returns x_SD, w_EDF, dy_SF, size_E; rows outside every group are zero."""
   rng, n_rows = np.random.default_rng(seed), sum(SIZES) + SPARE_ROWS
   inside_S = np.arange(n_rows)[:, None] < sum(SIZES)
   arrays = (inside_S * rng.normal(size=(n_rows, d)), rng.normal(size=(len(SIZES), d, f)),
@@ -47,7 +47,7 @@ def groups(d: int, f: int, seed: int) -> tuple[jax.Array, ...]:
 
 
 def of_groups(x_SD, w_EDF, dy_SF, size_E, *, interpret: bool) -> tuple[jax.Array, ...]:
-  """The products, and the gradients of rows and matrices by that of the products."""
+  """Returns the products, and the gradients of rows and matrices."""
   blocks = blocks_of(len(x_SD), size_E, triton.ROWS)
   where = blocks.expert_J, blocks.start_J, blocks.inside_J
   return (triton.multiply_rows(x_SD, w_EDF, *where, interpret=interpret),
@@ -66,7 +66,7 @@ def of_groups_exactly(x_SD, w_EDF, dy_SF, size_E) -> tuple[np.ndarray, ...]:
 
 
 def attention(width: int, seed: int) -> tuple[jax.Array, ...]:
-  """Queries, keys and values of two sequences, segments_BS of three documents, and dout_BSHh."""
+  """Returns queries, keys, values, segments_BS (three documents) and dout_BSHh of two sequences."""
   *keys, last = jax.random.split(jax.random.key(seed), 5)
   query, key, value, dout = (jax.random.normal(key, (2, _SEQ_LEN, 2, width), jnp.bfloat16)
                              for key in keys)
@@ -76,7 +76,7 @@ def attention(width: int, seed: int) -> tuple[jax.Array, ...]:
 
 def cases(interpret: bool, matrices: Sequence[tuple[int, int]] = MATRICES,
           widths: Sequence[int] = WIDTHS) -> Iterator[tuple[str, Callable, Callable, list]]:
-  """(name, what runs on the device, what is exact, the arguments of each of two members)."""
+  """Yields (name, kernel, exact reference, the arguments of each of two members)."""
   mesh = jax.make_mesh((1, 1, 1), MESH_AXES, devices=jax.devices()[:1],
                        axis_types=(jax.sharding.AxisType.Auto,) * 3)
   for d, f in matrices:
@@ -93,7 +93,7 @@ def cases(interpret: bool, matrices: Sequence[tuple[int, int]] = MATRICES,
 
 
 def errors(ours: Callable, exactly: Callable, members: list) -> dict[str, float]:
-  """The largest of each member alone, and of both under vmap."""
+  """Largest error of the members run alone, and of both under vmap."""
   exact = [exactly(*member) for member in members]
   alone = jax.jit(ours)
   together = jax.jit(jax.vmap(ours))(*(jnp.stack(each) for each in zip(*members, strict=True)))

@@ -1,12 +1,12 @@
-"""How often the 95 % intervals of a fit cover the truth, over grids with a planted law.
+"""Measures the coverage of a fit's 95 % intervals on synthetic grids with a planted law.
 
     python -m benchmarks.law_coverage --grids=2000
     python -m benchmarks.law_coverage --grids=500 --law=paper-tokens
 
-Each grid is drawn anew: shapes, coefficients, noise between seeds, and learning rates that
-miss their optimum. Rows pass through everything that a
-results.csv passes: the sweep's envelope, the seeds, the design report, the fit. A line of the
-table is one coefficient's; `*` marks one whose 95 % lie outside 93 to 97 %.
+Each grid has its own random shapes, coefficients, noise between seeds, and learning rates that miss
+the optimum. Its rows go through the whole pipeline of a results.csv: the optimum of each
+learning-rate sweep, the mean over seeds, the design report, the fit. The table has a line per
+coefficient; `*` marks a coverage outside 93 to 97 %.
 """
 
 import collections
@@ -25,8 +25,8 @@ from moe_jax.laws.forms import Form, form_for
 from moe_jax.laws.reduce import to_cells
 from moe_jax.laws.table import Row
 
-NOISE = 0.002  # of ln L, between seeds
-LR_CURVATURE = 0.02  # of ln L, a unit of ln(learning rate) squared
+NOISE = 0.002  # standard deviation of ln L between seeds
+LR_CURVATURE = 0.02  # increase of ln L per squared unit of ln(learning rate)
 WANTED = 0.93, 0.97
 SEVERAL_TOKENS = (1e9, 4e9, 1.6e10)
 SCENARIOS = {
@@ -35,10 +35,10 @@ SCENARIOS = {
     "one learning rate": dict(learning_rates=1, seeds=1),
     "several tokens": dict(learning_rates=5, seeds=1, tokens=SEVERAL_TOKENS),
     "several tokens, one learning rate": dict(learning_rates=1, seeds=1, tokens=SEVERAL_TOKENS),
-    # No interval can know of this bias: the reason to sweep.
+    # No interval can account for this bias, which is why to sweep.
     "one learning rate, its best moves": dict(learning_rates=1, seeds=1, drift=0.3),
 }
-# Of each form: its scenarios (those of `paper` are all), and the granularities of its grids.
+# Form -> (its scenarios, the granularities of its grids); only `paper` has all scenarios.
 LAWS = {
     "paper": (tuple(SCENARIOS), (4,)),
     "paper-curved": (("swept", "several tokens"), (4,)),
@@ -53,7 +53,7 @@ LAWS = {
 
 def shapes(rng: np.random.Generator, n_cells: int,
            granularities: tuple[int, ...] = (4,)) -> list[dict]:
-  """Shapes of three sizes with n_exp 8 to 128 and n_topk 1 to 8."""
+  """Draws distinct shapes of three sizes with n_exp 8 to 128 and n_topk 1 to 8."""
   found = {}
   while len(found) < n_cells:
     size = rng.choice([3e7, 1e8, 3e8])
@@ -70,11 +70,11 @@ def shapes(rng: np.random.Generator, n_cells: int,
 
 
 def truth(rng: np.random.Generator, law: str = "paper") -> dict[str, float]:
-  """Coefficients of a form: of a size that is published, drawn anew for each grid."""
+  """Draws the coefficients of a form, of similar size to published ones."""
   log_log = {"c0": 3.5, "a": rng.uniform(0.05, 0.12), "b_minus_c": rng.uniform(-0.01, 0.02),
              "c": rng.uniform(0.0, 0.03), "d": 0.05}
   floor = {"ln_B": math.log(400), "beta": 0.28, "ln_E": math.log(1.6)}
-  if law == "paper-tokens":  # the slopes act on a part of the loss alone: about three times
+  if law == "paper-tokens":  # slopes act on only part of the loss: about three times as large
     return {"ln_A": math.log(200), **{name: 3 * log_log[name]
                                       for name in ("a", "b_minus_c", "c")}, **floor}
   return {
@@ -91,7 +91,7 @@ def truth(rng: np.random.Generator, law: str = "paper") -> dict[str, float]:
 
 def planted(law: str, shapes_of: list[dict], tokens: tuple[float, ...],
             coefficients: dict[str, float]) -> tuple[Form, np.ndarray, Cells]:
-  """(form, theta, the grid's cells with the losses that the law gives, without noise)."""
+  """Returns (form, theta, the grid's cells with the law's noise-free losses)."""
   every = [shape | {"tokens": n_tokens} for shape in shapes_of for n_tokens in tokens]
   cells = Cells.of(np.ones(len(every)), **{k: [x[k] for x in every] for k in every[0]})
   form = form_for(law, cells)
@@ -103,10 +103,10 @@ def planted_rows(rng: np.random.Generator, coefficients: dict[str, float], law: 
                  n_cells: int = 24, learning_rates: int = 5, seeds: int = 1,
                  tokens: tuple[float, ...] = (9e9,), noise: float = NOISE, drift: float = 0.0,
                  shapes_of: list[dict] | None = None) -> list[Row]:
-  """Rows of a results table.
+  """Draws the rows of a results table.
 
-  The nominal learning rate misses the best one by a factor e^N(0, 0.3); the best one also
-  goes as (s / 4)^-drift.
+  The nominal learning rate misses the optimum by a factor exp(N(0, 0.3)), where 0.3 is the standard
+  deviation; the optimum also scales as (n_exp / n_topk / 4)^-drift.
   """
   shapes_of = shapes(rng, n_cells) if shapes_of is None else shapes_of
   means = iter(planted(law, shapes_of, tokens, coefficients)[2].log_loss)
@@ -130,12 +130,12 @@ def planted_rows(rng: np.random.Generator, coefficients: dict[str, float], law: 
 def coverage(law: str, grids: int, n_cells: int = 24, seed: int = 0, draws: int = 399,
              huber_every: int = 5, granularities: tuple[int, ...] = (4,),
              **scenario) -> dict[tuple[str, str], tuple[int, int]]:
-  """How many grids' intervals cover the truth, of how many.
+  """Counts how many grids' intervals cover the truth.
 
-  The Huber solver's intervals, by far the slowest, are looked at on every fifth grid.
+  Only every `huber_every`-th grid gets the Huber solver's intervals, by far the slowest.
 
   Returns:
-    {(method, parameter): (covered, grids that could be fitted)}.
+    {(method, parameter): (intervals that cover the truth, intervals)}.
   """
   covered, counted = collections.Counter(), collections.Counter()
   for grid in range(grids):
@@ -150,7 +150,7 @@ def coverage(law: str, grids: int, n_cells: int = 24, seed: int = 0, draws: int 
       continue
     if fitted.identified.refused:
       continue
-    # A form's products are centred on its cells: the truth, on those that were not refused.
+    # A form centers its products on its cells, so express the truth on the cells that were kept.
     form, theta, _ = planted(law, shapes_of, tokens, coefficients)
     exact = dataclasses.replace(cells, loss=np.exp(form.log_loss(theta, cells)))
     expected = dict(zip(fitted.parameters, refit(fitted, exact), strict=True))
@@ -158,7 +158,7 @@ def coverage(law: str, grids: int, n_cells: int = 24, seed: int = 0, draws: int 
     if grid % huber_every == 0:
       found.append(intervals.subsample(fitted, draws=100, seed=grid, solver="huber"))
     for name, interval in (pair for by_name in found for pair in by_name.items()):
-      # What learning rates cost on average is no part of the planted constant.
+      # Without a sweep c0 also absorbs the mean loss from suboptimal learning rates.
       if name != "c0" or scenario.get("learning_rates", 5) > 1:
         counted[interval.method, name] += 1
         covered[interval.method, name] += interval.covers(expected[name])
@@ -166,7 +166,7 @@ def coverage(law: str, grids: int, n_cells: int = 24, seed: int = 0, draws: int 
 
 
 def lines(law: str, grids: int, n_cells: int, name: str) -> list[str]:
-  """Rows of a Markdown table: one for each method and parameter of a scenario."""
+  """Rows of a Markdown table: one per method and parameter of a scenario."""
   found = coverage(law, grids, n_cells, granularities=LAWS[law][1], **SCENARIOS[name])
   return [f"| {law} | {name} | {method} | {parameter} | {100 * hits / n:.1f} %"
           f"{'' if WANTED[0] <= hits / n <= WANTED[1] else ' *'} | {n} |"

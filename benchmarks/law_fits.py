@@ -1,13 +1,13 @@
-"""Fits published measurements again, and sets what comes out beside what was published.
+"""Refits published measurements and prints the results beside the published ones.
 
     python -m benchmarks.law_fits --chinchilla=chinchilla_svg_extracted_data.csv \
         --gadre=gadre_openlm_scaling_points.csv --tlm26=tlm26_moe_tinystories.csv \
         --li2026=li2026_moe_surpass_dense_bpc.csv --peers
 
-Any of the flags may be left out; --peers sets beside ours what the public fitters that are
-installed reach on the dense data (benchmarks/law_peers.py). The data are no part of the project:
+At least one data file is required; --peers also runs the installed public fitters on the dense data
+(benchmarks/law_peers.py). The data are not part of this project:
   chinchilla  epoch-research/analyzing-chinchilla, data/svg_extracted_data.csv
-  gadre       mlfoundations/scaling: params, tokens, loss_c4_val, a dataset a row
+  gadre       mlfoundations/scaling: dataset, params, tokens, loss_c4_val
   tlm26       model card h1matthew/tlm26: n_exp, top_k, total_params, active_params, ce
   li2026      arXiv 2506.12119v2, tables 9 to 13: table, N, Na, D, E, K, bpc
 """
@@ -34,13 +34,13 @@ _CHINCHILLA, _GADRE, _TLM26, _LI2026 = (
 _PEERS = flags.DEFINE_bool("peers", False, "Compare with public fitters on dense data.")
 _STARTS = flags.DEFINE_integer("starts", 64, "Starts of L-BFGS.", lower_bound=8)
 
-# Besiroglu et al. with the five outliers left out: A, B, E, alpha, beta.
+# Besiroglu et al. without the five outliers: A, B, E, alpha, beta.
 _PUBLISHED_WITHOUT_OUTLIERS = (477.8, 2143.0, 1.8172, 0.3473, 0.3672)
 _PUBLISHED_BETA = 0.453
 
 
 def read(path: str, flag: str, columns: tuple[str, ...]) -> list[dict[str, str]]:
-  """Rows of a CSV file. Raises FieldError naming the flag."""
+  """Reads the rows of a CSV file. Raises FieldError naming the flag."""
   try:
     with open(path, newline="") as file:
       rows = list(csv.DictReader(file))
@@ -57,7 +57,7 @@ def numbers(rows: list[dict[str, str]], column: str) -> np.ndarray:
 
 
 def dense_lines(title: str, fitted: Fit) -> list[str]:
-  """Both solvers' answers, A, B and E as themselves."""
+  """Describes both solvers' fits, with A, B and E instead of their logarithms."""
   lines = [f"{title}: {len(fitted.cells)} points"]
   for found in (fitted.huber, fitted.least_squares):
     shown = ", ".join(
@@ -69,7 +69,7 @@ def dense_lines(title: str, fitted: Fit) -> list[str]:
 
 
 def without_outliers(cells: Cells, n: int, starts: int) -> Cells:
-  """Leaves out the point with the largest Huber residual, n times, refitting each time."""
+  """Removes the point with the largest residual of the Huber fit, n times, refitting each time."""
   for _ in range(n):
     fitted = fit(cells, "chinchilla", n_starts=starts)
     residual = cells.log_loss - fitted.form.log_loss(fitted.huber.theta, cells)
@@ -127,7 +127,7 @@ def tlm26_lines(path: str) -> list[str]:
 
 
 def li2026_lines(path: str) -> list[str]:
-  """Slope of ln(bits per character) on ln n_topk at fixed size and tokens."""
+  """Describes the slope of ln(bits per character) on ln n_topk at fixed size and tokens."""
   rows = read(path, "li2026", ("table", "N", "Na", "D", "E", "K", "bpc"))
   lines = []
   for table, tokens in (("T9", 114e9), ("T11", 130e9)):

@@ -1,12 +1,12 @@
-"""What other fitters reach on the same points, in the same process, by the same objective.
+"""Compares our fitter with public ones on the same points, by the same objectives.
 
-Chinchilla's form L = E + A / N^alpha + B / D^beta is the one that public fitters share:
+Chinchilla's form L = E + A / N^alpha + B / D^beta is the one that the public fitters support:
   chinchilla  https://github.com/kyo-takano/chinchilla (pip install chinchilla): BFGS from a
               grid of starts, on ln L
   vpnls       https://github.com/Open-Athena/vpnls (pip install from there): variable
               projection, on L; a grid of exponents, then L-BFGS-B
-One that is not installed is passed over, which is said. Two objectives are compared, as the
-peers differ in what they minimise: the mean Huber loss (delta 1e-3) of ln L and of L itself.
+A fitter that is not installed is skipped. There are two objectives, as the peers differ in what
+they minimize: the mean Huber loss (delta 1e-3) of the residuals of ln L and of L itself.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-  """What a fitter found: E, A, B, alpha, beta, the two objectives, and seconds."""
+  """The result of a fitter: (E, A, B, alpha, beta), both objectives, and seconds."""
 
   fitter: str
   parameters: tuple[float, ...]
@@ -43,7 +43,7 @@ class Reached:
 
 
 class LossProblem(Problem):
-  """The same form and solver with the residual of L in place of that of ln L."""
+  """The same problem with residuals of L instead of ln L."""
 
   def residual(self, phi: np.ndarray) -> np.ndarray:
     return np.exp(super().residual(phi) + self.y_N) - np.exp(self.y_N)
@@ -54,7 +54,7 @@ class LossProblem(Problem):
 
 
 def ours(problem_type: type[Problem], cells: Cells, starts: int) -> tuple[float, ...]:
-  """This project's Huber solver, on the residual of `problem_type`."""
+  """Fits with this project's Huber solver, on the residuals of `problem_type`."""
   form = form_for("chinchilla", cells)
   problem = problem_type(form, form.matrix(cells), cells.log_loss)
   found = dict(zip(form.parameters, solvers.huber(problem, starts).theta, strict=True))
@@ -63,7 +63,7 @@ def ours(problem_type: type[Problem], cells: Cells, starts: int) -> tuple[float,
 
 
 def chinchilla_package(cells: Cells) -> tuple[float, ...]:
-  """kyo-takano/chinchilla, from 72 starts around where such laws lie."""
+  """Fits with kyo-takano/chinchilla, from 72 starts in the range of published laws."""
   import chinchilla
   from chinchilla._metrics import log_huber
   grid = dict(e=[0.2, 0.6], a=[4.0, 6.0, 8.0], b=[5.0, 7.0, 9.0], alpha=[0.3, 0.5],
@@ -79,7 +79,7 @@ def chinchilla_package(cells: Cells) -> tuple[float, ...]:
 
 
 def vpnls_package(cells: Cells, method: str, resolution: float) -> tuple[float, ...]:
-  """Open-Athena/vpnls; in its own units, millions of parameters and billions of tokens."""
+  """Fits with Open-Athena/vpnls, whose units are millions of parameters and billions of tokens."""
   from vpnls.api import fit_vpnls, huber
   found = fit_vpnls(cells.columns["n_active"] / 1e6, cells.columns["tokens"] / 1e9,
                     cells.loss.copy(), method=method, resolution=resolution, loss=huber(DELTA))
@@ -88,7 +88,7 @@ def vpnls_package(cells: Cells, method: str, resolution: float) -> tuple[float, 
 
 
 def reached(fitter: str, run: Callable[[], tuple[float, ...]], cells: Cells) -> Reached:
-  """Runs a fitter and evaluates what it found by both objectives."""
+  """Runs a fitter and evaluates its result by both objectives."""
   began = time.perf_counter()
   parameters = run()
   seconds = time.perf_counter() - began
@@ -100,7 +100,7 @@ def reached(fitter: str, run: Callable[[], tuple[float, ...]], cells: Cells) -> 
 
 
 def compare(cells: Cells, starts: int, published: bool) -> list[Reached]:
-  """Every fitter that is installed, and ours on either residual."""
+  """Runs ours on both residuals, every installed peer and, if asked, the published values."""
   runs = {"moe_jax, on ln L": functools.partial(ours, Problem, cells, starts),
           "moe_jax, on L": functools.partial(ours, LossProblem, cells, starts)}
   if importlib.util.find_spec("chinchilla"):
@@ -115,7 +115,7 @@ def compare(cells: Cells, starts: int, published: bool) -> list[Reached]:
 
 
 def lines(title: str, cells: Cells, starts: int, published: bool) -> list[str]:
-  """A Markdown table of `compare`, and whether ours is no worse than the best peer."""
+  """Returns a Markdown table of `compare`, and whether ours is no worse than the best peer."""
   found = compare(cells, starts, published)
   text = [f"{title}: {len(cells)} points", "",
           "| fitter | mean Huber of ln L, 1e-6 | mean Huber of L, 1e-6 | E | A | B | alpha | "

@@ -1,14 +1,14 @@
-"""Where the time of one MoE layer goes, by each dispatch, on one device.
+"""Breaks down the time of one MoE layer on one device, for each dispatch.
 
     python -m benchmarks.moe_layer
 
-Two sweeps: granularity 1 to 16 at equal active FLOPs and equal sparsity, and 1k to 64k tokens at
-the granularity of 4, with the exponent of time against tokens. The parts are compiled and timed
-apart: route (logits, top-k), dispatch (who goes where, and moving the rows there), experts,
+There are two sweeps: granularity 1 to 16 at equal active FLOPs and sparsity, and 1k to 64k tokens
+at granularity 4, with the exponent of time against tokens. The parts are compiled and timed
+separately: route (logits, top-k), dispatch (assigning slots and moving the rows there), experts,
 combine; and the whole layer. `forward` is a forward pass, `gradients` a forward and a backward pass
-for every input. `capacity` drops what is above 1.25 times the mean, `dropless` nothing. The passes
-alternate, so that all see the same machine, and the fastest of each counts. Prints tables, then the
-same figures as JSON.
+for every input. `capacity` drops what exceeds 1.25 times the mean, `dropless` nothing. The passes
+are interleaved, so that all see the same load, and the fastest of each counts. Prints tables, then
+the same figures as JSON.
 """
 
 import functools
@@ -56,7 +56,7 @@ PARTS = ("route", "dispatch", "experts", "combine", "layer")
 
 
 class Layer(NamedTuple):
-  """One layer: `granularity` experts a token, each so much narrower."""
+  """One layer with `granularity` experts per token, each narrower by the same factor."""
 
   granularity: int
   sequences: int
@@ -78,7 +78,7 @@ class Layer(NamedTuple):
 
 
 def parts_of(layer: Layer) -> dict[str, tuple[Callable, tuple]]:
-  """Part -> a function and its inputs, of which the floating ones are differentiated."""
+  """Part -> (function, inputs); floating-point inputs are differentiated."""
   keys = jax.random.split(jax.random.key(0), 5)
   e, f, semantics = layer.n_exp, layer.d_expert, layer.semantics
   x_BSD = jax.random.normal(keys[0], (layer.sequences, SEQ_LEN, D_MODEL), layer.dtype)
@@ -122,7 +122,7 @@ def parts_of(layer: Layer) -> dict[str, tuple[Callable, tuple]]:
 
 
 def measure(layers: list[Layer], passes: int) -> list[dict[str, dict[str, float]]]:
-  """Milliseconds of each part of each layer, forward and with gradients."""
+  """Times each part of each layer, forward and with gradients, in milliseconds."""
   compiled = [{part: _compile(*parts) for part, parts in parts_of(layer).items()}
               for layer in layers]
   fastest = [{part: dict.fromkeys(both, math.inf) for part, both in parts.items()}
@@ -138,7 +138,7 @@ def measure(layers: list[Layer], passes: int) -> list[dict[str, dict[str, float]
 
 
 def _compile(function: Callable, inputs: tuple) -> dict[str, Callable]:
-  """Forward, and with the gradients of a sum over all outputs, each bound to its inputs."""
+  """Compiles the forward pass and the gradients of a loss, each bound to its inputs."""
   floating = tuple(i for i, x in enumerate(inputs)
                    if jnp.issubdtype(jax.tree.leaves(x)[0].dtype, jnp.floating))
 
@@ -152,13 +152,13 @@ def _compile(function: Callable, inputs: tuple) -> dict[str, Callable]:
 
 
 def share_moved(found: dict[str, dict[str, float]], name: str) -> float:
-  """Dispatch and combine, as a share of the sum of the parts."""
+  """Share of dispatch and combine in the sum of the parts."""
   parts = {part: times[name] for part, times in found.items() if part != "layer"}
   return (parts["dispatch"] + parts["combine"]) / sum(parts.values())
 
 
 def exponent(tokens: list[int], milliseconds: list[float]) -> float:
-  """b of time = a * tokens^b, by least squares of the logarithms."""
+  """Fits b in time = a * tokens^b, by least squares on the logarithms."""
   return float(np.polyfit(np.log(tokens), np.log(milliseconds), 1)[0])
 
 

@@ -1,15 +1,15 @@
-"""Runs that train together against the same runs one after another, on one device.
+"""Compares training runs together with training them one after another, on one device.
 
     python -m benchmarks.population
     python -m benchmarks.population --population_model=bytes-5m --population_sizes=1,2,4,8,16,32
     python -m benchmarks.population --population_model=reference --population_sizes=1 \
         --config.moe.dispatch=dropless
 
---config.PATH=VALUE changes the model: what dispatch, what it saves for the backward pass.
-Whole steps as the trainer takes them: batches are put on the device, metrics are fetched. Sizes
-take turns, so that all see the same machine, and the fastest pass of each counts. `of the peak`
-counts active FLOPs against the fastest large matrix product of this device in the type of the
-model's activations, measured here. Prints a table, then the same figures as JSON.
+--config.PATH=VALUE overrides fields of the model, e.g. the dispatch or the remat policy. It times
+whole steps as the trainer runs them: batches are put on the device, metrics are fetched. Passes of
+all sizes are interleaved, so that they see the same load, and the fastest of each counts. `of the
+peak` is the rate of active FLOPs over that of a large matrix product on this device in the
+dtype of the activations, measured here. Prints a table, then the same figures as JSON.
 """
 
 import json
@@ -44,7 +44,7 @@ _MODEL = flags.DEFINE_enum("population_model", "quickstart",
 
 
 def model(name: str) -> RunConfig:
-  """The configuration that all members share, but for seeds and learning rates."""
+  """The configuration that all members share, except for seeds and learning rates."""
   if name == "quickstart":
     return min(quickstart.get_grid().cells, key=lambda config: count.n_active(config.arch))
   if name == "reference":
@@ -57,7 +57,7 @@ def model(name: str) -> RunConfig:
 
 
 class Contender:
-  """A population of one size, compiled and warm."""
+  """A compiled population of one size, to be timed."""
 
   def __init__(self, config: RunConfig, size: int):
     configs = [override(config, {"seed_init": i, "train.learning_rate": 1e-3 * (1 + i)})
@@ -72,10 +72,10 @@ class Contender:
     batch = {"inputs_BS": tokens_BS, "targets_BS": np.roll(tokens_BS, -1, 1),
              "segments_BS": np.zeros(shape, np.int32)}
     self._batches = [batch] * size
-    self.seconds = math.inf  # a step, at best
+    self.seconds = math.inf  # per step, in the fastest pass
 
   def run(self, steps: int) -> None:
-    """A pass; the metrics of a step are fetched while the next one runs, as in training."""
+    """Times a pass; a step's metrics are fetched while the next step runs, as in training."""
     started, pending = time.perf_counter(), None
     for _ in range(steps):
       self._state, metrics = self._population.step(
@@ -88,12 +88,12 @@ class Contender:
 
 
 def matmul_peak(dtype: str) -> float:
-  """FLOP/s of the fastest of some large products."""
+  """FLOP/s of a large matrix product, the fastest of several runs."""
   return product_flops(1024 if jax.default_backend() == "cpu" else 8192, dtype)
 
 
 def measure(config: RunConfig, sizes: list[int], steps: int, passes: int) -> list[dict]:
-  """A row for each size; one that does not fit into the device's memory says so."""
+  """Returns a row per size, with an error for sizes that do not fit in the device's memory."""
   contenders: dict[int, Contender] = {}
   lost = []
   for size in sizes:

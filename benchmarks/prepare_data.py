@@ -1,13 +1,13 @@
-"""How fast text becomes tokens, in how much memory, and that a kill loses nothing.
+"""Measures speed and memory of data preparation, and checks that it survives being killed.
 
     python -m benchmarks.prepare_data --gigabytes=1
     python -m benchmarks.prepare_data --gigabytes=1 --kills=10
 
-Makes JSON lines of random words as frequent as Zipf's law says, each document beginning with its
-number; adds them as a corpus, and tokenises it. Memory is the sum of the resident memory of the
-command and its processes, looked at ten times a second; pages that they share count for each. With
---kills the command is killed by SIGKILL at random moments and started again until it is done. At
-the end every number must be in the tokens exactly once. Prints what it measured as JSON.
+Generates JSON lines of random words with Zipf's distribution, each document starting with its
+number, adds them as a corpus, and tokenizes it. Memory is the resident memory of the command and
+its child processes, sampled ten times a second; shared pages count for each process. With --kills
+the command is killed by SIGKILL at random moments and restarted until it is done. At the end every
+number should be in the tokens exactly once. Prints the figures as JSON.
 """
 
 import json
@@ -46,7 +46,7 @@ _BATCH_DOCUMENTS = 500
 
 
 def write_text(file: pathlib.Path, n_bytes: int) -> int:
-  """Writes JSON lines with so many bytes of text; returns the number of documents."""
+  """Writes JSON lines with at least `n_bytes` bytes of text; returns the number of documents."""
   rng = np.random.default_rng(0)
   letters = np.array(list("etaoinshrdlucmfwyp"))
   words = np.array(["".join(rng.choice(letters, size)) for size in rng.integers(1, 12, _WORDS)])
@@ -64,7 +64,7 @@ def write_text(file: pathlib.Path, n_bytes: int) -> int:
 
 
 def run(arguments: list[str], kill_after: float | None = None) -> dict[str, Any]:
-  """Runs python -m moe_jax.data; seconds, peak memory of it and its processes, whether it ended."""
+  """Runs python -m moe_jax.data; returns peak memory, seconds and whether it was killed."""
   began, peak = time.perf_counter(), 0
   with tempfile.TemporaryFile("w+") as said:
     process = psutil.Popen([sys.executable, "-m", "moe_jax.data", *arguments],
@@ -100,17 +100,17 @@ def _children(process: psutil.Popen) -> list[psutil.Process]:
 
 
 def run_killed(arguments: list[str], kills: int, seconds: float) -> list[float]:
-  """Kills the command so many times at random moments; returns when, in seconds of its life."""
+  """Kills the command `kills` times; returns the random moments, in seconds after each start."""
   draw, moments = random.Random(0), []
   while len(moments) < kills:
     moments.append(round(draw.uniform(0.05, 1) * seconds, 1))
     if not run(arguments, kill_after=moments[-1])["killed"]:
-      return moments[:-1]  # done before it could be killed
+      return moments[:-1]  # it finished before the kill
   return moments
 
 
 def lost_and_doubled(prepared: PreparedData, n_documents: int) -> tuple[int, int]:
-  """How many of the documents 0 to n - 1 are in no split, or more than once in all."""
+  """Counts the documents 0 to n - 1 that are in no split, and those that occur more than once."""
   seen = np.zeros(n_documents, np.int64)
   for name in SPLITS:
     split = prepared.splits[name]
@@ -133,7 +133,7 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
     found[name] = {"seconds": round(measured["seconds"], 1),
                    "peak_memory_mb": round(measured["peak"] / 1e6)}
     if _KILLS.value:
-      found[name] |= {"killed_after_s": kills}  # then the seconds are those of the last attempt
+      found[name] |= {"killed_after_s": kills}  # `seconds` then covers only the last attempt
     else:
       found[name] |= {"mb_per_s": round(n_bytes / 1e6 / measured["seconds"], 2)}
   prepared = prepare(DataConfig("bench", _TOKENIZER.value), data_dir)

@@ -1,19 +1,19 @@
-"""How often a run that is killed at a random moment goes on bit for bit.
+"""Checks that a run killed at random moments resumes bitwise identically.
 
     python -m benchmarks.resume_soak --kills=100
 
-A tiny model is trained twice: once undisturbed, and once killed by SIGKILL again and again, each
-time started anew from whatever the kill left. The moments are random: anywhere in the start of
-the process and a little beyond (`start`), while a checkpoint is written (`save`), or between
-checkpoints (`train`).
+A tiny model is trained twice: once undisturbed, and once repeatedly killed by SIGKILL and restarted
+from whatever the kill left. The kills come at random moments: during startup of the process or a
+little later (`start`), while a checkpoint is written (`save`), or between checkpoints (`train`).
 
-After each kill, the newest checkpoint (parameters, moments, step, position in the data) and every
-metric of every step on disk must equal the undisturbed run's in all bits; a resume counts as
-bitwise if they still do when its own process has ended. In the end the whole curve and the final
-state are compared. Prints a table, then the same figures as JSON; exits with 1 unless all is equal.
+After each kill, the newest checkpoint (parameters, moments, step, data position) and all metrics on
+disk must be bitwise equal to those of the undisturbed run; a resume counts as bitwise if this holds
+when the resumed process has ended. In the end the whole curve and the final state are compared.
+Prints a table, then the same figures as JSON; exits with 1 unless every kill took place and every
+resume was bitwise.
 
-Processes are forked from one that has imported everything, so a start costs what JAX needs to
-begin, with compiled programs in a cache.
+Processes are forked from one that has imported everything and compiled programs are cached, so a
+start costs only JAX's own initialization.
 """
 
 import collections
@@ -50,7 +50,7 @@ _KILLS = flags.DEFINE_integer("kills", 100, "How many.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random moments.")
 _OUT = flags.DEFINE_string("out", None, "Where the runs lie; a temporary folder by default.")
 
-STEPS_A_KILL, EVERY = 50, 10  # an attempt lives for fewer steps than the first, on average
+STEPS_A_KILL, EVERY = 50, 10  # attempts survive fewer than STEPS_A_KILL steps on average
 MOMENTS = ("start", "save", "train")
 _POLL_SECONDS = 0.002
 _CLOCKS = ("tokens_per_second", "mfu")
@@ -67,7 +67,7 @@ def make_cell(name: str, n_kills: int, keep: int) -> Cell:
 
 
 def _train(cell: Cell, out: pathlib.Path) -> None:
-  """The child: what `python -m moe_jax.train` does, with its words in a file."""
+  """The child process: trains like `python -m moe_jax.train`, with its output in a file."""
   with open(out / f"{cell.name}.log", "ab", buffering=0) as log:
     os.dup2(log.fileno(), sys.stdout.fileno())
     os.dup2(log.fileno(), sys.stderr.fileno())
@@ -82,7 +82,7 @@ def start(cell: Cell, out: pathlib.Path) -> multiprocessing.Process:
 
 
 class Reference:
-  """The undisturbed run: every step's metrics, every checkpoint's state."""
+  """The undisturbed run, with the metrics of every step and all its checkpoints."""
 
   def __init__(self, cell: Cell, out: pathlib.Path):
     self.cell, self.run_dir = cell, RunDir.of(out, cell)
@@ -94,7 +94,7 @@ class Reference:
     return [record["step"] for record in self._curve] == list(range(1, steps + 1))
 
   def difference(self, run_dir: RunDir) -> str | None:
-    """Where what a run has left differs from this one, as a phrase."""
+    """Describes where a run's files differ from this one's; None if nowhere."""
     for record in _curve(run_dir):
       if record != self._curve[record["step"] - 1]:
         return f"the metrics of step {record['step']}"
@@ -119,13 +119,13 @@ def _curve(run_dir: RunDir) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-  """One SIGKILL and what it left.
+  """One SIGKILL and the state it left on disk.
 
   Attributes:
     moment: one of MOMENTS.
-    step: of the newest checkpoint.
-    half_written: whether a checkpoint was left unfinished.
-    difference: from the undisturbed run, as a phrase; None if there is none.
+    step: step of the newest checkpoint; 0 without one.
+    half_written: whether it left an unfinished checkpoint.
+    difference: where the run differs from the undisturbed one; None if nowhere.
   """
 
   moment: str
@@ -136,7 +136,7 @@ class Kill:
 
 def kill_once(cell: Cell, out: pathlib.Path, moment: str, rng: random.Random,
               start_seconds: float, reference: Reference) -> Kill | None:
-  """Starts the run and kills it; None if it finished before that."""
+  """Starts the run and kills it; returns None if it finished first."""
   run_dir = RunDir.of(out, cell)
   folder = pathlib.Path(run_dir.checkpoints)
   before = set(folder.glob("[0-9]*"))
@@ -160,10 +160,10 @@ def kill_once(cell: Cell, out: pathlib.Path, moment: str, rng: random.Random,
 
 
 def soak(out: pathlib.Path, n_kills: int, seed: int) -> dict[str, Any]:
-  """Runs all of it; the figures."""
+  """Runs the whole experiment; returns the figures."""
   _PROCESSES.set_forkserver_preload([train.__module__])
   undisturbed = make_cell("undisturbed", n_kills, keep=STEPS_A_KILL * n_kills // EVERY + 1)
-  process = start(undisturbed, out)  # the first also prepares the text and compiles
+  process = start(undisturbed, out)  # this also prepares the data and fills the compilation cache
   process.join()
   require(process.exitcode == 0, "out", str(out), f"the undisturbed run failed: see "
           f"{undisturbed.name}.log there")
@@ -187,7 +187,7 @@ def soak(out: pathlib.Path, n_kills: int, seed: int) -> dict[str, Any]:
   run_dir = RunDir.of(out, cell)
   end = ("the run did not finish" if run_dir.read_status().get("state") != FINISHED
          or len(_curve(run_dir)) != cell.config.train.steps else reference.difference(run_dir))
-  after = [kill.difference for kill in kills[1:]] + [end]  # what each resume led to
+  after = [kill.difference for kill in kills[1:]] + [end]  # the state after each resume
   return {
       "kills": len(kills), "bitwise_resumes": sum(difference is None for difference in after),
       "end_differs_in": end, "steps": cell.config.train.steps,
@@ -204,7 +204,7 @@ def soak(out: pathlib.Path, n_kills: int, seed: int) -> dict[str, Any]:
 
 
 def _start_seconds(out: pathlib.Path, n_kills: int) -> float:
-  """From the start of a process to its first checkpoint, everything being in caches."""
+  """Seconds from the start of a process to its first checkpoint, with warm caches."""
   cell = make_cell("start", n_kills, keep=1)
   began = time.monotonic()
   process = start(cell, out)

@@ -1,12 +1,13 @@
-"""From `python -m moe_jax.train` to the end of the first step, stage by stage.
+"""Times the start of `python -m moe_jax.train` up to the first step, by stage.
 
     python -m benchmarks.startup
 
-The trainer on one cell, in a process of its own, ended after its first step. `new`: nothing is
-there. `cold`: the text is prepared, no program compiled. `cached`: programs are in the cache. A
-stage lasts from the end of the one before: import, data (the corpus, its tokenizer and tokens),
-state (run directory, first parameters), compile, first step. Medians of some starts, `new` of one.
-Prints a table, then the same figures as JSON.
+Each start runs the trainer on one cell in a new process, which exits after its first step. `new`
+starts from an empty directory, `cold` with prepared data but no compiled program, `cached` with
+both. Each stage lasts from the end of the one before: import, data (the corpus, its tokenizer and
+tokens), state (run directory, initial parameters), compile, first step. The figures are medians
+over --startup_starts starts, except for `new`, which has one. Prints a table, then the same figures
+as JSON.
 """
 
 import json
@@ -36,7 +37,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def start(cell: str, out: pathlib.Path) -> dict[str, float]:
-  """Seconds of each stage. Raises RuntimeError if the trainer takes no step."""
+  """Returns the seconds of each stage. Raises RuntimeError if the trainer takes no step."""
   done = subprocess.run(
       [sys.executable, "-m", "benchmarks.startup_child", str(time.time()), f"--config={cell}",
        f"--out={out}"], cwd=ROOT, text=True, capture_output=True, check=False)
@@ -47,11 +48,11 @@ def start(cell: str, out: pathlib.Path) -> dict[str, float]:
 
 
 def measure(cell: str, starts: int, out: pathlib.Path) -> dict[str, dict[str, float]]:
-  """Seconds of each stage, for each of new, cold and cached."""
+  """Returns the seconds of each stage of a new, a cold and a cached start."""
   found = {"new": [start(cell, out)], "cold": [], "cached": []}
   for name in ("cold", "cached"):
     for _ in range(starts):
-      for kept in out.iterdir():  # what a run leaves, and for a cold start the cache too
+      for kept in out.iterdir():  # for a cold start, the compilation cache goes, too
         if kept.name != "_data" and (name == "cold" or kept.name != "_compilation_cache"):
           shutil.rmtree(kept)
       found[name].append(start(cell, out))

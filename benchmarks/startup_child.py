@@ -1,4 +1,4 @@
-"""Child of benchmarks.startup: the trainer itself, which tells its stages and ends after a step."""
+"""Child of benchmarks.startup: runs the trainer, reports its stages and exits after a step."""
 
 import json
 import os
@@ -11,7 +11,10 @@ STAGES = ("import", "data", "state", "compile", "first step")
 
 
 def main(started: float) -> None:
-  """Trains as the command line says; prints the seconds of each stage. `started` is in time.time().
+  """Trains by the command line's flags; prints the seconds of each stage.
+
+  Args:
+    started: time.time() when the process was started.
   """
   from moe_jax import cli
   from moe_jax.train import __main__ as trainer

@@ -1,4 +1,4 @@
-"""What a training step must multiply and move, and how long the machine would take for it."""
+"""Lower bounds on a training step: its matrix products, and the bytes it must move."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ from moe_jax.arch import Architecture
 
 
 class Product(NamedTuple):
-  """`count` times a batch of [rows, inner] @ [inner, columns] in a step.
+  """A batched product [rows, inner] @ [inner, columns] that a step performs `count` times.
 
   Attributes:
-    transposed: which factor lies transposed: none, "left" or "right". A step has all three:
-      forward, the gradient of the inputs (right) and that of the weights (left).
+    transposed: which factor is stored transposed: "left", "right", or empty for neither. A step has
+      all three: forward (neither), gradient of the inputs (right) and of the weights (left).
   """
 
   name: str
@@ -27,13 +27,13 @@ class Product(NamedTuple):
 
   @property
   def elements(self) -> int:
-    """Read and written once each."""
+    """Elements of factors and results, each counted once."""
     return self.count * self.batch * (self.rows * self.inner + self.inner * self.columns
                                       + self.rows * self.columns)
 
 
 def products(arch: Architecture, sequences: int, seq_len: int) -> list[Product]:
-  """Of forward and backward pass; causal attention at half of its scores; nothing dropped."""
+  """Products of forward and backward pass, with half of the scores (causal) and no drops."""
   tokens, layers = sequences * seq_len, arch.n_layers
   d, f, h = arch.d_model, arch.d_expert, arch.d_head
   assigned = tokens * arch.n_topk // arch.n_exp
@@ -53,11 +53,11 @@ def products(arch: Architecture, sequences: int, seq_len: int) -> list[Product]:
 
 
 def matmul_seconds(made: list[Product], *measured: list[float]) -> float:
-  """Of all products, each at the best speed that was measured for one of its kind."""
+  """Seconds of all products, each at the fastest time measured for its shape."""
   return sum(product.count * min(seconds)
              for product, seconds in zip(made, zip(*measured, strict=True), strict=True))
 
 
 def step_bytes(made: list[Product], n_params: int, itemsize: int) -> int:
-  """Every product's factors and result once; AdamW in float32: four arrays read, three written."""
+  """Bytes of a step: each product's arrays once, plus AdamW in float32: 4 reads and 3 writes."""
   return itemsize * sum(product.elements for product in made) + 7 * 4 * n_params

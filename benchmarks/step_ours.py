@@ -1,4 +1,4 @@
-"""Child of benchmarks.train_step: this project's step, in a process of its own. See `serve`."""
+"""Child of benchmarks.train_step: serves this project's step (see step_serve.py)."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from moe_jax.train import step as step_lib
 
 
 class Ours:
-  """The step on the first device, from new parameters, which are written to `weights`."""
+  """Our step on the first device; writes its initial parameters to the file `weights`."""
 
   name = f"moe_jax on jax {jax.__version__}"
 
@@ -43,23 +43,23 @@ class Ours:
         argnums=(0, 1)))
 
   def step(self) -> float:
-    """The loss before the step."""
+    """Takes a step; returns the loss before it."""
     self._state, metrics = self._step(self._state, self._batch)
     jax.block_until_ready(self._state)
     return float(metrics["loss"])
 
   def head(self) -> float:
-    """Output head and loss, forward and backward."""
+    """Runs output head and loss, forward and backward; returns the loss."""
     return float(jax.block_until_ready(self._head(*self._head_inputs))[0])
 
   def matmuls(self) -> list[float]:
-    """Seconds of each product of the step."""
+    """Times each product of the step, in seconds."""
     config = self._config
     return [_seconds_of(product, self._dtype) for product in products(
         config.arch, config.train.batch_size, config.data.seq_len)]
 
   def bandwidth(self) -> float:
-    """Bytes a second of a copy, read and written."""
+    """Memory bandwidth of a copy in bytes/s, counting reads and writes."""
     x = jnp.ones(2**26, jnp.float32)
     return 2 * x.nbytes / _fastest(jax.jit(lambda x: x + 1), x)
 

@@ -1,4 +1,4 @@
-"""Child of benchmarks.train_step: Hugging Face's Qwen3MoeForCausalLM in PyTorch."""
+"""Child of benchmarks.train_step: serves Hugging Face's Qwen3MoeForCausalLM in PyTorch."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from moe_jax.config import RunConfig, config_from_dict
 
 
 class Peer:
-  """Forward, backward, clipping and AdamW, with the weights that `step_ours` wrote."""
+  """The peer's step: forward, backward, clipping and AdamW, from the weights of `step_ours`."""
 
   name = f"transformers {transformers.__version__}, torch {torch.__version__}"
 
@@ -46,7 +46,7 @@ class Peer:
                           requires_grad=True)
 
   def step(self) -> float:
-    """The loss before the step."""
+    """Takes a step; returns the loss before it."""
     loss = self._model(input_ids=self._inputs, labels=self._inputs,
                        shift_labels=self._targets).loss
     loss.backward()
@@ -56,7 +56,7 @@ class Peer:
     return loss.item()
 
   def head(self) -> float:
-    """Output head and loss, forward and backward."""
+    """Runs output head and loss, forward and backward; returns the loss."""
     logits = self._model.lm_head(self._x).float()
     loss = torch.nn.functional.cross_entropy(logits, self._targets.view(-1))
     loss.backward()
@@ -65,13 +65,13 @@ class Peer:
     return loss.item()
 
   def matmuls(self) -> list[float]:
-    """Seconds of each product of the step."""
+    """Times each product of the step, in seconds."""
     return [_seconds_of(product, self._dtype) for product in products(
         self._config.arch, self._config.train.batch_size, self._config.data.seq_len)]
 
 
 def renamed(ours, n_layers: int) -> dict[str, np.ndarray]:
-  """Our arrays under Qwen3-MoE's names in its layout: output dimension first."""
+  """Renames our arrays to Qwen3-MoE's names and converts them to its layout, output first."""
   named = {"model.embed_tokens.weight": ours["embedding_VD"],
            "model.norm.weight": ours["final_norm_D"], "lm_head.weight": ours["w_head_DV"].T}
   for layer in range(n_layers):

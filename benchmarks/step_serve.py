@@ -1,4 +1,4 @@
-"""What a child of benchmarks.train_step does: a line names a part, a line of JSON answers."""
+"""The protocol of benchmarks.train_step with its children: a line per request, JSON per answer."""
 
 import json
 import resource
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def serve(peer: Any) -> None:
-  """Answers lines `step`, `head`, ... by calling the method of that name, until input ends.
+  """Answers each input line (`step`, `head`, ...) by calling the method of that name.
 
-  An answer holds the value, the seconds, the processor's seconds and the process's peak memory.
+  An answer holds the value, wall-clock seconds, CPU seconds and peak memory of the process.
   """
   print(json.dumps({"ready": peer.name}), flush=True)
   for line in sys.stdin:

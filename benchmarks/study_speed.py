@@ -1,14 +1,14 @@
-"""How fast this device trains the study's models, and how long its grids would take.
+"""Measures how fast this device trains the study's models, and estimates the time of its grids.
 
     python -m benchmarks.study_speed
     python -m benchmarks.study_speed --study_minutes=60
 
-Whole steps (see benchmarks.population) of the densest and the sparsest shape, alone and three
-together, of the smallest and the largest size; the size between is taken to lie between. Estimates
-leave out compilation and evaluation, which other units' training can hide, and take one program at
-a time: several side by side share the device, and how far they help or hinder one another is not
-known. --study_minutes says what experiments/study/arms.TOKENS would let all grids fit. Give it what
-the sittings are given: --config.execution.remat=rows.
+Times whole steps (see benchmarks.population) of the densest and the sparsest shape, alone and in
+populations of three, at the smallest and the largest size; speeds in between are interpolated.
+Estimates exclude compilation and evaluation, which other units' training can hide, and assume one
+program at a time: the effect of several programs sharing the device is unknown. With
+--study_minutes it prints the value of experiments/study/arms.TOKENS at which all grids would fit in
+that time. Pass the same overrides as to the sittings: --config.execution.remat=rows.
 """
 
 import math
@@ -37,11 +37,11 @@ TOGETHER = 3
 
 
 def speeds(steps: int, overrides: Sequence[str] = ()) -> dict[tuple[int, int], float]:
-  """(size, 1 or TOGETHER) -> tokens/s, the mean over SHAPES. Prints what it measures, at once."""
+  """(size, 1 or TOGETHER) -> tokens/s, harmonic mean over SHAPES. Prints each measurement."""
   found = {}
   _print("size", "cell", "together", "step [ms]", "tokens/s", "compilation [s]")
   for size in (arms.SIZES[0], arms.SIZES[-1]):
-    seconds: dict[int, list[float]] = {1: [], TOGETHER: []}  # for a token
+    seconds: dict[int, list[float]] = {1: [], TOGETHER: []}  # seconds per token
     for shape in SHAPES:
       config = override(arms.cell(size, *shape), dict(map(cli.parse_override, overrides)))
       name = answer.name(config.arch)
@@ -53,7 +53,7 @@ def speeds(steps: int, overrides: Sequence[str] = ()) -> dict[tuple[int, int], f
         _print(str(size), name, str(row["population"]), f"{row['step_ms']:.1f}",
                f"{row['tokens_per_second']:,.0f}", f"{row['compile_seconds']:.0f}")
     for together, each in seconds.items():
-      each = each or seconds[1]  # where no population fits, its runs are trained alone
+      each = each or seconds[1]  # if no population fits, its runs train alone
       require(bool(each), "config.execution.remat", config.execution.remat,
               f"lets no run of size {size} fit into this device's memory: try rows or full")
       found[size, together] = len(each) / sum(each)
@@ -65,7 +65,7 @@ def _print(size: str, cell: str, *others: str) -> None:
 
 
 def minutes(grid: str, known: dict[tuple[int, int], float]) -> float:
-  """Of one grid's training, by the speeds of its sizes."""
+  """Estimated minutes of training of one grid, from the measured speeds."""
   ends = [math.log(arms.SIZES[0]), math.log(arms.SIZES[-1])]
   changes = {"execution.population": 8}
   total = 0.0

@@ -1,18 +1,19 @@
-"""A whole training step beside Hugging Face's Qwen3MoeForCausalLM and beside two limits.
+"""Compares a training step with Hugging Face's Qwen3MoeForCausalLM and with two lower bounds.
 
     pip install torch==2.13.0 transformers
     python -m benchmarks.train_step --step_shape=a --step_dtype=float32
 
-Both sides have the same architecture, weights, tokens and dtype, drop nothing, and do forward pass,
-backward pass, clipping and AdamW; the balance losses, which the two define differently, weigh
-nothing, and the losses of the first step must agree. Each runs in a process of its own, a few
-steps in turn, so that both see the same machine; of a turn the first step does not count, which
-takes back the memory that went to the system while the others worked. Medians count. The peer is
-its fastest backend of those asked for. The limits: all products of the step, each alone at the best
-speed that either side reaches on its shape, and the bytes that the products and AdamW must move at
-the speed of a copy. In bfloat16 ours keeps float32 master weights, the peer does not. On a busy
-machine --step_cores=1 compares without the peer's threads waiting for one another. Prints a table,
-then the same figures as JSON. Without the peer's packages ours is measured alone.
+Both sides have the same architecture, weights, tokens and dtype, drop nothing, and run the forward
+pass, backward pass, clipping and AdamW; the auxiliary losses, which the two define differently,
+have weight 0, and the losses of the first step must agree. Each side runs in its own process, and
+they take turns of a few steps, so that both see the same load; the first step of a turn is
+discarded, as it reclaims memory that was returned to the system while the others ran. Figures are
+medians. Each requested backend of the peer has a row; the fastest is the one to compare with. The
+lower bounds are all matrix products of the step, each at the best speed that either side reaches on
+its shape, and the bytes that the products and AdamW must move, at the bandwidth of a copy. In
+bfloat16 ours keeps float32 master weights and the peer does not. On a busy machine, --step_cores=1
+keeps the peer's threads from waiting for one another. Prints a table, then the same figures as
+JSON. Without the peer's packages, only ours is measured.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ ARCHS = {name: Architecture(n_layers=4, d_model=256, n_heads=4, vocab_size=8192,
                             n_topk=n_topk, d_expert=d_expert)
          for name, (n_exp, n_topk, d_expert) in {"a": (32, 4, 64), "b": (64, 8, 32)}.items()}
 BACKENDS = ("eager", "grouped_mm", "batched_mm")
-_TURN = 3  # steps in a row
+_TURN = 3  # steps per turn, of which the first is discarded
 
 _SHAPE = flags.DEFINE_enum("step_shape", "a", sorted(ARCHS), "Which architecture.")
 _DTYPE = flags.DEFINE_enum("step_dtype", "float32", ["float32", "bfloat16"], "Of activations.")
@@ -62,7 +63,7 @@ _BACKENDS = flags.DEFINE_list("step_backends", list(BACKENDS[:2]), "The peer's, 
 
 
 def config_of(arch: Architecture, dtype: str, sequences: int = 16, seq_len: int = 256) -> RunConfig:
-  """Nothing is dropped, no balance loss weighs, one document: what the peer does too."""
+  """A configuration that matches the peer: no drops, no auxiliary losses, no document mask."""
   return RunConfig(
       arch=arch, moe=MoEConfig(dispatch="dropless", balance_coef=0.0, z_coef=0.0),
       model=ModelConfig(compute_dtype=dtype), data=DataConfig(seq_len=seq_len,
@@ -71,7 +72,7 @@ def config_of(arch: Architecture, dtype: str, sequences: int = 16, seq_len: int 
 
 
 class Child:
-  """One side, in a process of its own; it answers when asked (step_serve.py)."""
+  """A child process that runs one side and answers requests (step_serve.py)."""
 
   def __init__(self, module: str, *args: str, cores: int = 0):
     mine = sorted(os.sched_getaffinity(0))[-cores:] if cores else None
@@ -91,7 +92,7 @@ class Child:
 
   def _read(self) -> dict[str, Any]:
     line = self._process.stdout.readline()
-    while line and not line.startswith("{"):  # libraries say this and that
+    while line and not line.startswith("{"):  # skip what libraries print
       line = self._process.stdout.readline()
     if not line:
       self.close()
@@ -104,7 +105,7 @@ class Child:
 
 
 def measure(config: RunConfig, backends: list[str], rounds: int, cores: int) -> dict[str, Any]:
-  """Figures of ours and of each backend. Raises RuntimeError if first losses disagree."""
+  """Measures ours and each backend. Raises RuntimeError if the first losses disagree."""
   with tempfile.TemporaryDirectory() as folder:
     paths = f"{folder}/tokens.npy", f"{folder}/weights.npz"
     shape = (config.train.batch_size, config.data.seq_len + 1)
@@ -133,7 +134,7 @@ def measure(config: RunConfig, backends: list[str], rounds: int, cores: int) -> 
 
 
 def require_equal(losses: dict[str, float], config: RunConfig) -> None:
-  """Raises RuntimeError if the losses of one step are not those of one model."""
+  """Raises RuntimeError if the losses of the first step differ beyond rounding."""
   tolerance = 1e-4 if config.model.compute_dtype == "float32" else 1e-2
   if max(losses.values()) - min(losses.values()) > tolerance:
     raise RuntimeError(f"the first losses disagree, so the models are not the same: {losses}")

@@ -1,1 +1,1 @@
-"""What a cell costs on a TPU pod, told by XLA's own TPU compiler, without a TPU."""
+"""Estimates what a cell costs on a TPU pod with XLA's own TPU compiler, without a TPU."""

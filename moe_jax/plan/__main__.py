@@ -1,9 +1,9 @@
-"""Compiles every cell of a grid for a TPU slice that need not be there.
+"""Compiles every cell of a grid for a TPU slice, which does not have to be attached.
 
     python -m moe_jax.plan --config=experiments/reference.py --topology=v5p-64
 
-Needs libtpu beside JAX (`pip install 'jax[tpu]'`), no TPU. Execution flags say how it is laid
-out, e.g. --config.execution.mesh.expert=8 --config.execution.mesh.fsdp=4.
+Needs libtpu beside JAX (`pip install 'jax[tpu]'`) but no TPU. Execution flags set the layout, e.g.
+--config.execution.mesh.expert=8 --config.execution.mesh.fsdp=4.
 """
 
 import json
@@ -33,7 +33,7 @@ _MEMORY = flags.DEFINE_bool("memory_profile", False, "List what fills each cell'
                             "needs most, by source line.")
 _HLO_OUT = flags.DEFINE_string("hlo_out", None, "Folder for the compiled text of each cell.")
 
-_FEW = 8  # cells whose collectives are shown, too; of more --csv has them
+_FEW = 8  # print collectives for at most this many cells; --csv always has them
 
 
 def main(overrides: list[str]) -> int:
@@ -47,7 +47,7 @@ def main(overrides: list[str]) -> int:
   for flag in (_CSV, _JSON):
     cli.require_file(flag.name, flag.value)
   cells = cli.selected_cells(_CONFIG.value, overrides)
-  # Compilers do not end with the command that began them: they are told to, as by Ctrl-C.
+  # Worker processes would outlive this one: treat SIGTERM as Ctrl-C, on which they are killed.
   signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
   import functools

@@ -1,11 +1,11 @@
-"""How far the plan's times are from measured ones: estimate over measurement.
+"""Compares planned step times with measured ones: estimate over measurement.
 
     python -m moe_jax.plan.calibrate
     python -m moe_jax.plan.calibrate --run=runs/reference/l16-d1024-f512-e64-k8 --topology=v5p-64
 
-Without flags it compiles what others have published a speed of; with --run, a finished run of
-this project, on the slice where it was measured. What comes out below 1 is the part of a real
-step that the plan explains: divide a plan's time by it.
+Without flags it compiles configurations for which others have published a speed; with --run, a
+finished run of this project, on the slice where it was measured. A ratio below 1 is the fraction of
+a real step that the plan accounts for: divide a plan's time by it.
 """
 
 import json

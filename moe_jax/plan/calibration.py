@@ -1,5 +1,7 @@
-"""Speeds that somebody measured, beside what the plan says of the same configuration. No JAX
-here: the compiler runs in processes of its own (cells.py)."""
+"""Compares measured training speeds with what the planner estimates for the same configuration.
+
+No JAX here: the compiler runs in separate processes (cells.py).
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,15 +28,15 @@ from moe_jax.run_dir import RunDir
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """A training speed that somebody measured.
+  """A measured training speed.
 
   Attributes:
     name: what ran.
-    config: as which it is compiled here.
-    topology: as gcloud names it.
-    tokens_per_second: of one chip.
-    source: who says so, and what of `config` is our guess.
-    n_slices: equal slices.
+    config: the configuration that is compiled here.
+    topology: name of the slice, as gcloud has it.
+    tokens_per_second: per chip.
+    source: where the speed was published, and which parts of `config` are our guess.
+    n_slices: number of equal slices.
   """
 
   name: str
@@ -46,7 +48,7 @@ class Measured:
 
 
 def _mixtral(chips: int) -> RunConfig:
-  """Mixtral 8x7B as MaxText's benchmark trains it: fixed slots, weights over all chips."""
+  """Mixtral 8x7B as MaxText's benchmark trains it: fixed capacity, fsdp over all chips."""
   return RunConfig(
       arch=Architecture(n_layers=32, d_model=4096, d_expert=14336, n_exp=8, n_topk=2, n_heads=32,
                         n_kv_heads=8, vocab_size=32000),
@@ -66,10 +68,11 @@ PUBLISHED = (
 
 
 def of_run(path: str, topology: str, n_slices: int) -> Measured:
-  """What a finished run says of its own speed.
+  """Returns the speed that a finished run recorded.
 
   Raises:
-    FieldError: no such run, not on a TPU of this kind, or it knows no speed.
+    FieldError: there is no such run, it recorded no speed, it took several attempts, or it ran on
+      another kind of TPU or another number of devices.
   """
   run = RunDir(epath.Path(path))
   where = topology_lib.parse(topology, n_slices)
@@ -88,7 +91,7 @@ def of_run(path: str, topology: str, n_slices: int) -> Measured:
 
 
 def compare(measured: Sequence[Measured], out: str) -> list[dict[str, Any]]:
-  """Plans each and sets it beside what was measured."""
+  """Plans each configuration; returns a row of estimate and measurement for each."""
   rows = []
   for point in measured:
     where = topology_lib.parse(point.topology, point.n_slices)

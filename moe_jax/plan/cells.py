@@ -1,4 +1,4 @@
-"""Plans the cells of a grid, several at once, each in a process of its own. No JAX here."""
+"""Plans the cells of a grid in parallel, each in its own process. No JAX here."""
 
 import concurrent.futures
 import dataclasses
@@ -26,23 +26,23 @@ from moe_jax.plan import coarse, compilers, worker
 from moe_jax.plan.topology import Topology
 
 _GIB = 2**30
-_LEAST_SAVED = 0.5  # of what is missing, by a guess: a change that saves less is not tried
+_LEAST_SAVED = 0.5  # fraction of the missing bytes that a change must be estimated to save
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is known of one cell on one topology.
+  """The plan of one cell on one topology.
 
   Attributes:
-    cell: its name.
-    config: what was compiled.
-    topology: where.
+    cell: name of the cell.
+    config: the configuration that was compiled.
+    topology: the slices that it was compiled for.
     result: what worker.compile_cell returned; empty if it failed.
     error: why there is no result, in one line; empty if there is one.
-    needs: bytes a device that a program too large asked for; None otherwise.
-    there: bytes a device that the compiler said it could have had; None where it said nothing.
-    remedy: overrides under which it fits, if it does not and one was found.
-    remedy_seconds: estimated time of a step with them.
+    needs: bytes per device that a program too large to fit asked for; None otherwise.
+    there: bytes per device available to it, from the compiler's error; None if not reported.
+    remedy: overrides under which a cell that does not fit would fit, if any were found.
+    remedy_seconds: estimated step time with these overrides.
   """
 
   cell: str
@@ -57,29 +57,31 @@ class Plan:
 
   @property
   def hbm_there(self) -> float:
-    """Bytes of a device that a program can have: less than the chip's."""
+    """Bytes per device that a program can use, which is less than the chip has."""
     return self.there or self.topology.hardware.program_hbm_bytes
 
   @property
   def hbm_needed(self) -> float | None:
-    """Bytes on a device of arguments, temporaries and outputs at the moment of most: what XLA
-    holds against what it lets a program have, whether it then refuses or compiles."""
+    """Peak bytes per device of arguments, temporaries and outputs.
+
+    XLA checks this figure against the available memory, whether it then compiles or refuses.
+    """
     return self.result["memory"]["peak"] if self.result else self.needs
 
   @property
   def hbm_left(self) -> float | None:
-    """Bytes of a device that are not needed; negative if it does not fit."""
+    """Bytes per device that remain free; negative if the program does not fit."""
     return None if self.hbm_needed is None else self.hbm_there - self.hbm_needed
 
   @property
   def fits(self) -> bool | None:
-    """None where it is not known."""
+    """Whether the program fits; None if unknown."""
     return None if self.hbm_needed is None else bool(
         self.result and self.hbm_needed <= self.hbm_there)
 
   @property
   def seconds(self) -> float | None:
-    """Estimated time of a step: XLA's estimate plus what the model prices, uncalibrated."""
+    """Estimated step time: XLA's estimates plus those of cost.py for the rest, uncalibrated."""
     return self.result.get("seconds")
 
   @property
@@ -88,7 +90,7 @@ class Plan:
 
   @property
   def mfu(self) -> float | None:
-    """Active parameters, causal attention; neither recomputation nor empty slots count."""
+    """MFU from active parameters and causal attention, without recomputation or empty slots."""
     if not self.seconds:
       return None
     useful = count.training_flops_per_token(self.config.arch, self.config.data.seq_len)
@@ -97,14 +99,17 @@ class Plan:
 
   @property
   def chip_hours(self) -> float | None:
-    """Of all its steps, with its remedy if it needs one; a branch begins where its trunk has got
-    to. None where it does not fit and nothing is known to help."""
+    """Chip-hours of all steps, with the remedy if the cell needs one.
+
+    A branch counts from the step at which it leaves its trunk. None if the cell does not fit and no
+    remedy is known.
+    """
     steps = self.config.train.steps - (self.config.train.branch_step or 0)
     seconds = self.seconds if self.fits else self.remedy_seconds
     return seconds and seconds * steps * self.topology.chips / 3600
 
   def usd(self, usd_per_chip_hour: float | None) -> float | None:
-    """What its steps cost; None without a price."""
+    """Cost of all steps; None without a price."""
     if self.chip_hours is None or usd_per_chip_hour is None:
       return None
     return self.chip_hours * usd_per_chip_hour
@@ -113,20 +118,20 @@ class Plan:
 def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike, *,
                parallel: int = 1, remedies: bool = True, hlo_out: str | None = None,
                say: Callable[[str], None] = print) -> list[Plan]:
-  """Compiles each cell, or reads what an earlier plan of it said.
+  """Plans each cell, by compiling it or from the cached result of an earlier plan.
 
   Args:
-    cells: which.
-    topology: where.
-    out: directory of all experiments; results are kept in `<out>/_plans`.
-    parallel: compilations at once.
-    remedies: whether a cell that does not fit is compiled again with what may make it fit.
-    hlo_out: folder for the compiled text of each cell; None keeps none.
-    say: gets a line a cell as soon as it is known.
+    cells: the cells to plan.
+    topology: the slices to plan them for.
+    out: directory of all experiments; results are cached in `<out>/_plans`.
+    parallel: number of concurrent compilations.
+    remedies: whether a cell that does not fit is recompiled with changes that may make it fit.
+    hlo_out: folder for the HLO text of each cell; None writes none.
+    say: called with a line of progress for each cell as it finishes.
 
   Raises:
-    FieldError: libtpu is missing or is not the one that this JAX asks for, or a folder cannot be
-      written.
+    FieldError: libtpu is missing or is not the version that this JAX requires, or a folder cannot
+      be written.
   """
   check_libtpu(topology)
   with reaching(out):
@@ -151,7 +156,7 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
   with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
     try:
       return list(pool.map(one, cells))
-    except BaseException:  # a compiler hears of no interruption before it is done, in minutes
+    except BaseException:  # a compiler ignores signals until it is done, which takes minutes
       pool.shutdown(wait=False, cancel_futures=True)
       compilers.kill()
       raise
@@ -159,7 +164,7 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
 
 def plan_config(name: str, config: RunConfig, topology: Topology, out: str | os.PathLike,
                 hlo_out: str | None = None) -> Plan:
-  """Plans one configuration; an error is part of the answer."""
+  """Plans one configuration; errors are returned in the plan."""
   plan = known_plan(name, config, topology, out)
   if plan is not None and (plan.error or not hlo_out):
     return plan
@@ -171,15 +176,17 @@ def plan_config(name: str, config: RunConfig, topology: Topology, out: str | os.
   if "error" not in result or "hbm_needed" in result:
     try:
       write_json(_cached(config, topology, out), result)
-    except OSError as error:  # a full disk: what is known need not be lost
+    except OSError as error:  # e.g. a full disk: the result is still good
       print(f"warning: the plan of {name} is not kept: {error}", file=sys.stderr)
   return _plan_of(name, config, topology, result)
 
 
 def known_plan(name: str, config: RunConfig, topology: Topology,
                out: str | os.PathLike) -> Plan | None:
-  """What is known without compiling: an earlier plan under `out`, a mesh that does not fit the
-  slice, or None."""
+  """Returns the plan if it is known without compiling, else None.
+
+  It is known if it is cached under `out`, or if the mesh does not fit the slice.
+  """
   try:
     resolve_mesh(config, topology.devices, topology.n_slices)
   except FieldError as error:
@@ -189,7 +196,7 @@ def known_plan(name: str, config: RunConfig, topology: Topology,
 
 
 def _read_result(path: epath.Path) -> dict[str, Any] | None:
-  """What is kept there; None where it is nothing that was written, and so is to be made anew."""
+  """Reads a cached result; None if it is missing, damaged or incomplete and must be rebuilt."""
   try:
     result = read_json(path)
   except DamagedFile:
@@ -200,7 +207,7 @@ def _read_result(path: epath.Path) -> dict[str, Any] | None:
 
 
 def with_known_remedy(plan: Plan, out: str | os.PathLike) -> Plan:
-  """The plan, with the overrides under which earlier plans saw the cell fit and be fastest."""
+  """Adds to a plan the fastest remedy that fits among those that are already cached."""
   known = [(overrides, known_plan(plan.cell, config, plan.topology, out))
            for overrides, config in changes_that_save(plan.config, plan.topology)]
   fitting = [(overrides, other) for overrides, other in known if other is not None and other.fits]
@@ -222,7 +229,7 @@ def _cached(config: RunConfig, topology: Topology, out: str | os.PathLike) -> ep
 
 
 def verdict(plan: Plan) -> str:
-  """One phrase for a line of progress."""
+  """Returns one phrase about a plan, for a line of progress."""
   if plan.fits is None:
     return f"failed: {plan.error}"
   if not plan.fits:
@@ -235,7 +242,7 @@ def verdict(plan: Plan) -> str:
 
 
 def check_libtpu(topology: Topology) -> None:
-  """Raises FieldError if libtpu is missing or is not the version that this JAX asks for."""
+  """Raises FieldError if libtpu is missing or is not the version that this JAX requires."""
   import importlib.metadata
   import importlib.util
 
@@ -251,15 +258,15 @@ def check_libtpu(topology: Topology) -> None:
       raise FieldError("topology", topology.name, f"libtpu {found['libtpu']} is installed, jax "
                        f"{found['jax']} wants libtpu{wanted.specifier}: {command}")
   package = importlib.util.find_spec("libtpu")
-  if package is None or package.origin is None:  # a folder without code, or nothing but its record
+  if package is None or package.origin is None:  # an empty folder, or only the metadata
     raise FieldError("topology", topology.name, f"libtpu {found['libtpu']} is recorded as "
                      f"installed, without its files: {command} --force-reinstall")
 
 
 def _with_remedy(plan: Plan, out: str | os.PathLike) -> Plan:
-  """The plan, and overrides under which the cell fits; none if none of a few does.
+  """Adds to a plan overrides under which the cell fits, if any of a few candidates does.
 
-  Guessed to be fastest first: the first that fits is taken, and the others are not compiled.
+  Candidates are compiled in order of estimated step time, until one fits.
   """
   for overrides, config in sorted(_promising(plan), key=lambda change: coarse.step_seconds(
       change[1], plan.topology)):
@@ -270,8 +277,11 @@ def _with_remedy(plan: Plan, out: str | os.PathLike) -> Plan:
 
 
 def _promising(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
-  """Of each kind of change that saves memory the mildest that is guessed to save what is missing;
-  where none is, the strongest if it may."""
+  """Yields one candidate for each kind of change that saves memory.
+
+  It is the mildest change estimated to save what is missing; if there is none, the strongest,
+  provided that it is estimated to save _LEAST_SAVED of it.
+  """
   missing = -plan.hbm_left
   now = coarse.device_bytes(plan.config, plan.topology)
   kinds = itertools.groupby(changes_that_save(plan.config, plan.topology),
@@ -286,14 +296,14 @@ def _promising(plan: Plan) -> Iterator[tuple[str, RunConfig]]:
 
 
 def _kind(before: RunConfig, after: RunConfig) -> str:
-  """What a change of changes_that_save changes, besides remat."""
+  """Classifies a change of changes_that_save by what it changes besides remat."""
   if after.execution.mesh != before.execution.mesh:
     return "mesh"
   return "remat" if after.execution.microbatches == before.execution.microbatches else "batch"
 
 
 def changes_that_save(config: RunConfig, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
-  """Changes of execution that save memory, cheapest first: (flags, config). All valid."""
+  """Yields valid changes of execution that save memory, cheapest first: (flags, config)."""
   tried = []
   whole = {"remat": "full"} if config.execution.remat != "full" else {}
   if whole:
@@ -325,7 +335,7 @@ def _valid(config: RunConfig, topology: Topology, tried) -> Iterator[tuple[str, 
 
 @functools.cache
 def _source_hash() -> str:
-  """Of this package's files: another code compiles to another program."""
+  """Hash of this package's source: changed code may compile to a different program."""
   digest = hashlib.sha256()
   for file in sorted(pathlib.Path(moe_jax.__file__).parent.rglob("*.py")):
     digest.update(file.read_bytes())
@@ -338,7 +348,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _key(config: RunConfig, topology: Topology) -> str:
-  """Names a plan: the configuration, the topology, the versions and this code."""
+  """Cache key of a plan: hash of configuration, topology, versions, source and compiler flags."""
   told = [config_lib.to_dict(config), topology.name, topology.n_slices, _versions(),
           _source_hash(), *worker.compiler_flags()]
   return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]

@@ -1,21 +1,24 @@
-"""A coarse model of memory and time, for what is not worth compiling. No JAX here.
+"""A coarse model of memory and step time, to rank configurations before compiling. No JAX here.
 
-It knows sums of bytes and FLOPs and nothing of schedules, so it prunes and never decides.
+It only sums bytes and FLOPs and does not model schedules, so it prunes but never decides.
 
-Per device, with n devices, p = fsdp * expert, t tokens of a microbatch, c bytes an activation:
+Memory per device, with p = fsdp * expert:
 
-    state         16 bytes a parameter (weights, two moments, gradients) / p, and 4 more for the
-                  sum of gradients where there are microbatches
-    gathered      one layer's weights: experts / expert, all others whole
-    kept          a layer's input for each layer and token; with `dots` the projections too, with
-                  `rows` what experts received, with `none` everything that a layer makes
-    one layer     rows sent to experts and their hidden values, projections
+    state         16 bytes per parameter (weights, two moments, gradients) / p, and 4 more to
+                  accumulate gradients if there is more than one microbatch
+    gathered      one layer's weights: those of the experts / expert, all others whole
+    kept          each layer's input for each token of a microbatch; with `dots` the projections
+                  too, with `rows` the rows that experts received and the attention's output, with
+                  `none` all activations of the layer
+    one layer     rows sent to experts and their hidden activations, projections
     head          a chunk of logits and their gradient, and the head's gradient, in float32
 
-    arithmetic    training FLOPs, a third more where all is computed again, at half the peak
+Time per step:
+
+    arithmetic    training FLOPs, a third more with full recomputation, at half the peak
     all-to-all    each token's slots there and back, forward and backward, over the links
-    gathers       weights over fsdp, forward and backward, and their gradients, a microbatch each
-    all-reduce    gradients over data; over the network where data crosses slices
+    gathers       weights over fsdp, once more if recomputed, and gradients, for each microbatch
+    all-reduce    gradients over data; over the network if data crosses slices
 """
 
 import math
@@ -24,8 +27,8 @@ from moe_jax.arch import count
 from moe_jax.config import RunConfig
 from moe_jax.plan.topology import Topology
 
-_EFFICIENCY = 0.5  # of the peak, by which arithmetic is taken to run
-_LOGITS_BYTES = 2**29  # of a chunk, on an accelerator (model/cross_entropy.py)
+_EFFICIENCY = 0.5  # assumed fraction of peak FLOP/s
+_LOGITS_BYTES = 2**29  # of one chunk on an accelerator (model/cross_entropy.py)
 
 
 def _width(config: RunConfig) -> int:
@@ -38,14 +41,14 @@ def _slots_per_token(config: RunConfig) -> float:
 
 
 def _weights(config: RunConfig) -> tuple[int, int]:
-  """(parameters of all routed experts, of all else with embedding and head)."""
+  """(parameters of all routed experts, all others including embedding and head)."""
   arch = config.arch
   routed = count.n_total(arch) - count.n_parameters(arch, 0)
   return routed, count.n_total_with_embedding(arch) - routed
 
 
 def device_bytes(config: RunConfig, topology: Topology) -> float:
-  """Memory of one device."""
+  """Estimated memory of one device, in bytes."""
   arch, execution = config.arch, config.execution
   mesh, width = execution.mesh, _width(config)
   routed, other = _weights(config)
@@ -66,8 +69,10 @@ def device_bytes(config: RunConfig, topology: Topology) -> float:
 
 
 def _seconds_a_byte(expert: int, topology: Topology) -> float:
-  """Of an all-to-all over so many devices, by collectives.py's formula, for a block of the torus
-  that is as near to a cube as powers of two allow."""
+  """Seconds per byte of an all-to-all over `expert` devices, by the formula of collectives.py.
+
+  Assumes a block of the torus that is as close to a cube as powers of two allow.
+  """
   if expert == 1:
     return 0.0
   dimensions, chip = len(topology.shape), topology.hardware
@@ -77,28 +82,28 @@ def _seconds_a_byte(expert: int, topology: Topology) -> float:
 
 
 def step_seconds(config: RunConfig, topology: Topology) -> float:
-  """Time of one step."""
+  """Estimated time of one step."""
   arch, execution, chip = config.arch, config.execution, topology.hardware
   mesh, width = execution.mesh, _width(config)
   routed, other = _weights(config)
   tokens = config.batch_tokens / topology.devices
   again = {"none": 0.0, "dots": 0.8, "rows": 0.6, "full": 1.0}[execution.remat]
   if execution.microbatches > 1:
-    again = max(again, 1.0)  # a microbatch's forward pass is computed again as a whole
+    again = max(again, 1.0)  # the whole forward pass of a microbatch is recomputed
   flops = tokens * count.forward_flops_per_token(arch, config.data.seq_len) * (3 + again)
   arithmetic = flops / (_EFFICIENCY * chip.device_bf16_flops)
   link = chip.link_bytes_per_second / chip.devices_per_chip
   rows = tokens * _slots_per_token(config) * arch.d_model * width * arch.n_moe_layers
-  exchanges = 4 + (execution.remat in ("dots", "full"))  # the way there is travelled again
+  exchanges = 4 + (execution.remat in ("dots", "full"))  # recomputation repeats the dispatch
   exchange = exchanges * rows * _seconds_a_byte(mesh.expert, topology)
   share = (mesh.fsdp - 1) / mesh.fsdp
   gathers = (2 + again) * execution.microbatches * width * share * (
       routed / mesh.expert + other) / link
   per_device = width * (routed + other) / (mesh.fsdp * mesh.expert)
   slow = topology.n_slices > 1
-  data = topology.devices // (mesh.fsdp * mesh.expert)  # in the mesh it may be -1, what is left
+  data = topology.devices // (mesh.fsdp * mesh.expert)  # mesh.data may be -1: whatever is left
   reduce = 2 * per_device * (data > 1) / (
       chip.device_dcn_bytes_per_second if slow else link)
-  # Of what could overlap, half does.
+  # Assume half of the possible overlap is achieved.
   moved = exchange + gathers
   return max(arithmetic, moved) + 0.5 * min(arithmetic, moved) + reduce

@@ -1,16 +1,16 @@
-"""How long a collective takes at least: its bytes over the links of its mesh axes.
+"""Lower bounds on the time of a collective: its bytes over the links of its mesh axes.
 
-Formulas are lower bounds for a torus: every link busy all the time, no latency. With n devices
-in a group, B bytes on each device in the whole (gathered or unreduced) array, and w bytes a
-second one way over one link (r links a dimension: 2 where it wraps, 1 where it is a line):
+The formulas are for a torus with every link always busy and no latency. With n devices in a group,
+B bytes of the whole (gathered or unreduced) array on each device, and w bytes/s one way over one
+link (r links per dimension: 2 if it wraps, 1 if it does not; dims dimensions that the group spans):
 
     all-gather, reduce-scatter   B (n - 1) / n / (w r dims)
     all-reduce                   twice that
     all-to-all                   B e / (4 w r), e the longest extent of the group: half of all
-                                 bytes cross the middle
+                                 bytes cross its bisection
     collective-permute           B / w
 
-Between slices the data-centre network takes the place of the links.
+Between slices the data-center network replaces the links.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-  """Where the devices of a mesh are.
+  """Physical positions of the devices of a mesh.
 
   Attributes:
-    axes: mesh axis -> size, in the order of the mesh.
+    axes: mesh axis -> size, in mesh order.
     coordinates: [devices, dimensions], the chip of each device in mesh order.
-    slices: [devices], the slice of each.
+    slices: [devices], the slice of each device in mesh order.
   """
 
   axes: Mapping[str, int]
@@ -52,19 +52,19 @@ class Devices:
 
 
 def kind_of(instruction: Instruction) -> str | None:
-  """Which collective it is, also where it is the start of an asynchronous one."""
+  """Returns which of KINDS an instruction is or starts asynchronously, or None."""
   opcode = instruction.opcode.removesuffix("-start")
   return opcode if opcode in KINDS else None
 
 
 class FusedTransfer(NamedTuple):
-  """One end of a collective that XLA:TPU begins in one fusion and awaits in another.
+  """One end of a collective that XLA:TPU starts in one fusion and awaits in another.
 
   Attributes:
-    starts: whether it is the beginning.
-    chain: what names both ends within their computation.
-    computation: of the fusion.
-    collective: the same at both ends.
+    starts: whether this is the end that starts it.
+    chain: id that both ends share within their computation.
+    computation: the computation that the fusion calls.
+    collective: the collective instruction inside it, the same at both ends.
   """
 
   starts: bool
@@ -74,7 +74,7 @@ class FusedTransfer(NamedTuple):
 
 
 def fused_transfer(module: Module, fusion: Instruction) -> FusedTransfer | None:
-  """None for every other instruction."""
+  """Returns the transfer that a fusion starts or awaits, or None for all other instructions."""
   if fusion.opcode != "fusion":
     return None
   inside = module.computations[fusion.called("calls")]
@@ -87,21 +87,24 @@ def fused_transfer(module: Module, fusion: Instruction) -> FusedTransfer | None:
 
 
 def moved_bytes(kind: str, computation: Computation, instruction: Instruction) -> int:
-  """B of the formulas: bytes of the larger side, on one device. Of a ragged exchange the smaller:
-  rows are sent once, and the room for what may arrive is for the worst case."""
+  """B of the formulas: bytes on one device of the larger of operands and result.
+
+  For a ragged all-to-all it is the smaller: rows are sent once, while the receive buffer is sized
+  for the worst case.
+  """
   if kind == "ragged-all-to-all":
     return min(computation.operand(instruction, index).bytes for index in (0, 1))
   operands = computation.operand_bytes(instruction)
-  if instruction.opcode.endswith("-start"):  # its result holds operands and results
+  if instruction.opcode.endswith("-start"):  # its result tuple holds the operands, too
     return max(operands, sum(array.bytes for array in instruction.type) - operands)
   return max(operands, sum(array.bytes for array in instruction.type))
 
 
 def groups_of(attributes: str, n_devices: int) -> np.ndarray:
-  """[groups, size]: which devices, in mesh order, exchange. Reads every way XLA writes them.
+  """[groups, size]: the groups of a collective, as device indices in mesh order.
 
   Raises:
-    ValueError: it does not: to take them for all devices would be a wrong price.
+    ValueError: the notation is unknown; falling back to all devices would misprice it.
   """
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]"
                    r"(?:, device_ids=\(\[([0-9,]+)\](?:T\(([0-9,]+)\))?\))? *\{([^}]*)\}",
@@ -126,19 +129,19 @@ def groups_of(attributes: str, n_devices: int) -> np.ndarray:
   unknown = re.search(r"replica_groups=(?!\{\}).{0,80}|source_target_pairs=.{0,80}", attributes)
   if unknown:
     raise ValueError(f"groups in a notation that is not known: {unknown[0]}")
-  return np.arange(n_devices)[None]  # no groups written: all devices
+  return np.arange(n_devices)[None]  # no groups given: all devices
 
 
 def _iota(n_devices: int, sizes: str, order: str | None) -> np.ndarray:
-  """XLA's `[sizes]T(order)`: devices counted in one order, to be read in another."""
+  """XLA's `[sizes]T(order)`: device ids reshaped to `sizes`, then transposed by `order`."""
   ids = np.arange(n_devices).reshape(_integers(sizes))
   return ids.transpose(_integers(order)) if order else ids
 
 
 def axes_of(groups: np.ndarray, axes: Mapping[str, int]) -> str:
-  """The mesh axes over which the groups exchange, e.g. `expert` or `fsdp+expert`.
+  """The mesh axes over which the groups communicate, e.g. `expert` or `fsdp+expert`.
 
-  The smallest set of axes whose own groups hold every group; axes of size 1 are left out.
+  The smallest set such that no other axis varies within any group; axes of size 1 are omitted.
   """
   names = [name for name, size in axes.items() if size > 1]
   position = np.stack(np.unravel_index(np.arange(math.prod(axes.values())),
@@ -154,7 +157,7 @@ def axes_of(groups: np.ndarray, axes: Mapping[str, int]) -> str:
 
 def seconds(kind: str, n_bytes: int, groups: np.ndarray, devices: Devices,
             topology: Topology) -> float:
-  """The least time of one collective; the slowest group counts."""
+  """Lower bound on the time of one collective, over its slowest group."""
   return max(_group_seconds(kind, n_bytes, group, devices, topology) for group in groups)
 
 
@@ -167,14 +170,14 @@ def _group_seconds(kind, n_bytes, group, devices, topology) -> float:
   if kind == "collective-permute":
     return n_bytes / (network if n_slices > 1 else _link(topology))
   if n_slices > 1:
-    # Each device's share of the network carries what leaves its slice.
+    # What leaves a slice goes through each device's share of the network.
     share = n_bytes * (n_slices - 1) / n_slices
     each = share / max(1, size // n_slices) if kind == "all-reduce" else share
     return (2 if kind == "all-reduce" else 1) * each / network
   chips = devices.coordinates[group]
   extents = [len(np.unique(chips[:, axis])) for axis in range(chips.shape[1])]
   spanned = [axis for axis, extent in enumerate(extents) if extent > 1]
-  if not spanned:  # the cores of one chip: on-chip, not over links
+  if not spanned:  # cores of one chip: no link is used
     return 0.0
   ports = sum(2 if extents[axis] == topology.shape[axis] and topology.wraps(axis) else 1
               for axis in spanned)
@@ -187,7 +190,7 @@ def _group_seconds(kind, n_bytes, group, devices, topology) -> float:
 
 
 def _link(topology: Topology) -> float:
-  """Bytes a second over one link, one way. A chip has two links a dimension of the torus."""
+  """Bytes/s over one link, one way. A chip has two links per dimension of the torus."""
   return topology.hardware.link_bytes_per_second / (2 * len(topology.shape))
 
 

@@ -1,4 +1,4 @@
-"""Compilers at work, each in a process of its own: what one dies of is its answer. No JAX here."""
+"""Runs each compilation in its own process, so that a crash is just a result. No JAX here."""
 
 import concurrent.futures
 import contextlib
@@ -18,23 +18,23 @@ from moe_jax.config import RunConfig
 from moe_jax.plan import worker
 from moe_jax.plan.topology import Topology
 
-# As the C++ library, the system, Python, LLVM and tcmalloc say it.
+# Out-of-memory messages of the C++ library, the system, Python, LLVM and tcmalloc.
 _NO_MEMORY = ("bad_alloc|annot allocate memory|MemoryError|LLVM ERROR: out of memory|"
               "Unable to allocate")
 
 
 def compile_apart(config: RunConfig, topology: Topology, hlo: str | None,
                   programs: str) -> dict[str, Any]:
-  """Compiles and judges a configuration in a worker; whatever happens to it is a result.
+  """Compiles a configuration and estimates its cost in a worker process; failures are results.
 
   Args:
-    config: of the cell.
-    topology: where it would run.
-    hlo: file for the compiled text; None keeps it nowhere.
-    programs: folder of what was compiled before.
+    config: the cell's configuration.
+    topology: the slices to compile for.
+    hlo: file for the HLO text; None does not write it.
+    programs: folder that caches compiled programs.
 
   Returns:
-    What worker.compile_cell returned, or {"error": why there is none, in one line}.
+    What worker.compile_cell returned, or {"error": the reason in one line}.
 
   Raises:
     CancelledError: after `kill`.
@@ -47,26 +47,26 @@ def compile_apart(config: RunConfig, topology: Topology, hlo: str | None,
           "slices": topology.n_slices, "hlo": hlo, "programs": programs}))
       code, stderr = _workers.run([sys.executable, "-m", "moe_jax.plan.worker",
                                    os.fspath(request), os.fspath(answer)])
-      with contextlib.suppress(FileNotFoundError, ValueError):  # it ended before it had written
+      with contextlib.suppress(FileNotFoundError, ValueError):  # the worker died before it wrote
         return json.loads(answer.read_text())
-  except OSError as error:  # no memory, no process or no disk is left for one more
+  except OSError as error:  # out of memory, processes or disk
     return {"error": f"the compiler cannot be run: {error.strerror or error}"}
   return {"error": why_it_ended(code, stderr)}
 
 
 def kill() -> None:
-  """Ends all that are at work, and begins no more."""
+  """Kills all running workers and prevents new ones."""
   _workers.kill()
 
 
 class _Workers:
-  """The worker processes that this one waits for, in its threads."""
+  """The running worker processes, each awaited by a thread of this process."""
 
   def __init__(self):
     self._lock, self._running, self._killed = threading.Lock(), set(), False
 
   def run(self, command: Sequence[str]) -> tuple[int, str]:
-    """(exit code, standard error). Raises CancelledError after `kill`."""
+    """Returns (exit code, stderr). Raises CancelledError after `kill`."""
     with self._lock:
       if self._killed:
         raise concurrent.futures.CancelledError
@@ -81,7 +81,7 @@ class _Workers:
     return process.returncode, stderr
 
   def kill(self) -> None:
-    """Ends them all, and begins no more."""
+    """Kills all running workers and prevents new ones."""
     with self._lock:
       self._killed = True
       for process in self._running:
@@ -92,7 +92,7 @@ _workers = _Workers()
 
 
 def why_it_ended(returncode: int, stderr: str) -> str:
-  """One line for a worker that left no answer."""
+  """Explains in one line why a worker left no result."""
   if returncode in (-9, 137) or re.search(_NO_MEMORY, stderr):
     return worker.OUT_OF_MEMORY
   said = [line for line in stderr.splitlines() if line.strip()]

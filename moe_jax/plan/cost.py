@@ -1,16 +1,16 @@
-"""A loop-aware estimate of one step from compiled HLO.
+"""Estimates the time of one step from compiled HLO, accounting for loops and overlap.
 
-XLA:TPU writes its own `estimated_cycles` beside most instructions. Summing them misleads in
-three ways, which this walk mends: the body of a loop is written once and runs many times; what
-has no estimate (gathers, Pallas kernels, collectives) is not free; what runs asynchronously
-costs only what is not hidden. Every cost is one of
+XLA:TPU annotates most instructions with `estimated_cycles`. A plain sum of them is wrong in three
+ways, which this walk corrects: a loop body is printed once but runs many times; what has no
+estimate (gathers, Pallas kernels, collectives) is not free; an asynchronous operation costs only
+the time that is not hidden behind other work. Every cost is one of
 
     estimated  XLA's own cycles
-    priced     ours, for what XLA does not estimate: a kernel's roofline at KERNEL_EFFICIENCY,
+    priced     ours, where XLA has no estimate: a kernel's roofline at KERNEL_EFFICIENCY,
                gathers, scatters and sorts by the bytes they touch at the chip's bandwidth,
-               collectives by the links of their mesh axis (collectives.py)
+               collectives by the links of their mesh axes (collectives.py)
 
-and the two subtotals are always kept apart. Both are optimistic: a lower bound until calibrated.
+and the two subtotals are always kept separate. Both are optimistic: a lower bound until calibrated.
 """
 
 import collections
@@ -23,13 +23,13 @@ from moe_jax.plan.collectives import Devices
 from moe_jax.plan.hlo import Computation, Instruction, Module
 from moe_jax.plan.topology import Topology
 
-# A Pallas kernel's share of its roofline, unless measured: what splash attention and grouped
-# matrix products reach on large shapes.
+# Fraction of its roofline that a Pallas kernel reaches, unless measured: the figure for splash
+# attention and grouped matrix products on large shapes.
 KERNEL_EFFICIENCY = 0.6
 
 PARTS = ("matmul", "attention", "dispatch", "collective", "optimizer", "head", "other")
 
-# Innermost scope that matches wins. The scopes are `jax.named_scope`s of the model and the step.
+# The innermost matching scope wins. The scopes are `jax.named_scope`s of the model and the step.
 _SCOPES = {"attention": "attention", "route": "dispatch", "dispatch": "dispatch",
            "combine": "dispatch", "optimizer": "optimizer", "head": "head", "loss": "head"}
 _FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
@@ -41,20 +41,20 @@ _BY_BYTES = frozenset(("sort", "gather", "scatter", "fusion", "custom-call", "co
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """One instruction, over all its executions in a step on one device.
+  """The cost of one instruction, summed over its executions in a step on one device.
 
   Attributes:
-    name: of the instruction.
+    name: name of the instruction.
     op_name: the JAX scopes it came from.
     part: one of PARTS.
-    times: executions in a step.
-    seconds: that the device cannot do anything else, in a step.
-    priced: whether the time is ours and not XLA's.
-    flops: of its matrix products, in a step.
-    collective: `all-gather`, ...; empty if it is none.
+    times: executions per step.
+    seconds: time per step during which the device can do nothing else.
+    priced: whether the time is our estimate rather than XLA's.
+    flops: FLOPs of its matrix products per step.
+    collective: `all-gather`, ...; empty if it is not a collective.
     axes: mesh axes of a collective.
-    bytes: that a collective moves, in a step, on one device.
-    hidden_seconds: what an asynchronous operation takes behind others.
+    bytes: bytes per step of a collective on one device.
+    hidden_seconds: time of an asynchronous operation that is hidden behind other work.
   """
 
   name: str
@@ -84,12 +84,12 @@ class Cost:
 
   @property
   def estimated_seconds(self) -> float:
-    """Of it, XLA's own estimates."""
+    """The part of `seconds` that XLA estimated."""
     return sum(item.seconds for item in self.items if not item.priced)
 
   @property
   def priced_seconds(self) -> float:
-    """Of it, what this model priced."""
+    """The part of `seconds` that this model priced."""
     return sum(item.seconds for item in self.items if item.priced)
 
   @property
@@ -98,14 +98,14 @@ class Cost:
 
   @property
   def flops(self) -> int:
-    """FLOPs of matrix products that one device executes, recomputation and empty slots too.
+    """FLOPs of matrix products on one device, including recomputation and empty slots.
 
-    What a Pallas kernel does inside is not in the HLO: it counts what the kernel declares.
+    The HLO does not show the inside of a Pallas kernel, so its declared FLOPs are used instead.
     """
     return sum(item.flops for item in self.items)
 
   def by_part(self) -> dict[str, float]:
-    """Seconds of each part, every part named."""
+    """Seconds of each part; every one of PARTS is a key."""
     seconds = dict.fromkeys(PARTS, 0.0)
     for item in self.items:
       seconds[item.part] += item.seconds
@@ -124,10 +124,10 @@ class Cost:
 
 def estimate(module: Module, devices: Devices, topology: Topology,
              kernel_efficiency: float = KERNEL_EFFICIENCY) -> Cost:
-  """Walks the module from its entry.
+  """Estimates the cost of a module by walking it from its entry.
 
   Raises:
-    ValueError: a loop whose length is not in the HLO.
+    ValueError: the length of a loop is not in the HLO.
   """
   walk = _Walk(module, devices, topology, kernel_efficiency)
   walk.run(module.computations[module.entry], times=1)
@@ -135,7 +135,7 @@ def estimate(module: Module, devices: Devices, topology: Topology,
 
 
 class _Clock:
-  """The time within a computation: work on the cores passes it, what was begun runs behind.
+  """Simulated time within a computation; asynchronous operations run in the background.
 
   Attributes:
     now: seconds since the computation began.
@@ -143,16 +143,16 @@ class _Clock:
 
   def __init__(self):
     self.now = 0.0
-    self._free: dict[str, float] = collections.defaultdict(float)  # links, copies: again at
-    self._begun: dict[str, tuple[float, Item]] = {}  # key -> finishes at, its item
+    self._free: dict[str, float] = collections.defaultdict(float)  # resource -> when it is free
+    self._begun: dict[str, tuple[float, Item]] = {}  # key -> (finish time, item)
 
   def begin(self, key: str, item: Item, seconds: float, resource: str) -> None:
-    """Begins what keeps a resource busy for so long, after what keeps it busy already."""
+    """Queues an operation that keeps a resource busy for `seconds`."""
     self._free[resource] = max(self.now, self._free[resource]) + seconds
     self._begun[key] = self._free[resource], item
 
   def wait(self, key: str, times: int) -> list[Item]:
-    """Waits for what was begun: its item, with what of it is exposed and what was hidden."""
+    """Waits for an operation; returns its item with its time split into exposed and hidden."""
     if key not in self._begun:
       return []
     finish, item = self._begun.pop(key)
@@ -162,12 +162,12 @@ class _Clock:
     return [dataclasses.replace(item, seconds=exposed * times, hidden_seconds=hidden)]
 
   def wait_for_all(self, times: int) -> list[Item]:
-    """For what is awaited where the walk does not see it: at the end."""
+    """Waits at the end for operations whose matching wait the walk did not see."""
     return [item for key in list(self._begun) for item in self.wait(key, times)]
 
 
 class _Walk:
-  """Goes through the call graph in scheduled order, with a clock for what overlaps."""
+  """Walks the call graph in scheduled order, with a clock that tracks overlap."""
 
   def __init__(self, module: Module, devices: Devices, topology: Topology, efficiency: float):
     self.module, self.devices, self.topology = module, devices, topology
@@ -175,7 +175,7 @@ class _Walk:
     self.items: list[Item] = []
 
   def run(self, computation: Computation, times: int) -> float:
-    """Adds the items of one computation that runs `times` times; returns seconds of one run."""
+    """Adds the items of a computation that runs `times` times; returns the seconds of one run."""
     clock = _Clock()
     for instruction in computation.instructions:
       if instruction.opcode in _FREE:
@@ -192,7 +192,7 @@ class _Walk:
         item = self._between_slices(computation, instruction, times)
         clock.begin(_rendezvous(instruction), item, item.seconds / times, "network")
       elif fused := collectives.fused_transfer(self.module, instruction):
-        # A collective in two fusions: neither is more than the word to the links.
+        # A collective in two fusions, which only start it and wait for it.
         if fused.starts:
           item = self._collective(fused.computation, fused.collective, times)
           clock.begin(fused.chain, item, item.seconds / times, "links")
@@ -214,7 +214,7 @@ class _Walk:
     return clock.now
 
   def _dearest_branch(self, instruction: Instruction, times: int) -> float:
-    """One branch runs; which, is not known: the one that takes longest."""
+    """Adds the items of the slowest branch, as the one taken is unknown; returns its seconds."""
     names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
     branches = (re.findall(r"%([^\s,]+)", names[1]) if names else
                 re.findall(r"(?:true|false)_computation=%([^\s,]+)", instruction.attributes))
@@ -229,12 +229,12 @@ class _Walk:
     return best
 
   def _asynchronous(self, computation, instruction, times) -> tuple[Item, float, str]:
-    """Its item with the whole cost, that cost for one run, and what it keeps busy."""
+    """Returns its item with the full cost, the seconds of one run, and the resource it uses."""
     if collectives.kind_of(instruction):
       item = self._collective(computation, instruction, times)
       return item, item.seconds / times, "links"
-    if instruction.opcode in ("copy-start", "slice-start"):  # between HBM and VMEM, a prefetch
-      n_bytes = instruction.type[1].bytes  # of what is copied; of a slice the operand is first
+    if instruction.opcode in ("copy-start", "slice-start"):  # a prefetch between HBM and VMEM
+      n_bytes = instruction.type[1].bytes  # what is copied; for a slice, type[0] is its operand
       cost = n_bytes / self.topology.hardware.device_hbm_bytes_per_second
       return self._item(instruction, times, cost, priced=True), cost, "copies"
     inside = instruction.called("to_apply") or instruction.called("calls")
@@ -252,7 +252,7 @@ class _Walk:
   def _synchronous(self, computation, instruction, times) -> Item:
     if collectives.kind_of(instruction):
       return self._collective(computation, instruction, times)
-    # How XLA:TPU writes a reduce-scatter whose result is a slice of its own.
+    # XLA:TPU writes some reduce-scatters as a fusion of this name around an all-reduce.
     if (instruction.called("calls") or "").startswith("all-reduce-scatter"):
       reduce = next(inner for _, inner in self.module.nested(instruction)
                     if collectives.kind_of(inner) == "all-reduce")
@@ -273,7 +273,7 @@ class _Walk:
     return self._item(instruction, times, cost, priced=True, flops=flops)
 
   def _kernel(self, computation, instruction, times) -> Item:
-    """A Pallas kernel: the roofline of what it declares, at the stated efficiency."""
+    """Prices a Pallas kernel by the roofline of the cost it declares, at the given efficiency."""
     declared = re.search(r'"cost_estimate":\{"flops":"?(\d+)"?.*?"bytes_accessed":"?(\d+)"?',
                          instruction.attributes, re.S)
     n_bytes = computation.operand_bytes(instruction) + sum(a.bytes for a in instruction.type)
@@ -284,7 +284,11 @@ class _Walk:
     return self._item(instruction, times, roofline / self.efficiency, priced=True, flops=flops)
 
   def _touched_bytes(self, computation, instruction) -> int:
-    """A gather reads of its operand only what it returns; all else is read whole."""
+    """Bytes that an instruction reads and writes.
+
+    A gather or slice touches only what it returns, a scatter or update only what it writes; other
+    instructions read their operands whole.
+    """
     result = sum(array.bytes for array in instruction.type)
     opcodes = {instruction.opcode} | {inner.opcode
                                       for _, inner in self.module.nested(instruction)}
@@ -297,7 +301,7 @@ class _Walk:
     return result + computation.operand_bytes(instruction)
 
   def _collective(self, computation, instruction, times, kind="", attributes="") -> Item:
-    """Of the kind and with the groups in the attributes that are given, or else its own."""
+    """Prices a collective; `kind` and `attributes` override those of the instruction."""
     kind = kind or collectives.kind_of(instruction)
     n_bytes = collectives.moved_bytes(kind, computation, instruction)
     groups = collectives.groups_of(attributes or instruction.attributes, len(self.devices.slices))
@@ -308,7 +312,7 @@ class _Walk:
                                bytes=n_bytes * times)
 
   def _between_slices(self, computation, send: Instruction, times) -> Item:
-    """What goes over the data-centre network is sent by the host, and received at a `recv-done`."""
+    """Prices a host transfer over the data-center network, which completes at a `recv-done`."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
     kind = kind[1].lower().replace("_", "-") if kind else "send"
     n_bytes = computation.operand(send, 0).bytes
@@ -321,7 +325,7 @@ class _Walk:
   def _item(self, instruction: Instruction, times: int, seconds: float, priced: bool,
             flops: int = 0) -> Item:
     op_name = instruction.op_name
-    if flops and instruction.opcode == "fusion":  # named after its product, not its last add
+    if flops and instruction.opcode == "fusion":  # name it after its product, not its root
       for where, inner in self.module.nested(instruction):
         if hlo.matmul_flops(where, inner):
           op_name = inner.op_name or op_name
@@ -330,32 +334,32 @@ class _Walk:
 
 
 def _rendezvous(transfer: Instruction) -> str:
-  """What names both sides of a host transfer; empty for another instruction."""
+  """The rendezvous key shared by both sides of a host transfer; empty for other instructions."""
   found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', transfer.attributes)
   return found[1] if found else ""
 
 
-# Matrix products of [S, h] and [h, S] or of that size, in each pass of splash attention.
+# Matrix products of [S, h] with [h, S] or equivalent size in each pass of splash attention.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def splash_flops(computation: Computation, kernel: Instruction) -> int:
-  """FLOPs of splash attention, which declares none; 0 for another kernel.
+  """FLOPs of splash attention, which does not declare them; 0 for any other kernel.
 
-  Of its n x n tiles it computes those that the causal mask does not empty, n (n + 1) / 2.
+  Of its n x n tiles it computes the n (n + 1) / 2 that the causal mask does not fully mask.
   """
   found = re.match(r"splash_m[hq]a_(fwd|dq|dkv)_", kernel.name)
   if not found:
     return 0
   operands = [computation.by_name[name].type[0] for name in kernel.operands]
-  tiles = next(array.dims[-1] for array in operands if array.dtype == "s8")  # the tiles' mask
+  tiles = next(array.dims[-1] for array in operands if array.dtype == "s8")  # the tile mask
   *rows, seq_len, h = next(array.dims for array in operands if array.dtype in ("bf16", "f32"))
   scores = math.prod(rows) * seq_len**2 * (tiles + 1) // (2 * tiles)
   return 2 * _SPLASH_PRODUCTS[found[1]] * scores * h
 
 
 def part_of(op_name: str, is_matmul: bool) -> str:
-  """Which part of the step an instruction belongs to, from its innermost known scope."""
+  """Returns the part of the step that an instruction belongs to, from its innermost known scope."""
   for scope in reversed(re.split(r"[/()]+", op_name)):
     if scope in _SCOPES:
       return _SCOPES[scope]

@@ -1,7 +1,7 @@
-"""Reads the text of a compiled HLO module: computations, instructions, shapes, FLOPs.
+"""Parses the text of a compiled HLO module: computations, instructions, shapes, FLOPs.
 
-The format is what `jax.stages.Compiled.as_text()` prints: a scheduled module, so the order of
-instructions in a computation is the order in which the core runs them.
+The format is that of `jax.stages.Compiled.as_text()`: a scheduled module, so the instructions of a
+computation are in the order in which the core runs them.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _HEADER = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^  (ROOT )?%(\S+) = ")
 _OPCODE = re.compile(r"([a-z][a-z0-9-]*)\(")
 _NAME = re.compile(r"%([^\s,(){}]+)")
-_NO_ESTIMATE = 2**63 - 1  # what libtpu prints where it has none
+_NO_ESTIMATE = 2**63 - 1  # printed by libtpu where it has no estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Array:
 
   @property
   def bytes(self) -> int:
-    bits = 8 if _FLOAT8.match(self.dtype) else _BITS.get(self.dtype, 0)  # token[]: none
+    bits = 8 if _FLOAT8.match(self.dtype) else _BITS.get(self.dtype, 0)  # token[] has no size
     return -(-self.size * bits // 8)
 
 
@@ -50,7 +50,7 @@ class Instruction:
     type: the arrays of its result, tuples flattened.
     operands: names of instructions of the same computation.
     attributes: the text after the operands.
-    literal: what stands in the parentheses of a constant or a parameter.
+    literal: the text in the parentheses of a constant or a parameter.
     is_root: whether its result is the computation's.
   """
 
@@ -64,13 +64,13 @@ class Instruction:
 
   @property
   def op_name(self) -> str:
-    """The JAX scopes and primitive it came from; empty if XLA made it up."""
+    """The JAX scopes and primitive it came from; empty if XLA introduced it."""
     found = re.search(r'op_name="([^"]*)"', self.attributes)
     return found[1] if found else ""
 
   @property
   def estimated_cycles(self) -> int | None:
-    """XLA's own estimate, of one execution; None where it has none."""
+    """XLA's own estimate for one execution; None if it has none."""
     found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
     cycles = int(found[1]) if found else _NO_ESTIMATE
     return None if cycles >= _NO_ESTIMATE else cycles
@@ -112,19 +112,19 @@ class Module:
   sources: dict[int, str] = dataclasses.field(default_factory=dict)  # stack frame -> file:line
 
   def source(self, instruction: Instruction) -> str:
-    """`file:line` that it came from; empty if XLA does not say."""
+    """`file:line` that an instruction came from; empty if XLA does not record it."""
     found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
     return self.sources.get(int(found[1]), "") if found else ""
 
   def trip_count(self, loop: Instruction) -> int:
-    """How often the body of a `while` runs.
+    """Number of iterations of a `while` loop.
 
-    Either XLA says it (`known_trip_count`), or the condition compares a counter that starts
-    at 0 with a constant: the shape that `lax.scan` and `fori_loop` compile to. A loop whose
-    length depends on data has a scope `trips_N` where the model says how long it is on average.
+    Either XLA annotates it (`known_trip_count`), or the condition compares a counter that starts
+    at 0 with a constant, which is what `lax.scan` and `fori_loop` compile to. If the length depends
+    on data, the model may put the loop under a scope `trips_N`, N being its average trip count.
 
     Raises:
-      ValueError: none of these holds.
+      ValueError: none of these applies.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if known:
@@ -140,7 +140,7 @@ class Module:
     return bound
 
   def _compared_constant(self, computation: Computation, root: Instruction) -> int | None:
-    """The constant of `counter < constant`, looked for through a fusion if there is one."""
+    """The bound of `counter < constant`, looking through a fusion if there is one, else None."""
     if root.opcode == "fusion":
       inner = self.computations[root.called("calls")]
       outside = {i.literal: computation.by_name[root.operands[int(i.literal)]]
@@ -154,12 +154,12 @@ class Module:
       value = resolve[name]
       if value.opcode == "parameter":
         value = outside.get(value.literal, value)
-      if value.opcode == "constant" and value.type[0].dtype[0] in "su":  # a counter is whole
+      if value.opcode == "constant" and value.type[0].dtype[0] in "su":  # counters are integers
         return int(value.literal) + ("direction=LE" in compare.attributes)
     return None
 
   def nested(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-    """The instructions of a fusion, those of fusions inside it among them."""
+    """Yields the instructions of a fusion, including those of nested fusions."""
     inside = instruction.called("calls") if instruction.opcode == "fusion" else None
     if inside is None:
       return
@@ -200,7 +200,7 @@ def _sources(text: str) -> dict[int, str]:
 
 
 def _joined(lines: list[str]) -> list[str]:
-  """One string an instruction: a Pallas kernel's configuration spans lines."""
+  """Joins lines into one string per instruction: a Pallas kernel's config spans lines."""
   whole = []
   for line in lines:
     if _INSTRUCTION.match(line) or not whole:
@@ -240,7 +240,7 @@ def _closing(text: str) -> int:
 
 
 def matmul_flops(computation: Computation, instruction: Instruction) -> int:
-  """FLOPs of a `dot` or a `convolution`, 2 a multiply-add that is really done; else 0."""
+  """FLOPs of a `dot` or `convolution`, 2 per multiply-add actually performed; else 0."""
   if instruction.opcode == "dot":
     return _dot_flops(computation, instruction)
   if instruction.opcode == "convolution":
@@ -256,9 +256,10 @@ def _dot_flops(computation: Computation, dot: Instruction) -> int:
 
 
 def _convolution_flops(computation: Computation, conv: Instruction) -> int:
-  """TPUs run matrix products as convolutions, batch dimensions as dilated spatial ones.
+  """FLOPs of a convolution, which is how TPUs express matrix products.
 
-  Products with padding or with the holes of a dilation are not counted.
+  Batch dimensions become dilated spatial ones. Multiplications by padding or by the holes of a
+  dilation are not counted.
   """
   left, right = computation.operand(conv, 0), computation.operand(conv, 1)
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", conv.attributes)
@@ -276,7 +277,7 @@ def _convolution_flops(computation: Computation, conv: Instruction) -> int:
 
 
 def _window(attributes: str) -> dict[str, list]:
-  """{size, stride, pad, lhs_dilate, rhs_dilate} of a convolution, a value a dimension."""
+  """{size, stride, pad, lhs_dilate, rhs_dilate} of a convolution, one value per dimension."""
   found = re.search(r"window=\{([^}]*)\}", attributes)
   window = {}
   for item in found[1].split() if found else ():
@@ -291,7 +292,7 @@ def _window(attributes: str) -> dict[str, list]:
 @functools.lru_cache(maxsize=4096)
 def _valid_pairs(n_in: int, n_out: int, size: int = 1, stride: int = 1, pad: int = 0,
                  lhs_dilate: int = 1, rhs_dilate: int = 1) -> int:
-  """Pairs of an output position and a kernel position that meet an element of the input."""
+  """Number of (output, kernel) position pairs that fall on an element of the input."""
   span = (n_in - 1) * lhs_dilate + 1
   count = 0
   for kernel in range(size):

@@ -1,9 +1,8 @@
-"""The largest buffers that are alive when a compiled step needs most memory.
+"""Finds the largest live buffers at the peak memory of a compiled step.
 
-XLA's TPU compiler gives totals, and which buffers they are made of only for a device that is
-there. So this replays the schedule: a buffer lives from the instruction that makes it to the
-last that reads it. What XLA packs more cleverly than that (and what it pads) is not seen: the
-sum is near its own total and not equal to it.
+XLA's TPU compiler reports totals, and the buffers behind them only for an attached device. So this
+replays the schedule: a buffer lives from the instruction that creates it to the last one that reads
+it. It ignores padding and XLA's tighter packing, so the sum is close but not equal to XLA's total.
 """
 
 import dataclasses
@@ -22,10 +21,10 @@ class Buffer:
   """One array in the device's memory.
 
   Attributes:
-    bytes: without what the layout pads.
+    bytes: size without padding of the layout.
     shape: e.g. `bf16[8,2048,1024]`.
     op_name: the JAX scopes and primitive that made it.
-    source: `file:line`, where XLA says it.
+    source: `file:line`; empty if XLA does not record it.
   """
 
   bytes: int
@@ -35,7 +34,7 @@ class Buffer:
 
 
 def live_at_peak(module: Module) -> list[Buffer]:
-  """What is alive at the moment when most bytes are, largest first."""
+  """Returns the buffers alive at peak memory, largest first."""
   walk = _Walk(module)
   entry = module.computations[module.entry]
   peak = walk.run(entry, None)
@@ -43,19 +42,19 @@ def live_at_peak(module: Module) -> list[Buffer]:
 
 
 class _Walk:
-  """Goes through computations in scheduled order; a value is the buffers of its leaves."""
+  """Walks computations in scheduled order; a value is the buffer numbers of its leaves."""
 
   def __init__(self, module: Module):
     self.module = module
     self.buffers: list[Buffer] = []
 
   def run(self, computation: Computation, given: Sequence[int] | None) -> frozenset[int]:
-    """The buffers that the computation itself makes and that are alive at its peak.
+    """Returns the buffers alive at a computation's peak that it or what it calls creates.
 
     Args:
-      computation: what runs.
-      given: the buffers of its parameter's leaves, which belong to the caller; None for the
-        entry, whose parameters are its own.
+      computation: the computation to walk.
+      given: the buffers of its parameter's leaves, owned by the caller; None for the entry, which
+        owns its parameters.
     """
     values, own, inner = {}, set(), {}
     for instruction in computation.instructions:
@@ -104,12 +103,12 @@ class _Walk:
     return tuple(leaves)
 
   def _in_place(self, instruction: Instruction) -> bool:
-    """Whether its result takes the place of an operand."""
+    """Whether the result may reuse the buffer of an operand."""
     return instruction.opcode in _IN_PLACE or any(
         inner.opcode in _IN_PLACE for _, inner in self.module.nested(instruction))
 
   def _called(self, instruction: Instruction, values) -> frozenset[int]:
-    """What a loop or a branch holds while it runs, beside what it is given."""
+    """The buffers that a loop, call or branch creates and holds at its peak."""
     given = values[instruction.name] if instruction.opcode == "while" else [
         number for name in instruction.operands for number in values.get(name, ())]
     names = []

@@ -1,8 +1,8 @@
-"""Which meshes, remat policies and microbatches are worth compiling for a cell on a slice.
+"""Searches for the fastest mesh, remat policy and number of microbatches of a cell on a slice.
 
-A coarse model of memory and time ranks every layout that the cell allows; only the most
-promising are compiled, and what is recommended is the fastest of those that fit. The model knows
-sums of bytes and FLOPs and nothing of schedules, so it prunes and never decides. No JAX here.
+A coarse model of memory and time ranks every layout that the cell allows; only the most promising
+are compiled, and the fastest of those that fit is recommended. The model only sums bytes and FLOPs
+and does not model schedules, so it prunes but never decides. No JAX here.
 """
 
 import collections
@@ -19,17 +19,17 @@ from moe_jax.plan.topology import Topology
 REMATS = ("none", "dots", "rows", "full")
 MICROBATCHES = (1, 2, 4, 8, 16)
 
-_SLACK = 1.25  # times the memory there is: what the model says needs more is not compiled
+_SLACK = 1.25  # a layout that the model puts above this multiple of the memory ranks last
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A way to run a cell, and what the coarse model says of it.
+  """A way to run a cell, with the estimates of the coarse model.
 
   Attributes:
-    config: with this execution.
-    bytes: on one device.
-    seconds: of one step.
+    config: the cell's configuration with this execution.
+    bytes: estimated memory of one device.
+    seconds: estimated time of one step.
   """
 
   config: RunConfig
@@ -44,7 +44,7 @@ class Layout:
 
   @property
   def flags(self) -> str:
-    """The overrides that choose it."""
+    """The command-line overrides that select this layout."""
     mesh, execution = self.config.execution.mesh, self.config.execution
     values = {"mesh.data": mesh.data, "mesh.fsdp": mesh.fsdp, "mesh.expert": mesh.expert,
               "remat": execution.remat, "microbatches": execution.microbatches}
@@ -52,9 +52,9 @@ class Layout:
 
 
 def layouts(config: RunConfig, topology: Topology) -> list[Layout]:
-  """Every layout that the cell allows, the most promising first.
+  """Returns every layout that the cell allows, most promising first.
 
-  Those that the coarse model is sure do not fit come last, least memory first.
+  Those that clearly do not fit by the coarse model come last, least memory first.
   """
   found = [Layout(changed, coarse.device_bytes(changed, topology),
                   coarse.step_seconds(changed, topology))
@@ -66,17 +66,17 @@ def layouts(config: RunConfig, topology: Topology) -> list[Layout]:
 
 
 def candidates(cell: Cell, topology: Topology, tries: int) -> list[tuple[Layout, Cell]]:
-  """The `tries` most promising layouts, as cells that can be planned.
+  """Returns the `tries` most promising layouts, as cells that can be planned.
 
-  At most half of them share the size of the `expert` axis where it has several, so that the
-  compiler's verdict compares what the model is least sure of.
+  At most half of them share one size of the `expert` axis if there are several, so that the
+  compiler gets to compare sizes, which is where the model is least reliable.
 
   Raises:
     FieldError: the cell allows no layout on these devices.
   """
   ranked = layouts(cell.config, topology)
   if not ranked:
-    try:  # says why its own does not
+    try:  # the error of its own mesh says why
       resolve_mesh(cell.config, topology.devices, topology.n_slices)
     except FieldError as error:
       raise error.under("config") from None
@@ -88,14 +88,14 @@ def candidates(cell: Cell, topology: Topology, tries: int) -> list[tuple[Layout,
     if taken[expert] < max(1, tries // 2):
       taken[expert] += 1
       chosen.append(layout)
-  chosen += [layout for layout in ranked if layout not in chosen]  # too few sizes to share them
+  chosen += [layout for layout in ranked if layout not in chosen]  # if there are too few sizes
   return [(layout, dataclasses.replace(cell, name=f"{cell.name} {layout.label}",
                                        config=layout.config)) for layout in chosen[:tries]]
 
 
 def recommend(cells: Sequence[Cell], topology: Topology, tries: int,
               plan_cells: Callable[[list[Cell]], list[Plan]]) -> tuple[list[Plan], list[Plan], str]:
-  """(every layout's plan, the best of each cell, the verdicts); an error is a cell's plan."""
+  """Returns (all plans, the best of each cell, verdicts); a cell's error becomes its plan."""
   tried, refused = {}, {}
   for cell in cells:
     try:
@@ -118,13 +118,13 @@ def recommend(cells: Sequence[Cell], topology: Topology, tries: int,
 
 
 def best(tried: list[tuple[Layout, Plan]]) -> Plan:
-  """The fastest that fits; where none does, the first."""
+  """Returns the fastest plan that fits, or the first if none does."""
   fitting = [plan for _, plan in tried if plan.fits]
   return min(fitting, key=lambda plan: plan.seconds) if fitting else tried[0][1]
 
 
 def verdict(cell: Cell, tried: list[tuple[Layout, Plan]]) -> str:
-  """The recommendation and the runners-up, a line each."""
+  """Describes the recommendation and the runners-up, one line each."""
   fitting = sorted(((plan.seconds, layout) for layout, plan in tried if plan.fits),
                    key=lambda pair: pair[0])
   if not fitting:

@@ -1,4 +1,4 @@
-"""Plans as a table for people, and as rows for programs. No JAX here."""
+"""Formats plans as tables for the terminal and as flat rows for CSV and JSON. No JAX here."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ _GIB = 2**30
 
 
 def table(plans: Sequence[Plan], price: float | None) -> rich.table.Table:
-  """A line a cell: does it fit, how long is a step, where does it go, what does it cost."""
+  """One line per cell: whether it fits, its step time by part, and its cost."""
   shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   shown.add_column("cell", no_wrap=True)
   for name in ("N_total", "N_active", "arguments", "temporaries", "GiB/device", "left", "fits",
@@ -50,7 +50,7 @@ def table(plans: Sequence[Plan], price: float | None) -> rich.table.Table:
 
 
 def collectives(plans: Sequence[Plan]) -> rich.table.Table:
-  """A line for each kind and mesh axis of each cell: what it moves on a device in a step."""
+  """One line per cell, kind and mesh axes: bytes per device and time of a step's collectives."""
   shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   shown.add_column("cell", no_wrap=True)
   shown.add_column("collective", no_wrap=True)
@@ -65,13 +65,13 @@ def collectives(plans: Sequence[Plan]) -> rich.table.Table:
 
 
 def by_size(rows: Sequence[dict[str, Any]]) -> rich.table.Table | None:
-  """A line a size of N_total, with the ranges of its cells; None where that would be one line, or
-  one for every cell.
+  """One line per size (N_total) with the ranges of its cells.
 
-  Sizes that differ by less than a fifth from the next are one: they were meant to be.
+  Returns None if there is only one size, or every cell has its own. Neighboring sizes within 20 %
+  of each other count as one: they were meant to be equal.
 
   Args:
-    rows: of `row`.
+    rows: the rows that `row` returned.
   """
   groups: list[list[dict[str, Any]]] = []
   for flat in sorted(rows, key=lambda flat: flat["n_total"]):
@@ -100,7 +100,7 @@ def by_size(rows: Sequence[dict[str, Any]]) -> rich.table.Table | None:
 
 
 def summary(plans: Sequence[Plan], price: float | None) -> str:
-  """What the grid costs, and how far that can be trusted."""
+  """States what the grid costs, and how far to trust the figure."""
   priced = [plan for plan in plans if plan.chip_hours is not None]
   remedied = sum(not plan.fits for plan in priced)
   hours = sum(plan.chip_hours for plan in priced)
@@ -117,7 +117,7 @@ def summary(plans: Sequence[Plan], price: float | None) -> str:
 
 
 def memory_profile(plan: Plan) -> str:
-  """The largest buffers alive when most memory is needed, a line each."""
+  """Lists the largest buffers alive at peak memory, one line each."""
   if not plan.result:
     return f"{plan.cell}: XLA gives no buffers of a program that it has not compiled"
   lines = [f"{plan.cell}: the largest buffers alive when most memory is needed"]
@@ -128,7 +128,7 @@ def memory_profile(plan: Plan) -> str:
 
 
 def row(plan: Plan, price: float | None) -> dict[str, Any]:
-  """Everything that is known of one cell, flat."""
+  """Returns everything known about one cell as a flat dict."""
   arch, result = plan.config.arch, plan.result
   flat = {
       "cell": plan.cell, "identity": identity_hash(plan.config),

@@ -1,7 +1,7 @@
-"""TPU slices by the names that gcloud uses: how many chips, in which shape, how linked.
+"""TPU slices by the names that gcloud uses: number of chips, shape and wraparound links.
 
-No JAX here: names are checked before anything is imported. `worker.py` asks libtpu for the
-devices.
+No JAX here, so that names are checked before the slow imports. `worker.py` gets the devices from
+libtpu.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ import math
 from moe_jax.arch.hardware import HARDWARE, Hardware
 from moe_jax.errors import FieldError, require
 
-# Shapes of slices by number of chips, as Cloud TPU's pages give them: v4, v5p and tpu7x are
-# tori of three dimensions, v5e and v6e of two. Other shapes of the same size exist for some.
+# Slice shapes by number of chips, from Cloud TPU's documentation: v4, v5p and tpu7x are
+# three-dimensional tori, v5e and v6e two-dimensional. For some sizes, other shapes exist, too.
 _SHAPES_2D = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8),
               128: (8, 16), 256: (16, 16)}
 _SHAPES_3D = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4),
@@ -22,7 +22,7 @@ _SHAPES_3D = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-  """One generation's names: `prefix-N` where N = chips * units_per_chip."""
+  """The slices of one TPU generation, named `prefix-N` with N = chips * units_per_chip."""
 
   hardware: str
   units_per_chip: int
@@ -41,13 +41,13 @@ _FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """One or several equal slices.
+  """One slice, or several equal ones.
 
   Attributes:
-    name: as gcloud has it, e.g. `v5p-64`.
+    name: gcloud's name of one slice, e.g. `v5p-64`.
     hardware: the chip.
     shape: chips of one slice along each dimension of its torus.
-    n_slices: slices joined by the data-centre network.
+    n_slices: number of slices, joined by the data-center network.
   """
 
   name: str
@@ -70,10 +70,10 @@ class Topology:
     return f"{self.name}x{self.n_slices}" if self.n_slices > 1 else self.name
 
   def wraps(self, dimension: int) -> bool:
-    """Whether the torus closes along a dimension.
+    """Whether the torus wraps around along a dimension.
 
-    v4, v5p and tpu7x: on slices made of whole cubes of 4 x 4 x 4 chips; v5e and v6e: only
-    where a dimension has the pod's full 16. (Cloud TPU's system architecture pages.)
+    v4, v5p and tpu7x wrap on slices made of whole cubes of 4 x 4 x 4 chips; v5e and v6e only along
+    a dimension with the pod's full 16 chips. (Cloud TPU's system architecture pages.)
     """
     if len(self.shape) == 2:
       return self.shape[dimension] == 16
@@ -81,18 +81,20 @@ class Topology:
 
 
 def names() -> tuple[str, ...]:
-  """Every slice that can be asked for."""
+  """Names of all known slices."""
   return tuple(f"{prefix}-{chips * family.units_per_chip}"
                for prefix, family in _FAMILIES.items()
                for chips in family.shapes if chips <= family.max_chips)
 
 
 def parse(name: str, n_slices: int = 1) -> Topology:
-  """`v5p-64` -> its Topology. The number counts what gcloud counts: TensorCores for v4, v5p
-  and tpu7x (two a chip), chips for v5litepod and v6e.
+  """Parses a slice name such as `v5p-64`.
+
+  As in gcloud, the number counts TensorCores for v4, v5p and tpu7x (two per chip), and chips for
+  v5litepod and v6e.
 
   Raises:
-    FieldError: no such slice in the table (the nearest are named), or fewer than one slice.
+    FieldError: no such slice in the table (the error names the nearest), or `n_slices` < 1.
   """
   require(n_slices >= 1, "slices", n_slices, "must be at least 1")
   prefix, _, number = name.rpartition("-")
@@ -110,7 +112,7 @@ def parse(name: str, n_slices: int = 1) -> Topology:
     raise FieldError("topology", name, "not in the table of slices; the nearest are "
                      + " and ".join(f"{prefix}-{size}" for size in below + above))
   lower = name.lower()
-  if lower.startswith("v5e-"):  # what the chip is called, but not the slice
+  if lower.startswith("v5e-"):  # the name of the chip but not of its slices
     lower = lower.replace("v5e", "v5litepod")
   near = difflib.get_close_matches(lower, names(), n=2, cutoff=0.7)
   near = [lower] if lower in near else near

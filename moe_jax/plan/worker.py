@@ -1,10 +1,10 @@
-"""Compiles one train step for one TPU slice, in a process of its own.
+"""Worker process that compiles one train step for one TPU slice.
 
     python -m moe_jax.plan.worker REQUEST.json RESULT.json
 
-A process of its own because libtpu reads its environment once, holds a lock, and takes
-gigabytes that only the end of a process gives back. `cells.py` writes the request and reads the
-result; whatever ends this process is one row of the table.
+It is a separate process because libtpu reads its environment once, holds a lock, and takes
+gigabytes that are freed only when the process exits. `compilers.py` writes the request and reads
+the result; if this process crashes, that costs one row of the table.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
 OUT_OF_MEMORY = ("the compiler ran out of this machine's memory, or was killed; fewer at once "
                  "(--parallel) or a larger machine may do")
 
-# Variables of JAX about caches, messages and the platform, which ENVIRONMENT sets.
+# JAX variables that do not change the program: caches, logging, and the platform (set above).
 _NOT_OF_THE_PROGRAM = "CACHE|LOG|TRACEBACK|DEBUG|PROFILE|EXPLAIN|^JAX_PLATFORMS$"
 
-_RECORD = 2  # what is kept of a program: another number where that is more or means another thing
+_RECORD = 2  # version of the cached record: bump it when its fields or their meaning change
 
-# v4's two cores are one device to JAX on real slices; libtpu's default here is two.
+# On real slices the two cores of a v4 chip are one JAX device; libtpu defaults to two here.
 _CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 
 
@@ -51,13 +51,13 @@ def main(request_path: str, result_path: str) -> None:
   topology = topology_lib.parse(request["topology"], request["slices"])
   try:
     result = compile_cell(config, topology, request["hlo"], request["programs"])
-  except Exception as error:  # the parent shows one line a cell, whatever went wrong
+  except Exception as error:  # whatever went wrong, the parent shows one line per cell
     result = {"error": one_line(error)} | _memory_asked(str(error))
   write_bytes(epath.Path(result_path), json.dumps(result).encode())
 
 
 def tpu_devices(topology: Topology) -> list:
-  """The devices of a slice that is not there, from libtpu."""
+  """Returns libtpu's descriptions of the devices of a slice that is not attached."""
   from jax.experimental import topologies
   name = f"{topology.hardware.name}:{'x'.join(map(str, topology.shape))}"
   options: dict[str, Any] = dict(_CHIP_CONFIG.get(topology.hardware.name, {}))
@@ -71,14 +71,14 @@ def tpu_devices(topology: Topology) -> list:
 
 def compile_cell(config: config_lib.RunConfig, topology: Topology, hlo_path: str | None,
                  programs: str | None = None) -> dict[str, Any]:
-  """Compiles the step that `moe_jax.train` runs; returns memory and costs as plain values.
+  """Compiles the step that `moe_jax.train` runs; returns its memory and cost as plain values.
 
   Args:
-    config: of the cell, its mesh and remat among them.
-    topology: where it would run.
-    hlo_path: file for the compiled text; None keeps it nowhere.
-    programs: folder of what was compiled before; the same program, lowered from code that
-      changed elsewhere, is not compiled again, only judged anew. None keeps nothing.
+    config: the cell's configuration, including mesh and remat.
+    topology: the slices to compile for.
+    hlo_path: file for the HLO text; None does not write it.
+    programs: folder that caches compiled programs; if code changes but the lowered program does
+      not, it is not recompiled and only its cost is estimated again. None disables the cache.
   """
   from moe_jax.mesh import make_mesh
   from moe_jax.plan import cost, hlo, memory
@@ -110,7 +110,7 @@ def compile_cell(config: config_lib.RunConfig, topology: Topology, hlo_path: str
 
 
 def places_of(mesh) -> list[tuple[int, ...]]:
-  """Where the devices of a mesh are, in its order: no text of a program says it."""
+  """Positions of the devices in mesh order, which the text of a program does not contain."""
   return [(getattr(device, "slice_index", 0), *getattr(device, "coords", (device.id,)),
            getattr(device, "core_on_chip", 0))
           for device in mesh.devices.flat]
@@ -118,10 +118,10 @@ def places_of(mesh) -> list[tuple[int, ...]]:
 
 def _compiled(lowered, places: list[tuple[int, ...]], topology: Topology,
               programs: str | None) -> dict[str, Any]:
-  """The compiled text, its memory and how long it took; or why there is none."""
+  """Returns the compiled text, its memory and compile time, or the error; uses the cache."""
   kept = programs and epath.Path(programs) / f"{_program_key(lowered, places, topology)}.json.gz"
   if kept:
-    # What is not there, or not whole, is compiled.
+    # A missing or damaged entry is recompiled.
     with contextlib.suppress(OSError, EOFError, zlib.error, ValueError):
       return json.loads(gzip.decompress(kept.read_bytes()))
   began = time.monotonic()
@@ -129,17 +129,19 @@ def _compiled(lowered, places: list[tuple[int, ...]], topology: Topology,
     compiled = lowered.compile()
     program = {"memory": _memory(compiled.memory_analysis()), "text": compiled.as_text(),
                "compile_seconds": time.monotonic() - began}
-  except Exception as error:  # too large, most often: that is an answer, too, and kept
+  except Exception as error:  # usually too large, which is cached like a success
     program = {"error": one_line(error)} | _memory_asked(str(error))
   if kept and ("text" in program or "hbm_needed" in program):
-    with contextlib.suppress(OSError):  # a full disk: the next plan compiles it again
+    with contextlib.suppress(OSError):  # e.g. a full disk: the next plan recompiles
       write_bytes(kept, gzip.compress(json.dumps(program).encode()))
   return program
 
 
 def _program_key(lowered, places: list[tuple[int, ...]], topology: Topology) -> str:
-  """Names a program, where it would run, and what compiles it and how. Scopes belong to it,
-  because the cost model reads them; lines of source do not."""
+  """Cache key of a program: hash of its text, its devices, and the compiler's version and flags.
+
+  Scopes are included because the cost model reads them; source lines are not.
+  """
   from moe_jax.train.step import TPU_OPTIONS
   scopes = re.findall(r'loc\("([^"]+)"\(', lowered.as_text(debug_info=True))
   told = json.dumps([_RECORD, lowered.as_text(), scopes, topology.label, places, _CHIP_CONFIG,
@@ -150,8 +152,8 @@ def _program_key(lowered, places: list[tuple[int, ...]], topology: Topology) -> 
 def _memory(stats) -> dict[str, int]:
   """Bytes on one device. Donated arguments are not counted twice.
 
-  `peak` is what is needed. The others are parts that do not add up to it: XLA packs temporaries
-  no tighter than it has to, so that their sum can pass its limit in a program that it compiles.
+  `peak` is the memory that is needed. The other values do not add up to it: XLA packs temporaries
+  only as tightly as it has to, so even in a program that compiles their sum can exceed the limit.
   """
   return {"peak": stats.peak_memory_in_bytes, "arguments": stats.argument_size_in_bytes,
           "temporaries": stats.temp_size_in_bytes,
@@ -160,14 +162,14 @@ def _memory(stats) -> dict[str, int]:
 
 
 def _memory_asked(message: str) -> dict[str, float]:
-  """What a program that does not fit would need, out of XLA's words; it has two ways to say it.
+  """Parses what a program that does not fit would need from either form of XLA's error.
 
-  "HLO temporaries" of the second counts arguments and outputs, too: the peak of `_memory`.
+  "HLO temporaries" in the second form includes arguments and outputs, like the peak of `_memory`.
   """
   size = r"([0-9.]+)([KMGT])"
   found = (re.search(rf"Used {size} of {size} hbm", message)
            or re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message))
-  if not found:  # of another memory it is no question of fitting
+  if not found:  # not about HBM, so not a question of fitting
     return {}
   unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
   return {"hbm_needed": float(found[1]) * unit[found[2]],
@@ -175,15 +177,15 @@ def _memory_asked(message: str) -> dict[str, float]:
 
 
 def one_line(error: Exception) -> str:
-  """An error on one line, cut before it becomes a page."""
-  if isinstance(error, MemoryError):  # which says nothing
+  """Returns an error as one line, truncated if it is long."""
+  if isinstance(error, MemoryError):  # its message is empty
     return OUT_OF_MEMORY
   text = " ".join(str(error).split())
   return (text if len(text) <= 300 else text[:300] + " ...") or type(error).__name__
 
 
 def compiler_flags() -> list[str]:
-  """What the environment tells the compiler, and JAX of the program that it is to make."""
+  """Environment variables that affect the compiler or the program that JAX lowers."""
   return [f"{name}={os.environ[name]}" for name in sorted(os.environ)
           if os.environ[name] and (name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
                                    or name.startswith("JAX_")
@@ -191,7 +193,7 @@ def compiler_flags() -> list[str]:
 
 
 def versions() -> dict[str, str | None]:
-  """Installed versions of what decides the result; None for a package that is missing."""
+  """Installed versions of the packages that affect the result; None for a missing one."""
   found: dict[str, str | None] = {}
   for package in ("jax", "jaxlib", "libtpu", "flax", "optax"):
     try:
