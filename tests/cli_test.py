@@ -116,7 +116,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(command, tmp_path, arguments
     (("benchmarks.startup", "--startup_cell=TINY"), "must be one cell, FILE:CELL"),
     (("benchmarks.iso_solver", "--config.train.steps=7"), "is not a flag of this command"),
     (("benchmarks.law_coverage", "--grids=0"), "--grids=0: must be a positive integer"),
-    (("experiments.study.sitting", "--grids="), "--grids='': must be of pilots"),
+    (("experiments.study.sitting", "--grids="), "--grids='': must be one of pilots"),
     (("experiments.study.keep", "--out=TINY"), "must be a folder of runs or a .zip"),
 ])
 def test_what_commands_refuse_is_one_line_too(tmp_path, command, message):

@@ -20,7 +20,7 @@ from moe_jax.study import kept
 
 _OUT = flags.DEFINE_multi_string("out", [], "Folder of runs, or a .zip of a sitting; may be "
                                  "repeated.")
-_TO = flags.DEFINE_string("to", plan.RESULTS, "Where they are kept.")
+_TO = flags.DEFINE_string("to", plan.RESULTS, "Folder of the archived records.")
 
 
 def main(overrides: list[str]) -> int:
@@ -28,7 +28,7 @@ def main(overrides: list[str]) -> int:
   grids, problems = plan.grids(), []
   for out in _OUT.value:
     written, same, refused = kept.keep(out, _TO.value, grids)
-    print(f"{out}: {written} runs kept, {same} were there already")
+    print(f"{out}: {written} runs archived, {same} already archived")
     problems += refused
   print("\n".join(plan.write_tables(_TO.value, grids)))
   for line in problems:

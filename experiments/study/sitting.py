@@ -37,32 +37,34 @@ from moe_jax.grid import Grid
 from moe_jax.study import kept
 
 _NAMES = (*plan.GRIDS, *plan.REHEARSALS)
-_GRIDS = flags.DEFINE_list("grids", ["pilots"], "Files of this folder, in the order in which they "
+_GRIDS = flags.DEFINE_list("grids", ["pilots"], "Grids of this folder, in the order in which they "
                            f"run: {', '.join(_NAMES)}.")
 _OUT = flags.DEFINE_string("out", "runs", "Root of the run directories.")
-_KEPT = flags.DEFINE_string("kept", plan.RESULTS, "What earlier sittings have brought.")
-_MINUTES = flags.DEFINE_float("minutes", 60.0, "All of it ends within so many.", lower_bound=0.2)
-_PARALLEL = flags.DEFINE_integer("parallel", 3, "Units at work at a time; each gets its share of "
-                                 "the device's memory.", lower_bound=1)
-_POPULATION = flags.DEFINE_integer("population", 8, "Runs of one shape that train together at "
-                                   "most.", lower_bound=1)
-_PACK = flags.DEFINE_string("pack", None, "Folder for results-1.zip and for sitting.txt, which "
-                             "says how it went.")
-_PART_MB = flags.DEFINE_float("part_mb", None, "Largest size of a .zip in megabytes: more runs go "
-                              "into further ones. By default there is one.", lower_bound=0.01)
+_KEPT = flags.DEFINE_string("kept", plan.RESULTS, "Folder with the records of earlier sittings.")
+_MINUTES = flags.DEFINE_float("minutes", 60.0, "Time limit of the sitting, in minutes.",
+                              lower_bound=0.2)
+_PARALLEL = flags.DEFINE_integer("parallel", 3, "Number of units that run at a time; each gets its "
+                                 "share of the device's memory.", lower_bound=1)
+_POPULATION = flags.DEFINE_integer("population", 8, "Maximum number of runs of one shape that "
+                                   "train together.", lower_bound=1)
+_PACK = flags.DEFINE_string("pack", None, "Folder for results-1.zip and for sitting.txt, a "
+                             "summary of the sitting.")
+_PART_MB = flags.DEFINE_float("part_mb", None, "Maximum size of a .zip in megabytes; further runs "
+                              "go into further .zip files. Default: a single .zip.",
+                              lower_bound=0.01)
 
 _TO_PACK_SECONDS = 15.0
 
 
 def main(overrides: list[str]) -> int:
   began = time.monotonic()
-  require(any(_GRIDS.value), "grids", "", f"must be of {', '.join(_NAMES)}")
+  require(any(_GRIDS.value), "grids", "", f"must be one of {', '.join(_NAMES)}")
   for name in _GRIDS.value:
-    require(name in _NAMES, "grids", name, f"must be of {', '.join(_NAMES)}")
+    require(name in _NAMES, "grids", name, f"must be one of {', '.join(_NAMES)}")
   for override in overrides:
     if not override.startswith("--config.execution."):
       path, _, value = override.removeprefix("--").partition("=")
-      raise FieldError(path, value, "is part of what is trained: change the grid's file")
+      raise FieldError(path, value, "changes what is trained: edit the grid's file instead")
   cells = [cell for name in _GRIDS.value
            for cell in cli.selected_cells(str(plan.FOLDER / f"{name}.py"), overrides)]
   units = units_of(cells, lambda cell: is_done(cell, _KEPT.value, _OUT.value))

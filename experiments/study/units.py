@@ -25,7 +25,7 @@ _POLL_SECONDS = 0.2
 # a killed sitting would hold on to its run and the device. 1 is PR_SET_PDEATHSIG. The first
 # argument is the sitting's PID, to detect that the sitting died before prctl took effect.
 _ENDS_WITH_US = ("import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
-                 "os.getppid() == int(sys.argv[1]) or sys.exit('the sitting is no more'); "
+                 "os.getppid() == int(sys.argv[1]) or sys.exit('the sitting has exited'); "
                  "os.execvp(sys.argv[2], sys.argv[2:])")
 
 
@@ -188,7 +188,7 @@ class Sitting:
       if code and self._out_of_memory(unit):
         unit.retried = True
         unit.overrides += ("--config.execution.population=1", "--config.execution.remat=full")
-        print(f"{unit.name}: out of memory; once more, one run at a time", flush=True)
+        print(f"{unit.name}: out of memory; retrying with one run at a time", flush=True)
         self._start(unit)
       elif unit.stage == "train" and any(is_trained(cell, self._out) for cell in unit.cells
                                          if cell.config.train.decay_fraction):
@@ -212,7 +212,7 @@ class Sitting:
     if left:
       lines = self._said(unit, 4_000).strip().splitlines()
       self.failed.append(f"{unit.name}: {unit.stage} ended with code {code}: "
-                         f"{lines[-1] if lines else 'no word'}")
+                         f"{lines[-1] if lines else 'no output'}")
       print(self.failed[-1], flush=True)
       return
     self.done.append(unit)
@@ -231,7 +231,7 @@ class Sitting:
       except subprocess.TimeoutExpired:
         os.killpg(unit.process.pid, signal.SIGKILL)
         unit.process.wait()
-      print(f"{unit.name}: stopped while it was to {unit.stage}", flush=True)
+      print(f"{unit.name}: stopped during {unit.stage}", flush=True)
 
   @property
   def _seconds_file(self) -> pathlib.Path:
@@ -255,6 +255,6 @@ def summary(sitting: Sitting, seconds: float) -> list[str]:
            f"failed, in {seconds:.0f} s"]
   if sitting.done:
     speed = work / seconds
-    lines.append(f"{speed:.3g} FLOP/s over all; what is left ({left:.3g}) takes about "
-                 f"{left / speed / 60:.0f} minutes at that")
+    lines.append(f"{speed:.3g} FLOP/s overall; what is left ({left:.3g} FLOPs) takes about "
+                 f"{left / speed / 60:.0f} minutes at that rate")
   return [*lines, *sitting.failed]

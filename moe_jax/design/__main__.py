@@ -24,37 +24,38 @@ from moe_jax.errors import FieldError, require
 from moe_jax.laws.flags import define_rows_flags
 
 _MEMORY = flags.DEFINE_string(
-    "memory_gb", None, "Memory for weights and cache, e.g. 16, 16GB or 32GiB. Default: "
-    "90 % of what --hardware has, or what --like needs.")
-_ACTIVE = flags.DEFINE_string("active_params", None, "Active parameters at most, without "
+    "memory_gb", None, "Memory for weights and cache, e.g. 16, 16GB or 32GiB. Default: what "
+    "--like needs, else 90 % of --hardware's memory.")
+_ACTIVE = flags.DEFINE_string("active_params", None, "Maximum number of active parameters, without "
                               "embedding and head, e.g. 200M.")
-_DECODE = flags.DEFINE_float("decode_ms", None, "Milliseconds a decode step may take, by a "
+_DECODE = flags.DEFINE_float("decode_ms", None, "Maximum milliseconds per decode step, by a "
                              "roofline of --hardware at --batch and --context.")
-_PREFILL = flags.DEFINE_float("prefill_ms", None, "Milliseconds in which a prompt of --context "
-                              "tokens is read, by the same roofline.")
-_HARDWARE = flags.DEFINE_string("hardware", None, "Chips that serve one copy, e.g. v5e-8: the "
-                                "number counts chips.")
+_PREFILL = flags.DEFINE_float("prefill_ms", None, "Maximum milliseconds to prefill a prompt of "
+                              "--context tokens, by the same roofline.")
+_HARDWARE = flags.DEFINE_string("hardware", None, "Chips that serve one copy of the model, e.g. "
+                                "v5e-8 for 8 chips.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Sequences decoded together.")
-_CONTEXT = flags.DEFINE_integer("context", 4096, "Tokens of cache in each sequence.")
+_CONTEXT = flags.DEFINE_integer("context", 4096, "Tokens in the cache of each sequence.")
 _DTYPE = flags.DEFINE_string("dtype", "bf16", "Type of the stored weights: bf16, fp8, int8. "
                              "The cache is bf16.")
 _TOKENS = flags.DEFINE_string("tokens", None, "Training tokens, e.g. 9B.")
-_LAW = flags.DEFINE_string("law", None, "A published law, or with --results the form to fit "
+_LAW = flags.DEFINE_string("law", None, "A published law or, with --results, the form to fit "
                            "(default paper). Without either, all published laws of MoEs.")
 _RESULTS = flags.DEFINE_string("results", None, "results.csv of an experiment: fit --law to it.")
 _WHERE, _WITHOUT = define_rows_flags()
-_TOLERANCE = flags.DEFINE_float("tolerance", TOLERANCE, "Within how much of the best loss a "
-                                "published law is taken to tell nothing apart.")
+_TOLERANCE = flags.DEFINE_float("tolerance", TOLERANCE, "Relative difference in loss below "
+                                "which a published law is taken to see a tie.")
 _LIKE = flags.DEFINE_string("like", None, "Take budgets, tokens, vocabulary, heads, shared and "
                             f"dense layers from one of {', '.join(PUBLISHED)}.")
 _EXPERTS = flags.DEFINE_string("experts", "8:512", "Range of n_exp.")
 _TOPK = flags.DEFINE_string("topk", "1:32", "Range of n_topk.")
 _GRANULARITY = flags.DEFINE_string("granularity", "0.5:16", "Range of d_model / d_expert.")
 _ASPECT = flags.DEFINE_string("aspect", "32:128", "Range of d_model / n_layers.")
-_MULTIPLE = flags.DEFINE_integer("multiple", 128, "d_model and d_expert are multiples of it.")
+_MULTIPLE = flags.DEFINE_integer("multiple", 128, "d_model and d_expert are multiples of this.")
 _TEMPLATE = {
-    "vocab_size": flags.DEFINE_integer("vocab_size", None, "Rows of embedding and output head, "
-                                       f"both in memory. Default {DEFAULT_VOCAB}."),
+    "vocab_size": flags.DEFINE_integer("vocab_size", None, "Vocabulary size: rows of the "
+                                       "embedding and of the output head, both counted as memory. "
+                                       f"Default {DEFAULT_VOCAB}."),
     "n_shared_experts": flags.DEFINE_integer("shared_experts", None, "Experts that see every "
                                              "token. Default 0."),
     "head_dim": flags.DEFINE_integer("head_dim", None, "Width of an attention head. Default 128."),
@@ -62,11 +63,12 @@ _TEMPLATE = {
                                        "query heads."),
 }
 _JSON = flags.DEFINE_bool("json", False, "Print the answer as JSON.")
-_CSV = flags.DEFINE_string("csv", None, "Write the best and the Pareto front of every law here.")
-_PLOT = flags.DEFINE_string("plot", None, "Write a picture of the fronts here, as PNG.")
-_REPORT = flags.DEFINE_string("report", None, "Write the answer as one .html page, with its "
-                              "pictures and tables in a folder beside it; with --results after "
-                              "what `moe_jax.laws` says of them.")
+_CSV = flags.DEFINE_string("csv", None, "Write the best architecture and the Pareto front of "
+                           "every law to this file, as CSV.")
+_PLOT = flags.DEFINE_string("plot", None, "Plot the Pareto fronts to this file, as PNG.")
+_REPORT = flags.DEFINE_string("report", None, "Path of the .html report; its figures and "
+                              "tables go into a folder next to it. With --results it begins with "
+                              "the report of `moe_jax.laws`.")
 
 
 def _space(like) -> Space:
@@ -90,7 +92,8 @@ def _space(like) -> Space:
 def _template(given: dict[str, int]):
   """Builds the template; its d_model is exactly as wide as its heads."""
   head_dim = given.get("head_dim", DEFAULT_TEMPLATE.d_head)
-  require(head_dim % 2 == 0, "head_dim", head_dim, "must be even: rotary embeddings turn pairs")
+  require(head_dim % 2 == 0, "head_dim", head_dim,
+          "must be even: rotary embeddings rotate pairs of dimensions")
   n_heads = given.get("n_kv_heads", 1)
   return dataclasses.replace(DEFAULT_TEMPLATE, **given | {
       "n_heads": n_heads, "head_dim": head_dim, "d_model": n_heads * head_dim})
@@ -121,7 +124,7 @@ def _publish(question: ask_lib.Question, answer) -> None:
     found = analyse(_cells(), _LAW.value or "paper")
     lead, sections = lead_of(found), law_sections(found, _RESULTS.value)
   files_made = publish(_REPORT.value, TITLE, lead, [*sections, *design_sections(question, answer)])
-  print(f"{files_made[0]}, and {len(files_made) - 1} pictures and tables in "
+  print(f"{files_made[0]}, and {len(files_made) - 1} figures and tables in "
         f"{files_made[1].parent}/", file=sys.stderr if _JSON.value else sys.stdout)
 
 

@@ -80,7 +80,7 @@ def resolved(question: Question) -> Question:
     elif not has_inference:
       filled["active_params"] = float(count.n_active(shape))
   elif not has_inference:
-    raise FieldError("active_params", None, "is missing: an inference budget is needed, as "
+    raise FieldError("active_params", None, "is missing: give an inference budget by "
                      "--active_params, --decode_ms, --prefill_ms or --like")
   if serving.slice is not None:
     filled.setdefault("memory_gb", serving.slice.usable_gb)
@@ -88,8 +88,8 @@ def resolved(question: Question) -> Question:
     filled.setdefault("tokens", float(question.fit.cells.columns["tokens"].max()))
   filled = {name: value for name, value in filled.items() if getattr(question, name) is None}
   question = dataclasses.replace(question, **filled)
-  require(question.memory_gb is not None, "memory_gb", None, "is missing: a memory budget is "
-          "needed, as --memory_gb, --hardware or --like")
+  require(question.memory_gb is not None, "memory_gb", None, "is missing: give a memory "
+          "budget by --memory_gb, --hardware or --like")
   if serving.slice is not None and question.memory_gb > serving.slice.usable_gb * (1 + 1e-9):
     raise FieldError("memory_gb", round(question.memory_gb, 3), f"is more than {serving.slice} "
                      f"has for weights and cache, {serving.slice.usable_gb:.4g} GB "
@@ -111,8 +111,8 @@ def judges(question: Question) -> tuple[Judge, ...]:
 
 def _law(name: str) -> Law:
   if name in FORMS and name not in LAWS:
-    raise FieldError("law", name, "is a form without published coefficients: it is fitted to "
-                     "--results; published are " + ", ".join(LAWS))
+    raise FieldError("law", name, "is a form without published coefficients: fit it with "
+                     "--results, or choose one of " + ", ".join(LAWS))
   return get_law(name)
 
 

@@ -130,7 +130,7 @@ def _milliseconds(shape: Shape, serving: Serving, n_tokens: int, n_outputs: int,
                   attention_flops, cache_bytes) -> np.ndarray:
   """Time of a step of `n_tokens`, `n_outputs` of them sampled: four parts plus all-reduces."""
   if serving.slice is None:
-    raise FieldError("hardware", None, "is missing: a time needs it, e.g. v5e-8")
+    raise FieldError("hardware", None, "is missing: estimates of time need it, e.g. v5e-8")
   chip, n_chips = serving.slice.chip, serving.slice.n_chips
   bytes_each = count.dtype_bytes(serving.dtype)
   expert = 3 * np.multiply(shape.d_model, shape.d_expert) * shape.n_moe_layers

@@ -148,7 +148,7 @@ def _require_identified(fit: Fit) -> None:
     for name, basis in term.items():
       if name in fit.identified.refused and set(basis.columns) - {"tokens"}:
         raise FieldError("law", fit.form.name, f"these data do not identify {name} "
-                         f"({fit.identified.refused[name]}), and a search would rest on it: "
+                         f"({fit.identified.refused[name]}), and the search depends on it: "
                          "choose a form that they identify, or add runs that vary it")
 
 
@@ -156,8 +156,8 @@ def _other_tokens(fit: Fit, tokens: float) -> tuple[str, ...]:
   trained = fit.cells.columns["tokens"]
   if "tokens" in fit.form.columns or trained.min() <= 1.1 * tokens <= 1.21 * trained.max():
     return ()
-  return (f"it has no variable for tokens: the data have {trained.min():.4g}, {tokens:.4g} was "
-          "asked",)
+  return (f"it has no variable for tokens: it was fitted at {trained.min():.4g} tokens, and "
+          f"{tokens:.4g} were requested",)
 
 
 def jackknife(fit: Fit) -> tuple[np.ndarray, int]:
@@ -170,7 +170,7 @@ def jackknife(fit: Fit) -> tuple[np.ndarray, int]:
   parts = leave_one_architecture_out(fit)
   impossible = [part for part in parts if part.theta is None]
   if impossible:
-    others = f"; nor without {len(impossible) - 1} others" * (len(impossible) > 1)
+    others = f"; likewise without {len(impossible) - 1} others" * (len(impossible) > 1)
     raise FieldError("law", fit.form.name, f"has no covariance: {impossible[0].refusal}{others}")
   theta_GP = np.array([part.theta for part in parts])
   apart_GP = theta_GP - theta_GP.mean(axis=0)

@@ -17,9 +17,9 @@ def design_sections(question: Question, answer: Answer) -> list[Section]:
       Section("pareto", "Loss against inference cost, by memory",
               tuple(line.strip() for line in report.header(question, answer)),
               pareto_figure(answer),
-              "Each panel is a law. A line is the best predicted loss within an inference cost, "
-              "for a part of the memory budget; every corner of it is an architecture of the "
-              "Pareto front. Losses of different laws do not compare."),
+              "Each panel shows one law. A line is the best predicted loss within an inference "
+              "cost, for a fraction of the memory budget; each corner is an architecture on the "
+              "Pareto front. Losses of different laws are not comparable."),
       _section("best", report.best_table(answer), (f"The paper's principle: {PRINCIPLE}.",))]
   if len(answer.recommendations) > 1 or answer.chosen is not None:
     sections.append(_section("law_against_law", report.regret_table(answer)))

@@ -13,7 +13,7 @@ _PARTS = (1.0, 0.5, 0.25, 0.125)  # of the memory budget
 # Kind of point -> its label and marker style; a ring keeps what lies below it visible.
 _MARKS = {"best": ("the law's best", {"marker": "*", "s": 150, "color": "#000000"}),
           "principle": ("the paper's principle", {"marker": "D", "s": 45, "color": COLOURS[4]}),
-          "chosen": ("what was chosen", {"marker": "o", "s": 190, "facecolors": "none",
+          "chosen": ("the published model", {"marker": "o", "s": 190, "facecolors": "none",
                                          "edgecolors": "#000000", "linewidths": 1.6})}
 _MOST_RATIO = 16  # maximum ratio of largest to smallest inference cost in a panel
 _COLUMNS = 3

@@ -57,8 +57,8 @@ _MODELS = (
                      n_dense_layers=3, d_dense=18432),
         tokens=14.8e12, n_total=671e9, n_active=37e9,
         source="arXiv 2412.19437 (DeepSeek-AI 2024)",
-        note="latent attention stands as grouped queries of the same size, 100 heads on 2: "
-             "attention parameters 0.03 % more, cache 11 % less, attention FLOPs less; the "
+        note="latent attention is modelled as grouped-query attention of the same size, 100 heads "
+             "on 2: attention parameters 0.03 % more, cache 11 % less, attention FLOPs less; the "
              "multi-token-prediction module is left out"),
 )
 

@@ -12,8 +12,8 @@ from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.text import short
 
 _PARTS = (1.0, 0.5, 0.25)  # fractions of each budget shown in the Pareto front table
-_MARKED = ("* lies outside what the law was fitted on; ? may, as the range of a variable is not on "
-           "record.")
+_MARKED = ("* outside the range the law was fitted on; ? possibly outside, as the range of a "
+           "variable is not recorded.")
 
 
 def show(question: Question, answer: Answer, seconds: float) -> None:
@@ -46,7 +46,7 @@ def header(question: Question, answer: Answer) -> list[str]:
     lines.append(f"  like {question.like.name}, {question.like.source}"
                  + (f"; {question.like.note}" if question.like.note else ""))
   heads = (f"{template.n_kv_heads} key-value heads" if template.n_kv_heads
-           else "as many key-value as query heads")
+           else "as many key-value heads as query heads")
   return [*lines,
           f"searched: {short(found.lattice)} architectures, {int(found.within().sum()):,} "
           f"within the budgets; n_exp {_range(space.experts)}, n_topk "
@@ -65,7 +65,7 @@ def compared(answer: Answer) -> list[tuple[str, int, Recommendation | None]]:
       found.append(("  in its domain", r.inside, r))
   found.append(("the principle", answer.principle, None))
   if answer.chosen is not None:
-    found.append(("what they chose", answer.chosen, None))
+    found.append(("published model", answer.chosen, None))
   return found
 
 
@@ -88,8 +88,8 @@ def best_table(answer: Answer) -> Sheet:
                ["law", "architecture"], ["s", "g", "N_total", "N_active",
                                          *(b.field.replace("_", " ") for b in budgets),
                                          "predicted"],
-               f"{_MARKED} Losses of different laws are on "
-               "different text and tokenizers: they do not compare down the column. "
+               f"{_MARKED} Different laws predict losses on "
+               "different text and tokenizers, so they are not comparable across laws. "
                + ("Times are estimates (lower bounds)." * any(b.estimate for b in budgets)))
   for who, index, r in compared(answer):
     values = facts(answer, index)
@@ -114,9 +114,9 @@ def _mark(answer: Answer, r: Recommendation, index: int) -> str:
 
 
 def regret_table(answer: Answer) -> Sheet:
-  made = Sheet("Law against law: by how much the row's architecture is worse than the "
+  made = Sheet("Law against law: how much worse the row's architecture is than the "
                "column's own best", ["best by"], [r.judge.name for r in answer.recommendations],
-               f"Per cent of the loss, by the column's law. {_MARKED}"
+               f"Percent of the loss, by the column's law. {_MARKED}"
                + "".join(f" {r.judge.name} predicts compute, not loss: 1 % of compute counts as "
                          f"{COMPUTE_EXPONENT:g} % of the loss." for r in answer.recommendations
                          if not r.judge.is_loss))
@@ -129,7 +129,7 @@ def regret_table(answer: Answer) -> Sheet:
 
 def near_table(answer: Answer) -> Sheet:
   budgets = answer.found.budgets
-  made = Sheet("As good for all the law knows", ["law"],
+  made = Sheet("Architectures that the law cannot distinguish from its best", ["law"],
                ["how many", "n_exp", "n_topk", "s", "g", "n_layers", "N_total",
                 *("least " + b.field.replace("_", " ") for b in budgets)],
                "Within " + "; ".join(dict.fromkeys(
@@ -148,11 +148,11 @@ def near_table(answer: Answer) -> Sheet:
 
 def price_table(answer: Answer) -> Sheet:
   fields = [budget.field for budget in answer.found.budgets]
-  made = Sheet("What a budget costs: change of the predicted loss if it is 10 % wider",
+  made = Sheet("Price of each budget: change of the predicted loss if it is 10 % larger",
                ["law"], [*fields, "at an end of the search"],
-               "Solved again on the same lattice; - where it does not bind. An architecture at an "
-               "end of the search may be bettered by a wider one: --experts, --topk, "
-               "--granularity, --aspect.")
+               "Solved again on the same lattice; - where the budget does not bind. If an "
+               "architecture is at an end of the search, a wider search may find a better one: "
+               "--experts, --topk, --granularity, --aspect.")
   for r in answer.recommendations:
     made.add(r.judge.name, *(
         "-" if r.prices[field] > -1e-6 else r.judge.change_text(r.score, r.prices[field])
@@ -166,7 +166,7 @@ def front_table(answer: Answer, row: int) -> Sheet:
   memory, cost = found.budgets[:2]
   within = found.within()
   made = Sheet(f"The Pareto front under {r.judge.name}: 9 of its {len(front(found, row)):,} "
-               "points, all of which --csv has", [f"{memory.field} up to"],
+               "points; --csv writes all of them", [f"{memory.field} up to"],
                [f"{cost.field} up to {cost.text(part * cost.most)}" for part in _PARTS])
   for memory_part in _PARTS:
     cells = []
@@ -193,9 +193,9 @@ def principle_lines(answer: Answer) -> list[str]:
       open_.append(r.judge.name)
     else:
       loss = 100 * np.expm1(answer.regret(answer.principle, row))
-      against.append(f"{r.judge.name} (its own is {loss:.2g} % better)")
-  for words, laws in (("the search agrees under", agree), ("differs, within what the law can "
-                      "tell, under", open_), ("differs under", against)):
+      against.append(f"{r.judge.name} (its own best is {loss:.2g} % better)")
+  for words, laws in (("the search agrees under", agree), ("differs, within the law's "
+                      "uncertainty, under", open_), ("differs under", against)):
     if laws:
       lines.append(f"  {words}: {', '.join(laws)}")
   return lines
@@ -205,9 +205,9 @@ def notes(answer: Answer) -> list[str]:
   """Returns lines on the variables each law depends on and how its best lies outside its data."""
   lines = ["notes"]
   for r in answer.recommendations:
-    lines.append(f"  {r.judge.name}, {r.judge.source}; sees {', '.join(r.judge.sees)}")
+    lines.append(f"  {r.judge.name}, {r.judge.source}; depends on {', '.join(r.judge.sees)}")
     lines += [f"    {line}" for line in r.notes]
-  return lines + ["  no law here sees depth against width; ties go to the least memory, then to "
+  return lines + ["  no law here separates depth from width; ties go to the least memory, then to "
                   "the middle of the aspect range"]
 
 

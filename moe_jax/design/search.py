@@ -146,6 +146,7 @@ def explain(space: Space, budgets: Sequence[Budget]) -> FieldError:
   fits = np.all(np.delete(costs <= most, missed, axis=0), axis=0)
   least = [budgets[b].flag(float(costs[b, fits].min())) for b in missed]
   line = (f"too small; the smallest that works in this search is {least[0]}" if len(least) == 1
-          else f"too small, and not alone; the smallest that work are {' and '.join(least)}")
+          else "too small, as are other budgets; the smallest that work in this search are "
+          + " and ".join(least))
   return FieldError(budgets[missed[0]].field, budgets[missed[0]].most, line + " (a smaller "
-                    "--multiple or --vocab_size, or lower --experts, reaches smaller models)")
+                    "--multiple or --vocab_size, or lower --experts, allows smaller models)")

@@ -55,15 +55,15 @@ class Space:
 
   def __post_init__(self):
     require(bool(self.expert_counts()), "experts", _text(self.experts),
-            f"holds no power of two up to {2**16}, nor three times one")
-    require(bool(self.routings()), "topk", _text(self.topk), "leaves none of 1, 2, 3, 4, 6, 8, "
-            f"12, ... up to half of the experts, which are {_text(self.experts)}")
+            f"contains no power of two up to {2**16} and no three times a power of two")
+    require(bool(self.routings()), "topk", _text(self.topk), "contains none of 1, 2, 3, 4, "
+            f"6, 8, 12, ... up to half of --experts={_text(self.experts)}")
     require(8 <= self.multiple <= 4096, "multiple", self.multiple,
             "must lie between 8 and 4096")
     if not len(self.shapes()[0]):
-      raise FieldError("aspect", _text(self.aspect), f"with granularity "
-                       f"{_text(self.granularity)} and multiples of {self.multiple} it "
-                       "leaves no shape: widen one of them")
+      raise FieldError("aspect", _text(self.aspect), f"allows no shape with "
+                       f"granularity {_text(self.granularity)} and multiples of "
+                       f"{self.multiple}: widen one of them")
 
   def expert_counts(self) -> list[int]:
     """Returns all n_exp, ascending."""

@@ -22,14 +22,17 @@ from moe_jax.laws.table import read_results
 _RESULTS = flags.DEFINE_string("results", None, "results.csv of an experiment.", required=True)
 _LAW = define_law_flag()
 _WHERE, _WITHOUT = define_rows_flags()
-_REPORT = flags.DEFINE_string("report", None, "Write the report as this .html file, with its "
-                              "pictures and tables in a folder beside it.")
+_REPORT = flags.DEFINE_string("report", None, "Path of the .html report; its figures and "
+                              "tables go into a folder next to it.")
 _MARGIN = flags.DEFINE_float("margin_percent", MARGIN.percent, "Margin of the equivalence "
-                             "tests, in percent of the loss over --fold.")
-_FOLD = flags.DEFINE_float("fold", MARGIN.fold, "The margin is of a variable that grows so many "
-                           "fold.")
-_DRAWS = flags.DEFINE_integer("draws", intervals.DRAWS, "Draws of the bootstrap.", lower_bound=99)
-_SEED = flags.DEFINE_integer("seed", 0, "Of starts and bootstrap.")
+                             "tests, in percent of the loss when a variable grows by the "
+                             "factor --fold.")
+_FOLD = flags.DEFINE_float("fold", MARGIN.fold, "Factor by which the variable grows, for "
+                           "--margin_percent.")
+_DRAWS = flags.DEFINE_integer("draws", intervals.DRAWS, "Number of bootstrap draws.",
+                              lower_bound=99)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed of the solver starts and the "
+                             "bootstrap.")
 
 
 def main(overrides: list[str]) -> None:
@@ -44,7 +47,7 @@ def main(overrides: list[str]) -> None:
   if _REPORT.value is not None:
     files = publish(_REPORT.value, title_of(found), lead_of(found),
                     law_sections(found, _RESULTS.value))
-    print(f"{files[0]}, and {len(files) - 1} pictures and tables in {files[1].parent}/")
+    print(f"{files[0]}, and {len(files) - 1} figures and tables in {files[1].parent}/")
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ class Claim:
 
 _CLAIMS = (
     ("sparsity hurts", "c", "sparsity", "n_total and n_exp",
-     "It is the slope at these tokens: published tables have it grow with them."),
+     "c is the slope at these training tokens; in published tables it grows with tokens."),
     ("more experts hurt", "b_minus_c", "n_exp", "n_total and sparsity",
-     "It does not say why: see the mechanism."),
+     "This does not explain why: see the mechanism."),
 )
 
 
@@ -66,7 +66,7 @@ def assess(cells: Cells, margin: Margin = MARGIN, seed: int = 0,
   found = [_claim(fitted, wide, narrow, margin, *claim) for claim in _CLAIMS]
   if "q" in wide:
     found[0] = dataclasses.replace(found[0], sentence=found[0].sentence + " With curvature, c is "
-                                   "the slope in the middle of the grid's ln s.")
+                                   "the slope at the grid's mean ln s.")
   return found
 
 
@@ -74,11 +74,11 @@ def _claim(fitted: Fit, wide: dict[str, Interval], narrow: dict[str, Interval], 
            name: str, parameter: str, variable: str, held: str, cannot: str) -> Claim:
   if parameter not in wide:
     why = fitted.identified.refused[parameter]
-    instead = "; ".join(f"{what} = {wide[p]} is" for p, what in
+    instead = "; ".join(f"{what} = {wide[p]}" for p, what in
                         fitted.identified.combinations.items())
     return Claim(name, parameter, REFUSED, None, None, margin,
                  f"These data cannot say whether {name}: {why}."
-                 + (f" Only {instead} identified." if instead else ""))
+                 + (f" Identified instead: {instead}." if instead else ""))
   interval, tost = wide[parameter], narrow[parameter]
   negligible = -margin.slope < tost.low and tost.high < margin.slope
   verdict = (SHOWN if interval.low > 0 else OPPOSITE if interval.high < 0 else
@@ -92,7 +92,7 @@ def _claim(fitted: Fit, wide: dict[str, Interval], narrow: dict[str, Interval], 
       OPPOSITE: f"These data show the opposite: {effect}.",
       EQUIVALENT: f"These data show that there is no effect beyond the margin of {margin}: "
                   f"{effect}.",
-      UNDECIDED: f"These data do not decide it, which is not to say that there is no effect: "
+      UNDECIDED: f"These data do not decide it, which does not mean that there is no effect: "
                  f"{effect}.",
   }[verdict]
   if negligible and verdict in (SHOWN, OPPOSITE):
@@ -137,20 +137,20 @@ def mechanism(cells: Cells, seed: int = 0, draws: int = DRAWS) -> Mechanism:
   core_or_active = share[1] > 1.1 * share[0] and not more
   experts_or_core = spread > 0.05
   sentences = [
-      f"Cells differ in {', '.join(more)}: what attention takes cannot be told from these, nor "
-      "fewer core dimensions from fewer active parameters." if more else
-      f"Attention takes {share[0]:.3g} to {share[1]:.3g} d² a layer: "
-      + ("it varies, so that fewer core dimensions and fewer active parameters can be told "
-         "apart." if core_or_active else
-         "at given n_total and s, fewer core dimensions and fewer active parameters are one "
-         "and the same in these data. Cells with another attention share (grouped queries, "
-         "another head width) would break the tie."),
+      f"Cells differ in {', '.join(more)}, so the attention share is unknown, and fewer core "
+      "dimensions cannot be separated from fewer active parameters." if more else
+      f"Attention has {share[0]:.3g} to {share[1]:.3g} d² parameters per layer: "
+      + ("this varies, so fewer core dimensions and fewer active parameters can be separated."
+         if core_or_active else
+         "at fixed n_total and s, fewer core dimensions and fewer active parameters are "
+         "confounded in these data. Cells with another attention share (grouped queries, another "
+         "head width) would separate them."),
       "Granularity " + (
-          "varies apart from n_exp, so that more experts and fewer core dimensions can be "
-          "told apart." if experts_or_core else
-          "does not vary apart from n_exp: more experts and fewer core dimensions are one and "
-          "the same in these data. Cells with n_exp / granularity held fixed would break the "
-          "tie.")]
+          "varies independently of n_exp, so more experts and fewer core dimensions can be "
+          "separated." if experts_or_core else
+          "does not vary independently of n_exp, so more experts and fewer core dimensions are "
+          "confounded in these data. Cells with n_exp / granularity held fixed would separate "
+          "them.")]
   estimates: dict[str, Interval] = {}
   for broken, law in ((experts_or_core, "experts-or-core"), (core_or_active, "core-or-active")):
     if broken:
@@ -192,10 +192,10 @@ def _estimate(cells: Cells, law: str, seed: int, draws: int,
                              ("core", "a larger core"), ("active", "more active parameters")):
     if parameter in intervals:
       found = estimates[f"{law}: {parameter}"] = intervals[parameter]
-      effect = ("lowers the loss" if found.high < 0 else "raises the loss" if found.low > 0
-                else "has no effect that these data can tell from none")
-      sentences.append(f"Of {law.replace('-', ' ')}: {reading} {effect}: {found}.")
+      effect = ("it lowers the loss" if found.high < 0 else "it raises the loss" if found.low > 0
+                else "it is not significant")
+      sentences.append(f"By {law}, the effect of {reading} is {found}: {effect}.")
     elif parameter in fitted.identified.refused:
-      sentences.append(f"Of {law.replace('-', ' ')}: {reading} is not identified: "
+      sentences.append(f"By {law}, the effect of {reading} is not identified: "
                        f"{fitted.identified.refused[parameter]}.")
   return sentences

@@ -91,7 +91,7 @@ def choose(pool: Pool, noise: Noise, target: Target, n_add: int,
     FieldError: the budget does not pay for a single run.
   """
   require(budget >= pool.cost_N.min(), "flops", budget,
-          f"pays for no run: the cheapest takes {pool.cost_N.min():.3g}")
+          f"is too small for any run: the cheapest takes {pool.cost_N.min():.3g}")
   added = _grow(pool, noise, target, [], n_add, budget)
   for _ in range(_MAX_PASSES):
     before = list(added)

@@ -68,8 +68,8 @@ class Fit:
   def doubts(self) -> tuple[str, ...]:
     """Reasons, one per line, to distrust the fit even inside the range of the data."""
     return tuple(
-        f"{name} = {self.value(name):.3g}: by it the loss grows with {basis.columns[0]}, so that "
-        "the data do not tell it from the other terms" for term in self.form.terms
+        f"{name} = {self.value(name):.3g} means that the loss grows with {basis.columns[0]}: the "
+        "data do not separate its term from the others" for term in self.form.terms
         for name, basis in term.items()
         if basis.columns in _HELPS and basis.sign < 0 and self.value(name) < 0)
 
@@ -87,11 +87,11 @@ class Fit:
     for column in self.identified.asked.columns:
       x, fitted = asked.columns[column], self.cells.columns[column]
       for bad, end in ((x.min() < 0.999 * fitted.min(), f"{x.min():.4g} is below "
-                        f"{fitted.min():.4g}"),
+                        f"{fitted.min():.4g}, the minimum"),
                        (x.max() > 1.001 * fitted.max(), f"{x.max():.4g} is above "
-                        f"{fitted.max():.4g}")):
+                        f"{fitted.max():.4g}, the maximum")):
         if bad:
-          outside.append(f"{column} = {end}, the range of the data it was fitted to")
+          outside.append(f"{column} = {end} in the data it was fitted to")
     return Prediction(self.form.name, np.exp(self.log_loss(asked)), LOSS,
                       (*outside, *self.doubts))
 
@@ -108,7 +108,7 @@ class Fit:
   def value(self, parameter: str) -> float:
     """Returns the least-squares estimate. Raises FieldError if it is not identified."""
     if parameter not in self.parameters:
-      why = self.identified.refused.get(parameter, "is no parameter of this form")
+      why = self.identified.refused.get(parameter, "is not a parameter of this form")
       raise FieldError("parameter", parameter, why)
     return float(self.least_squares.theta[self.parameters.index(parameter)])
 
@@ -139,7 +139,7 @@ def _without_vanished(fitted: Fit) -> Identified | None:
   if len(terms) == len(form.terms):
     return None
   reduced = Form(form.name, form.formula, terms)
-  refused = {p: "the best fit puts its term at 0, and the form is fitted without it"
+  refused = {p: "its term is 0 in the best fit, so the form is fitted without it"
              for p in form.parameters if p not in reduced.parameters}
   return dataclasses.replace(identified, form=reduced, refused=identified.refused | refused)
 

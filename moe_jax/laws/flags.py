@@ -14,9 +14,9 @@ def define_rows_flags(cells_of: str = "--results") -> tuple[flags.FlagHolder, fl
     cells_of: the flags that provide the cells --without refers to, for the help text.
   """
   return (
-      flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: keep these rows of --results alone, "
+      flags.DEFINE_multi_string("where", [], "COLUMN=VALUE: use only these rows of --results, "
                                 "e.g. state=finished. May be repeated."),
-      flags.DEFINE_list("without", [], f"Cells of {cells_of} to leave out, by name."))
+      flags.DEFINE_list("without", [], f"Names of cells of {cells_of} to leave out."))
 
 
 def define_law_flag(which: str = "The form to fit") -> flags.FlagHolder:

@@ -48,11 +48,11 @@ class Identified:
     found = [f"design: {self.asked.formula}",
              f"  condition index {self.condition:.3g} (harmful from {MAX_CONDITION:g})"]
     found += [f"  {p}: REFUSED, {why}" for p, why in self.refused.items()]
-    found += [f"  {p}: identified instead, = {what}" for p, what in self.combinations.items()]
+    found += [f"  identified instead: {p} = {what}" for p, what in self.combinations.items()]
     if not self.refused:
       found.append("  every coefficient is identified" if self.asked.is_linear else
-                   "  no two variables of one term are collinear; whether the data bound each "
-                   "coefficient, its interval says")
+                   "  no two variables of one term are collinear; the intervals show whether the "
+                   "data bound each coefficient")
     return found
 
 
@@ -80,14 +80,14 @@ def _check_enough(form: Form, cells: Cells) -> None:
   """Requires more cells than parameters, and two more architectures than shape coefficients."""
   needed = len(form.parameters) + 1
   if len(cells) < needed:
-    raise TooFew("results", f"{len(cells)} cells", f"too few for {form.name}: the {needed - 1} "
-                 f"coefficients that can be told apart need {needed} or more")
+    raise TooFew("results", f"{len(cells)} cells", f"too few for {form.name}: its {needed - 1} "
+                 f"identifiable coefficients need {needed} or more")
   of_shape = {p for term in form.terms for p, basis in term.items()
               if basis.columns and basis.columns != ("tokens",)}
   if cells.n_architectures < len(of_shape) + 2:
     raise TooFew("results", f"{cells.n_architectures} architectures", f"too few for {form.name}: "
-                 f"its {len(of_shape)} coefficients of the shape need {len(of_shape) + 2} or more, "
-                 "at however many tokens each")
+                 f"its {len(of_shape)} shape coefficients need {len(of_shape) + 2} or more, "
+                 "regardless of tokens")
 
 
 def _columns(term: Term, cells: Cells) -> np.ndarray:
@@ -116,8 +116,8 @@ def _without_held(term: Term, cells: Cells, refused: dict[str, str]) -> Term:
     limit = MIN_SPREAD if len(basis.columns) == 1 and basis.sign else MIN_SPREAD**2 / 2
     if spread < limit or ("²" in basis.text and _levels(basis, cells) < 3):
       del kept[name]
-      bound = "" if spread < 1e-9 else (f"; left in the residual: up to "
-                                        f"{100 * MAX_SLOPE * spread:.2g} % of the loss")
+      bound = "" if spread < 1e-9 else (f"; up to {100 * MAX_SLOPE * spread:.2g} % of the "
+                                        "loss is left in the residual")
       refused[name] = f"{variable} hardly varies (by {spread:.2g}){bound}"
   return kept
 
@@ -197,5 +197,5 @@ def _merged(terms: list[Term], refused: dict[str, str]) -> list[Term]:
       continue
     first = next(p for p, basis in twin.items() if basis is ONE)
     mine = next(p for p, basis in term.items() if basis is ONE)
-    refused[mine] = f"its term has the shape of {first}'s: {first} stands for their sum"
+    refused[mine] = f"its term has the same shape as that of {first}: {first} stands for their sum"
   return kept

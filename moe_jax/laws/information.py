@@ -39,10 +39,10 @@ class Noise:
   def __post_init__(self):
     for name in ("seed", "architecture"):
       value = getattr(self, name)
-      require(0 <= value < 1, f"{name}_sd", value, "must be a share of the loss, 0 or more "
-              "and below 1")
+      require(0 <= value < 1, f"{name}_sd", value, "must be a fraction of the loss, at least "
+              "0 and below 1")
     require(self.seed + self.architecture > 0, "seed_sd", self.seed,
-            "and architecture_sd must not both be 0: without noise any grid will do")
+            "and architecture_sd must not both be 0: without noise any grid suffices")
 
   def __str__(self) -> str:
     return (f"between seeds {100 * self.seed:.3g} % of the loss ({self.seed_source}), between "
@@ -131,7 +131,7 @@ def design_of(form: Form, cells: Cells, theta_P: np.ndarray | None = None) -> De
     FieldError: the form is not log-log and theta_P is None.
   """
   if theta_P is None and not form.is_linear:
-    raise FieldError("law", form.name, "is not log-log: what a grid tells about it depends on "
+    raise FieldError("law", form.name, "is not log-log: the information in a grid depends on "
                      "its coefficients, so it needs results to fit them to")
   m_KNP = form.matrix(cells)
   z_KN = m_KNP @ (np.zeros(m_KNP.shape[2]) if theta_P is None else theta_P)

@@ -148,7 +148,7 @@ def subsample(fitted: Fit, level: float = 0.95, draws: int = SUBSAMPLES, seed: i
       theta_BP.append(theta_P)
   without = draws - len(theta_BP)
   method = f"{solver}, rescaled subsamples" + (
-      f", of which {without} of {draws} do not identify it" if without else "")
+      f", {without} of {draws} of which do not identify the form" if without else "")
   scale = np.sqrt(m / (len(labels) - m))
   with np.errstate(over="ignore"):  # a refit that diverged makes the interval infinite
     error_P = (np.full(len(centre), np.inf) if without > MOST_WITHOUT * draws else

@@ -10,7 +10,7 @@ from moe_jax.arch.architecture import Architecture
 from moe_jax.errors import FieldError, did_you_mean
 from moe_jax.laws.shape import Shape
 
-LOSS = "loss in nats a token"
+LOSS = "loss in nats per token"
 LEVERAGE = "efficiency leverage over a dense model"
 
 
@@ -118,7 +118,7 @@ class Law:
     """Raises FieldError if the law has no variable for `word`, e.g. granularity."""
     if word not in self.sees:
       raise FieldError("law", self.name,
-                       f"has no variable for {word}; it sees {', '.join(self.sees)}")
+                       f"has no variable for {word}; it depends on {', '.join(self.sees)}")
 
   def at(self, **values: ArrayLike) -> np.ndarray:
     """Evaluates the formula at values of the paper's own variables.
@@ -130,7 +130,7 @@ class Law:
     for symbol in values:
       if symbol not in symbols:
         raise FieldError(symbol, values[symbol],
-                         f"is no variable of {self.name}; {did_you_mean(symbol, symbols)}")
+                         f"is not a variable of {self.name}; {did_you_mean(symbol, symbols)}")
     for variable in self.variables:
       if variable.symbol not in values:
         raise FieldError(variable.symbol, None,
@@ -148,7 +148,7 @@ class Law:
       raise FieldError("tokens", None, f"is missing: {self.name} needs training tokens D")
     if "flops" in self.sees and training.flops is None and not tokens:
       raise FieldError("flops", None, f"is missing: {self.name} needs training FLOPs C, or "
-                       "tokens to take 6 n_active tokens")
+                       "tokens, to estimate them as 6 n_active tokens")
     return {v.symbol: np.asarray(v.of(shape, training), float) for v in self.variables}
 
   def values(self, shape: Shape, training: Training) -> np.ndarray:
@@ -182,11 +182,11 @@ class Law:
       x = values[v.symbol]
       if v.low is not None:
         found.append((x < v.low, f"{v.symbol} = {np.min(x):.4g} is below {v.low:.4g}, the "
-                      f"least it was fitted on ({v.meaning})"))
+                      f"minimum it was fitted on ({v.meaning})"))
       if v.high is not None:
         found.append((x > v.high, f"{v.symbol} = {np.max(x):.4g} is above {v.high:.4g}, the "
-                      f"most it was fitted on ({v.meaning})"))
-    found += [(~np.asarray(a.holds(shape), bool), f"it was fitted with {a.text} alone")
+                      f"maximum it was fitted on ({v.meaning})"))
+    found += [(~np.asarray(a.holds(shape), bool), f"it was fitted only with {a.text}")
               for a in self.assumes]
     return found
 

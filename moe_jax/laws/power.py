@@ -43,7 +43,7 @@ class Margin:
     return slope_of(self.percent, self.fold)
 
   def __str__(self) -> str:
-    return f"{self.percent:g} % of the loss where a variable grows {self.fold:g}-fold"
+    return f"{self.percent:g} % of the loss when a variable grows {self.fold:g}-fold"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,8 +53,8 @@ def band(fitted: Fit, parts: list[LeftOut], at: Cells) -> Band:
     FieldError: the law cannot be refitted without one of the architectures.
   """
   if not parts or any(part.theta is None for part in parts):
-    raise FieldError("cells", len(fitted.cells), "cannot be fitted without one of the "
-                     "architectures: no interval for the curve")
+    raise FieldError("cells", len(fitted.cells), "cannot be refitted without one of the "
+                     "architectures, so the curve has no interval")
   centre = fitted.log_loss(at)
   around = np.array([fitted.form.log_loss(part.theta, at) for part in parts])
   g = len(parts)

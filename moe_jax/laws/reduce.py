@@ -52,13 +52,13 @@ def to_cells(rows: list[Row], source: str = "results.csv") -> Cells:
   for key, group in groups.items():
     best = _envelope(group)
     if best is None:
-      unused += [row | {UNUSED: "refused: the best learning rate is at the edge of those swept"}
+      unused += [row | {UNUSED: "refused: the best learning rate is at the edge of the sweep"}
                  for row in group]
     else:
       kept[key] = best
   if not kept:
-    raise FieldError("results", source, "in every cell the best learning rate is at the "
-                     "edge of those swept: no optimum can be used")
+    raise FieldError("results", source, "the best learning rate of every cell is at the "
+                     "edge of its sweep: there is no usable optimum")
   values = np.array(list(kept))
   log_loss, share = np.array(list(kept.values())).T
   cells = Cells.of(
@@ -81,10 +81,12 @@ def check_repeats(group: Sequence[Row], source: str) -> None:
     for row in group:
       cells.setdefault(str(row.get(column)), row["cell"])
     values = sorted(cells)
-    what = "their recipe, in what is no column but in " if column == RECIPE_HASH else ""
-    raise FieldError("results", source, f"{cells[values[0]]} and {cells[values[1]]} are "
-                     f"of one architecture but differ in {what}{column} ({', '.join(values)}); "
-                     f"choose with --where={column}={values[0]}")
+    listed = ", ".join(values)
+    what = (f"a recipe setting that has no column ({column} {listed})" if column == RECIPE_HASH
+            else f"{column} ({listed})")
+    raise FieldError("results", source, f"{cells[values[0]]} and {cells[values[1]]} have the "
+                     f"same architecture but differ in {what}; choose with "
+                     f"--where={column}={values[0]}")
 
 
 def shortest_name(group: list[Row]) -> str:
@@ -144,16 +146,16 @@ def _notes(rows, groups, kept, noise, df, unused) -> list[str]:
   found += [f"NOT USED, {reason}: {', '.join(names)}" for reason, names in why.items()]
   swept = sum(len(by_learning_rate(group)) > 1 for group in groups.values())
   if not swept:
-    found.append("one learning rate a cell: the best one moves with sparsity, so every "
-                 "slope may carry a bias that these data cannot show")
+    found.append("one learning rate per cell: the optimum depends on sparsity, so every "
+                 "slope may have a bias that these data cannot show")
   elif swept < len(groups):
-    found.append(f"{len(groups) - swept} cells have one learning rate, {swept} a sweep: the "
-                 "former's losses lie above their optimum by an unknown amount")
+    found.append(f"{len(groups) - swept} cells have one learning rate and {swept} a sweep: the "
+                 "losses of the former are above their optimum by an unknown amount")
   found.append(f"noise between seeds: {100 * noise:.2g} % of the loss ({df} degrees of "
-               "freedom)" if df else "no cell has two seeds: noise is not separated from "
+               "freedom)" if df else "no cell has two seeds: noise cannot be separated from "
                "lack of fit")
   varied = differing(rows, (*RECIPE, *NOT_ROUTED))
   if varied:
-    found.append(f"the recipe varies between cells in {', '.join(varied)}: the law takes "
-                 "that for an effect of shape")
+    found.append(f"the recipe varies between cells in {', '.join(varied)}: the law "
+                 "attributes this to shape")
   return found

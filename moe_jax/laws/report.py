@@ -12,8 +12,8 @@ from moe_jax.laws.validate import LeftOut, Rival
 def report(found: Analysis) -> list[str]:
   """Returns the whole report: data, design, fit, trust; rivals and claims for log-log forms."""
   lines = [*_titled("data", found.cells.notes), *found.fitted.identified.lines()]
-  lines += _titled("fit, two solvers on residuals of ln L; the first interval is the one to "
-                   "quote", fit_lines(found))
+  lines += _titled("fit by two solvers on residuals of ln L; quote the first interval",
+                   fit_lines(found))
   lines += _titled("trust", trust_lines(found))
   if found.rivals:
     lines += _titled("rival forms", rival_lines(found))
@@ -49,23 +49,24 @@ def quality_lines(fitted: Fit) -> list[str]:
            for s in (fitted.least_squares, fitted.huber)]
   lines += fitted.doubts
   if fitted.cells.n_architectures < len(fitted.cells):
-    lines.append("several cells share an architecture: the profile likelihood counts them as "
-                 "independent, and for the slopes of the shape is too short (on planted grids "
-                 "whose architectures err alike its 95 % hold the truth about 80 % of the "
-                 "time); quote the bootstrap, which resamples architectures")
+    lines.append("several cells share an architecture: the profile likelihood treats them as "
+                 "independent, so its intervals for shape coefficients are too short (if errors "
+                 "are shared within an architecture, 95 % intervals cover the truth about 80 % "
+                 "of the time in simulated grids); quote the bootstrap, which resamples "
+                 "architectures")
   se = fitted.cells.loss_se / fitted.cells.loss
   seeds = np.nanmean(se) if np.isfinite(se).any() else np.nan
   if seeds > 0:
     ratio = fitted.scatter / seeds  # not the rmse: a fit uses up P degrees of freedom
     lines.append(f"residuals are {ratio:.2g} times the noise between seeds"
-                 + (": the form misses something real" if ratio > 2 else ""))
+                 + (": the form misses a real effect" if ratio > 2 else ""))
   return lines
 
 
 def trust_lines(found: Analysis) -> list[str]:
   """Returns how the fit changes when some of its cells are left out."""
   fitted, lines = found.fitted, [
-      f"if errors are common to all sizes of a pair (n_exp, s): {name} {found.pairs[name]}"
+      f"if errors are shared by all sizes of a pair (n_exp, s): {name} {found.pairs[name]}"
       for name in ("c", "b_minus_c") if name in found.pairs]
   for title, parts in (("one architecture", found.architectures), ("one n_exp", found.n_exps)):
     good = [part for part in parts if part.theta is not None]
@@ -81,8 +82,8 @@ def trust_lines(found: Analysis) -> list[str]:
 def _range_line(fitted: Fit, p: int, parts: list[LeftOut]) -> str:
   values = np.array([part.theta[p] for part in parts])
   far = parts[int(np.argmax(np.abs(values - fitted.least_squares.theta[p])))].what
-  return (f"  {fitted.parameters[p]:14s} {values.min():+.4g} to {values.max():+.4g}, moved "
-          f"most by {far}")
+  return (f"  {fitted.parameters[p]:14s} {values.min():+.4g} to {values.max():+.4g}, changed "
+          f"most by leaving out {far}")
 
 
 def extrapolation_line(part: LeftOut, fitted: Fit) -> str:
@@ -90,8 +91,8 @@ def extrapolation_line(part: LeftOut, fitted: Fit) -> str:
   if part.error is None:
     return f"no extrapolation: {part.refusal}"
   mean, rmse = np.mean(part.error), np.sqrt(np.mean(part.error**2))
-  return (f"extrapolation to {part.what} ({len(part.error)} cells held out): error "
-          f"{100 * mean:+.3g} % of the loss on average, median size "
+  return (f"extrapolation to {part.what} ({len(part.error)} cells held out): mean error "
+          f"{100 * mean:+.3g} % of the loss, median absolute error "
           f"{100 * np.median(np.abs(part.error)):.3g} %, rmse {100 * rmse:.3g} % (fitted "
           f"cells {100 * fitted.least_squares.rmse:.3g} %)")
 
@@ -101,7 +102,7 @@ def rival_lines(found: Analysis) -> list[str]:
   lines = [_rival_line(rival) for rival in found.rivals]
   lines += [_cv_line(found.rivals[0], other) for other in found.rivals[1:]]
   if found.cells.n_architectures < len(found.cells):
-    lines.append("the F-tests that follow count cells as independent, of which several share an "
+    lines.append("the F-tests below treat cells as independent, but several share an "
                  "architecture: their p-values are too small")
   return lines + [line for nested in found.nested for line in nested_lines(nested)]
 
@@ -110,7 +111,7 @@ def _rival_line(rival: Rival) -> str:
   if rival.refusal:
     return f"{rival.law:15s} {rival.refusal}"
   without = [f"{100 * rmse:.3g} % without one {what}" if np.isfinite(rmse) else
-             f"none without one {what}: a part does not identify it"
+             f"not available without one {what}: some refits do not identify the form"
              for what, rmse in (("architecture", rival.cv_rmse), ("n_exp", rival.n_exp_rmse))]
   return (f"{rival.law:15s} {rival.n_parameters} parameters, rmse {100 * rival.rmse:.3g} %, "
           f"AICc {rival.aicc:.1f}, BIC {rival.bic:.1f}, cross-validated rmse "
@@ -122,9 +123,9 @@ def _cv_line(one: Rival, other: Rival) -> str:
   try:
     mean, error = validate.cv_difference(one, other)
   except FieldError as refused:
-    return f"{title}none, {refused}"
+    return f"{title}not available: {refused}"
   if abs(mean) <= 2 * error:
-    return title + "not told apart"
+    return title + "no significant difference"
   better = one.law if mean < 0 else other.law
   return f"{title}{better} predicts better ({abs(mean) / error:.1f} standard errors)"
 
@@ -133,7 +134,7 @@ def nested_lines(nested: Nested) -> list[str]:
   """Returns an F-test and, if it tests curvature, the slope at either end."""
   title = f"F-test of {nested.large} against {nested.small}: "
   if nested.test is None:
-    return [f"{title}none, {nested.refusal}"]
+    return [f"{title}not available: {nested.refusal}"]
   test = nested.test
   lines = [f"{title}F {test.f:.3g} on {test.df[0]} and {test.df[1]}, p = {test.p_value:.2g}"]
   return lines + ([slope_line(nested.bent, test.p_value)] if nested.bent else [])
@@ -144,7 +145,7 @@ def slope_line(curved: Fit, p_value: float, slope: str = "c", variable: str = "s
   logs = curved.cells.log(variable)
   ends = [curved.value(slope) + curved.value("q") * (x - logs.mean())
           for x in (logs.min(), logs.max())]
-  verdict = "is not constant" if p_value < 0.05 else "is not shown to vary"
+  verdict = "is not constant" if p_value < 0.05 else "does not vary significantly"
   return (f"the slope along ln {variable} {verdict} (p = {p_value:.2g}): {ends[0]:+.3g} at "
           f"{np.exp(logs.min()):.3g}, {ends[1]:+.3g} at {np.exp(logs.max()):.3g}, on average "
           f"{np.mean(ends):+.3g}")
@@ -157,8 +158,8 @@ def _claim_lines(found: Analysis) -> list[str]:
     if claim.interval is not None:
       lines += [f"  {claim.interval}",
                 f"  equivalence: 90 % interval [{claim.equivalence.low:+.4g}, "
-                f"{claim.equivalence.high:+.4g}] against ±{found.margin.slope:.3g}, which "
-                f"is {found.margin}"]
+                f"{claim.equivalence.high:+.4g}], margin ±{found.margin.slope:.3g} "
+                f"({found.margin})"]
     lines.append(f"  {claim.sentence}")
   sentences = ((found.mechanism,) if isinstance(found.mechanism, str)
                else found.mechanism.sentences)

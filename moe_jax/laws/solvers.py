@@ -169,8 +169,8 @@ def check_moved(form: Form, start: np.ndarray, end: np.ndarray) -> None:
   """Raises FieldError if a fitted parameter still equals its start."""
   still = np.abs(end - start) <= _UNMOVED * (1 + np.abs(start))
   for p in np.flatnonzero(still):
-    raise FieldError("law", form.name, f"{form.parameters[p]} still equals its start, "
-                     f"{start[p]:.6g}, after the fit: it was not optimised")
+    raise FieldError("law", form.name, f"{form.parameters[p]} still equals its "
+                     f"starting value {start[p]:.6g} after the fit: it was not optimised")
 
 
 def variable_projection(problem: Problem, n_starts: int = 16, seed: int = 0) -> Solution:

@@ -59,7 +59,7 @@ def read_results(path: str | os.PathLike | Sequence[str], where: Sequence[str] =
     _check_row(row, path)
   used = [row for row in rows if UNUSED not in row]
   if not used:
-    raise FieldError("results", path, f"has no run that a fit can use: {rows[0]['cell']}: "
+    raise FieldError("results", path, f"has no usable run, e.g. {rows[0]['cell']}: "
                      f"{rows[0][UNUSED]}")
   _check_same(used, path)
   _check_duplicates(used, path)
@@ -71,7 +71,7 @@ def _parsed(path: str) -> list[Row]:
   try:
     text = epath.Path(path).read_text()
   except UnicodeDecodeError:
-    raise FieldError("results", path, "is no text: a results.csv is wanted") from None
+    raise FieldError("results", path, "is not a text file: expected a results.csv") from None
   except OSError as error:
     raise FieldError("results", path, f"cannot be read: {_reason(error)}") from None
   try:
@@ -89,8 +89,8 @@ def _parsed(path: str) -> list[Row]:
     raise FieldError("results", path, "has no rows")
   for row in rows:
     if None in row or None in row.values():
-      raise FieldError("results", path, f"line {row['_line']} has not as many fields as the "
-                       f"header's {len(reader.fieldnames)}: the file is cut off or damaged")
+      raise FieldError("results", path, f"line {row['_line']} does not have the header's "
+                       f"{len(reader.fieldnames)} fields: the file is truncated or damaged")
   return rows
 
 
@@ -108,7 +108,7 @@ def _choose(rows: list[Row], where: Sequence[str], without: Sequence[str], path:
                        + did_you_mean(column, columns))
     there = sorted({str(row[column]) for row in rows if UNUSED not in row})
     if value not in there:
-      raise FieldError("where", condition, f"no row of {path} is so; "
+      raise FieldError("where", condition, f"matches no row of {path}; "
                        + did_you_mean(value, there))
     for row in rows:
       if row[column] != value:
@@ -129,8 +129,8 @@ def _check_same(rows: list[Row], path: str) -> None:
     values = sorted({str(row.get(column)) for row in rows})
     if len(values) > 1:
       shown = ", ".join(values[:4]) + (", ..." if len(values) > 4 else "")
-      raise FieldError("results", path, f"mixes {column}: {shown}; a law is of one: choose "
-                       f"with --where={column}={values[0]}")
+      raise FieldError("results", path, f"mixes {column}: {shown}; a law is fitted to a "
+                       f"single {column}: choose with --where={column}={values[0]}")
 
 
 def differing(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
@@ -148,7 +148,7 @@ def _check_row(row: Row, path: str) -> None:
     row.setdefault(UNUSED, f"unfinished: state {row['state']!r}{error}, step "
                    f"{row.get('step') or 'unknown'} of {steps or 'unknown'}")
   if row.get("causal") == "False":
-    row.setdefault(UNUSED, "its router is not causal: the loss has seen the future")
+    row.setdefault(UNUSED, "its router is not causal, so its loss uses future tokens")
   for column in (*_POSITIVE, *_SEEDS):
     text = row[column].strip()
     if column == "loss" and text.lower() in ("", "none", "nan", "inf", "+inf", "-inf"):
@@ -159,7 +159,7 @@ def _check_row(row: Row, path: str) -> None:
       row[column] = float(text)
     except ValueError:
       if UNUSED not in row:
-        raise FieldError("results", path, f"{at}: {column} is {text!r}, which is no "
+        raise FieldError("results", path, f"{at}: {column} is {text!r}, not a "
                          "number") from None
       row[column] = math.nan
     if (UNUSED not in row and column in _POSITIVE
@@ -176,6 +176,6 @@ def _check_duplicates(rows: list[Row], path: str) -> None:
                  *DETAILS))
     if key in seen:
       raise FieldError("results", path, f"lines {seen[key]['_line']} and {row['_line']} "
-                       f"(cells {seen[key]['cell']} and {row['cell']}) are the same run "
-                       "twice; a repeat needs a seed of its own")
+                       f"(cells {seen[key]['cell']} and {row['cell']}) are the same run; "
+                       "a repeat needs a different seed")
     seen[key] = row

@@ -39,7 +39,7 @@ def leave_out(fitted: Fit, out: np.ndarray, what: str) -> LeftOut:
     # A variable that hardly varies in the rest still gets a slope, but one fitted to noise.
     refused = identify(fitted.form, rest).refused
     if refused:
-      return _impossible(what, f"the rest do not identify {', '.join(refused)}: "
+      return _impossible(what, f"the remaining cells do not identify {', '.join(refused)}: "
                          + "; ".join(dict.fromkeys(refused.values())), out)
     theta = refit(fitted, rest)
   except FieldError as error:
@@ -174,7 +174,7 @@ def f_test(small: Fit, large: Fit) -> NestedTest:
   df = len(large.cells) - len(large.parameters)
   if extra < 1 or df < 1 or len(small.cells) != len(large.cells):
     raise FieldError("law", large.form.name, f"cannot be tested against {small.form.name}: "
-                     "these data identify no parameter more, or leave no degree of freedom")
+                     "these data identify no further parameter, or leave no degrees of freedom")
   rss_small, rss_large = (float(np.sum(f.residual**2)) for f in (small, large))
   f = max(0.0, rss_small - rss_large) / extra / (rss_large / df)
   return NestedTest(small.form.name, large.form.name, f, (extra, df),

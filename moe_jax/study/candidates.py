@@ -47,7 +47,7 @@ class Region:
     require(self.n_layers is None or self.n_layers >= 1, "n_layers", self.n_layers,
             "must be at least 1")
     require(self.aspect is None or self.n_layers is None, "aspect", self.aspect,
-            "and n_layers cannot both be held")
+            "and n_layers cannot both be held fixed")
 
   def __str__(self) -> str:
     def listed(values) -> str:
@@ -56,7 +56,7 @@ class Region:
     held = (f"d_model / n_layers {self.aspect:.3g}" if self.aspect else
             f"n_layers {self.n_layers}" if self.n_layers else "n_layers of the nearest run")
     return (f"n_total {listed(self.n_total)}; n_exp {listed(self.n_exp)}; s "
-            f"{listed(self.sparsity)}; g {listed(self.granularity)}; {held} held")
+            f"{listed(self.sparsity)}; g {listed(self.granularity)}; fixed {held}")
 
 
 def region(configs: Sequence[RunConfig], **asked) -> Region:

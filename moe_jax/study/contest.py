@@ -82,8 +82,8 @@ def contest(fitted: Fit, history: SoFar, memory_gb: float, active_params: float,
   configs = tuple(_config(arch, history.configs, rates) for arch in archs)
   notes = (f"memory {memory_gb:g} GB (bf16, {like.data.seq_len} tokens of cache), active "
            f"{short(active_params)}; {len(near)} architectures of {len(by_routing)} pairs of n_exp "
-           f"and n_topk use {100 * LEAST['memory_gb']:.0f} % of the one and "
-           f"{100 * LEAST['active_params']:.0f} % of the other",
+           f"and n_topk use at least {100 * LEAST['memory_gb']:.0f} % of the memory and "
+           f"{100 * LEAST['active_params']:.0f} % of the active parameters",
            *answer.recommendations[0].notes)
   return Contest(configs, fitted.predict(Shape.of(archs), tokens).value, notes)
 
@@ -114,8 +114,8 @@ def _arch(found: Architecture, like: Architecture) -> Architecture:
 def _draw(by_routing: dict[tuple[int, int], list[int]], n: int,
           rng: random.Random) -> list[int]:
   there = sum(map(len, by_routing.values()))
-  require(there >= n, "others", n, f"are not there: {there} other architectures use up this "
-          "budget; take a larger one, or fewer others")
+  require(there >= n, "others", n, f"are not available: only {there} other architectures use "
+          "up this budget; choose a larger budget or fewer others")
   drawn: list[int] = []
   while len(drawn) < n:
     routing = rng.choice(sorted(by_routing))
@@ -152,10 +152,10 @@ def rank(grid: Grid, rows: Sequence[Row], seed_sd: float) -> list[str]:
     else:
       losses[name] = float(row["loss"])
   choice = grid.names[0]
-  require(choice in losses, "results", choice, "is the choice, and has no loss")
+  require(choice in losses, "results", choice, "is the choice but has no loss")
   if len(losses) < 2:
-    raise FieldError("results", len(losses), "has the choice alone: there is nothing to rank it "
-                     "among")
+    raise FieldError("results", len(losses), "has only the choice: there is nothing to rank it "
+                     "against")
   ordered = sorted(losses, key=losses.get)
   identities = dict(zip(grid.names, map(identity_hash, grid.cells), strict=True))
   lines = [f"{'choice' if name == choice else 'other '}  {name} ({identities[name]}): "
@@ -165,10 +165,10 @@ def rank(grid: Grid, rows: Sequence[Row], seed_sd: float) -> list[str]:
   best, middle = min(others), float(np.median(others))
   noise = 1.96 * math.sqrt(2) * seed_sd
   chance = _behind_by_chance(len(others)) * seed_sd
-  return [*lines, f"the choice came in {ordered.index(choice) + 1} of {len(ordered)}",
-          f"against the best of the others {100 * math.log(losses[choice] / best):+.2f} %, against "
-          f"their median {100 * math.log(losses[choice] / middle):+.2f} % of the loss; two runs of "
-          f"one architecture differ by up to {100 * noise:.2g} % (95 %, seeds "
+  return [*lines, f"the choice ranks {ordered.index(choice) + 1} of {len(ordered)}",
+          f"its loss is {100 * math.log(losses[choice] / best):+.2f} % relative to the best of the "
+          f"others and {100 * math.log(losses[choice] / middle):+.2f} % relative to their median; "
+          f"two runs of one architecture differ by up to {100 * noise:.2g} % (95 %, seeds "
           f"{100 * seed_sd:.2g} %), and if all were equally good the choice would be up to "
           f"{100 * chance:.2g} % behind the best of the others"]
 

@@ -70,12 +70,12 @@ def predict(cells: Sequence[Cell], rows: Sequence[Row], law: str,
     trained = fitted.cells.columns["tokens"]
     asked = [cell for cell in asked if trained.min() <= 1.01 * variables(cell.config)["tokens"]
              and variables(cell.config)["tokens"] <= 1.01 * trained.max()]
-  require(bool(asked), "config", cells[0].selector, f"of {len(cells)} such cells none is as long "
-          f"as what {law} was fitted to: take other rows with --where, or a law with tokens")
+  require(bool(asked), "config", cells[0].selector, f"none of these {len(cells)} cells is as long "
+          f"as the runs {law} was fitted to: choose other rows with --where, or a law with tokens")
   for cell in asked:
     if identity_hash(cell.config) in measured:
-      raise FieldError("results", source, f"has the loss of {cell.name} already: what is measured "
-                       "cannot be predicted")
+      raise FieldError("results", source, f"already has the loss of {cell.name}: a measured "
+                       "cell cannot be predicted")
   values = np.array([list(variables(cell.config).values()) for cell in asked])
   at = Cells.of(np.ones(len(asked)), names=tuple(cell.name for cell in asked),
                 **dict(zip(sample.COLUMNS, values.T, strict=True)))
@@ -95,14 +95,14 @@ def predict(cells: Sequence[Cell], rows: Sequence[Row], law: str,
   notes = [*fitted.cells.notes, *(f"{name}: not identified, {why}"
                                   for name, why in fitted.identified.refused.items()),
            f"{len(found)} of {len(cells)} cells predicted by {fitted.form.name}, fit "
-           f"{fingerprint}; the rest are trunks or of other lengths"]
+           f"{fingerprint}; the rest are trunks or have other lengths"]
   notes += fitted.doubts
   known = {row.get("identity") for row in rows
            if UNUSED in row and isinstance(row["loss"], float) and math.isfinite(row["loss"])}
   seen = [row["cell"] for row in found if row["identity"] in known]
   if seen:
-    notes.append(f"{len(seen)} of them have a loss in {source} that the fit does not use, so that "
-                 f"they are no predictions: {', '.join(seen)}")
+    notes.append(f"{len(seen)} of them already have a loss in {source} that the fit does not "
+                 f"use, so they are not predictions: {', '.join(seen)}")
   return Foreseen(fitted, tuple(found), tuple(notes))
 
 
@@ -125,7 +125,7 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
   except OSError as error:
     raise FieldError("predictions", str(path), f"cannot be read: {error.strerror}") from None
   except (ValueError, KeyError, TypeError):
-    raise FieldError("predictions", str(path), "is not a file of --write: it needs the columns "
+    raise FieldError("predictions", str(path), "was not written by --write: it needs the columns "
                      + ", ".join(COLUMNS)) from None
 
 
@@ -174,7 +174,7 @@ class Compared:
 
 def compare(predictions: Sequence[dict[str, Any]], rows: Sequence[Row]) -> Compared:
   """Matches predictions with the rows of the same identity. Raises FieldError if there are none."""
-  require(bool(predictions), "predictions", 0, "holds none")
+  require(bool(predictions), "predictions", 0, "has no predictions")
   by_identity = {row.get("identity"): row for row in rows}
   measured, missing = [], []
   for one in predictions:

@@ -58,12 +58,12 @@ def keep_run(source: RunDir, target: RunDir) -> bool:
     return False
   if theirs is not None:
     require(identity_hash(ours) == identity_hash(theirs), "out", str(source.path),
-            f"is another run than the one kept as {target.path}: {identity_hash(ours)} and "
+            f"is not the run archived as {target.path}: identities {identity_hash(ours)} and "
             f"{identity_hash(theirs)}")
     text, kept_text = fingerprint(source), fingerprint(target)
     require(None in (text, kept_text) or text == kept_text, "out", str(source.path),
-            f"is of another text than the same run kept as {target.path}: data_fingerprint "
-            f"{text} and {kept_text}")
+            f"was evaluated on a different text than the same run archived as {target.path}: "
+            f"data_fingerprint {text} and {kept_text}")
     if progress(source) <= progress(target):
       return False
   if (file := source.path / "eval" / f"{HELDOUT}.json").exists():
@@ -114,7 +114,7 @@ def keep(out: str | os.PathLike, to: str | os.PathLike,
     FieldError: `out` does not exist or is neither a folder nor a readable .zip.
   """
   root = epath.Path(out)
-  require(root.exists(), "out", os.fspath(out), "is not there")
+  require(root.exists(), "out", os.fspath(out), "does not exist")
   require(root.is_dir() or root.suffix == ".zip", "out", os.fspath(out),
           "must be a folder of runs or a .zip")
   if root.suffix == ".zip":
@@ -123,7 +123,7 @@ def keep(out: str | os.PathLike, to: str | os.PathLike,
         with zipfile.ZipFile(os.fspath(out)) as file:
           file.extractall(folder)
       except (zipfile.BadZipFile, EOFError) as error:
-        raise FieldError("out", os.fspath(out), f"is no sound .zip: {error}") from None
+        raise FieldError("out", os.fspath(out), f"is not a valid .zip: {error}") from None
       return keep(folder, to, experiments)
   written, same, problems = 0, 0, []
   for experiment in experiments:
@@ -132,7 +132,7 @@ def keep(out: str | os.PathLike, to: str | os.PathLike,
       try:
         done = keep_run(source, RunDir(epath.Path(to) / experiment / source.path.name))
       except FieldError as error:
-        problems.append(f"{experiment}/{source.path.name}: not kept: {error}")
+        problems.append(f"{experiment}/{source.path.name}: not archived: {error}")
         continue
       written, same = written + done, same + (not done)
   return written, same, problems
@@ -155,7 +155,7 @@ def table(kept: str | os.PathLike, grid: Grid) -> list[tuple[RunConfig, Row]]:
     run = RunDir(folder / name)
     stored = run.read_config()
     require(stored is None or identity_hash(stored) == identity_hash(config), "out",
-            str(run.path), "is of another identity than the grid's cell")
+            str(run.path), "does not have the identity of the grid's cell")
     if name not in trunks or progress(run) in (BEGUN, ENDED):
       found += [(config, row) for row in _rows(grid.name, name, config, run)]
   for file in sorted(folder.glob("*/config.json")):
@@ -177,8 +177,9 @@ def _require_one_text(folder: epath.Path, rows: Iterable[Row]) -> None:
       continue
     other = first.setdefault((row["corpus"], row["tokenizer"]), row)
     require(text == other["data_fingerprint"], "out", str(folder),
-            f"{other['cell']} and {row['cell']} are of two texts of one name, {row['corpus']!r}: "
-            f"data_fingerprint {other['data_fingerprint']} and {text}; take the runs of one away")
+            f"{other['cell']} and {row['cell']} were evaluated on two texts named "
+            f"{row['corpus']!r}: data_fingerprint {other['data_fingerprint']} and {text}; remove "
+            "the runs of one of them")
 
 
 def _rows(experiment: str, name: str, config: RunConfig, run: RunDir) -> list[Row]:

@@ -24,9 +24,9 @@ from moe_jax.study.noise import SEED_SD
 _RESULTS = flags.DEFINE_string("results", None, "results.csv of the sweeps.", required=True)
 _WHERE, _WITHOUT = define_rows_flags()
 _SEED_SD = flags.DEFINE_float("seed_sd", SEED_SD, "Standard deviation of ln L between seeds.")
-_WRITE = flags.DEFINE_string("write", None, "Write the law as this .json file.")
-_CHECK = flags.DEFINE_string("check", None, "Fit nothing; hold this law, a file of --write, "
-                             "against the sweeps.")
+_WRITE = flags.DEFINE_string("write", None, "Write the law to this .json file.")
+_CHECK = flags.DEFINE_string("check", None, "Compare this law, a file written by --write, "
+                             "with the sweeps; nothing is fitted.")
 
 
 def main(overrides: list[str]) -> None:
@@ -35,7 +35,7 @@ def main(overrides: list[str]) -> None:
   require(_WRITE.value is None or _WRITE.value.endswith(".json"), "write", _WRITE.value,
           "must end in .json")
   require(_WRITE.value is None or _CHECK.value is None, "write", _WRITE.value,
-          "writes nothing with --check")
+          "cannot be combined with --check")
   law = None if _CHECK.value is None else rates.read(_CHECK.value, "check")
   sweeps = rates.sweeps_of(read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value),
                            _RESULTS.value)

@@ -17,39 +17,41 @@ from moe_jax.study import noise as noise_lib
 from moe_jax.study.targets import ALL, CHOICE, MEAN
 
 _RESULTS = flags.DEFINE_string("results", None, "results.csv of the runs so far.", required=True)
-_CONFIG = flags.DEFINE_string("config", None, "Their experiment file; needed where their "
-                              "config.json do not lie beside the table.")
+_CONFIG = flags.DEFINE_string("config", None, "Their experiment file; needed if the runs' "
+                              "config.json files are not next to the table.")
 _LAW = define_law_flag()
 _TARGET = flags.DEFINE_string(
-    "target", "b_minus_c", f"A coefficient of the form; {ALL}: the joint volume of all "
-    f"exponents; {MEAN}: their mean variance; {CHOICE}: which architecture is best for "
-    "--choice_n_total and --choice_n_active.")
-_ADD = flags.DEFINE_integer("add", 5, "At most so many runs.")
+    "target", "b_minus_c", f"A coefficient of the form; {ALL}: the volume of the "
+    f"joint confidence region of all exponents; {MEAN}: their mean variance; {CHOICE}: which "
+    "architecture is best for --choice_n_total and --choice_n_active.")
+_ADD = flags.DEFINE_integer("add", 5, "Maximum number of runs to add.")
 _FLOPS = flags.DEFINE_string("flops", None, "Budget of training FLOPs, e.g. 1e16: runs are then "
-                             "chosen by what they tell per FLOP.")
-_WRITE = flags.DEFINE_string("write", None, "Experiment file to write; none that exists.")
-_N_TOTAL = flags.DEFINE_list("n_total", None, "Sizes to look at, e.g. 2M,6M; default: those of "
+                             "chosen by information per FLOP.")
+_WRITE = flags.DEFINE_string("write", None, "Experiment file to write; must not exist yet.")
+_N_TOTAL = flags.DEFINE_list("n_total", None, "Sizes to consider, e.g. 2M,6M; default: those of "
                              "the runs.")
-_N_EXP = flags.DEFINE_list("n_exp", None, "Numbers of experts; default: those of the runs, a "
-                           "halving and a doubling.")
-_SPARSITY = flags.DEFINE_list("sparsity", None, "n_exp / n_topk; default likewise.")
+_N_EXP = flags.DEFINE_list("n_exp", None, "Numbers of experts; default: those of the runs, "
+                           "half the smallest and twice the largest.")
+_SPARSITY = flags.DEFINE_list("sparsity", None, "n_exp / n_topk; default: as for --n_exp.")
 _GRANULARITY = flags.DEFINE_list("granularity", None, "d_model / d_expert; default: those of "
                                  "the runs.")
-_ASPECT = flags.DEFINE_float("aspect", None, "d_model / n_layers to hold.")
-_N_LAYERS = flags.DEFINE_integer("n_layers", None, "Depth to hold. Default: the depth of the "
-                                 "runs where a size has one, else their mean aspect.")
+_ASPECT = flags.DEFINE_float("aspect", None, "d_model / n_layers to hold fixed.")
+_N_LAYERS = flags.DEFINE_integer("n_layers", None, "Depth to hold fixed. Default: the depth of "
+                                 "the runs if each size has only one, else their mean aspect is "
+                                 "held.")
 _SEED_SD, _ARCHITECTURE_SD = noise_lib.define_flags()
 _WHERE, _WITHOUT = define_rows_flags()
 _CHOICE_TOTAL = flags.DEFINE_string("choice_n_total", None, "N_total of the architectures to "
                                     "choose from, e.g. 1B.")
-_CHOICE_ACTIVE = flags.DEFINE_string("choice_n_active", None, "Most N_active they may have.")
+_CHOICE_ACTIVE = flags.DEFINE_string("choice_n_active", None, "Maximum N_active of these "
+                                     "architectures.")
 
 
 def main(overrides: list[str]) -> None:
   cli.no_overrides(overrides)
   if _TARGET.value != CHOICE:
     for flag in (_CHOICE_TOTAL, _CHOICE_ACTIVE):
-      require(flag.value is None, flag.name, flag.value, f"is for --target={CHOICE}")
+      require(flag.value is None, flag.name, flag.value, f"applies only to --target={CHOICE}")
   from moe_jax.study import proposal
   from moe_jax.study.write import check_free
   if _WRITE.value:

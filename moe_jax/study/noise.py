@@ -17,8 +17,9 @@ def define_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
   return (
       flags.DEFINE_float("seed_sd", None, "Standard deviation of ln L between seeds; default: "
                          f"from repeated runs, else {SEED_SD}."),
-      flags.DEFINE_float("architecture_sd", None, "The same of what the form does not know of an "
-                         f"architecture; default: from the residuals, else {ARCHITECTURE_SD}."))
+      flags.DEFINE_float("architecture_sd", None, "Standard deviation of ln L of the architecture "
+                         "effect that the form misses; default: from the residuals, else "
+                         f"{ARCHITECTURE_SD}."))
 
 
 def given(seed_sd: float | None, architecture_sd: float | None) -> Noise:
@@ -45,4 +46,4 @@ def measured(fitted: Fit, seed_sd: float | None, architecture_sd: float | None) 
   df = len(fitted.cells) - len(fitted.parameters)
   return Noise(seed, architecture, source,
                f"from the residuals, {df} degree{'s' * (df > 1)} of freedom"
-               + ("" if architecture else "; they are no more than seeds explain"))
+               + ("" if architecture else "; noise between seeds explains them"))

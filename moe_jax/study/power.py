@@ -23,27 +23,28 @@ from moe_jax.study.sample import not_yet_run
 from moe_jax.text import aligned
 
 _CONFIG = cli.define_config_flag(required=False)
-_RESULTS = flags.DEFINE_string("results", None, "results.csv of a grid that has been run; its "
-                               "noise is taken from it.")
+_RESULTS = flags.DEFINE_string("results", None, "results.csv of a grid that has been run; the "
+                               "noise is estimated from it.")
 _LAW = define_law_flag()
 _WHERE, _WITHOUT = define_rows_flags(cells_of="--config or --results")
 _SEED_SD, _ARCHITECTURE_SD = noise_lib.define_flags()
-_FOLD = flags.DEFINE_float("fold", MARGIN.fold, "Effects are told as percent of the loss where a "
-                           "variable grows so many fold.")
+_FOLD = flags.DEFINE_float("fold", MARGIN.fold, "Report effects as percent of the loss for a "
+                           "variable that grows by this factor.")
 _MARGIN = flags.DEFINE_float("margin_percent", MARGIN.percent, "Margin of the equivalence "
-                             "test, in percent of the loss over --fold.")
+                             "test, in percent of the loss when a variable grows by the factor "
+                             "--fold.")
 
 
 def main(overrides: list[str]) -> None:
   require((_CONFIG.value is None) != (_RESULTS.value is None), "config", _CONFIG.value,
-          "give one of --config, an experiment file, and --results")
+          "give either --config, an experiment file, or --results")
   margin = Margin(_MARGIN.value, _FOLD.value)
   if _RESULTS.value is None:
     cells = not_yet_run(cli.selected_cells(_CONFIG.value, overrides), _WITHOUT.value)
     noise = noise_lib.given(_SEED_SD.value, _ARCHITECTURE_SD.value)
     found, design = planned(cells, _LAW.value)
   else:
-    require(not overrides, "results", _RESULTS.value, "takes no --config.PATH=VALUE")
+    require(not overrides, "results", _RESULTS.value, "cannot be combined with --config.PATH=VALUE")
     cells = to_cells(read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value),
                      _RESULTS.value)
     found, design, noise = measured(cells, _LAW.value, _SEED_SD.value, _ARCHITECTURE_SD.value)
@@ -72,7 +73,7 @@ def report(cells: Cells, found: Identified, design: Design, noise: Noise,
   twice = {p.parameter: p for p in power.power_of(repeated, noise, margin.slope)}
   lines = [*cells.notes, f"noise: {noise}", *found.lines(),
            f"two-sided tests at 5 %, {100 * power.POWER:.0f} % power; effects in percent of the "
-           f"loss where the variable grows {fold:g}-fold"]
+           f"loss when the variable grows {fold:g}-fold"]
   rows = [("coefficient", "of ln", "df", "95 % interval", "detectable", "twice the seeds",
            "shown absent below", f"chance for {margin.percent:g} %")]
   for one in power.power_of(design, noise, margin.slope):
@@ -84,7 +85,7 @@ def report(cells: Cells, found: Identified, design: Design, noise: Noise,
       rows.append((one.parameter, variable, f"{one.df:.3g}", f"± {half}", least, with_two, absent,
                    f"{100 * one.at_margin:.0f} %"))
   if len(rows) == 1:
-    raise FieldError("law", found.form.name, "has no slope of ln L along one variable: take a "
+    raise FieldError("law", found.form.name, "has no slope of ln L along one variable: use a "
                      "log-log form, such as paper")
   return lines + aligned(rows, left=(0, 1))
 

@@ -24,19 +24,20 @@ _RESULTS = flags.DEFINE_multi_string("results", None, "results.csv of an experim
 _CONFIG = cli.define_config_flag(required=False)
 _LAW = define_law_flag()
 _WHERE, _WITHOUT = define_rows_flags()
-_WRITE = flags.DEFINE_string("write", None, "Write the predictions as this .csv file; none that "
-                             "exists.")
-_PREDICTIONS = flags.DEFINE_string("predictions", None, "A file of --write, to be compared with "
-                                   "--results; nothing is fitted.")
-_TARGET = flags.DEFINE_float("target_percent", 0.3, "Median absolute error that is aimed at.")
+_WRITE = flags.DEFINE_string("write", None, "Write the predictions to this .csv file; must not "
+                             "exist yet.")
+_PREDICTIONS = flags.DEFINE_string("predictions", None, "A file written by --write, to be compared "
+                                   "with --results; nothing is fitted.")
+_TARGET = flags.DEFINE_float("target_percent", 0.3, "Target of the median absolute error, in "
+                              "percent of the loss.")
 
 
 def main(overrides: list[str]) -> None:
   require((_CONFIG.value is None) != (_PREDICTIONS.value is None), "config", _CONFIG.value,
-          "give one of --config, whose cells are predicted, and --predictions")
+          "give either --config, whose cells are predicted, or --predictions")
   if _PREDICTIONS.value is not None:
     require(not overrides and _WRITE.value is None, "predictions", _PREDICTIONS.value,
-            "are compared: without --write and --config.PATH=VALUE")
+            "cannot be combined with --write or --config.PATH=VALUE")
     predictions = foresight.read(_PREDICTIONS.value)
     rows = read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value)
     print("\n".join(foresight.compare(predictions, rows).lines(_TARGET.value)))
@@ -44,7 +45,7 @@ def main(overrides: list[str]) -> None:
   if _WRITE.value is not None:
     require(_WRITE.value.endswith(".csv"), "write", _WRITE.value, "must end in .csv")
     require(not epath.Path(_WRITE.value).exists(), "write", _WRITE.value,
-            "exists, and is not overwritten: what was predicted stands")
+            "exists; predictions are never overwritten")
   cells = cli.selected_cells(_CONFIG.value, overrides)
   rows = read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value)
   found = foresight.predict(cells, rows, _LAW.value, ", ".join(_RESULTS.value))

@@ -99,7 +99,7 @@ class Proposal:
   def _form_grows(self) -> str:
     """Returns a remark if the intervals before and after come from different forms."""
     more = [name for name in self.after if name not in self.before]
-    return f" (so far without {' and '.join(more)}, then with)" if self.before and more else ""
+    return f" (without {' and '.join(more)} so far, with it after)" if self.before and more else ""
 
   @property
   def so_far(self) -> str:
@@ -110,18 +110,18 @@ class Proposal:
 
   def _by_coefficient(self) -> list[tuple[str, ...]]:
     names = list(dict.fromkeys([*self.before, *self.after]))
-    return [("", "so far", "with all of them")] + [
+    return [("", "so far", "with all runs")] + [
         (name, *(_plus_minus(known.get(name, np.inf)) for known in (self.before, self.after)))
         for name in names]
 
   def write(self, path: str) -> None:
     """Writes the runs as an experiment file. Raises FieldError if `path` already exists."""
     write_experiment(path, self.grid, "\n".join([
-        f"Which runs tell most about {self.target.name}? Proposed by python -m "
+        f"Runs that are most informative about {self.target.name}, proposed by python -m "
         "moe_jax.study.next.", "",
         f"Expected half-width of the 95 % interval: so far {self.so_far}, with these runs "
         f"{_plus_minus(self.choice.half_width[-1])}.",
-        "The runs belong to the experiment of those they add to, and to its results.csv."]))
+        "They belong to the same experiment as the runs so far, and to its results.csv."]))
 
 
 def _plus_minus(value: float) -> str:
@@ -158,11 +158,11 @@ def propose(results: str, ask: Ask, experiment_file: str | None = None,
   pool = Pool(dataclasses.replace(
       whole, seeds_N=np.concatenate([cells.seeds, np.zeros(len(new.configs))])),
       np.ones(len(cost)) if ask.flops is None else cost)
-  notes = [*cells.notes, f"noise: {noise}", f"candidates: {len(new.configs)} new cells and a "
-           f"repeat of {len(done)}; {region}"]
+  notes = [*cells.notes, f"noise: {noise}", f"candidates: {len(new.configs)} new cells and "
+           f"repeats of {len(done)}; {region}"]
   notes += [f"  {new.unsolved} combinations have no shape of that size"] if new.unsolved else []
-  notes += [f"  {len(new.refused)} are refused, as {new.refused[0]}"] if new.refused else []
-  notes += [f"  {name}: not identified with all of them either: {why}"
+  notes += [f"  {len(new.refused)} are refused, e.g. {new.refused[0]}"] if new.refused else []
+  notes += [f"  {name}: not identified even with all candidates: {why}"
             for name, why in found.refused.items()]
   if ask.target == targets.CHOICE:
     doubt = _doubt(ask, region, done, fitted, found.form, noise)
@@ -172,8 +172,8 @@ def propose(results: str, ask: Ask, experiment_file: str | None = None,
   chosen = choose(pool, noise, target, ask.add, np.inf if ask.flops is None else ask.flops)
   reported = reported_half_width(pool, noise, target, list(chosen.added))
   if reported > 1.05 * chosen.half_width[-1]:
-    notes.append(f"with all of them moe_jax.laws will tell {_plus_minus(reported)}, more than what "
-                 "is known: it takes repeated and single cells to scatter alike")
+    notes.append(f"with all runs moe_jax.laws will report {_plus_minus(reported)}, wider than "
+                 "necessary, because it assumes one variance for repeated and single cells")
   grown = dataclasses.replace(everything, seeds=pool.design.seeds_N + np.bincount(
       chosen.added, minlength=len(configs)))
   before, after = (_known(asked, found.form, _theta(found.form, fitted), some, noise)
@@ -222,7 +222,7 @@ def _theta(form: Form, fitted: Fit | None) -> np.ndarray | None:
     return fitted.least_squares.theta
   if not form.is_linear:
     raise FieldError("law", form.name, "is not log-log, and the runs so far do not identify it: "
-                     "what more of them would tell depends on its coefficients; take a log-log "
+                     "the value of further runs depends on its coefficients; use a log-log "
                      "form, such as paper")
   return None
 
@@ -235,7 +235,7 @@ def _doubt(ask: Ask, region: candidates.Region, done: Sequence[RunConfig], fitte
     require(value is not None, name, value, "is needed for --target=choice")
   if fitted is None or fitted.parameters != form.parameters:
     raise FieldError("target", targets.CHOICE, f"the runs so far do not identify {form.name}: "
-                     "begin with --target=all")
+                     "start with --target=all")
   wide = dataclasses.replace(region, n_total=(n_total,), n_layers=None,
                              aspect=region.aspect or candidates.mean_aspect(done))
   archs = [config.arch for config in candidates.new_cells(wide, done).configs
@@ -243,7 +243,7 @@ def _doubt(ask: Ask, region: candidates.Region, done: Sequence[RunConfig], fitte
   tokens = float(fitted.cells.columns["tokens"].max())
   if len(archs) < 2:
     raise FieldError("choice_n_active", n_active, f"leaves {len(archs)} architecture"
-                     f"{'s' * (not archs)} of N_total {short(n_total)} ({wide}); allow more")
+                     f"{'s' * (not archs)} of N_total {short(n_total)} ({wide}); increase it")
   asked = Fit.cells_of(Shape.of(archs), tokens)
   own = design_of(form, fitted.cells, fitted.least_squares.theta)
   slopes = [p for p in range(len(form.parameters)) if p not in form.intercepts]

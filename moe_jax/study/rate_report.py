@@ -36,8 +36,7 @@ def report(found: rates.RateFit, seed_sd: float) -> list[str]:
   for name in rates.VARIABLES:
     lines.append(f"d ln lr* / d ln {name}: {found.rates.coefficients[name]:+.3f} ± "
                  f"{found.errors[name]:.3f} (standard error)")
-  return [*lines, f"no optimum is further from the law than a factor of "
-          f"{found.worst_factor:.3g}"]
+  return [*lines, f"every optimum is within a factor of {found.worst_factor:.3g} of the law"]
 
 
 def _interval(one: rates.Optimum) -> str:
@@ -46,7 +45,7 @@ def _interval(one: rates.Optimum) -> str:
 
 def check(sweeps: Sequence[rates.Sweep], law: rates.Rates, seed_sd: float) -> list[str]:
   """Reports how far the law's rate is from each sweep's optimum, and the loss that costs."""
-  rows, costs, outside = [("sweep", "by the law", "optimum", "95 % interval", "loss above it")
+  rows, costs, outside = [("sweep", "by the law", "optimum", "95 % interval", "excess loss")
                           ], [], 0
   for sweep in sweeps:
     rate = law.at(**sweep.variables)
@@ -61,11 +60,11 @@ def check(sweeps: Sequence[rates.Sweep], law: rates.Rates, seed_sd: float) -> li
                  f"{100 * costs[-1]:.2g} %"))
   lines = aligned(rows)
   if costs:
-    lines.append(f"loss above the optimum: {100 * statistics.median(costs):.2g} % in the middle, "
-                 f"{100 * max(costs):.2g} % at most, of {len(costs)} sweeps")
-  return lines + ([f"{outside} of {len(sweeps)} have no optimum among their rates: the law is "
-                   "off by more than half a step there, or noise between seeds hides where "
-                   "the best is"] if outside else [])
+    lines.append(f"loss above the optimum: median {100 * statistics.median(costs):.2g} %, maximum "
+                 f"{100 * max(costs):.2g} %, {len(costs)} sweeps")
+  return lines + ([f"{outside} of {len(sweeps)} have no optimum within their rates: the law is "
+                   "off by more than half a step there, or noise between seeds hides the "
+                   "optimum"] if outside else [])
 
 
 def as_dict(found: rates.RateFit, table: bytes) -> dict:

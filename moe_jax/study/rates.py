@@ -101,7 +101,7 @@ def read(path: str | os.PathLike, field: str = "rates") -> Rates:
   except OSError as error:
     raise FieldError(field, str(path), f"cannot be read: {error.strerror}") from None
   except (ValueError, KeyError, TypeError):
-    raise FieldError(field, str(path), "is damaged: no coefficients intercept, "
+    raise FieldError(field, str(path), "is damaged: it needs the coefficients intercept, "
                      + ", ".join(VARIABLES)) from None
 
 
@@ -153,8 +153,8 @@ def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
   """
   rates, n = sweep.rates, len(sweep.rates)
   if n < 3:
-    raise FieldError("results", str(sweep), f"has a loss at {n} rate{'s' * (n != 1)}: three at "
-                     "least are needed")
+    raise FieldError("results", str(sweep), f"has a loss at {n} rate{'s' * (n != 1)}: at "
+                     "least three are needed")
   best, step = int(np.argmin(sweep.log_loss)), math.exp(np.diff(np.log(rates)).mean())
   if best in (0, n - 1):
     raise _edge(sweep, best, step)
@@ -172,9 +172,9 @@ def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
   if not u_N[0] < vertex < u_N[-1]:  # the best rate is interior, so the losses are not a parabola
     between = np.sqrt(rates[best - 1:best + 1] * rates[best:best + 2])
     raise FieldError("results", str(sweep), f"is best at {_number(rates[best])}, but the parabola "
-                     f"through the rates around it is lowest outside {_number(rates[part][0])} to "
-                     f"{_number(rates[part][-1])}: add {_number(between[0])} and "
-                     f"{_number(between[1])}, or seeds")
+                     "through the rates around it has its minimum outside "
+                     f"{_number(rates[part][0])} to {_number(rates[part][-1])}: add "
+                     f"{_number(between[0])} and {_number(between[1])}, or seeds")
   gradient_P = np.array([0, -1 / (2 * c[2]), c[1] / (2 * c[2]**2)])
   half = _QUANTILE * math.sqrt(gradient_P @ covariance_PP @ gradient_P)
   if c[2] <= _QUANTILE * math.sqrt(covariance_PP[2, 2]):
@@ -190,8 +190,8 @@ def _edge(sweep: Sweep, at: int, step: float) -> FieldError:
            f"{_number(rate)}")
   awaited = [other for other in sweep.awaited if (other < rate) == lowest]
   if awaited:
-    return FieldError("results", str(sweep), f"{which}, and "
-                      + " and ".join(map(_number, awaited)) + " have not run: run them first")
+    return FieldError("results", str(sweep), f"{which}, and rates beyond it have not run: first "
+                      "run " + " and ".join(map(_number, awaited)))
   beyond = [other for other in sweep.without_loss if (other < rate) == lowest and other != rate]
   if beyond:  # a rate further out has no loss: suggest one in between
     next_to = max(beyond) if lowest else min(beyond)
@@ -253,8 +253,8 @@ def fit_rates(optima: Sequence[Optimum], source: str) -> RateFit:
   values = np.linalg.svd(scaled / np.maximum(np.linalg.norm(scaled, axis=0), 1e-12),
                          compute_uv=False)
   if len(optima) < 4 or values[-1] < 0.05:
-    raise FieldError("results", source, f"its {len(optima)} sweeps do not tell the effects of "
-                     "N_total, s and n_exp apart: sweep at corners that differ in each")
+    raise FieldError("results", source, f"its {len(optima)} sweeps do not separate the effects "
+                     "of N_total, s and n_exp: sweep at corners that differ in each")
   y_N = np.log([one.rate for one in optima])
   theta = np.linalg.lstsq(x_NP, y_N, rcond=None)[0]
   df = len(optima) - len(theta)

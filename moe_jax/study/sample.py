@@ -68,7 +68,7 @@ def _check_same(cells: Sequence[Cell], prefix: str) -> None:
         raise FieldError(
             "config", f"{cells[0].name} and {cell.name}",
             f"differ in {path} ({first[path]!r} and {ours[path]!r}): "
-            + ("a law is of one text" if prefix else "no repeats of one architecture")
+            + ("a law is fitted to a single text" if prefix else "they are not repeats of one cell")
             + f"; leave one out with --without={cell.name}")
 
 

@@ -46,7 +46,7 @@ def so_far(rows: Sequence[Row], results: str, experiment_file: str | None = None
   grid = load_grid(experiment_file) if experiment_file else None
   if grid is not None:
     require(experiments[0] in (grid.name, "None"), "config", experiment_file, f"is the grid "
-            f"{grid.name!r}; {results} is of {experiments[0]!r}")
+            f"{grid.name!r}, but {results} is of {experiments[0]!r}")
   known = dict(zip(grid.names, grid.cells, strict=True)) if grid else {}
   configs = tuple(_config(row, results, known) for row in rows)
   if grid is not None:
@@ -58,15 +58,15 @@ def _config(row: Row, results: str, known: dict[str, RunConfig]) -> RunConfig:
   cell = row["cell"]
   config = RunDir(epath.Path(results).parent / cell).read_config() or known.get(cell)
   require(config is not None, "config", None, f"is needed: {cell} of {results} has no "
-          f"{cell}/config.json beside it; give the experiment file that has this cell")
+          f"{cell}/config.json next to it; give the experiment file that has this cell")
   for name, value in variables(config).items():
     if name != "tokens" and row[name] != value:
-      raise FieldError("results", results, f"{cell} has {name} {row[name]:g}; its "
+      raise FieldError("results", results, f"{cell} has {name} {row[name]:g}, but its "
                        f"configuration has {value:g}")
   if row.get("identity") not in (None, "", identity_hash(config)):
-    raise FieldError("config", cell, f"is {identity_hash(config)} in the configuration and "
-                     f"{row['identity']} in {results}: the file was changed since it ran, or the "
-                     "table is of an older version: evaluate it again")
+    raise FieldError("config", cell, f"has identity {identity_hash(config)} in the configuration "
+                     f"and {row['identity']} in {results}: the file has changed since the run, or "
+                     "the table is from an older version; evaluate the cell again")
   return config
 
 

@@ -85,12 +85,12 @@ def choice(archs: list[Architecture], asked: Cells, form: Form, theta_P: np.ndar
     raise FieldError("target", CHOICE, f"is not in doubt: {_named(archs[best])} is predicted "
                      f"{100 * (predicted[second] - predicted[best]):.2g} % better than the next, "
                      f"± {100 * half_N[second]:.2g} %")
-  lines = [f"best of {len(archs)} architectures by the fit: {_named(archs[best])}; it may be "
-           f"matched by {len(rivals)}:"]
+  lines = [f"best of {len(archs)} architectures by the fit: {_named(archs[best])}; {len(rivals)} "
+           "others are not significantly worse:"]
   lines += [f"  {_named(archs[i])}: +{100 * (predicted[i] - predicted[best]):.2g} % ± "
             f"{100 * half_N[i]:.2g} %" for i in rivals[:5]]
   lines += [f"  and {len(rivals) - 5} more"] if len(rivals) > 5 else []
-  return Doubt(Target("the differences in ln L to the best (root mean square)",
+  return Doubt(Target("the differences in ln L from the best (root mean square)",
                       apart_NP[rivals]), tuple(lines))
 
 

@@ -25,20 +25,22 @@ from moe_jax.study.noise import SEED_SD
 from moe_jax.study.so_far import so_far
 from moe_jax.study.write import check_free, write_experiment
 
-_RESULTS = flags.DEFINE_string("results", None, "results.csv: of the runs that the law is fitted "
-                               "to; with --rank, of the trial.", required=True)
-_CONFIG = flags.DEFINE_string("config", None, "Experiment file of the runs; needed where their "
-                              "config.json do not lie beside the table.")
+_RESULTS = flags.DEFINE_string("results", None, "results.csv of the runs that the law is fitted "
+                               "to or, with --rank, of the trial.", required=True)
+_CONFIG = flags.DEFINE_string("config", None, "Experiment file of the runs; needed if the runs' "
+                              "config.json files are not next to the table.")
 _LAW = define_law_flag()
 _WHERE, _WITHOUT = define_rows_flags()
-_MEMORY = flags.DEFINE_string("memory_gb", None, "Memory for weights and one row's cache, e.g. "
-                              "0.013.")
-_ACTIVE = flags.DEFINE_string("active_params", None, "Active parameters at most, e.g. 3M.")
-_OTHERS = flags.DEFINE_integer("others", 10, "Random architectures beside the choice.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draw.")
-_RATES = flags.DEFINE_string("rates", None, "Learning rates by this file of "
-                             "moe_jax.study.learning_rate; else those of the nearest runs.")
-_WRITE = flags.DEFINE_string("write", None, "Experiment file to write; none that exists.")
+_MEMORY = flags.DEFINE_string("memory_gb", None, "Memory for weights and the cache of one "
+                              "sequence, e.g. 0.013.")
+_ACTIVE = flags.DEFINE_string("active_params", None, "Maximum number of active parameters, e.g. "
+                              "3M.")
+_OTHERS = flags.DEFINE_integer("others", 10, "Number of random architectures to compare with "
+                               "the choice.")
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed of the draw.")
+_RATES = flags.DEFINE_string("rates", None, "File of moe_jax.study.learning_rate that sets the "
+                             "learning rates; default: those of the nearest runs.")
+_WRITE = flags.DEFINE_string("write", None, "Experiment file to write; must not exist yet.")
 _RANK = flags.DEFINE_string("rank", None, "Experiment file of a trial that has been run.")
 _SEED_SD = flags.DEFINE_float("seed_sd", SEED_SD, "Standard deviation of ln L between seeds.")
 
@@ -46,12 +48,12 @@ _SEED_SD = flags.DEFINE_float("seed_sd", SEED_SD, "Standard deviation of ln L be
 def main(overrides: list[str]) -> None:
   cli.no_overrides(overrides)
   if _RANK.value is not None:
-    require(_WRITE.value is None, "rank", _RANK.value, "writes nothing")
+    require(_WRITE.value is None, "rank", _RANK.value, "cannot be combined with --write")
     rows = read_results(_RESULTS.value, _WHERE.value, _WITHOUT.value)
     print("\n".join(contest.rank(load_grid(_RANK.value), rows, _SEED_SD.value)))
     return
   for flag in (_MEMORY, _ACTIVE):
-    require(flag.value is not None, flag.name, None, "is needed: the budget")
+    require(flag.value is not None, flag.name, None, "is needed for the budget")
   memory = parse_gigabytes("memory_gb", _MEMORY.value)
   active = parse_count("active_params", _ACTIVE.value)
   if _WRITE.value is not None:

@@ -37,7 +37,7 @@ def check_free(path: str | os.PathLike) -> None:
   if file.exists():
     raise FieldError("write", str(path), "exists, and is not overwritten")
   if not file.parent.is_dir():
-    raise FieldError("write", str(path), "is in no directory that exists")
+    raise FieldError("write", str(path), "is in a directory that does not exist")
 
 
 def source(grid: Grid, docstring: str) -> str:

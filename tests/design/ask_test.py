@@ -38,12 +38,12 @@ def test_which_laws_are_asked():
 
 @pytest.mark.parametrize("given, line", [
     (dict(active_params=1e8), "memory_gb=None: is missing"),
-    (dict(memory_gb=16), "active_params=None: is missing: an inference budget"),
+    (dict(memory_gb=16), "active_params=None: is missing: give an inference budget"),
     (dict(memory_gb=16, decode_ms=5), "decode_ms=5: needs --hardware"),
     (dict(memory_gb=16, prefill_ms=5), "prefill_ms=5: needs --hardware"),
     (dict(memory_gb=500, decode_ms=5, serving=V5E_8), "memory_gb=500: is more than v5e-8 has"),
     (dict(memory_gb=16, active_params=1e8, law="clark", tokens=1e9),
-     "law='clark': has no variable for tokens; it sees n_active, sparsity"),
+     "law='clark': has no variable for tokens; it depends on n_active, sparsity"),
     (dict(memory_gb=16, active_params=1e8, law="zhao"), "tokens=None: is missing: zhao needs"),
     (dict(memory_gb=16, active_params=1e8, law="ling"), "flops=None: is missing: ling needs"),
     (dict(memory_gb=16, active_params=1e8), "tokens=None: is missing"),

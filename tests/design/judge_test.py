@@ -80,7 +80,8 @@ def test_the_jackknife_is_near_the_covariance_of_least_squares(cells):
 def test_a_covariance_without_the_architecture_that_matters_most_is_refused(cells):
   found = fit(one_of_another_size(cells), "paper")
   with pytest.raises(FieldError, match="paper': has no covariance: without .* the form cannot "
-                     "be fitted: the rest do not identify a: ln n_total hardly varies") as refused:
+                     "be fitted: the remaining cells do not identify a: ln n_total hardly "
+                     "varies") as refused:
     fitted(found, 9e9)
   assert "\n" not in str(refused.value)
 
@@ -130,7 +131,7 @@ def test_what_the_data_do_not_identify_is_not_searched_by(cells):
   one_size = cells.take(np.abs(cells.log("n_total") - np.log(1e8)) < 0.3)
   found = fit(one_size, "paper")
   assert "a" in found.identified.refused
-  with pytest.raises(FieldError, match="do not identify a .*a search would rest on it"):
+  with pytest.raises(FieldError, match="do not identify a .*the search depends on it"):
     fitted(found, 9e9)
 
 

@@ -69,8 +69,8 @@ def test_a_given_architecture_is_judged_whatever_it_costs():
     (dict(memory_gb=0.01, active_params=1e8), "memory_gb=0.01: too small; the smallest that"),
     (dict(memory_gb=1, active_params=1e4), "active_params=10000.0: too small; the smallest that"),
     (dict(memory_gb=1, decode_ms=1e-4), "decode_ms=0.0001: too small; the smallest that"),
-    (dict(memory_gb=0.01, active_params=1e4), "memory_gb=0.01: too small, and not alone"),
-    (dict(memory_gb=0.01, prefill_ms=1e-4), "memory_gb=0.01: too small, and not alone"),
+    (dict(memory_gb=0.01, active_params=1e4), "memory_gb=0.01: too small, as are other"),
+    (dict(memory_gb=0.01, prefill_ms=1e-4), "memory_gb=0.01: too small, as are other"),
 ])
 def test_an_impossible_budget_says_the_smallest_that_works(given, line):
   def ask(**changed):

@@ -83,11 +83,11 @@ def test_a_lattice_holds_its_ends_and_leaves_no_wide_gap(low, ratio, multiple, s
 
 
 @pytest.mark.parametrize("given, line", [
-    ({"experts": (9, 11)}, "experts='9:11': holds no power of two"),
-    ({"experts": (8, 8), "topk": (5, 64)}, "topk='5:64': leaves none"),
+    ({"experts": (9, 11)}, "experts='9:11': contains no power of two"),
+    ({"experts": (8, 8), "topk": (5, 64)}, "topk='5:64': contains none"),
     ({"multiple": 4}, "multiple=4: must lie"),
-    ({"aspect": (1e5, 2e5)}, "aspect='100000:200000': with granularity 0.5:16"),
-    ({"granularity": (1000, 2000)}, "aspect='32:128': with granularity 1000:2000"),
+    ({"aspect": (1e5, 2e5)}, "aspect='100000:200000': allows no shape with granularity 0.5:16"),
+    ({"granularity": (1000, 2000)}, "aspect='32:128': allows no shape with granularity 1000:2000"),
 ])
 def test_an_empty_space_is_refused(given, line):
   with pytest.raises(FieldError) as error:

@@ -75,7 +75,7 @@ def test_only_training_that_ran_out_of_memory_itself_is_tried_again(tmp_path, mo
   made = sitting(tmp_path, monkeypatch, script, n=1)
   assert begun.count(stage) == 1
   assert made.failed == [f"{unit.name}: {stage} ended with code 3: "
-                         + ("no word" if stage == "train" else "RESOURCE_EXHAUSTED")]
+                         + ("no output" if stage == "train" else "RESOURCE_EXHAUSTED")]
 
 
 def test_it_is_tried_again_once_whatever_was_passed_on(tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_damaged_run_fails_alone(tmp_path, monkeypatch):
 
   made = sitting(tmp_path, monkeypatch, script)
   assert len(made.done) == 2
-  assert made.failed == [f"{CELLS[1].name}: train ended with code 1: no word"]
+  assert made.failed == [f"{CELLS[1].name}: train ended with code 1: no output"]
 
 
 STAND_IN = """

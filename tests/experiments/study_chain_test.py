@@ -118,7 +118,7 @@ def test_from_sweeps_to_the_trial(fitted_rates, tmp_path):
   tables(tmp_path, {"study-trial": grid})
   lines = contest.rank(grid, read_results(tmp_path / "kept" / "study-trial" / "results.csv"),
                        0.0005)
-  assert int(lines[-2].split()[4]) <= 4 and lines[-2].endswith("of 11")
+  assert int(lines[-2].split()[3]) <= 4 and lines[-2].endswith("of 11")
 
 
 def test_a_result_whose_drop_rate_is_not_known_does_not_count(tmp_path):
@@ -126,7 +126,7 @@ def test_a_result_whose_drop_rate_is_not_known_does_not_count(tmp_path):
   name = next(name for name in small.names if plan.in_statistic(small.get_config(name)))
   planted.write_run(tmp_path / "runs", small.name, name, small.get_config(name), 2.0)
   tables(tmp_path, {small.name: small})  # its trunk has left no metrics
-  with pytest.raises(FieldError, match="no run that a fit can use: .*drop rate is not known"):
+  with pytest.raises(FieldError, match="has no usable run, e.g. .*drop rate is not known"):
     read_results(tmp_path / "kept" / "results.csv")
 
 

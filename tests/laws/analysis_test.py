@@ -26,13 +26,13 @@ def shared():
 def test_the_claims_quote_the_intervals_of_the_form_that_was_asked_for(shared):
   for claim in shared.claims:
     assert claim.interval == shared.headline[claim.parameter]
-  assert "in the middle of the grid's ln s" in shared.claims[0].sentence
+  assert "at the grid's mean ln s" in shared.claims[0].sentence
 
 
 def test_cells_that_share_an_architecture_are_warned_about(shared):
   text = "\n".join(report(shared))
-  assert "the profile likelihood counts them as independent" in text
-  assert "the F-tests that follow count cells as independent" in text
+  assert "the profile likelihood treats them as independent" in text
+  assert "the F-tests below treat cells as independent" in text
   alone = "\n".join(report(analyse(to_cells(rows_of(n_cells=24, learning_rates=1)), "paper",
                                    draws=99)))
   assert "as independent" not in alone
@@ -58,8 +58,8 @@ def test_a_margin_that_is_none(margin):
 
 def test_the_margin_is_told_in_percent(shared):
   text = "\n".join(report(shared))
-  assert "margin 0.25 % of the loss where a variable grows 8-fold" in text
-  assert "against ±0.0012, which is 0.25 % of the loss where" in text
+  assert "margin 0.25 % of the loss when a variable grows 8-fold" in text
+  assert "margin ±0.0012 (0.25 % of the loss when" in text
 
 
 @pytest.mark.parametrize("law", ["paper-active", "total-sparsity"])
@@ -70,9 +70,9 @@ def test_the_claims_are_of_a_form_that_holds_what_they_say(law):
   assert found.claims_law == "paper-curved"
   assert found.claims == claims.assess(cells, law="paper-curved", draws=99)
   assert "claims of arXiv 2601.08215 by paper-curved" in "\n".join(report(found))
-  (said,) = [line for line in lead_of(found) if "holds both claims" in line]
+  (said,) = [line for line in lead_of(found) if "tests both claims" in line]
   theirs, asked = form_for("paper-curved", cells).formula, form_for(law, cells).formula
-  assert f"with the law {theirs}. All else in it is of the law {asked}." in said
+  assert f"with the law {theirs}. Everything else in this report uses the law {asked}." in said
 
 
 def test_residuals_of_nothing_but_seeds_are_as_large_as_their_noise():

@@ -67,14 +67,14 @@ def test_the_margin_is_that_of_the_studys_plan():
   cells = grid(b_minus_c=0.0015, noise=1e-4)
   assert verdicts(cells)["b_minus_c"].verdict == claims.SHOWN
   assert "smaller than the margin" not in verdicts(cells)["b_minus_c"].sentence
-  assert "margin of 0.4 % of the loss where a variable grows 8-fold" in verdicts(
+  assert "margin of 0.4 % of the loss when a variable grows 8-fold" in verdicts(
       cells, Margin(0.4))["b_minus_c"].sentence
 
 
 def test_undecided_is_not_none():
   claim = verdicts(grid(b_minus_c=0.0, noise=0.03))["b_minus_c"]
   assert claim.verdict == claims.UNDECIDED
-  assert "not to say that there is no effect" in claim.sentence
+  assert "does not mean that there is no effect" in claim.sentence
 
 
 def test_shown_but_below_the_margin():
@@ -85,7 +85,7 @@ def test_shown_but_below_the_margin():
 def test_refused_with_what_is_identified():
   claim = verdicts(fixed_active())["b_minus_c"]
   assert claim.verdict == claims.REFUSED and claim.interval is None
-  assert "collinear" in claim.sentence and "Only b_minus_c -0.9" in claim.sentence
+  assert "collinear" in claim.sentence and "Identified instead: b_minus_c -0.9" in claim.sentence
 
 
 def test_equivalence_intervals_are_narrower_than_the_two_sided_ones():
@@ -97,8 +97,8 @@ def test_equivalence_intervals_are_narrower_than_the_two_sided_ones():
 def test_a_plain_grid_breaks_no_tie():
   found = claims.mechanism(grid())
   assert not found.core_or_active and not found.experts_or_core and not found.estimates
-  assert "Attention takes 4 to 4 d²" in found.sentences[0]
-  assert all("one and the same" in sentence for sentence in found.sentences)
+  assert "Attention has 4 to 4 d²" in found.sentences[0]
+  assert all("confounded in these data" in sentence for sentence in found.sentences)
 
 
 def test_a_planted_grid_breaks_no_tie_either():
@@ -137,7 +137,7 @@ def test_shared_experts_that_vary_are_not_taken_for_attention():
   runs = tuple(({"n_shared_experts": str(i % 2), "n_dense_layers": "0"},)
                for i in range(len(cells)))
   found = claims.mechanism(dataclasses.replace(cells, runs=runs))
-  assert not found.core_or_active and "Cells differ in n_shared_experts:" in found.sentences[0]
+  assert not found.core_or_active and "Cells differ in n_shared_experts, so" in found.sentences[0]
   assert not any(name.startswith("core-or-active") for name in found.estimates)
 
 

@@ -26,7 +26,7 @@ def test_a_report(tmp_path):
                "profile likelihood", "huber", "leaving one architecture out",
                "leaving one n_exp out", "extrapolation to sparsity", "AICc",
                "F-test of paper against total-sparsity", "sparsity hurts (c > 0): shown",
-               "more experts hurt", "one and the same"):
+               "more experts hurt", "confounded in these data"):
     assert part in text, part
   # The design report stands before any number of the fit.
   assert text.index("condition index") < text.index("two solvers")

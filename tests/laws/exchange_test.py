@@ -135,5 +135,5 @@ def test_what_is_not_identified_yet_is_identified_first():
 
 def test_bad_input():
   pool = pool_of(np.random.default_rng(0), cost=True)
-  with pytest.raises(FieldError, match="flops=0.5: pays for no run: the cheapest takes"):
+  with pytest.raises(FieldError, match="flops=0.5: is too small for any run: the cheapest takes"):
     choose(pool, Noise(0.002, 0), target(), 1, budget=0.5)

@@ -60,7 +60,7 @@ def test_a_term_that_the_best_fit_puts_at_0_is_left_out():
   cells = Cells.of(planted.loss - 2, **planted.columns)
   fitted = fit(cells, "paper-tokens", n_starts=8)
   assert fitted.parameters == ("ln_A", "a", "b_minus_c", "c", "ln_B", "beta")
-  with pytest.raises(FieldError, match="the best fit puts its term at 0, and the form is"):
+  with pytest.raises(FieldError, match="its term is 0 in the best fit, so the form is"):
     fitted.value("ln_E")
   covariance_PP, _ = jackknife(fitted)  # refits, none of which could be made with that term
   assert np.isfinite(covariance_PP).all() and (np.diag(covariance_PP) > 0).all()
@@ -97,7 +97,7 @@ def test_a_fitted_law_answers_like_a_published_one():
   log_loss = (fitted.value("c0") - 0.09 * np.log(shape.n_total) + 0.01 * np.log(shape.n_exp)
               + 0.02 * np.log(shape.sparsity))
   np.testing.assert_allclose(np.log(answer.loss), log_loss, atol=1e-3)
-  assert "n_exp = 512 is above 128, the range of the data it was fitted to" in answer.outside
+  assert "n_exp = 512 is above 128, the maximum in the data it was fitted to" in answer.outside
 
 
 @pytest.mark.parametrize("law", FORMS)
@@ -134,14 +134,14 @@ def test_a_parameter_that_equals_its_start_is_an_error():
   form = form_for("chinchilla", grid_of_runs()("paper", PLANTED["paper"]))
   start = np.array([5.0, 0.3, 15.0, 0.5, 0.6])
   check_moved(form, start, start + 0.01)
-  with pytest.raises(FieldError, match="ln_B still equals its start, 15, after the fit"):
+  with pytest.raises(FieldError, match="ln_B still equals its starting value 15 after the fit"):
     check_moved(form, start, start + [0.1, 0.1, 0.0, 0.1, 0.1])
 
 
 def test_a_solver_that_stops_at_once_is_found_out(monkeypatch):
   monkeypatch.setattr(solvers, "huber_from", lambda problem, phi: (phi, 1.0))
   cells = grid_of_runs()("chinchilla", PLANTED["chinchilla"])
-  with pytest.raises(FieldError, match="still equals its start"):
+  with pytest.raises(FieldError, match="still equals its starting value"):
     fit(cells, "chinchilla", n_starts=4)
 
 
@@ -157,7 +157,7 @@ def test_a_term_by_which_more_tokens_hurt_is_doubted():
   forced = dataclasses.replace(one.least_squares, theta=np.where(
       np.array(one.parameters) == "beta", -4.7, one.least_squares.theta))
   doubted = dataclasses.replace(one, least_squares=forced)
-  assert any(line.startswith("beta = -4.7: by it the loss grows with tokens")
+  assert any(line.startswith("beta = -4.7 means that the loss grows with tokens")
              for line in doubted.doubts)
   assert not fit(grid_of_runs()("chinchilla", PLANTED["chinchilla"]), "chinchilla",
                  n_starts=8).doubts

@@ -187,5 +187,5 @@ def test_subsamples_that_do_not_identify_the_form_are_counted(others, bounded, s
   fitted = fit(Cells.of(np.exp(3 - 0.09 * np.log(sizes) + 0.002 * rng.standard_normal(n)),
                         n_total=sizes, n_exp=n_exp, n_topk=2.0**rng.integers(0, 3, n)), "paper")
   found = intervals.subsample(fitted, draws=200, solver=solver)["a"]
-  assert re.search(r"of which \d+ of 200 do not identify it", found.method)
+  assert re.search(r", \d+ of 200 of which do not identify the form", found.method)
   assert np.isfinite([found.low, found.high]).all() == bounded

@@ -36,12 +36,12 @@ def test_a_best_rate_at_the_edge_is_refused(losses):
   rates = [1e-3, 2e-3, 4e-3][:len(losses)]
   cells = to_cells(swept(rates, losses) + OTHER)
   assert cells.names == ("other",)
-  assert any("edge of those swept: x" in note for note in cells.notes)
+  assert any("edge of the sweep: x" in note for note in cells.notes)
 
 
 def test_all_refused():
   rows = swept([1e-3, 2e-3], [3.0, 3.1]) + swept([1e-3, 2e-3], [3.0, 3.1], "y", 16.0)
-  with pytest.raises(FieldError, match="every cell the best learning rate is at the edge"):
+  with pytest.raises(FieldError, match="best learning rate of every cell is at the edge"):
     to_cells(rows)
 
 
@@ -69,7 +69,7 @@ def test_the_envelope_has_an_error():
 
 def test_no_seeds_and_one_learning_rate_are_said_so():
   notes = " ".join(to_cells(rows_of(learning_rates=1)).notes)
-  assert "one learning rate a cell" in notes and "no cell has two seeds" in notes
+  assert "one learning rate per cell" in notes and "no cell has two seeds" in notes
 
 
 def test_tokens_make_cells_of_one_architecture():

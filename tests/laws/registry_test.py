@@ -168,9 +168,9 @@ def test_a_leverage_is_not_a_loss():
     (lambda: LAWS["abnar"].predict(MOE), "tokens=None: is missing: abnar needs"),
     (lambda: LAWS["ling"].predict(MOE), "flops=None: is missing: ling needs"),
     (lambda: LAWS["flame-moe"].require_sees("granularity"),
-     "law='flame-moe': has no variable for granularity; it sees n_active, tokens"),
+     "law='flame-moe': has no variable for granularity; it depends on n_active, tokens"),
     (lambda: LAWS["abnar"].at(N=1e9, D=1e9), "S=None: is missing: abnar needs"),
-    (lambda: LAWS["abnar"].at(N=1e9, D=1e9, E=8), "E=8: is no variable of abnar"),
+    (lambda: LAWS["abnar"].at(N=1e9, D=1e9, E=8), "E=8: is not a variable of abnar"),
     (lambda: get_law("abnarr"), "did you mean 'abnar'"),
 ])
 def test_bad_questions_get_one_line(ask, line):

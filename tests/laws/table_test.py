@@ -59,8 +59,8 @@ def unused(tmp_path, rows, where=(), without=()) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("content,says", [
-    (b"", "is empty"), (b"\n", "is empty"), (bytes(range(256)), "is no text"),
-    (b"\x89PNG\r\n", "is no text"), (b"PK\x03\x04\x00\x00", "lacks the columns"),
+    (b"", "is empty"), (b"\n", "is empty"), (bytes(range(256)), "is not a text file"),
+    (b"\x89PNG\r\n", "is not a text file"), (b"PK\x03\x04\x00\x00", "lacks the columns"),
     (b'{"a": 1}\n', "lacks the columns cell, state"), (b'a,b\n"x', "is not a CSV"),
 ])
 def test_a_file_that_is_no_results_table(tmp_path, content, says):
@@ -79,7 +79,7 @@ def test_a_directory(tmp_path):
 def test_a_file_that_was_cut_off(tmp_path):
   path = pathlib.Path(write(tmp_path, rows_of(**ONE_RATE)))
   path.write_text(path.read_text()[:-60])
-  with pytest.raises(FieldError, match="line 9 has not as many fields as the header's"):
+  with pytest.raises(FieldError, match="line 9 does not have the header's"):
     read_results(path)
 
 
@@ -125,12 +125,12 @@ def test_a_loss_that_has_seen_the_future_is_listed_and_not_used(tmp_path):
   rows = [row | {"causal": True} for row in rows_of(**ONE_RATE)]
   rows[2]["causal"] = False
   assert unused(tmp_path, rows) == {
-      rows[2]["cell"]: "its router is not causal: the loss has seen the future"}
+      rows[2]["cell"]: "its router is not causal, so its loss uses future tokens"}
 
 
 def test_no_finished_run_at_all(tmp_path):
   rows = [row | {"state": "running"} for row in rows_of(**ONE_RATE)]
-  assert "has no run that a fit can use" in refusal(tmp_path, rows)
+  assert "has no usable run" in refusal(tmp_path, rows)
 
 
 def test_what_is_left_out_on_purpose_is_listed_too(tmp_path):
@@ -160,7 +160,7 @@ def test_duplicated_rows(tmp_path):
 
 def test_the_same_run_under_another_name_is_a_duplicate(tmp_path):
   rows = rows_of(**ONE_RATE)
-  assert "same run twice" in refusal(tmp_path, rows + [rows[2] | {"cell": "copy"}])
+  assert "are the same run" in refusal(tmp_path, rows + [rows[2] | {"cell": "copy"}])
 
 
 def test_one_cell(tmp_path):
@@ -193,7 +193,7 @@ def test_what_a_run_is_and_begins_from_is_recipe(tmp_path, column, value, seed):
           for row in rows_of(**ONE_RATE)]
   other = rows[0] | {column: value, "cell": "other", "seed_init": seed}
   line = refusal(tmp_path, rows + [other])
-  assert f"are of one architecture but differ in {column} (" in line
+  assert f"have the same architecture but differ in {column} (" in line
   assert rows[0]["cell"] in line and "other" in line
 
 
@@ -201,7 +201,7 @@ def test_what_a_run_is_and_begins_from_is_recipe(tmp_path, column, value, seed):
 def test_what_is_no_column_is_recipe_too(tmp_path, seed):
   rows = [row | {"recipe_hash": "aaa"} for row in rows_of(**ONE_RATE)]
   line = refusal(tmp_path, rows + [rows[0] | {"recipe_hash": "bbb", "seed_init": seed}])
-  assert "differ in their recipe, in what is no column but in recipe_hash (aaa, bbb)" in line
+  assert "differ in a recipe setting that has no column (recipe_hash aaa, bbb)" in line
   assert "choose with --where=recipe_hash=aaa" in line
   rows[3]["recipe_hash"] = "bbb"  # between cells it is said
   notes = " ".join(to_cells(read_results(write(tmp_path, rows))).notes)

@@ -115,7 +115,7 @@ def test_the_f_test_holds_its_level_and_has_power():
 
 def test_a_form_against_itself(cells):
   fitted = fit(cells, "paper")
-  with pytest.raises(FieldError, match="no parameter more"):
+  with pytest.raises(FieldError, match="no further parameter"):
     validate.f_test(fitted, fitted)
 
 

@@ -39,7 +39,7 @@ def test_the_next_runs_are_written_and_can_be_launched(results, tmp_path):
 
 
 @pytest.mark.parametrize("module,arguments,line", [
-    ("power", [], "error: --config=None: give one of --config"),
+    ("power", [], "error: --config=None: give either --config"),
     ("power", ["--config=experiments/quickstart.py", "--fold=1"], "error: --fold=1.0: must be"),
     ("power", ["--config=experiments/quickstart.py", "--law=paper-tokens"],
      "error: --law='paper-tokens': is not log-log"),
@@ -49,7 +49,7 @@ def test_the_next_runs_are_written_and_can_be_launched(results, tmp_path):
      "error: --write='experiments/quickstart.py': exists, and is not overwritten"),
     ("next", ["--results={results}", "--n_exp=8,many"], "error: --n_exp='many': must be"),
     ("next", ["--results={results}", "--choice_n_total=1M"],
-     "error: --choice_n_total='1M': is for --target=choice"),
+     "error: --choice_n_total='1M': applies only to --target=choice"),
     ("learning_rate", ["--results={results}"],
      "error: --results='{results}': has no architecture with several learning rates"),
     ("learning_rate", ["--results={results}", "--write=rates.csv"],

@@ -53,7 +53,7 @@ def test_two_sittings_in_any_order_and_twice(tmp_path):
 def test_a_table_without_a_result_is_read(tmp_path):
   write(tmp_path, 0, None, state="failed", error="gone")
   write_csv(epath.Path(tmp_path) / "results.csv", [row for _, row in kept.table(tmp_path, GRID)])
-  with pytest.raises(FieldError, match=r"no run that a fit can use: .*'failed' \(gone\)"):
+  with pytest.raises(FieldError, match=r"has no usable run, e.g. .*'failed' \(gone\)"):
     read_results(tmp_path / "results.csv")
 
 
@@ -114,9 +114,9 @@ def test_runs_of_another_identity_are_refused_and_listed(tmp_path):
   planted.write_run(tmp_path / "one", GRID.name, "l1-d8", GRID.cells[0], 2.0)
   kept.keep(tmp_path / "one", tmp_path / "to", [GRID.name])
   (line,) = kept.keep(tmp_path / "two", tmp_path / "to", [GRID.name])[2]
-  assert FIRST in line and "is another run than the one kept" in line
+  assert FIRST in line and "is not the run archived as" in line
   assert rows_of(tmp_path / "to")["l1-d8"]["state"] == "not of the grid"
-  with pytest.raises(FieldError, match="is not there"):
+  with pytest.raises(FieldError, match="does not exist"):
     kept.keep(tmp_path / "none", tmp_path / "to", [GRID.name])
 
 
@@ -128,7 +128,7 @@ def test_a_run_of_another_text_is_refused_and_listed(tmp_path):
   kept.keep(tmp_path / "one", tmp_path / "to", [GRID.name])
   written, same, (line,) = kept.keep(tmp_path / "two", tmp_path / "to", [GRID.name])
   assert (written, same) == (0, 0) and "\n" not in line
-  assert line.startswith(f"planted/{FIRST}: not kept: ")
+  assert line.startswith(f"planted/{FIRST}: not archived: ")
   assert line.endswith("data_fingerprint other and planted")
   assert kept.keep(tmp_path / "three", tmp_path / "to", [GRID.name]) == (0, 1, [])
   assert rows_of(tmp_path / "to")[FIRST]["loss"] == 2.0
@@ -139,8 +139,8 @@ def test_a_table_joins_runs_of_one_text(tmp_path):
   write(tmp_path, 2, None, state="diverged")
   assert len(rows_of(tmp_path)) == len(GRID.names)
   write(tmp_path, 1, text="other")
-  with pytest.raises(FieldError, match=f"{FIRST} and {SECOND} are of two texts of one name, "
-                     "'sotu': data_fingerprint planted and other") as refused:
+  with pytest.raises(FieldError, match=f"{FIRST} and {SECOND} were evaluated on two texts "
+                     "named 'sotu': data_fingerprint planted and other") as refused:
     kept.table(tmp_path, GRID)
   assert "\n" not in str(refused.value)
 
@@ -161,6 +161,6 @@ def test_packed_in_parts_and_taken_up(tmp_path):
     kept.pack(tmp_path / "to", tmp_path / "none", 1_000)
   assert not (tmp_path / "none").exists()
   (tmp_path / "cut.zip").write_bytes(files[0].read_bytes()[:500])
-  with pytest.raises(FieldError, match="is no sound .zip"):
+  with pytest.raises(FieldError, match="is not a valid .zip"):
     kept.keep(tmp_path / "cut.zip", tmp_path / "back", [GRID.name])
   assert zipfile.ZipFile(files[0]).testzip() is None

@@ -65,13 +65,13 @@ def test_a_run_alone_and_what_else_differs_is_told(tables):
   notes = paired.pairs(rows, "tokens", first, second).notes
   assert notes[0].startswith(f"{len(GRID.cells) - 1} pairs of {len(GRID.cells) // 2} arch")
   assert notes[1].startswith("without a partner: ") and notes[1].count(",") == 0
-  assert notes[2] == "THE PAIRS DIFFER TOO IN weight_decay"
+  assert notes[2] == "THE PAIRS ALSO DIFFER IN weight_decay"
 
 
 @pytest.mark.parametrize("of, values, told", [
-    ("tokens", ("1", None), "values='1': of tokens is no run; there are "),
-    ("token", (None, None), "of='token': is no column of all"),
-    ("loss", ("LOSS", "LOSS2"), "no architecture has a run of both")])
+    ("tokens", ("1", None), "values='1': no run has this value of tokens; available: "),
+    ("token", (None, None), "of='token': is not a column of all"),
+    ("loss", ("LOSS", "LOSS2"), "no architecture has runs of both")])
 def test_what_are_no_pairs_is_refused(tables, of, values, told):
   rows, *lengths = of_tokens(tables)
   for row in rows:
@@ -85,7 +85,7 @@ def test_what_are_no_pairs_is_refused(tables, of, values, told):
 
 def test_twice_the_same_run_is_refused(tables):
   rows, first, second = of_tokens(tables)
-  with pytest.raises(FieldError, match="are both of tokens"):
+  with pytest.raises(FieldError, match="both have tokens"):
     paired.pairs([*rows, dict(rows[0])], "tokens", first, second)
 
 
@@ -96,7 +96,7 @@ def test_the_command(tables):
   assert done.returncode == 0, done.stderr
   assert "the loss changes by" in done.stdout and "b_minus_c" in done.stdout
   refused = run_module(*command, f"--values={first}")
-  assert refused.returncode == 2 and "must be FIRST,SECOND" in refused.stderr
+  assert refused.returncode == 2 and "must be two different values, FIRST,SECOND" in refused.stderr
 
 
 def test_pairs_of_several_lengths_are_not_taken_for_seeds(tables):
@@ -113,5 +113,5 @@ def test_pairs_of_several_lengths_are_not_taken_for_seeds(tables):
 def test_a_column_that_one_table_lacks_is_none(tables):
   rows, first, second = of_tokens(tables)
   del rows[-1]["dispatch"]
-  with pytest.raises(FieldError, match="of='dispatch': is no column of all"):
+  with pytest.raises(FieldError, match="of='dispatch': is not a column of all"):
     paired.pairs(rows, "dispatch", "capacity", "dropless")

@@ -51,7 +51,7 @@ def test_what_was_measured_is_not_predicted(tmp_path):
           for name, config in zip(SMALL.names, SMALL.cells, strict=True)]
   first = foresight.predict(mine[:1], rows, "paper").rows[0]["identity"]
   rows[0]["identity"] = first
-  with pytest.raises(FieldError, match="has the loss of .* already"):
+  with pytest.raises(FieldError, match="already has the loss of .*: a measured cell cannot"):
     foresight.predict(mine, rows, "paper")
 
 
@@ -66,13 +66,13 @@ def test_written_then_compared(tmp_path):
   assert made.returncode == 0, made.stderr
   assert "6 of 6 cells predicted by paper" in made.stdout
   again = run_module(*command, f"--config={config}", f"--write={file}")
-  assert again.returncode == 2 and "what was predicted stands" in again.stderr
+  assert again.returncode == 2 and "predictions are never overwritten" in again.stderr
   compared = run_module(*command, f"--predictions={file}")
   assert compared.returncode == 0, compared.stderr
   assert compared.stdout.count("not run") == 6
   assert compared.stdout.endswith("none of them has been measured\n")
-  for arguments, line in (([], "error: --config=None: give one of --config"),
-                          ([f"--predictions={config}"], "is not a file of --write")):
+  for arguments, line in (([], "error: --config=None: give either --config"),
+                          ([f"--predictions={config}"], "was not written by --write")):
     done = run_module(*command, *arguments)
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
 
@@ -89,8 +89,8 @@ def test_of_several_tables_and_what_they_know_already_is_told(tmp_path):
   rows[0] |= {"identity": foresight.predict(mine[:1], rows, "paper").rows[0]["identity"],
               UNUSED: "does not count"}
   found = foresight.predict(mine[:2], rows, "paper", "here")
-  assert found.notes[-1] == ("1 of them have a loss in here that the fit does not use, so that "
-                             f"they are no predictions: {mine[0].name}")
+  assert found.notes[-1] == ("1 of them already have a loss in here that the fit does not use, so "
+                             f"they are not predictions: {mine[0].name}")
 
 
 def test_a_prediction_is_of_one_run_also_where_cells_are_means_of_several():

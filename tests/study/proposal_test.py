@@ -71,7 +71,7 @@ def test_a_budget_of_flops_is_kept(results):
   from moe_jax.study.candidates import flops
   found = propose(results, Ask(add=10, flops=6e12))
   assert 0 < sum(flops(config) for config in found.configs) <= 6e12
-  with pytest.raises(FieldError, match="flops=1.0: pays for no run"):
+  with pytest.raises(FieldError, match="flops=1.0: is too small for any run"):
     propose(results, Ask(flops=1.0))
 
 
@@ -83,7 +83,7 @@ def test_a_tie_is_broken_first(tmp_path):
   found = propose(path, Ask(target="a", add=2, region={"n_total": (700_000, 2_000_000)}))
   assert "a" not in found.before and found.after["a"] < 0.05
   assert found.so_far == "not identified"
-  assert "(so far without a, then with)" in "\n".join(found.lines())
+  assert "(without a so far, with it after)" in "\n".join(found.lines())
   assert found.configs[0].arch.n_layers == 2
 
 
@@ -92,7 +92,7 @@ def test_the_choice_of_an_architecture(results):
             region={"n_total": (700_000, 2_000_000)})
   found = propose(results, ask)
   text = "\n".join(found.lines())
-  assert "may be matched by" in text and "differences in ln L" in text
+  assert "others are not significantly worse" in text and "differences in ln L" in text
   assert found.choice.half_width[-1] < found.choice.half_width[0]
   with pytest.raises(FieldError, match="is not in doubt"):
     propose(results, dataclasses.replace(ask, architecture_sd=0.0, seed_sd=1e-5))

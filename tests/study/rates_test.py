@@ -104,7 +104,7 @@ def test_next_to_one_that_has_not_run_there_is_nothing_to_add():
   rows = rows_of(off=1.5)
   rows[-1] |= {UNUSED: "unfinished", "state": "not run"}
   (sweep,) = rates.sweeps_of(rows, "here")
-  with pytest.raises(FieldError, match=f"and {rows[-1]['learning_rate']:.4g} have not run: run"):
+  with pytest.raises(FieldError, match=f"have not run: first run {rows[-1]['learning_rate']:.4g}$"):
     rates.optimum(sweep, 0.002)
 
 
@@ -117,20 +117,20 @@ def test_a_sweep_that_is_left_out_is_none():
 def test_runs_of_several_recipes_are_no_sweep():
   rows = rows_of()
   rows[0]["recipe_hash"] = "another"
-  with pytest.raises(FieldError, match="differ in their recipe"):
+  with pytest.raises(FieldError, match="differ in a recipe setting that has no column"):
     rates.sweeps_of(rows, "here")
 
 
 def test_corners_of_one_size_do_not_tell_sizes_apart():
   rows = [row for _, n_exp, n_topk in CORNERS for row in rows_of(2e6, n_exp, n_topk)]
-  with pytest.raises(FieldError, match="do not tell the effects of N_total"):
+  with pytest.raises(FieldError, match="do not separate the effects of N_total"):
     rates.fit_rates([rates.optimum(one, 0.002) for one in rates.sweeps_of(rows, "x")], "x")
 
 
 def test_a_law_is_held_against_other_sweeps():
   off_by_one = rates.Rates(TRUTH | {"intercept": TRUTH["intercept"] + math.log(2) / 2})
   lines = rate_report.check([sweep_of(), sweep_of(off=9)], off_by_one, 0.0005)
-  assert f"{100 * 0.02 * (math.log(2) / 2)**2:.2g} % at most, of 1 sweeps" in lines[-2]
+  assert f"maximum {100 * 0.02 * (math.log(2) / 2)**2:.2g} %, 1 sweeps" in lines[-2]
   assert lines[-1].startswith("1 of 2 have no optimum")
 
 

@@ -69,5 +69,5 @@ def test_one_law_is_of_one_text():
   other = dataclasses.replace(
       config, arch=dataclasses.replace(config.arch, n_topk=8),
       data=dataclasses.replace(config.data, seq_len=256))
-  with pytest.raises(FieldError, match="data.seq_len .*of one text"):
+  with pytest.raises(FieldError, match="data.seq_len .*to a single text"):
     not_yet_run(selected(Grid("mixed", config, (config, other))))

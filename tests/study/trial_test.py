@@ -64,13 +64,14 @@ def test_written_launched_and_ranked(results, tmp_path):
           for config, name, loss in zip(grid.cells, grid.names, (2.0, 1.99, 2.02, 2.03),
                                         strict=True)]
   lines = contest.rank(grid, rows, 0.002)
-  assert lines[-2] == "the choice came in 2 of 4"
-  assert "against the best of the others +0.50 %, against their median -1.00 %" in lines[-1]
+  assert lines[-2] == "the choice ranks 2 of 4"
+  assert ("is +0.50 % relative to the best of the others and -1.00 % relative to their median"
+          in lines[-1])
   draws = np.random.default_rng(0).standard_normal((200_000, 4))
   by_chance = np.quantile(draws[:, 0] - draws[:, 1:].min(axis=1), 0.95)
   told = float(re.search(r"would be up to ([\d.]+) % behind", lines[-1])[1])
   assert told == pytest.approx(100 * 0.002 * by_chance, abs=0.01)
-  with pytest.raises(FieldError, match="is the choice, and has no loss"):
+  with pytest.raises(FieldError, match="is the choice but has no loss"):
     contest.rank(grid, rows[1:], 0.002)
   for arguments, line in (
       ([], "error: --active_params=None: is needed"),

@@ -51,7 +51,7 @@ def test_it_is_clean(tmp_path):
 
 
 @pytest.mark.parametrize("name,line", [
-    ("next.txt", "must end in .py"), ("nowhere/next.py", "in no directory that exists")])
+    ("next.txt", "must end in .py"), ("nowhere/next.py", "in a directory that does not exist")])
 def test_bad_paths(tmp_path, name, line):
   grid = Grid("g", RECIPE, (RECIPE,))
   with pytest.raises(FieldError, match=line):

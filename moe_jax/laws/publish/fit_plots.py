@@ -78,7 +78,7 @@ def surface_figure(found: Analysis):
   fitted, cells = found.fitted, found.cells
   for column in ("n_exp", "sparsity"):
     if column not in fitted.form.columns:
-      raise FieldError("law", fitted.form.name, f"as fitted has no slope of its own in {column}: "
+      raise FieldError("law", fitted.form.name, f"has no separate slope in {column} as fitted: "
                        "there is no surface over n_exp and s to draw")
     if len(style.level_values(cells.columns[column])) < 2:
       raise FieldError("column", column, "has one value: there is no surface to draw")
@@ -92,7 +92,7 @@ def surface_figure(found: Analysis):
   panels = figure.subplots(1, 2, sharey=True)
   for axes, z, cmap, label in (
       (panels[0], loss, "viridis", "fitted loss (nats per token)"),
-      (panels[1], width, "cividis", "half width of its 95 % interval (% of the loss)")):
+      (panels[1], width, "cividis", "half-width of its 95 % interval (% of the loss)")):
     filled = axes.contourf(grid[0], grid[1], z, levels=12, cmap=cmap)
     axes.contour(grid[0], grid[1], z, levels=filled.levels, colors="white", linewidths=0.5)
     axes.scatter(cells.columns["n_exp"], cells.columns["sparsity"], s=30, facecolors="white",
@@ -130,7 +130,7 @@ def residual_figure(found: Analysis):
                    edgecolors=COLOURS[0], linewidths=0.9, alpha=0.85, zorder=3)
     style.clean(axes)
     style.log_axis(axes, column, cells.columns[column], panels=len(columns))
-  panels[0].set_ylabel("measured over fitted loss − 1 (%)", fontsize=10)
+  panels[0].set_ylabel("measured / fitted loss − 1 (%)", fontsize=10)
   return figure
 
 
@@ -162,7 +162,7 @@ def extrapolation_figure(found: Analysis):
     axes.legend(fontsize=8.5, framealpha=0.9, edgecolor="white")
   low, high = panels[0].get_ylim()
   panels[0].set_ylim(low, high + 0.22 * (high - low))  # room for the legends
-  panels[0].set_ylabel("measured over predicted loss − 1 (%)", fontsize=10)
+  panels[0].set_ylabel("measured / predicted loss − 1 (%)", fontsize=10)
   return figure
 
 
@@ -178,8 +178,8 @@ def stability_figure(found: Analysis):
   parts = [part for part in found.n_exps if part.theta is not None]
   refits = [part for part in found.architectures if part.theta is not None]
   if not names or not (parts or refits):
-    raise FieldError("law", fitted.form.name, "has no slope that could be fitted again without "
-                     "a part of these data")
+    raise FieldError("law", fitted.form.name, "has no slope that could be refitted without "
+                     "part of these data")
   figure = style.new_figure(1.3 + 0.27 * (len(parts) + 2),
                             max(4.4, min(style.WIDTH, 1.4 + 2.9 * len(names))))
   panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
@@ -218,11 +218,11 @@ def claims_figure(found: Analysis):
   shown = [claim for claim in found.claims if claim.interval is not None]
   if not shown:
     raise FieldError("law", found.fitted.form.name, "neither claim's coefficient is identified"
-                     if found.claims else "the claims are about a log-log form")
+                     if found.claims else "both claims are about a log-log form")
   figure = style.new_figure(1.5 + 0.62 * len(shown), 7.5)
   axes = figure.subplots()
   axes.axvspan(-found.margin.slope, found.margin.slope, color="#dcdcdc", linewidth=0, zorder=0,
-               label=f"margin of equivalence, {found.margin}")
+               label=f"equivalence margin, {found.margin}")
   axes.axvline(0, color="black", linewidth=0.9)
   for row, claim in enumerate(shown):
     wide, narrow = claim.interval, claim.equivalence
@@ -230,12 +230,12 @@ def claims_figure(found: Analysis):
               label="95 % interval, two-sided" if row == 0 else None)
     axes.plot([narrow.low, narrow.high], [row, row], color=COLOURS[0], linewidth=6,
               solid_capstyle="butt", alpha=0.5,
-              label="90 % interval, of the equivalence test" if row == 0 else None)
+              label="90 % interval, equivalence test" if row == 0 else None)
     axes.plot(wide.estimate, row, "o", color="black", zorder=3,
               label="estimate" if row == 0 else None)
   axes.set_yticks(range(len(shown)), [f"{c.name}\n{slope_name(c.parameter)}" for c in shown])
   axes.set_ylim(len(shown) - 0.5, -0.5)
-  axes.set_xlabel("change of ln(loss) for each unit of ln(variable); above 0: the loss grows",
+  axes.set_xlabel("change of ln(loss) per unit of ln(variable); above 0, the loss increases",
                   fontsize=10)
   axes.grid(axis="x", color="#e2e2e2", linewidth=0.8)
   axes.set_axisbelow(True)

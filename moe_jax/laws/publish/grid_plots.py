@@ -26,8 +26,8 @@ def longest(cells: Cells) -> tuple[np.ndarray, str]:
   if keep.all():
     return keep, ""
   tokens = style.value_text("tokens", float(cells.columns["tokens"][keep].mean()))
-  return keep, (f"Cells trained on {tokens} tokens, the most there are; the other "
-                f"{int((~keep).sum())} are not drawn.")
+  return keep, (f"Only the cells with the most training tokens, {tokens}, are drawn; the other "
+                f"{int((~keep).sum())} are not.")
 
 
 def _sizes(cells: Cells) -> list[tuple[float, np.ndarray]]:
@@ -67,7 +67,7 @@ def grid_figure(cells: Cells):
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     _sparsities(axes, every["n_exp"] / every["n_topk"], len(levels) > 1 and len(sizes) < 5)
-  panels[0].set_ylabel("experts a token is sent to  n_topk", fontsize=10)
+  panels[0].set_ylabel("experts per token  n_topk", fontsize=10)
   if most:  # 0 if every panel has a single cell
     figure.colorbar(dots, ax=list(panels), label="loss above the panel's best (%)", pad=0.015)
   return figure
@@ -127,7 +127,7 @@ def iso_figure(fitted: Fit):
   sizes = [(size, mask) for size, mask in _sizes(cells) if mask.sum() > 1]
   if not sizes:
     raise FieldError("n_total", len(style.level_values(cells.columns["n_total"])),
-                     "sizes, and no two cells of one size: nothing to compare at equal N_total")
+                     "sizes, none with two cells: nothing to compare at equal N_total")
   figure = style.new_figure(6.4, max(6.0, min(style.WIDTH, 1.4 + 2.7 * len(sizes))))
   panels = figure.subplots(2, len(sizes), squeeze=False, sharey="col")
   for row, (x, by) in enumerate((("sparsity", "n_exp"), ("n_exp", "sparsity"))):

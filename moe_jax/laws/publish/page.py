@@ -91,7 +91,7 @@ def check_path(path: str | os.PathLike) -> pathlib.Path:
   if page.suffix.lower() not in (".html", ".htm"):
     raise FieldError("report", str(path), "must end in .html")
   if page.is_dir():
-    raise FieldError("report", str(path), "is a directory; the path of an .html file is wanted")
+    raise FieldError("report", str(path), "is a directory: expected the path of an .html file")
   return page
 
 

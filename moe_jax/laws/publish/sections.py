@@ -31,8 +31,8 @@ from moe_jax.laws.publish.tables import (
 from moe_jax.laws.registry.chinchilla import TOKENS_PER_PARAMETER
 
 _VERDICTS = {SHOWN: "In these data, yes.", OPPOSITE: "In these data, the opposite.",
-             EQUIVALENT: "In these data there is no effect that matters.",
-             UNDECIDED: "Undecided.", REFUSED: "Cannot be said."}
+             EQUIVALENT: "In these data, no effect beyond the margin.",
+             UNDECIDED: "Undecided.", REFUSED: "Not identified."}
 
 
 def title_of(found: Analysis) -> str:
@@ -45,13 +45,14 @@ def lead_of(found: Analysis) -> list[str]:
   """Returns the question, and the answer in short."""
   cells = found.cells
   lines = [
-      "A mixture-of-experts language model keeps n_exp experts in each layer and sends every "
-      "token to n_topk of them. Two models may hold the same number of parameters, N_total, and "
-      "be cut quite differently: many experts or few, many of them at work for a token or few "
-      "(sparsity s = n_exp / n_topk), and a core of l layers of width d that is the smaller the "
-      "more experts must fit. Which cut learns best?",
-      "arXiv 2601.08215 answers that at given tokens the loss follows N_total and s, and that at "
-      f"equal N_total and s more experts are slightly worse. {_what_is_done(found)}"]
+      "A mixture-of-experts language model has n_exp experts in each layer and routes every "
+      "token to n_topk of them. Models with the same number of parameters, N_total, can have very "
+      "different shapes: many or few experts, many or few of them active per token (sparsity "
+      "s = n_exp / n_topk), and a core of l layers of width d, which is smaller if there are more "
+      "experts. Which shape has the lowest loss?",
+      "arXiv 2601.08215 finds that, for a given number of tokens, the loss depends on N_total and "
+      "s, and that at equal N_total and s it is slightly higher with more experts. "
+      f"{_what_is_done(found)}"]
   lines += [f"- {line}" for line in cautions(cells)]
   for claim, question in zip(found.claims, ("Does sparsity hurt?", "Do more experts hurt, at "
                                             "equal N_total and sparsity?"), strict=False):
@@ -63,12 +64,12 @@ def _what_is_done(found: Analysis) -> str:
   asked, cells = found.fitted.identified.asked, found.cells
   data = fit_plots.cells_described(cells)
   if not found.claims:
-    return (f"This report fits another law to {data}, {asked.formula}; both claims are about a "
-            "log-log law, so that they are not tested here.")
-  text = (f"This report holds both claims against {data}, with the law "
+    return (f"This report fits another law to {data}: {asked.formula}. Both claims are about a "
+            "log-log law, so they are not tested here.")
+  text = (f"This report tests both claims on {data}, with the law "
           f"{form_for(found.claims_law, cells).formula}.")
   return text + ("" if asked.name == found.claims_law else
-                 f" All else in it is of the law {asked.formula}.")
+                 f" Everything else in this report uses the law {asked.formula}.")
 
 
 def cautions(cells: Cells) -> list[str]:
@@ -77,12 +78,12 @@ def cautions(cells: Cells) -> list[str]:
   if {"tokens", "n_total"} <= set(cells.columns):
     shares = cells.columns["tokens"] / cells.columns["n_total"]
     if shares.max() < TOKENS_PER_PARAMETER:
-      found.append(f"Caution: at most {shares.max():.2g} training tokens for each parameter. "
-                   "Models that are trained so briefly differ in how fast they begin to learn; "
-                   "they prove the method and not the law.")
+      found.append(f"Caution: at most {shares.max():.2g} training tokens per parameter. "
+                   "Models trained this briefly differ in how fast they start to learn; they "
+                   "validate the method, not the law.")
     elif shares.min() < TOKENS_PER_PARAMETER:
-      found.append(f"Caution: {shares.min():.2g} to {shares.max():.2g} training tokens for each "
-                   "parameter. Part of what looks like an effect of N_total is how briefly the "
+      found.append(f"Caution: {shares.min():.2g} to {shares.max():.2g} training tokens per "
+                   "parameter. Part of the apparent effect of N_total comes from how briefly the "
                    "largest models were trained.")
   return found
 
@@ -118,9 +119,10 @@ def _grid(found: Analysis) -> Section:
   partial = grid_plots.longest(cells)[1] if "tokens" in cells.columns else ""
   return _drawn(
       "grid", "The grid", [f"- {note}" for note in cells.notes],
-      "Each dot is an architecture that was trained; its colour is its loss above the best one "
-      "of the same N_total. Dots side by side have the same n_exp and n_topk and differ in "
-      "granularity. A cross has no result that counts: the list above says why. " + partial,
+      "Each dot is a trained architecture; its colour is its loss above that of the best one of "
+      "the same N_total. Dots side by side have the same n_exp and n_topk and differ in "
+      "granularity. A cross is an architecture without a usable result; the list above gives the "
+      "reason. " + partial,
       grid_plots.grid_figure, cells, table=cell_table(found), fold=True)
 
 
@@ -128,30 +130,30 @@ def _iso(found: Analysis) -> Section:
   partial = grid_plots.longest(found.cells)[1]
   return _drawn(
       "iso-n-total", "Loss at equal N_total", [],
-      "Within a panel all models have the same N_total. Dots are measured, bars are one standard "
-      "error between seeds, lines are the fitted law at the same cells; it bends where sizes do "
-      "not match exactly. Open marks have another granularity than most. Above: a line for each "
-      "n_exp. Below: the same cells with a line for each sparsity. " + partial,
+      "All models in a panel have the same N_total. Dots are measured losses, bars one standard "
+      "error between seeds, and lines the fitted law at the same cells; they bend where sizes do "
+      "not match exactly. Open markers have an unusual granularity. Top: a line for each n_exp. "
+      "Bottom: the same cells with a line for each sparsity. " + partial,
       grid_plots.iso_figure, found.fitted)
 
 
 def _design(found: Analysis) -> Section:
   identified = found.fitted.identified
   text = [
-      "Before any number: what these cells can tell apart. A coefficient whose variable hardly "
-      "varies, or moves together with another, is refused; the combination that is identified is "
-      "given instead.",
-      f"The condition index is {identified.condition:.3g}; from 30 on it is harmful."]
+      "Which effects these cells can separate, before any estimate. A coefficient whose variable "
+      "hardly varies or is collinear with another is refused; the combination that is identified "
+      "is given instead.",
+      f"The condition index is {identified.condition:.3g}; values from 30 are harmful."]
   return Section("design", "What the grid can identify", tuple(text), table=design_table(found))
 
 
 def _law(found: Analysis) -> Section:
   method = next(iter(found.headline.values())).method
   text = [f"Form: {found.fitted.identified.asked.formula}.",
-          f"Quote the first interval, two-sided at 95 %: {method}, whose coverage is measured on "
-          "planted grids (python -m benchmarks.law_coverage). Beside it the profile likelihood, "
-          "which takes all cells as independent, and the Huber solver, which shrugs at "
-          "outliers, with rescaled subsamples."]
+          f"Quote the first interval, two-sided at 95 %: {method}. Its coverage is measured on "
+          "simulated grids (python -m benchmarks.law_coverage). The other two are the profile "
+          "likelihood, which treats all cells as independent, and rescaled subsamples with the "
+          "Huber solver, which is robust to outliers."]
   text += [f"- {line}" for line in report.quality_lines(found.fitted)]
   text += [f"- {name} is REFUSED: these data do not bound it." for name in
            sorted(found.unbounded)]
@@ -162,14 +164,14 @@ def _law(found: Analysis) -> Section:
 
 def _slices(found: Analysis) -> Section:
   if any(part.theta is None for part in found.architectures):
-    band = ("There is no band: without one of the architectures the law cannot be fitted.")
+    band = ("There is no band: the law cannot be refitted without one of the architectures.")
   else:
-    band = "The band is its two-sided 95 % interval, a jackknife over architectures."
+    band = "The band is its two-sided 95 % interval, by a jackknife over architectures."
   return _drawn(
       "slices", "The law along each variable", [],
       "The line is the fitted law with the other variables held at the values above each panel. "
-      f"{band} Each cell is drawn at the law's value for its own variable, times what the law "
-      "misses it by. Open circles have another granularity than most.",
+      f"{band} Each cell is drawn at the law's value for its own variable, times its ratio of "
+      "measured to fitted loss. Open circles have an unusual granularity.",
       fit_plots.slices_figure, found)
 
 
@@ -179,44 +181,45 @@ def _surface(found: Analysis) -> Section:
                    if c not in ("n_exp", "sparsity"))
   return _drawn(
       "surface", "The fitted surface over n_exp and s", [],
-      f"Left: the fitted loss at {held}. Right: how sure it is, half the width of the "
-      "95 % interval. White dots are where cells were measured, at any N_total: away from them "
-      "the law is an extrapolation.", fit_plots.surface_figure, found)
+      f"Left: the fitted loss at {held}. Right: the half-width of its 95 % interval. "
+      "White dots are the measured cells of every N_total; away from them the law extrapolates.",
+      fit_plots.surface_figure, found)
 
 
 def _residuals(found: Analysis) -> Section:
   noise = found.cells.seed_noise
-  band = (f"The grey band is twice the noise between seeds ({100 * noise:.2g} %) either way."
-          if np.isfinite(noise) else "No cell was repeated with another seed: how much of this "
-          "is noise cannot be said.")
+  band = ("The grey band is ± 2 standard deviations between seeds; one is "
+          f"{100 * noise:.2g} % of the loss."
+          if np.isfinite(noise) else "No cell was repeated with another seed, so it is "
+          "unknown how much of this is noise.")
   return _drawn(
-      "residuals", "What the law misses", [],
-      "Measured over fitted loss, minus one, cell by cell. A pattern along a variable means that "
-      f"the form is wrong in it. {band}", fit_plots.residual_figure, found)
+      "residuals", "Residuals", [],
+      "Ratio of measured to fitted loss minus one, for each cell. A pattern along a variable "
+      f"means that the form is wrong in that variable. {band}", fit_plots.residual_figure, found)
 
 
 def _extrapolation(found: Analysis) -> Section:
-  text = ["The law fitted again without the largest models, and without the sparsest, predicts "
+  text = ["The law is refitted without the largest models, and without the sparsest, to predict "
           "them:", *[f"- {report.extrapolation_line(part, found.fitted)}"
                      for part in found.held_out]]
   return _drawn(
       "extrapolation", "Extrapolation", text,
-      "Grey: cells that the law was fitted to. Diamonds: cells that it had not seen.",
+      "Grey: cells that the law was fitted to. Diamonds: held-out cells.",
       fit_plots.extrapolation_figure, found)
 
 
 def _stability(found: Analysis) -> Section:
   return _drawn(
-      "stability", "Without a part of the data", [],
-      "Slopes fitted again without all cells of one n_exp, and (ticks) without each architecture "
-      "in turn. The band is the 95 % interval of the whole.",
+      "stability", "Refits without part of the data", [],
+      "Slopes refitted without all cells of one n_exp (squares), and without each architecture in "
+      "turn (ticks). The band is the 95 % interval from all cells.",
       fit_plots.stability_figure, found, table=trust_table(found), fold=True)
 
 
 def _rivals(found: Analysis) -> Section:
-  text = ["Other forms on the same cells. Smaller is better in every column of numbers but the "
-          "first. The last two are errors of prediction on cells that were left out: all cells of "
-          "one architecture, all cells of one n_exp.",
+  text = ["Other forms fitted to the same cells. Smaller is better in every numeric column except "
+          "the first. The last two are prediction errors on held-out cells: all cells of one "
+          "architecture, and all cells of one n_exp.",
           *[f"- {line}" for line in report.rival_lines(found)[len(found.rivals):]]]
   return Section("rivals", "Rival forms", tuple(text), table=rival_table(found))
 
@@ -227,10 +230,10 @@ def _claims(found: Analysis) -> Section:
           f"{claim.verdict}. {claim.sentence}" for claim in found.claims]
   mechanism = ((found.mechanism,) if isinstance(found.mechanism, str)
                else found.mechanism.sentences)
-  text += ["Why more experts might hurt: more experts leave fewer core dimensions l d², and "
-           "N_active = 4 l d² (1 − 1/s) + N_total/s, so that at given N_total and s fewer core "
-           "dimensions and fewer active parameters are one and the same unless the grid breaks "
-           "the tie. Whether this one does:", *[f"- {line}" for line in mechanism]]
+  text += ["Why more experts might hurt: they leave fewer core dimensions l d². As "
+           "N_active = 4 l d² (1 − 1/s) + N_total/s, fewer core dimensions and fewer active "
+           "parameters are confounded at fixed N_total and s, unless the grid separates them. "
+           "In this grid:", *[f"- {line}" for line in mechanism]]
   rows = [(c.name, c.parameter, c.verdict,
            *((c.interval.estimate, c.interval.low, c.interval.high, c.equivalence.low,
               c.equivalence.high) if c.interval else (None,) * 5), c.margin.slope)
@@ -239,35 +242,35 @@ def _claims(found: Analysis) -> Section:
                  "90 % low", "90 % high", "margin"), tuple(rows))
   return _drawn(
       "claims", "The claims of arXiv 2601.08215", text,
-      "Both claims say that a slope is above 0. Where the 95 % interval lies to the right of 0 the "
-      "claim is shown; where the 90 % interval lies within the grey margin "
-      f"({found.margin}), an effect that matters is excluded; where neither is so the data do "
+      "Both claims say that a slope is above 0. If the 95 % interval lies above 0, the claim is "
+      "shown; if it lies below 0, the opposite is. If the 90 % interval lies within the grey "
+      f"margin ({found.margin}), an effect beyond the margin is excluded. Otherwise the data do "
       "not decide.",
       fit_plots.claims_figure, found, table=table)
 
 
 def _words() -> Section:
-  rows = (("N_total, n_total", "all parameters but the embedding and the output head"),
-          ("N_active, n_active", "those of N_total that one token uses"),
+  rows = (("N_total, n_total", "all parameters except the embedding and the output head"),
+          ("N_active, n_active", "the part of N_total that one token uses"),
           ("l, d", "layers and width; l d² are the core dimensions"),
-          ("n_exp, n_topk", "routed experts in a layer; experts that a token is sent to"),
+          ("n_exp, n_topk", "routed experts per layer; experts per token"),
           ("s", "sparsity, n_exp / n_topk"),
           ("g", "granularity, width d over the hidden width of an expert"),
           ("tokens, D", "training tokens"),
           ("loss", "held-out loss in nats per token, with no token dropped"),
           ("a, b − c, c", "slopes of ln(loss): in −ln N_total, in ln n_exp, in ln s; a slope of "
-           "0.01 is 0.7 % of the loss for each doubling"),
-          ("cell", "one architecture at one number of tokens; seeds are averaged, and of a sweep "
-           "of learning rates the best counts"))
-  return Section("words", "Words", table=Table(("word", "meaning"), rows))
+           "0.01 is 0.7 % of the loss per doubling"),
+          ("cell", "one architecture at one number of tokens, averaged over seeds, at the best "
+           "learning rate of a sweep"))
+  return Section("words", "Glossary", table=Table(("word", "meaning"), rows))
 
 
 def _runs(found: Analysis, source: str | os.PathLike | None) -> Section:
   text = ["Every number above is computed from these runs alone. The identity is the hash of a "
-          "run's whole configuration, as its directory's config.json has it."]
+          "run's whole configuration, the config.json in its directory."]
   if source is not None:
     from etils import epath
     text.append(f"Results file: {pathlib.PurePath(str(source)).name}, SHA-256 "
                 f"{fingerprint(epath.Path(source).read_bytes())}…")
-  return Section("runs", "The runs behind it", tuple(text), table=run_table(found.cells),
+  return Section("runs", "The runs", tuple(text), table=run_table(found.cells),
                  fold=True)

@@ -18,9 +18,9 @@ def loss(N: ArrayLike, D: ArrayLike, S: ArrayLike) -> np.ndarray:
 
 
 ABNAR = Law(
-    "abnar", "arXiv 2501.12370 (Abnar et al. 2025), second hand", LOSS, loss,
+    "abnar", "arXiv 2501.12370 (Abnar et al. 2025), from a secondary source", LOSS, loss,
     (Variable("N", "total parameters", ("n_total",), lambda shape, _: shape.n_total),
      tokens_variable(),
-     Variable("S", "inactive part of the experts, (n_exp - n_topk) / n_exp", ("sparsity",),
+     Variable("S", "inactive fraction of the experts, (n_exp - n_topk) / n_exp", ("sparsity",),
               lambda shape, _: 1 - 1 / shape.sparsity, 0, 0.98)),
-    caveat="R² 68 % on held-out points; the ranges of N and D are not on record here")
+    caveat="R² 68 % on held-out points; the fitted ranges of N and D are not recorded")

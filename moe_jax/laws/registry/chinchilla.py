@@ -23,7 +23,7 @@ def loss(N: ArrayLike, D: ArrayLike, A: float, B: float, E: float, alpha: float,
 
 
 _VARIABLES = (
-    Variable("N", "parameters used by a token, embeddings included", ("n_active", "vocab_size"),
+    Variable("N", "parameters used per token, including embeddings", ("n_active", "vocab_size"),
              lambda shape, _: shape.n_active_with_embedding, 70e6, 16e9),
     tokens_variable(5e9, 500e9))
 _DENSE = (Assumption("dense models", lambda shape: np.equal(shape.n_exp, 1)),)

@@ -21,11 +21,11 @@ def loss(N: ArrayLike, E: ArrayLike) -> np.ndarray:
 
 
 CLARK = Law(
-    "clark", "arXiv 2202.01169 (Clark et al. 2022), S-BASE, second hand", LOSS, loss,
+    "clark", "arXiv 2202.01169 (Clark et al. 2022), S-BASE, from a secondary source", LOSS, loss,
     (Variable("N", "size of the base model: active parameters", ("n_active",),
               lambda shape, _: shape.n_active),
-     Variable("E", "experts of which one is active: n_exp / n_topk", ("sparsity",),
+     Variable("E", "experts per active expert, n_exp / n_topk", ("sparsity",),
               lambda shape, _: shape.sparsity)),
     (Assumption("n_topk 1", lambda shape: np.equal(shape.n_topk, 1)),),
-    caveat="it knows one training length, so tokens do not enter; its ranges are not on "
-           "record here")
+    caveat="it was fitted at one training length and does not depend on tokens; its fitted "
+           "ranges are not recorded")

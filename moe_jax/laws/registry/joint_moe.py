@@ -23,12 +23,12 @@ def loss(N: ArrayLike, D: ArrayLike, E: ArrayLike) -> np.ndarray:
 
 
 JOINT_MOE = Law(
-    "joint-moe", "arXiv 2502.05172 (Ludziejewski et al. 2025), repaired from second hand", LOSS,
-    loss,
+    "joint-moe", "arXiv 2502.05172 (Ludziejewski et al. 2025), repaired from a secondary source",
+    LOSS, loss,
     (Variable("N", "active parameters without embeddings", ("n_active",),
               lambda shape, _: shape.n_active, None, 2.7e9),
      tokens_variable(),
-     Variable("E", "experts of which one is active: n_exp / n_topk", ("sparsity",),
+     Variable("E", "experts per active expert, n_exp / n_topk", ("sparsity",),
               lambda shape, _: shape.sparsity, 1, 32)),
     (Assumption("n_topk 1", lambda shape: np.equal(shape.n_topk, 1)),
      Assumption("n_total up to 5e9", lambda shape: shape.n_total <= 5e9)))

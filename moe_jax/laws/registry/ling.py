@@ -33,10 +33,10 @@ def _flops(shape: Shape, training: Training) -> np.ndarray:
 
 LING = Law(
     "ling", "arXiv 2507.17702 (Ling Team 2025), log bases inferred", LEVERAGE, leverage,
-    (Variable("A", "active part of the experts, shared ones in both counts",
+    (Variable("A", "active fraction of the experts, both counts including shared ones",
               ("n_topk", "n_exp", "n_shared_experts"), lambda shape, _: _activation(shape)),
      Variable("G", "2 d_model / d_expert", ("granularity",),
               lambda shape, _: 2 * shape.granularity),
      Variable("C", "training FLOPs", ("flops",), _flops)),
-    caveat="over 300 models of up to 28e9 parameters; the ranges of A, G and C are not on "
-           "record here")
+    caveat="over 300 models of up to 28e9 parameters; the fitted ranges of A, G and C "
+           "are not recorded")

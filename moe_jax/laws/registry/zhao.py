@@ -24,12 +24,12 @@ def _n_experts_active(shape: Shape) -> np.ndarray:
 
 
 ZHAO = Law(
-    "zhao", "arXiv 2509.23678 (Zhao et al. 2025), second hand", LOSS, loss,
+    "zhao", "arXiv 2509.23678 (Zhao et al. 2025), from a secondary source", LOSS, loss,
     (Variable("N", "total parameters", ("n_total",), lambda shape, _: shape.n_total),
      Variable("Na", "active parameters", ("n_active",), lambda shape, _: shape.n_active),
      tokens_variable(),
-     Variable("G", "active experts, shared ones among them", ("n_topk",),
+     Variable("G", "active experts, including shared ones", ("n_topk",),
               lambda shape, _: _n_experts_active(shape)),
-     Variable("S", "shared part of the active experts", ("n_shared_experts",),
+     Variable("S", "shared fraction of the active experts", ("n_shared_experts",),
               lambda shape, _: np.divide(shape.n_shared_experts, _n_experts_active(shape)))),
-    caveat="the range that this law was fitted on is not on record here")
+    caveat="the range that this law was fitted on is not recorded")

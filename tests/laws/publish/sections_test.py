@@ -68,7 +68,7 @@ def test_the_page_and_the_text_say_the_same_numbers(study):
 
 
 def test_the_second_arm_tells_experts_from_core(study):
-  assert "more experts and fewer core dimensions can be told apart" in text_of(
+  assert "more experts and fewer core dimensions can be separated" in text_of(
       [study[1]["claims"]])
 
 
@@ -106,11 +106,11 @@ def test_labels_do_not_run_into_each_other(study):
 
 
 @pytest.mark.parametrize("cells,law,reasons", [
-    (fixed_active(), "paper", {"iso-n-total": "no two cells of one size",
-                               "surface": "no slope of its own in sparsity",
+    (fixed_active(), "paper", {"iso-n-total": "sizes, none with two cells",
+                               "surface": "no separate slope in sparsity",
                                "claims": "neither claim's coefficient is identified"}),
     (to_cells(rows_of(learning_rates=1, n_cells=12, tokens=(1e9, 4e9, 1.6e10))), "total-active",
-     {"surface": "no slope of its own in n_exp"}),
+     {"surface": "no separate slope in n_exp"}),
 ])
 def test_what_cannot_be_drawn_says_why(cells, law, reasons, tmp_path):
   found = analyse(cells, law, draws=99)
@@ -142,7 +142,7 @@ def test_the_command_writes_the_same_bytes_as_another_process(study, tmp_path):
                          f"--report={tmp_path / 'there' / 'report.html'}"],
                         cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr
-  assert "report.html, and 24 pictures and tables in" in done.stdout
+  assert "report.html, and 24 figures and tables in" in done.stdout
   assert len(here) == 25
   for file in here:
     there = tmp_path / "there" / file.relative_to(tmp_path / "here")
