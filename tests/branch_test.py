@@ -164,8 +164,8 @@ def test_one_length_for_branches_of_several_is_refused(tmp_path):
   """They would be one run, and count as three."""
   spec = write(tmp_path, SOURCE)
   for change in ({"train.steps": 1200}, {"train.tokens": 1200 * RECIPE.batch_tokens}):
-    with pytest.raises(FieldError, match=r"overrides give grid\.cells='.*-branch400': is the run "
-                                         r"that .*-branch200 is: they differ in the step at which"):
+    with pytest.raises(FieldError, match=r"overrides give grid\.cells='.*-branch400': is the same "
+                                         r"run as .*-branch200: they differ only in the step at"):
       select(spec, change)
   (cell,) = select(f"{spec}:{GRID.names[3]}", {"train.steps": 1200})  # one may be longer
   assert (cell.config.train.steps, cell.config.train.branch_step) == (1200, 800)
