@@ -7,7 +7,7 @@ Generates JSON lines of random words with Zipf's distribution, each document sta
 number, adds them as a corpus, and tokenizes it. Memory is the resident memory of the command and
 its child processes, sampled ten times a second; shared pages count for each process. With --kills
 the command is killed by SIGKILL at random moments and restarted until it is done. At the end every
-number should be in the tokens exactly once. Prints the figures as JSON.
+number should be in the tokens exactly once, else it exits with 1. Prints the figures as JSON.
 """
 
 import json
@@ -37,8 +37,8 @@ _GIGABYTES = flags.DEFINE_float("gigabytes", 1.0, "Size of the text, in 1e9 byte
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bpe-4096", "As for python -m moe_jax.data.")
 _PROCESSES = flags.DEFINE_integer("processes", default_processes(), "Processes.", lower_bound=1)
 _KILLS = flags.DEFINE_integer("kills", 0, "How often it is killed.", lower_bound=0)
-_FOLDER = flags.DEFINE_string("folder", None, "Where to work, and what to leave: a new folder. By "
-                              "default one that is removed.")
+_FOLDER = flags.DEFINE_string("folder", None, "A new folder to work in, which is kept. By "
+                              "default a temporary one.")
 
 _WORDS = 50_000
 _DOCUMENT_WORDS = 300
@@ -78,7 +78,7 @@ def run(arguments: list[str], kill_after: float | None = None) -> dict[str, Any]
       time.sleep(0.1)
     if process.returncode:
       said.seek(0)
-      sys.exit((said.read().splitlines() or ["no word"])[-1])
+      sys.exit((said.read().splitlines() or ["no error output"])[-1])
   return {"killed": False, "seconds": time.perf_counter() - began, "peak": peak}
 
 
@@ -148,13 +148,19 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
           "load_average": round(os.getloadavg()[0], 1), "machine": platform.machine()}
 
 
-def main(overrides: list[str]) -> None:
+def main(overrides: list[str]) -> int:
   cli.no_overrides(overrides)
   require(_GIGABYTES.value > 0, "gigabytes", _GIGABYTES.value, "must be above 0")
-  folder = pathlib.Path(_FOLDER.value or tempfile.mkdtemp(prefix="prepare_data-"))
-  folder.mkdir(parents=True, exist_ok=True)
+  if _FOLDER.value is None:
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="prepare_data-"))
+  else:
+    folder = pathlib.Path(_FOLDER.value)
+    require(not folder.exists(), "folder", _FOLDER.value, "exists; name a new folder")
+    folder.mkdir(parents=True)
   try:
-    print(json.dumps(measure(folder), indent=2))
+    measured = measure(folder)
+    print(json.dumps(measured, indent=2))
+    return 1 if measured["lost"] or measured["doubled"] else 0
   finally:
     if _FOLDER.value is None:
       shutil.rmtree(folder, ignore_errors=True)

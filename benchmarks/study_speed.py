@@ -29,7 +29,7 @@ from moe_jax.memory import use_huge_pages
 from moe_jax.population import deal
 from moe_jax.text import aligned
 
-_MINUTES = flags.DEFINE_float("study_minutes", None, "What there is for all grids together.")
+_MINUTES = flags.DEFINE_float("study_minutes", None, "Minutes available for all grids together.")
 _STEPS = flags.DEFINE_integer("study_steps", 10, "Steps in a pass.", lower_bound=1)
 
 SHAPES = ((64, 32, 2.0), (64, 4, 2.0))

@@ -60,7 +60,7 @@ def is_gone(host: str, pid: int) -> bool:
   except ProcessLookupError:
     return True
   except PermissionError:  # it exists and belongs to another user
-    return False
+    pass
   return False
 
 

@@ -234,7 +234,7 @@ def verdict(plan: Plan) -> str:
     return f"failed: {plan.error}"
   if not plan.fits:
     line = (f"does not fit: needs {plan.hbm_needed / _GIB:.2f} GiB of {plan.hbm_there / _GIB:.4g}"
-            f", {-plan.hbm_left / _GIB:.2f} too many")
+            f", {-plan.hbm_left / _GIB:.2f} GiB over")
     line += f"; fits with {plan.remedy}" if plan.remedy else ""
     return line + (f", {plan.remedy_seconds * 1e3:.1f} ms a step" if plan.remedy_seconds else "")
   return (f"fits in {plan.hbm_needed / _GIB:.1f} of {plan.hbm_there / _GIB:.4g} GiB, estimated "
@@ -256,7 +256,7 @@ def check_libtpu(topology: Topology) -> None:
     wanted = Requirement(text)
     if wanted.name == "libtpu" and not wanted.specifier.contains(found["libtpu"]):
       raise FieldError("topology", topology.name, f"libtpu {found['libtpu']} is installed, jax "
-                       f"{found['jax']} wants libtpu{wanted.specifier}: {command}")
+                       f"{found['jax']} requires libtpu{wanted.specifier}: {command}")
   package = importlib.util.find_spec("libtpu")
   if package is None or package.origin is None:  # an empty folder, or only the metadata
     raise FieldError("topology", topology.name, f"libtpu {found['libtpu']} is recorded as "

@@ -10,7 +10,9 @@ link (r links per dimension: 2 if it wraps, 1 if it does not; dims dimensions th
                                  bytes cross its bisection
     collective-permute           B / w
 
-Between slices the data-center network replaces the links.
+Where a chip is several devices (tpu7x), n is the number of chips, and w is shared: by all devices
+of a chip in the last two, by the groups that run on the same chips in the others. Between slices
+the data-center network replaces the links.
 """
 
 import dataclasses
@@ -167,8 +169,9 @@ def _group_seconds(kind, n_bytes, group, devices, topology) -> float:
     return 0.0
   network = topology.hardware.device_dcn_bytes_per_second
   n_slices = len(np.unique(devices.slices[group]))
+  cores = topology.hardware.devices_per_chip
   if kind == "collective-permute":
-    return n_bytes / (network if n_slices > 1 else _link(topology))
+    return n_bytes / (network if n_slices > 1 else _link(topology) / cores)
   if n_slices > 1:
     # What leaves a slice goes through each device's share of the network.
     share = n_bytes * (n_slices - 1) / n_slices
@@ -184,9 +187,11 @@ def _group_seconds(kind, n_bytes, group, devices, topology) -> float:
   if "all-to-all" in kind:
     longest = max(spanned, key=lambda axis: extents[axis])
     closed = extents[longest] == topology.shape[longest] and topology.wraps(longest)
-    return n_bytes * extents[longest] / (4 * (2 if closed else 1) * _link(topology))
+    return cores * n_bytes * extents[longest] / (4 * (2 if closed else 1) * _link(topology))
   passes = 2 if kind == "all-reduce" else 1
-  return passes * n_bytes * (size - 1) / size / (ports * _link(topology))
+  n_chips = len(np.unique(chips, axis=0))
+  sharing = cores * n_chips / size  # groups at work on the same chips
+  return passes * sharing * n_bytes * (n_chips - 1) / n_chips / (ports * _link(topology))
 
 
 def _link(topology: Topology) -> float:

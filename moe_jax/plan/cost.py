@@ -215,12 +215,9 @@ class _Walk:
 
   def _dearest_branch(self, instruction: Instruction, times: int) -> float:
     """Adds the items of the slowest branch, as the one taken is unknown; returns its seconds."""
-    names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-    branches = (re.findall(r"%([^\s,]+)", names[1]) if names else
-                re.findall(r"(?:true|false)_computation=%([^\s,]+)", instruction.attributes))
     best, found = 0.0, []
     kept = self.items
-    for name in branches:
+    for name in instruction.branches:
       self.items = []
       took = self.run(self.module.computations[name], times)
       if took >= best:

@@ -80,6 +80,13 @@ class Instruction:
     found = re.search(rf"\b{kind}=%([^\s,}}]+)", self.attributes)
     return found[1] if found else None
 
+  @property
+  def branches(self) -> tuple[str, ...]:
+    """The computations between which a conditional chooses, by a number or by a boolean."""
+    indexed = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+    return tuple(re.findall(r"%([^\s,]+)", indexed[1]) if indexed else
+                 re.findall(r"(?:true|false)_computation=%([^\s,]+)", self.attributes))
+
 
 @dataclasses.dataclass(frozen=True)
 class Computation:

@@ -117,8 +117,7 @@ class _Walk:
     elif instruction.opcode == "call":
       names = [instruction.called("to_apply")]
     elif instruction.opcode == "conditional":
-      branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-      names = re.findall(r"%([^\s,]+)", branches[1]) if branches else []
+      names = instruction.branches
     peaks = [self.run(self.module.computations[name], given) for name in names]
     return max(peaks, default=frozenset(), key=lambda peak: sum(
         self.buffers[number].bytes for number in peak))

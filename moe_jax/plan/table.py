@@ -108,7 +108,7 @@ def summary(plans: Sequence[Plan], price: float | None) -> str:
   line = f"{len(priced)} of {len(plans)} cells planned on {label}"
   told = [f"{remedied} with the remedy under which it fits"] if remedied else []
   if len(priced) < len(plans):
-    told.append(f"{len(plans) - len(priced)} left out of the sum")
+    told.append(f"{len(plans) - len(priced)} excluded from the sum")
   line += (f" ({', '.join(told)})" if told else "") + f": {hours:,.4g} chip-hours"
   if price is not None:
     line += f", USD {hours * price:,.0f} at {price:g} a chip-hour"

@@ -1,12 +1,15 @@
 import dataclasses
+import types
 
 import numpy as np
+import pytest
 
 from benchmarks import prepare_data
 from moe_jax.config import DataConfig
 from moe_jax.data import adding
 from moe_jax.data.prepare import prepare
 from moe_jax.data.sources import Source
+from moe_jax.errors import FieldError
 
 
 def test_a_lost_and_a_doubled_document_would_be_seen(tmp_path, monkeypatch):
@@ -22,6 +25,17 @@ def test_a_lost_and_a_doubled_document_would_be_seen(tmp_path, monkeypatch):
   changed = dataclasses.replace(prepared, splits={"train": train, "heldout": twice})
   n_heldout = prepared.splits["heldout"].n_documents
   assert prepare_data.lost_and_doubled(changed, n_documents) == (n_heldout, 3)
+
+
+@pytest.mark.parametrize("lost, doubled, code", [(0, 0, 0), (1, 0, 1), (0, 1, 1)])
+def test_a_lost_or_doubled_document_is_a_failure(tmp_path, monkeypatch, lost, doubled, code):
+  folder = tmp_path / "new"
+  for flag, value in (("_GIGABYTES", 1.0), ("_FOLDER", str(folder))):
+    monkeypatch.setattr(prepare_data, flag, types.SimpleNamespace(value=value))
+  monkeypatch.setattr(prepare_data, "measure", lambda _: {"lost": lost, "doubled": doubled})
+  assert prepare_data.main([]) == code
+  with pytest.raises(FieldError, match=r"folder='.*/new': exists; name a new folder"):
+    prepare_data.main([])
 
 
 def test_the_text_is_the_same_every_time(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_refused_with_what_would(jobs, out):
   _know(jobs[0], _FITS, out)
   for job in jobs[1:]:
     _know(job, {"error": "RESOURCE_EXHAUSTED", "hbm_needed": 40.5 * _GIB}, out)
-  wanted = f"topology='v6e-8': {BASE}-s1 does not fit: needs 40.50 GiB of 31.25, 9.25 too many"
+  wanted = f"topology='v6e-8': {BASE}-s1 does not fit: needs 40.50 GiB of 31.25, 9.25 GiB over"
   with pytest.raises(FieldError, match=wanted + r" \(and 1 more\); --plan=ignore"):
     gate.notes(jobs, V6E, out, None, _PLANNING)
   (flags, slow), (others, fast) = itertools.islice(

@@ -57,7 +57,7 @@ def test_a_program_that_is_too_large_says_by_how_much():
   assert found.chip_hours == pytest.approx(1.5 * plan().chip_hours)  # it runs with its remedy
   assert dataclasses.replace(found, remedy="", remedy_seconds=None).usd(1.0) is None
   line = cells.verdict(found)
-  assert "needs 100.00 GiB of 95.74, 4.26 too many" in line
+  assert "needs 100.00 GiB of 95.74, 4.26 GiB over" in line
   assert found.hbm_left == pytest.approx(-4.26 * 2**30)
   assert line.endswith("fits with --config.execution.remat=full, 750.0 ms a step")
 
@@ -82,7 +82,7 @@ def test_what_does_not_fit_by_a_little_is_told_by_what_xla_lets_a_program_have()
   result = {"error": "RESOURCE_EXHAUSTED", "hbm_needed": 15.9 * 2**30, "hbm_there": 15.75 * 2**30}
   found = cells._plan_of("cell", config(), topology.parse("v5litepod-8"), result)
   assert found.fits is False
-  assert "needs 15.90 GiB of 15.75, 0.15 too many" in cells.verdict(found)
+  assert "needs 15.90 GiB of 15.75, 0.15 GiB over" in cells.verdict(found)
 
 
 def test_what_fits_is_judged_by_what_a_program_can_have():
@@ -189,7 +189,7 @@ def test_without_libtpu_the_command_that_installs_it_is_named(monkeypatch):
 def test_another_libtpu_than_jax_wants_is_refused(monkeypatch):
   versions = worker.versions() | {"libtpu": "0.0.1"}
   monkeypatch.setattr(worker, "versions", lambda: versions)
-  with pytest.raises(FieldError, match=r"libtpu 0.0.1.*wants libtpu==.*pip install"):
+  with pytest.raises(FieldError, match=r"libtpu 0.0.1.*requires libtpu==.*pip install"):
     cells.check_libtpu(V5P)
 
 
@@ -298,7 +298,7 @@ def test_tables_hold_every_plan():
   assert compiled_too_large.chip_hours is None
   assert table.table([compiled_too_large], 4.2).row_count == 1
   words = table.summary(plans, 4.2)
-  assert words.startswith("1 of 3 cells planned on v5p-16 (2 left out of the sum): ")
+  assert words.startswith("1 of 3 cells planned on v5p-16 (2 excluded from the sum): ")
   assert "uncalibrated" in words and "at least" not in words
   plans[1] = dataclasses.replace(plans[1], remedy="x", remedy_seconds=0.5)
   assert table.summary(plans, 4.2).startswith(

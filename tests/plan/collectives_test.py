@@ -82,6 +82,28 @@ def test_alone_or_on_one_chip_is_free():
   assert collectives.seconds("all-reduce", 10**9, np.array([[0, 1]]), cores, where) == 0
 
 
+def test_the_devices_of_a_chip_share_its_links():
+  """By counting what every chip of a ring of four, with two devices each, has to receive."""
+  where = topology.parse("tpu7x-128")
+  chips = np.stack([np.arange(4), np.zeros(4, int), np.zeros(4, int)], axis=1)
+  devices = Devices({"a": 4, "core": 2}, np.repeat(chips, 2, axis=0), np.zeros(8, int))
+  both, apart = np.arange(8)[None], np.array([[0, 2, 4, 6], [1, 3, 5, 7]])
+  n_bytes, link = 8e9, 600e9 / 6
+
+  def gather(groups):
+    return collectives.seconds("all-gather", n_bytes, groups, devices, where)
+
+  # Both devices of a chip want the same array, so it arrives once; two groups want an array each.
+  assert gather(both) == pytest.approx(n_bytes * 3 / 4 / (2 * link))
+  assert gather(apart) == pytest.approx(2 * gather(both))
+  # Half of the bytes of the four devices on one side cross the middle, over two links.
+  for groups in (both, apart):
+    assert collectives.seconds("all-to-all", n_bytes, groups, devices, where) == pytest.approx(
+        4 * n_bytes / 2 / (2 * link))
+  assert collectives.seconds("collective-permute", n_bytes, np.array([[0, 2], [1, 3]]), devices,
+                             where) == pytest.approx(2 * n_bytes / link)
+
+
 def test_between_slices_the_network_counts():
   devices, where = on("v6e-4", (2, 2), n_slices=2)
   group = np.array([[0, 4], [1, 5], [2, 6], [3, 7]])

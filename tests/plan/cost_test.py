@@ -204,7 +204,11 @@ def test_a_gather_reads_what_it_returns():
   assert cost.estimate(module(text), EIGHT, V5E).seconds == pytest.approx(2 * 4000 / 820e9)
 
 
-def test_the_dearest_branch_counts():
+@pytest.mark.parametrize("branches", [
+    "branch_computations={%dear, %cheap}",
+    "true_computation=%cheap, false_computation=%dear",
+])
+def test_the_dearest_branch_counts(branches):
   text = f"""HloModule m
 
 %cheap (a: f32[10]) -> f32[10] {{
@@ -220,7 +224,7 @@ def test_the_dearest_branch_counts():
 ENTRY %main (a: f32[10], p: pred[]) -> f32[10] {{
   %a = f32[10]{{0}} parameter(0)
   %p = pred[] parameter(1)
-  ROOT %c = f32[10]{{0}} conditional(%p, %a, %a), branch_computations={{%dear, %cheap}}
+  ROOT %c = f32[10]{{0}} conditional(%p, %a, %a), {branches}
 }}
 """
   assert cost.estimate(hlo.parse(text), EIGHT, V5E).estimated_cycles == pytest.approx(700)

@@ -1,5 +1,7 @@
 """What is alive when, on schedules whose answer is known."""
 
+import pytest
+
 from moe_jax.plan import hlo, memory
 from tests.plan.hlo_test import fixture
 
@@ -73,6 +75,24 @@ def test_a_loop_holds_its_own_once_and_what_it_is_given():
       op("d", ONE, "get-tuple-element", "w", more=", index=1", root=True)]), loop)
   assert found[0] == ("wide", 2) and ("start", 1) in found and ("a", 1) in found
   assert len([name for name, _ in found if name == "wide"]) == 1
+
+
+@pytest.mark.parametrize("branches", [
+    "branch_computations={%wide, %narrow}",
+    "true_computation=%narrow, false_computation=%wide",
+])
+def test_a_conditional_holds_its_largest_branch(branches):
+  inside = "".join(f"""%{name} (x: {ONE}) -> {ONE} {{
+  %x = {ONE} parameter(0)
+  %own = {size} broadcast(%x), metadata={{op_name="{name}"}}
+  ROOT %y = {ONE} slice(%own), metadata={{op_name="y"}}
+}}
+
+""" for name, size in (("wide", TWO), ("narrow", ONE)))
+  found = peak("\n".join([
+      op("p", "pred[]", "constant"),
+      op("c", ONE, "conditional", "p", "a", "a", more=f", {branches}", root=True)]), inside)
+  assert found[0] == ("wide", 2) and "narrow" not in dict(found)
 
 
 def test_sources_are_read_from_the_tables():
