@@ -43,7 +43,7 @@ def main(overrides: list[str]) -> int:
                      "Cells: " + ", ".join(cell.name for cell in cells))
   arguments = cluster.meeting(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
                               os.environ)
-  profile_steps = _profile_steps(_PROFILE.value, cells[0].config.train.steps)
+  profile_steps = _profile_steps(_PROFILE.value, min(cell.config.train.steps for cell in cells))
   from moe_jax import processes  # imports JAX, so only after the input has been checked
   from moe_jax.train.checkpoint import CheckpointError
   from moe_jax.train.loop import train_together

@@ -21,9 +21,9 @@ from moe_jax.study.noise import ARCHITECTURE_SD, SEED_SD
 from tests.experiment_files import ROOT
 
 RESULTS = pathlib.Path(plan.RESULTS)
-STUDY = " ".join((plan.FOLDER / "README.md").read_text().split())
-FIRST, AGAIN = STUDY.split("### Again, without drops")
-AGAIN, TENTH = AGAIN.split("### A tenth of the tokens")
+FIRST, AGAIN = " ".join((plan.FOLDER / "rehearsals.md").read_text().split()).split(
+    "## Again, without drops")
+AGAIN, TENTH = AGAIN.split("## A tenth of the tokens")
 FRONT = " ".join((ROOT / "README.md").read_text().split())
 NO_TWO = "l6-d144-f72-e8-k4", "l6-d144-f72-e8-k2"
 
@@ -223,7 +223,7 @@ def test_the_third_predictions_are_those_of_its_small_cells_and_the_second_rehea
   rows = read_results(DROPLESS) + read_results(TENTH_TABLE, without=names)
   made = foresight.predict(select(str(plan.FOLDER / "rehearsal_tenth_large.py")),
                            [row for row in rows if row["seed_init"] == 0], "paper-tokens")
-  assert list(made.fitted.identified.refused) == ["ln_E"] and "irreducible loss at 0" in STUDY
+  assert list(made.fitted.identified.refused) == ["ln_E"] and "irreducible loss at 0" in TENTH
   _require_equal(made.rows, predictions)
 
 
