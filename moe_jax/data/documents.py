@@ -64,9 +64,9 @@ def deduplicate(documents: Sequence[Document]) -> tuple[list[Document], list[Dup
   """Drops every document of which a longer one contains at least half.
 
   Texts are compared as words, ignoring case, whitespace and punctuation: a document is dropped if
-  at least DUPLICATE_SHARE of its distinct runs of SHINGLE_WORDS words (its shingles) occur in a
-  single longer document that is kept. So one of several exact copies is kept, and the longer of a
-  written and a spoken version. A document without words is dropped but not reported.
+  at least DUPLICATE_SHARE of its distinct runs of SHINGLE_WORDS words (its shingles) occur in one
+  kept document that has at least as many. So one of several exact copies is kept, and the longer
+  of a written and a spoken version. A document without words is dropped but not reported.
 
   Returns:
     The kept documents, in the given order, and the duplicates, longest first.

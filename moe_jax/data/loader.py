@@ -4,7 +4,7 @@ A split is one stream: its documents in order, each preceded by the separator. R
 has inputs stream[r*S : (r+1)*S]; its targets are shifted by one token. A separator as a target
 means that the document has ended. Segments give the document of each input, so that attention
 can stop at document boundaries. In a mixture each corpus has its own rows, and mixing.py
-determines their order.
+determines how they are interleaved.
 """
 
 from collections.abc import Iterator
@@ -76,8 +76,8 @@ def train_iterator(prepared: PreparedData, seq_len: int, batch_size: int, seed_d
                    mine: np.ndarray | None = None) -> grain.DatasetIterator:
   """Iterates over `train_dataset` from its beginning, prefetching in a thread.
 
-  `get_state()` is `{"next_index": step}`, where `step` is that of the batch that `next` returns.
-  It is JSON and does not depend on the number of processes or devices; `set_state` restores it.
+  `get_state()` is `{"next_index": step}`, the step of the batch that `next` will return: JSON that
+  does not depend on the number of processes or devices. `set_state` restores it.
   Every process of a pod knows the order of all rows and reads only its own.
   """
   dataset = train_dataset(prepared, seq_len, batch_size, seed_data, mine)
