@@ -1,4 +1,4 @@
-"""Prepares a corpus and prints its card; adds corpora made of text of your own.
+"""Prepares a corpus and prints its card, or adds a corpus built from your own text.
 
     python -m moe_jax.data --corpus=sotu --tokenizer=bpe-4096 --data_dir=runs/_data
     python -m moe_jax.data --corpus=sotu:0.7,python:0.3 --tokenizer=bpe-4096
@@ -70,14 +70,14 @@ def main(overrides: list[str]) -> None:
     require(not flag.present, flag.name, flag.value, why)
   try:
     card = _prepare() if _ADD.value is None else _add()
-  except FieldError as error:  # this command's flags are not those of a run
+  except FieldError as error:  # errors name fields of a run; this command's flags differ
     raise FieldError(_FLAGS.get(error.field, error.field), error.value,
                      error.accepted) from None
   print(json.dumps(card, indent=2))
 
 
 def _prepare(corpus: str | None = None) -> dict:
-  # The corpus is looked at before a tokenizer is kept.
+  # Validates the corpus before tokenizer.add stores a file.
   data = DataConfig(corpus=_CORPUS.value if corpus is None else corpus)
   file = _TOKENIZER.value
   name = tokenizer.add(pathlib.Path(file).expanduser(), pathlib.Path(_DATA_DIR.value)) if (

@@ -1,16 +1,17 @@
-"""Makes a corpus of a user's text: `python -m moe_jax.data --add=NAME --from=FILES`.
+"""Builds a corpus from a user's text: `python -m moe_jax.data --add=NAME --from=FILES`.
 
-The text is read twice, unit by unit, in several processes. The first time every document is
-checked and hashed; from the hashes follows what is a duplicate and what is held out. The second
-time the documents that stay are written as a TFDS dataset of array_record files, which from
-then on is the corpus: the files it came from are not needed again.
+The text is read twice, unit by unit, in several processes. The first pass checks and hashes every
+document; the hashes decide which documents are duplicates and which are held out. The second pass
+writes the documents that are kept as a TFDS dataset of array_record files. From then on this
+dataset is the corpus: the files it was built from are no longer needed.
 
-* A document is a duplicate if it equals an earlier one but for spacing; the first stays.
-* A document is held out by a hash of its words (selection.py). So a corpus that grows keeps its
-  split, whatever the order and the files; and no copy of a held-out document is trained on.
-* Empty documents are left out. All that is left out is counted.
+* A document is a duplicate if it equals an earlier one up to whitespace; the first is kept.
+* A hash of its words decides whether a document is held out (selection.py). So a corpus that grows
+  keeps its split, whatever the order of documents and files, and no copy of a held-out document is
+  trained on.
+* Empty documents are dropped. The card counts everything that was dropped.
 
-Killed at any moment, the same command goes on with the units that are not done.
+If the command is killed at any point, running it again resumes with the unfinished units.
 """
 
 import dataclasses
@@ -31,26 +32,26 @@ from moe_jax.errors import require
 from moe_jax.files import is_local, write_json
 from moe_jax.sections import NAME
 
-_FORMAT = 1  # raise it when the same text gives another dataset
+_FORMAT = 1  # bump when the same text gives a different dataset
 
 
 def add(name: str, source: Source, data_dir: str | os.PathLike, *, domain: str | None = None,
         heldout_fraction: float = documents.HELDOUT_FRACTION,
         processes: int | None = None) -> dict[str, Any]:
-  """Adds a corpus under a name that `data.corpus` can then give; returns its card.
+  """Adds a corpus under a name that `data.corpus` then accepts; returns its card.
 
-  Where it is there already and its source is unchanged nothing is done.
+  A no-op if the corpus already exists and its source is unchanged.
 
   Args:
     name: lower-case letters, digits, '.', '_' and '-'.
     source: where the text is.
-    data_dir: <out>/_data, where prepared data lie.
-    domain: label under which its losses are reported; its name if None.
-    heldout_fraction: share of the documents that is held out.
-    processes: how many read at once; as many as there are cores if None.
+    data_dir: the directory of prepared data, <out>/_data.
+    domain: label under which the corpus's losses are reported; its name if None.
+    heldout_fraction: share of the documents to hold out.
+    processes: number of processes that read; one per available core if None.
 
   Raises:
-    FieldError: the text is not as it should be, or the name is taken by another text.
+    FieldError: an argument or the text is invalid, or the name is taken by another text.
   """
   require(re.fullmatch(NAME, name) is not None, "add", name,
           "must be lower-case letters and digits, with single '.', '_' or '-' between them")
@@ -73,7 +74,7 @@ def add(name: str, source: Source, data_dir: str | os.PathLike, *, domain: str |
 
 
 def _check_free(directory: pathlib.Path, key: dict[str, Any]) -> None:
-  """Raises FieldError if the name belongs to another text: runs may have been trained on it."""
+  """Raises FieldError if the name is taken by another text: runs may have been trained on it."""
   if not (directory / cache.MANIFEST).exists():
     return
   theirs = corpus_lib.read_added(directory).built_from
@@ -86,7 +87,7 @@ def _check_free(directory: pathlib.Path, key: dict[str, Any]) -> None:
 def _build(name: str, source: Source, plan: Plan, key: dict[str, Any], processes: int,
            partial: pathlib.Path, scratch: pathlib.Path) -> None:
   from moe_jax.data import dataset  # imports TFDS
-  # Again, under the lock: another process may have taken the name meanwhile.
+  # Checked again under the lock: another process may have taken the name in the meantime.
   _check_free(partial.parent / "dataset", key)
   logging.info("Reading %s: %d unit(s) of text", name, len(plan.units))
   numbers, sizes = range(len(plan.units)), [sum(p.size for p in unit) for unit in plan.units]
@@ -119,7 +120,11 @@ def _build(name: str, source: Source, plan: Plan, key: dict[str, Any], processes
 
 def _decide(name: str, notes: list[pathlib.Path], heldout_fraction: float,
             file: pathlib.Path) -> np.ndarray:
-  """The decisions in `file`, made if they are not there. Raises FieldError if nothing is left."""
+  """Loads the decisions from `file`, after computing and saving them if it is missing.
+
+  Raises:
+    FieldError: fewer than two documents are kept.
+  """
   if not file.exists():
     decisions_N = selection.decide(notes, heldout_fraction)
     left = int((decisions_N >= selection.TRAIN).sum())
@@ -135,7 +140,7 @@ def _read(unit: Unit, source: Source) -> Iterator[tuple[str, str]]:
 
 
 def _note_unit(unit: Unit, source: Source, file: pathlib.Path) -> None:
-  """First reading of a unit: checks and notes each document."""
+  """First pass over a unit: checks each document and saves its selection.NOTE."""
   notes = []
   for name, text in _read(unit, source):
     n_bytes = len(text.encode())
@@ -146,7 +151,7 @@ def _note_unit(unit: Unit, source: Source, file: pathlib.Path) -> None:
 
 def _write_unit(unit: Unit, source: Source, decisions_file: pathlib.Path, where: slice,
                 shards: dict[str, pathlib.Path], done: pathlib.Path) -> None:
-  """Second reading of a unit: writes the documents that stay, one file for each split."""
+  """Second pass over a unit: writes the documents that are kept, one file per split."""
   from moe_jax.data import dataset
   decisions = np.load(decisions_file, mmap_mode="r")[where]
   count = 0
@@ -165,7 +170,7 @@ def _write_unit(unit: Unit, source: Source, decisions_file: pathlib.Path, where:
 
 def _describe(name: str, source: Source, key: dict[str, Any], notes: list[pathlib.Path],
               decisions_N: np.ndarray) -> dict[str, Any]:
-  """The corpus's card."""
+  """Returns the corpus's card."""
   n_bytes = dict.fromkeys(selection.SIDES, 0)
   for found, decisions in selection.by_file(notes, decisions_N):
     for split, side in selection.SIDES.items():

@@ -1,4 +1,4 @@
-"""Makes the TFDS dataset of a corpus that fits into memory. Imports TFDS."""
+"""Builds the TFDS dataset of a corpus that fits in memory. Imports TFDS."""
 
 import dataclasses
 import pathlib
@@ -14,13 +14,13 @@ from moe_jax.errors import FieldError
 class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Documents of `CORPUS`, deduplicated, in splits `train` and `heldout`.
 
-  Each example has `id` and `text` (UTF-8 bytes when read). The metadata lists what
-  deduplication left out.
+  Each example has `id` and `text` (UTF-8 bytes when read). The metadata lists the documents
+  that deduplication dropped.
   """
 
   CORPUS: corpus_lib.Corpus
-  # Nothing is downloaded, so there are no checksums; to look for a file of them, TFDS
-  # would import importlib_resources, which it does not install.
+  # Nothing is downloaded, so there are no checksums. By default TFDS would look for a file of
+  # them, and for that import importlib_resources, which is not among its dependencies.
   url_infos = None
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -51,7 +51,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def build(corpus: corpus_lib.Corpus, directory: pathlib.Path) -> None:
   """Writes the TFDS dataset into `directory` (a TFDS data_dir).
 
-  TFDS takes a dataset's name and version from its class, so every corpus gets one.
+  TFDS takes a dataset's name and version from its class, so every corpus gets its own class.
 
   Raises:
     FieldError: the corpus is empty or cannot be read.
@@ -68,6 +68,6 @@ def build(corpus: corpus_lib.Corpus, directory: pathlib.Path) -> None:
 
 
 def read_duplicates(directory: pathlib.Path) -> list[dict]:
-  """What deduplication left out of the dataset: `id`, `of` and `share` of each."""
+  """Reads which documents deduplication dropped: the `id`, `of` and `share` of each."""
   with tfds_source.quiet():
     return tfds.builder_from_directory(directory).info.metadata["duplicates"]

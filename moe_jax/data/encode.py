@@ -1,7 +1,7 @@
-"""The documents of datasets -> token files, shard by shard in several processes.
+"""Tokenizes datasets into token files, shard by shard, in several processes.
 
-A part holds the tokens of one shard of text. Parts are kept until all are there, so a killed
-preparation goes on; then they are joined in order, one in memory at a time.
+A part holds the tokens of one shard of text. Parts are kept until all of them exist, so a killed
+preparation can resume; then they are joined in order, with one in memory at a time.
 """
 
 import collections
@@ -17,12 +17,12 @@ import numpy as np
 
 from moe_jax.data import cache, pool, tokenizer
 
-_ENCODE_CHARACTERS = 1_000_000  # texts tokenised at once: a token is large while it is made
+_ENCODE_CHARACTERS = 1_000_000  # per call of the tokenizer, which needs a lot of memory per token
 _COUNT_TOKENS = 1_000_000
 
 
 class ShardOf(NamedTuple):
-  """A shard of text and the corpus it belongs to, by number."""
+  """A shard of text and the number of the corpus it belongs to."""
 
   corpus: int
   shard: Any  # dataset.Shard
@@ -34,8 +34,8 @@ class Part(NamedTuple):
   Attributes:
     corpus: number of the corpus.
     split: `train` or `heldout`.
-    file: an npz file of `tokens` [N], and of `lengths` and `bytes` [D]: tokens and UTF-8 bytes
-      of each document, int64.
+    file: an npz file of `tokens` [N], and `lengths` and `bytes` [D]: the numbers of tokens and of
+      UTF-8 bytes of each document, int64.
   """
 
   corpus: int
@@ -49,15 +49,15 @@ class Part(NamedTuple):
 
 def encode(name: str, shards: Sequence[ShardOf], tokenizer_name: str, directory: pathlib.Path,
            scratch: pathlib.Path, processes: int) -> list[Part]:
-  """Tokenises all shards; those whose part is there and whole are left as they are.
+  """Tokenizes all shards, skipping those with an intact part; returns the parts in order.
 
   Args:
-    name: what the progress says.
+    name: label of the progress display.
     shards: in the order of the text.
     tokenizer_name: as in `data.tokenizer`.
-    directory: where its file is.
-    scratch: where parts are kept.
-    processes: how many work at once.
+    directory: directory of the tokenizer's file.
+    scratch: directory of the parts.
+    processes: number of processes.
   """
   parts = [Part(corpus, shard.split, scratch / f"part-{number:05d}.npz")
            for number, (corpus, shard) in enumerate(shards)]
@@ -70,7 +70,7 @@ def encode(name: str, shards: Sequence[ShardOf], tokenizer_name: str, directory:
 
 
 def _remove_damaged(file: pathlib.Path) -> None:
-  """Removes a part that a power failure left damaged."""
+  """Removes a part that is damaged, as after a power failure."""
   try:
     if file.exists() and zipfile.ZipFile(file).testzip() is None:
       return
@@ -90,7 +90,7 @@ def _encode_shard(shard: Any, tokenizer_name: str, directory: pathlib.Path,
 
 
 def _encode_texts(texts: Iterable[str], encoder: tokenizer.Tokenizer) -> dict[str, np.ndarray]:
-  """The arrays of a part; each document begins with the separator."""
+  """Returns the arrays of a part; each document begins with the separator."""
   dtype = np.min_scalar_type(encoder.vocab_size - 1)
   separator = np.array([encoder.document_start_id], dtype)
   documents, sizes = [], []
@@ -118,7 +118,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def join(parts: Sequence[Part], directory: pathlib.Path) -> str:
-  """Writes {split}_{tokens,starts,bytes}.npy of each split; returns their fingerprint."""
+  """Writes {split}_{tokens,starts,bytes}.npy for each split; returns their fingerprint."""
   digest = hashlib.sha256()
   by_split = collections.defaultdict(list)
   for part in parts:
@@ -145,7 +145,7 @@ def join(parts: Sequence[Part], directory: pathlib.Path) -> str:
 
 
 def _starts(parts: Sequence[Part]) -> Iterator[np.ndarray]:
-  """Where documents start in the tokens, and at last where these end."""
+  """Yields arrays of the offsets at which documents start, and finally the number of tokens."""
   yield np.zeros(1, np.int64)
   total = 0
   for part in parts:
@@ -155,11 +155,11 @@ def _starts(parts: Sequence[Part]) -> Iterator[np.ndarray]:
 
 
 def count(parts: Iterable[Part], vocab_size: int) -> "Counts":
-  """Counts of some parts that follow one another."""
+  """Returns the counts of consecutive parts."""
   counts_V, n_documents, n_bytes, first = np.zeros(vocab_size, np.int64), 0, 0, None
   for part in parts:
     tokens, sizes = part.load("tokens"), part.load("bytes")
-    for start in range(0, len(tokens), _COUNT_TOKENS):  # bincount copies into int64
+    for start in range(0, len(tokens), _COUNT_TOKENS):  # bincount copies its input to int64
       counts_V += np.bincount(tokens[start:start + _COUNT_TOKENS], minlength=vocab_size)
     first = int(tokens[0]) if first is None else first
     n_documents, n_bytes = n_documents + len(sizes), n_bytes + int(sizes.sum())
@@ -167,7 +167,14 @@ def count(parts: Iterable[Part], vocab_size: int) -> "Counts":
 
 
 class Counts(NamedTuple):
-  """Of some documents: how often each token is there [V], and the first token of all."""
+  """Counts over consecutive documents.
+
+  Attributes:
+    counts_V: how often each token occurs.
+    n_documents: number of documents.
+    n_bytes: UTF-8 bytes of text.
+    first: the first token; None if there are no documents.
+  """
 
   counts_V: np.ndarray
   n_documents: int
@@ -175,18 +182,18 @@ class Counts(NamedTuple):
   first: int | None
 
   def add(self, other: "Counts") -> "Counts":
-    """Of these documents followed by the others."""
+    """Returns the counts of these documents followed by the others."""
     return Counts(self.counts_V + other.counts_V, self.n_documents + other.n_documents,
                   self.n_bytes + other.n_bytes, self.first)
 
 
 def describe(train: Counts, counts: Counts) -> dict[str, Any]:
-  """Counts of a split, and the loss of a unigram model on it.
+  """Returns the counts of a split, and the loss of a unigram model on it.
 
-  The model is fitted to `train`, one added to each token's count so that none has probability
-  0. Its loss is the mean of -log p over all targets (every token but the first), as a language
-  model's loss is; a model that learned nothing but how frequent tokens are has this loss: on
-  the train split it is the entropy of a token. Bits per byte spread its sum over the bytes.
+  The model is fitted to `train` with add-one smoothing, so that no token has probability 0. As for
+  a language model, its loss is the mean of -log p over all targets (every token but the first): the
+  loss of a model that has learned only token frequencies. On the train split this is the unigram
+  entropy, up to smoothing. Bits per byte divide the summed loss by the number of bytes.
   """
   smoothed_V = 1 + train.counts_V
   nats_V = math.log(smoothed_V.sum()) - np.log(smoothed_V)

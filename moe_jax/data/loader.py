@@ -1,10 +1,10 @@
-"""Packed rows of tokens: shuffled without end to train on, each once to evaluate on.
+"""Loads packed rows of tokens: shuffled and endless for training, each once for evaluation.
 
-A split is one stream: its documents in order, each begun by the separator. Row r of length
-S reads inputs stream[r*S : (r+1)*S] and predicts targets one token on; a separator as a
-target is the prediction that the document has ended. Segments tell the document of each
-input, so that attention can stop at its boundary. Of a mixture each corpus has its own rows,
-and mixing.py says whose turn it is.
+A split is one stream: its documents in order, each preceded by the separator. Row r of length S
+has inputs stream[r*S : (r+1)*S]; its targets are shifted by one token. A separator as a target
+means that the document has ended. Segments give the document of each input, so that attention
+can stop at document boundaries. In a mixture each corpus has its own rows, and mixing.py
+determines how they are interleaved.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _PREFETCH_BATCHES = 4
 
 
 def _gather(split: Split, positions_BS: np.ndarray) -> Batch:
-  """The batch whose inputs stand at the given positions of the stream."""
+  """Returns the batch whose inputs are at the given positions of the stream."""
   segments_BS = np.searchsorted(split.starts_D1, positions_BS, side="right") - 1
   return {"inputs_BS": split.tokens_N[positions_BS].astype(np.int32),
           "targets_BS": split.tokens_N[positions_BS + 1].astype(np.int32),
@@ -30,30 +30,31 @@ def _gather(split: Split, positions_BS: np.ndarray) -> Batch:
 
 
 def n_train_rows(prepared: PreparedData, seq_len: int) -> int:
-  """Rows of the train split; the last tokens that fill no row are never trained on."""
+  """Returns the number of train rows; an incomplete row at a corpus's end is never used."""
   return sum(mixing.n_rows(prepared, seq_len))
 
 
 def train_dataset(prepared: PreparedData, seq_len: int, batch_size: int, seed_data: int,
                   mine: np.ndarray | None = None) -> grain.MapDataset:
-  """Global batches by random access: element n is the batch of step n, without end.
+  """Returns endless global batches with random access: element n is the batch of step n.
 
-  Every epoch of a corpus goes through all its rows once in another order; a batch may span
-  two epochs, so that no row is skipped.
+  Each epoch of a corpus visits all its rows once, in a new order; a batch may span two epochs, so
+  that no row is skipped.
 
   Args:
     prepared: the corpus.
     seq_len: tokens in a row.
     batch_size: rows in a global batch.
-    seed_data: of the order.
-    mine: which rows of a global batch this process reads, of 0 to batch_size - 1; all if None.
+    seed_data: seed of the order.
+    mine: indices of the rows of a global batch, 0 to batch_size - 1, that this process reads; all
+      if None.
 
   Returns:
     A dataset of dicts of int32 [rows read, seq_len]: `inputs_BS`, `targets_BS`, and
-    `segments_BS`, the document of each input by its number in the split.
+    `segments_BS`, the number of each input's document in the split.
 
   Raises:
-    FieldError: the corpus has fewer rows than a batch.
+    FieldError: there are fewer rows than in a batch, or a corpus of a mixture has no row.
   """
   split = prepared.splits["train"]
   rows = n_train_rows(prepared, seq_len)
@@ -67,17 +68,17 @@ def train_dataset(prepared: PreparedData, seq_len: int, batch_size: int, seed_da
     starts_B = starts_B if mine is None else starts_B[mine]
     return _gather(split, starts_B[:, None] + offsets_S)
 
-  # The rows' places are batched before tokens are read, so that a batch is one numpy gather.
+  # Row offsets are batched before tokens are read, so that a batch is a single NumPy gather.
   return mixing.row_starts(prepared, seq_len, seed_data).batch(batch_size).map(load)
 
 
 def train_iterator(prepared: PreparedData, seq_len: int, batch_size: int, seed_data: int,
                    mine: np.ndarray | None = None) -> grain.DatasetIterator:
-  """Iterates over `train_dataset` from its beginning, reading ahead in a thread.
+  """Iterates over `train_dataset` from its beginning, prefetching in a thread.
 
-  `get_state()` is `{"next_index": step}`, the step of the batch that `next` gives: JSON,
-  and the same whatever the number of processes or devices. `set_state` takes it back.
-  Every process of a pod knows the order of all rows and reads those that are its own.
+  `get_state()` is `{"next_index": step}`, the step of the batch that `next` will return: JSON that
+  does not depend on the number of processes or devices. `set_state` restores it.
+  Every process of a pod knows the order of all rows and reads only its own.
   """
   dataset = train_dataset(prepared, seq_len, batch_size, seed_data, mine)
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH_BATCHES)
@@ -85,11 +86,11 @@ def train_iterator(prepared: PreparedData, seq_len: int, batch_size: int, seed_d
 
 
 class EvalRows:
-  """Rows of a split that hold every target once; a row sees nothing of the one before it.
+  """Rows of a split in which every target occurs once; a row has no context from earlier rows.
 
-  All tokens of the split are targets but the first, which nothing precedes. The target at a
-  position counts for the document of its input: so a document's loss includes its end, except
-  for the last document's, which is followed by nothing.
+  All tokens of the split are targets except the first, which has no predecessor. A target counts
+  toward the document of its input, so a document's loss includes the prediction of its end, except
+  for the last document, which no separator follows.
   """
 
   def __init__(self, split: Split, seq_len: int):
@@ -100,22 +101,21 @@ class EvalRows:
     return -(-self.n_targets // self._seq_len)
 
   def batches(self, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
-    """All rows, in dicts of arrays [batch_size, seq_len]: `inputs_BS`, `targets_BS` and
-    `segments_BS` (int32), and `mask_BS` (bool), False where the last row is padded.
+    """Yields all rows in dicts of arrays [batch_size, seq_len]: `inputs_BS`, `targets_BS` and
+    `segments_BS` (int32), and `mask_BS` (bool), which is False on padding.
 
-    Padding has segment -1 and repeats the last input and target. Rows of padding alone fill the
-    last batch up.
+    The last row is padded to seq_len, and the last batch is filled with rows of padding. Padding
+    has segment -1 and repeats the last input and target.
 
     Args:
-      batch_size: rows in a batch; it does not change their order.
-      seed: shuffles the full rows; one that is padded stays behind them. None keeps the
-        order of the text.
+      batch_size: rows in a batch; it does not affect their order.
+      seed: shuffles the full rows; a padded row stays last. None keeps the order of the text.
     """
     rows_N = np.arange(len(self))
     if seed is not None:
       np.random.default_rng(seed).shuffle(rows_N[:self.n_targets // self._seq_len])
     for start in range(0, len(self), batch_size):
-      rows_B = np.arange(start, start + batch_size)  # beyond the last row all is padding
+      rows_B = np.arange(start, start + batch_size)  # rows beyond the last are padding
       known_B = rows_N[start:start + batch_size]
       rows_B[:len(known_B)] = known_B
       yield self._load(rows_B)
