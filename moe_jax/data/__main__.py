@@ -28,24 +28,24 @@ _CORPUS = flags.DEFINE_string(
     "corpus", DataConfig.corpus, "Name of the corpus, or several: NAME:WEIGHT,NAME:WEIGHT.")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", DataConfig.tokenizer, "'bytes'; 'bpe-N': a byte-level BPE of N tokens trained "
-    "on the corpus; 'gpt2'; or a path of a tokenizer.json, which is kept and gets a name.")
+    "on the corpus; 'gpt2'; or the path of a tokenizer.json, which is copied and named.")
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", "runs/_data", "Local directory for prepared data; runs share it.")
 _PROCESSES = flags.DEFINE_integer(
-    "processes", None, "Processes that read or tokenise; as many as there are cores by default.",
+    "processes", None, "Number of processes that read or tokenize; one per core by default.",
     lower_bound=1)
 
 _ADD = flags.DEFINE_string(
-    "add", None, "Adds a corpus of this name, made of --from or --tfds. With --tokenizer it is "
-    "also tokenised.")
+    "add", None, "Adds a corpus of this name, built from --from or --tfds. With --tokenizer it is "
+    "also tokenized.")
 _FROM = flags.DEFINE_multi_string(
     "from", [], "File, folder or pattern of text, .jsonl or .parquet files; may be repeated. "
     "Local or gs://.")
 _TEXT_FIELD = flags.DEFINE_string(
     "text_field", Source.text_field, "JSON field, Parquet column or TFDS feature with the text.")
 _SEPARATOR = flags.DEFINE_string(
-    "separator", None, "What stands between documents in a text file, e.g. '<|endoftext|>'. By "
-    "default a text file is one document.")
+    "separator", None, "String that separates the documents of a text file, e.g. '<|endoftext|>'. "
+    "By default a text file is one document.")
 _DOMAIN = flags.DEFINE_string(
     "domain", None, "Label under which the corpus's losses are reported; its name by default.")
 _HELDOUT_FRACTION = flags.DEFINE_float(
@@ -62,10 +62,11 @@ _OF_ADD = (_FROM, _TFDS, _SEPARATOR, _DOMAIN, _TEXT_FIELD, _HELDOUT_FRACTION, _T
 
 def main(overrides: list[str]) -> None:
   cli.no_overrides(overrides)
-  require(is_local(_DATA_DIR.value), "data_dir", _DATA_DIR.value, "must be a local path; machines "
-          "that train for a bucket prepare by themselves")
-  others, why = ((_OF_ADD, "belongs to --add=NAME, which gives the text a name")
-                 if _ADD.value is None else ((_CORPUS,), "goes without --add, which names one"))
+  require(is_local(_DATA_DIR.value), "data_dir", _DATA_DIR.value, "must be a local path; runs "
+          "that write to a bucket prepare their own data")
+  others, why = ((_OF_ADD, "can only be used with --add=NAME")
+                 if _ADD.value is None else ((_CORPUS,), "cannot be combined with --add, "
+                                                "which names the corpus"))
   for flag in others:
     require(not flag.present, flag.name, flag.value, why)
   try:

@@ -79,7 +79,7 @@ def _check_free(directory: pathlib.Path, key: dict[str, Any]) -> None:
     return
   theirs = corpus_lib.read_added(directory).built_from
   differing = [field for field in key if theirs.get(field) != key[field]]
-  require(not differing, "add", key["corpus"], "is a corpus already, with another "
+  require(not differing, "add", key["corpus"], "already exists, with another "
           + ", ".join(field.replace("_", " ") for field in differing)
           + f": choose another name, or remove {directory.parent} first")
 
@@ -94,7 +94,7 @@ def _build(name: str, source: Source, plan: Plan, key: dict[str, Any], processes
   notes = [scratch / f"notes-{number:05d}.npy" for number in numbers]
   pool.run(f"{name}: reading", _note_unit, [
       pool.Job(notes[n], sizes[n], (plan.units[n], source, notes[n])) for n in numbers], processes)
-  decisions_N = _decide(name, notes, key["heldout_fraction"], scratch / "decisions.npy")
+  decisions_N = _decide(source, notes, key["heldout_fraction"], scratch / "decisions.npy")
 
   home = partial / dataset.tfds_name(name) / corpus_lib.ADDED_VERSION
   home.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def _build(name: str, source: Source, plan: Plan, key: dict[str, Any], processes
   write_json(partial / corpus_lib.CARD, card)
 
 
-def _decide(name: str, notes: list[pathlib.Path], heldout_fraction: float,
+def _decide(source: Source, notes: list[pathlib.Path], heldout_fraction: float,
             file: pathlib.Path) -> np.ndarray:
   """Loads the decisions from `file`, after computing and saving them if it is missing.
 
@@ -128,7 +128,7 @@ def _decide(name: str, notes: list[pathlib.Path], heldout_fraction: float,
   if not file.exists():
     decisions_N = selection.decide(notes, heldout_fraction)
     left = int((decisions_N >= selection.TRAIN).sum())
-    require(left >= 2, "from", name, f"has {left} document(s): at least two different ones with "
+    require(left >= 2, *source.given, f"has {left} document(s): at least two different ones with "
             "text are needed, one to train on and one to hold out")
     cache.write_whole(file, lambda opened: np.save(opened, decisions_N))
   return np.load(file, mmap_mode="r")
@@ -163,8 +163,8 @@ def _write_unit(unit: Unit, source: Source, decisions_file: pathlib.Path, where:
       if writer is not None:
         writer.write(name, text)
       count += 1
-    require(count == len(decisions), "from", unit[0].path, "has changed while it was read: run "
-            "the command again")
+    require(count == len(decisions), source.given[0], unit[0].path, "changed while it was being "
+            "read: run the command again")
   cache.write_whole(done, lambda file: None)
 
 

@@ -46,15 +46,15 @@ def fault(directory: pathlib.Path, key: Mapping[str, Any]) -> str | None:
     manifest = json.loads((directory / MANIFEST).read_text())
     made_from, files = manifest["key"], manifest["files"]
     if made_from != dict(key):
-      return "was made from something else"
+      return "was built from different inputs"
     for name, expected in files.items():
       file = directory / name
       if not file.is_file():
-        return f"lacks {name}"
+        return f"is missing {name}"
       if file.stat().st_size != expected["bytes"]:
-        return f"holds {name} cut or grown: {file.stat().st_size} bytes"
+        return f"has {name} with the wrong size: {file.stat().st_size} bytes"
       if _digest(file) != expected["sha256"]:
-        return f"holds {name} with changed content"
+        return f"has {name} with changed content"
   except FileNotFoundError:
     return "is not finished"
   except (ValueError, KeyError, TypeError, AttributeError):
@@ -71,7 +71,7 @@ def _lock(file: pathlib.Path) -> Iterator[None]:
     try:
       fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      logging.info("Waiting for another process that prepares %s", file.parent)
+      logging.info("Waiting for another process that is preparing %s", file.parent)
       fcntl.flock(opened, fcntl.LOCK_EX)
     yield
 
@@ -152,7 +152,7 @@ def obtain_in_parts(directory: pathlib.Path, key: Mapping[str, Any],
         left.unlink()
       _write_manifest(partial, key)
       if directory.exists():
-        logging.warning("%s %s: it is replaced by a new one", directory, reason)
+        logging.warning("%s %s: rebuilding it", directory, reason)
         shutil.rmtree(directory)
       partial.rename(directory)
       shutil.rmtree(scratch)

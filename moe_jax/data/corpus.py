@@ -93,7 +93,7 @@ class AddedCorpus:
     """Returns the directory of the TFDS dataset. Raises FieldError if it is damaged."""
     from moe_jax.data import dataset
     fault = cache.fault(home / "dataset", self.built_from)
-    require(fault is None, "data.corpus", self.name, f"its text, {home / 'dataset'}, {fault}: "
+    require(fault is None, "data.corpus", self.name, f"its text in {home / 'dataset'} {fault}: "
             "add it again with the same command")
     return home / "dataset" / dataset.tfds_name(self.name) / ADDED_VERSION
 
@@ -138,7 +138,7 @@ def get_corpus(name: str, data_dir: pathlib.Path | None = None) -> Corpus | Adde
       file.parent.parent.name: file for file in data_dir.glob(f"*/dataset/{CARD}")}
   if name not in added:
     raise FieldError("data.corpus", name, "no such corpus; " + did_you_mean(
-        name, [*CORPORA, *added]) + " (text of your own: python -m moe_jax.data "
+        name, [*CORPORA, *added]) + " (to add your own text: python -m moe_jax.data "
         f"--add={name} --from=FILES)")
   return read_added(added[name].parent)
 
@@ -151,6 +151,6 @@ def read_added(dataset: pathlib.Path) -> AddedCorpus:
     found = AddedCorpus(name, card, cache.read_json(dataset / cache.MANIFEST)["key"])
     _ = found.key
   except (OSError, ValueError, KeyError, TypeError):
-    raise FieldError("data.corpus", name, f"its text, {dataset}, is damaged: remove that folder "
+    raise FieldError("data.corpus", name, f"its text in {dataset} is damaged: remove that folder "
                      "and add the corpus again") from None
   return found

@@ -63,7 +63,7 @@ def encode(name: str, shards: Sequence[ShardOf], tokenizer_name: str, directory:
            for number, (corpus, shard) in enumerate(shards)]
   for part in parts:
     _remove_damaged(part.file)
-  pool.run(f"{name}: tokenising", _encode_shard, [
+  pool.run(f"{name}: tokenizing", _encode_shard, [
       pool.Job(part.file, shard.n_bytes, (shard, tokenizer_name, directory, part.file))
       for part, (_, shard) in zip(parts, shards, strict=True)], processes)
   return parts

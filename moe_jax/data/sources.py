@@ -61,6 +61,11 @@ class Source:
     require(not self.tfds or bool(self.tfds_dir), "tfds_dir", self.tfds_dir,
             "is needed with --tfds: the data_dir that TFDS wrote the dataset into")
 
+  @property
+  def given(self) -> tuple[str, str]:
+    """The flag that names the text, and its value: for error messages."""
+    return ("tfds", self.tfds) if self.tfds else ("from", ",".join(self.files))
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:

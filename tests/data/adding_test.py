@@ -171,7 +171,7 @@ def test_adding_again_does_nothing_and_another_text_is_refused(tmp_path, monkeyp
   with monkeypatch.context() as patch:
     patch.setattr(adding, "_build", lambda *_: pytest.fail("it was read again"))
     assert adding.add("mine", source, tmp_path, domain="code") == card
-    with pytest.raises(FieldError, match="add='mine': is a corpus already, with another domain:"):
+    with pytest.raises(FieldError, match="add='mine': already exists, with another domain:"):
       adding.add("mine", source, tmp_path)
     write_json(tmp_path / "a.jsonl", make_texts(11))
     with pytest.raises(FieldError, match="with another source: choose another name, or remove"):
@@ -206,7 +206,7 @@ def test_a_name_that_another_process_takes_meanwhile_is_refused(tmp_path, monkey
     real(directory, key, build)
 
   monkeypatch.setattr(cache, "obtain_in_parts", obtain)
-  with pytest.raises(FieldError, match="is a corpus already, with another source"):
+  with pytest.raises(FieldError, match="already exists, with another source"):
     adding.add("name", second, tmp_path)
   assert corpus.read_added(tmp_path / "name" / "dataset").card == cards[1]
 
@@ -329,7 +329,13 @@ def test_bad_options_are_refused_before_anything_is_written(options, message, tm
 @pytest.mark.parametrize("texts, count", [([], 0), (["", " "], 0), (["a b", "a  b"], 1)])
 def test_too_little_text_is_refused(texts, count, tmp_path):
   source = write_json(tmp_path / "a.jsonl", texts)
-  with pytest.raises(FieldError, match=rf"from='mine': has {count} document\(s\): at least two"):
+  with pytest.raises(FieldError, match=rf"from='.*a.jsonl': has {count} document\(s\): at least"):
+    adding.add("mine", source, tmp_path / "data")
+
+
+def test_a_tfds_dataset_with_too_little_text_is_named_by_its_own_flag(tmp_path):
+  source = write_tfds(tmp_path, ["a"] * 4)
+  with pytest.raises(FieldError, match=r"tfds='wiki': has 1 document\(s\): at least two"):
     adding.add("mine", source, tmp_path / "data")
 
 

@@ -120,11 +120,11 @@ def test_another_selection_of_documents_is_made_anew(setting, value, documents, 
     return
   for data, old in zip((BYTES, BPE), first, strict=True):
     again = prepare(data, tmp_path / "data")
-    assert f"{again.directory} was made from something else" in caplog.text
+    assert f"{again.directory} was built from different inputs" in caplog.text
     assert {name: again.splits[name].n_documents for name in SPLITS} == documents
     assert again.fingerprint != old.fingerprint
     assert again.fingerprint == prepare(data, tmp_path / "clean").fingerprint
-  assert f"{tmp_path / 'data/tiny/dataset'} was made from something else" in caplog.text
+  assert f"{tmp_path / 'data/tiny/dataset'} was built from different inputs" in caplog.text
 
 
 def cut(file):
@@ -148,7 +148,7 @@ def test_damage_is_noticed_and_repaired(name, damage, tiny, tmp_path, caplog):
   tokens = np.array(first.splits["train"].tokens_N)
   damage(first.directory / name)
   again = prepare(BPE, tmp_path / "data")
-  assert "is replaced by a new one" in caplog.text
+  assert ": rebuilding it" in caplog.text
   assert again.fingerprint == first.fingerprint
   assert np.array_equal(again.splits["train"].tokens_N, tokens)
   caplog.clear()
@@ -302,7 +302,7 @@ def test_the_command_prints_the_card(tmp_path):
     ("--corpus=stou", "--corpus='stou': no such corpus; did you mean 'sotu'"),
     ("--corpus=sotu:nan,python:1", "--corpus='sotu:nan,python:1': the weight of 'sotu' is 'nan'"),
     ("--corpus=sotu:0,python:1", "--corpus='sotu:0,python:1': the weight of 'sotu' is '0'"),
-    ("--from=x.txt", "--from=['x.txt']: belongs to --add=NAME"),
+    ("--from=x.txt", "--from=['x.txt']: can only be used with --add=NAME"),
     ("--tokenizer=no/tokenizer.json", "--tokenizer='no/tokenizer.json': no such file"),
     ("--tokenizer=mine-0123abcd", "--tokenizer='mine-0123abcd': no such tokenizer"),
     ("--tokenizer=bpe-12", "--tokenizer='bpe-12': must be 'bytes' or 'bpe-N'"),
