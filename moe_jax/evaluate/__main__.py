@@ -2,8 +2,9 @@
 
     python -m moe_jax.evaluate --config=experiments/quickstart.py
 
-Evaluations that are up to date are not repeated. Execution flags control how the model runs, e.g.
---config.execution.mesh.expert=4, or --config.execution.microbatches=4 for smaller batches.
+Losses that are up to date are not evaluated again; --inference and --tasks always run. Execution
+flags control how the model runs, e.g. --config.execution.mesh.expert=4, or
+--config.execution.microbatches=4 for smaller batches.
 
     --split=train --corpus=python      another split, another corpus
     --steps=all                        all checkpoints: loss and routing against step
