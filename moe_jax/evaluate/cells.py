@@ -29,7 +29,7 @@ class Survey(NamedTuple):
 
 
 def survey(cells: Sequence[Cell], out: str | os.PathLike) -> Survey:
-  """Sorts cells by the state of their run directories. No JAX."""
+  """Groups cells by the state of their run directories. No JAX."""
   found = Survey([], [], [])
   for cell in cells:
     run_dir = RunDir.of(out, cell)

@@ -95,7 +95,7 @@ def table(found: dict[str, dict[str, Any]]) -> rich.table.Table:
 def figure(rows: Sequence[Row]):
   """Plots held-out loss against the measured time of a decode step.
 
-  One panel each for the smallest and largest batch size that all rows have; None if there is none.
+  One panel each for the smallest and largest batch size that all rows have; returns None if none.
   """
   rows = measured(rows)
   if not rows:

@@ -63,8 +63,8 @@ class Decoder:
         context, `data.seq_len` tokens: the model was not trained on positions beyond it.
       sampling: greedy if None.
       end: a row ends at this token, which is not part of the result.
-      ended: whether a row with these new tokens is complete. This is checked only now and then,
-        to stop once all rows have ended, so a row may get more tokens than it needs.
+      ended: whether a row with these new tokens is complete. Decoding stops when all are,
+        which is checked every _LOOK_EVERY tokens, so a row may get more tokens than it needs.
       first_row: number of the first prompt. Random draws depend on a row's number, so a batch
         draws the same tokens as it would as part of a larger one.
 

@@ -126,7 +126,7 @@ def measure(decoder: Decoder, tokens_N: np.ndarray, batch_sizes: Sequence[int],
 
 def measure_cells(cells: Sequence[Cell], out: str | os.PathLike, batch_sizes: Sequence[int],
                   say: Callable[[str], None] = print) -> list[str]:
-  """Measures finished cells into eval/inference.json, always anew; returns as evaluate_cells."""
+  """Measures finished cells into eval/inference.json, even if done before; see evaluate_cells."""
   from etils import epath
   use_compilation_cache(out)
   machine = look_at(jax.devices())

@@ -18,8 +18,7 @@ def show(rows: Sequence[Row], in_table: Sequence[Row], csv_file: epath.Path) -> 
     csv_file: path of the CSV file; the figure gets the same name with .png.
 
   Returns:
-    A line for each file that could not be written; the other file and the table do not depend
-    on it.
+    A line for each file that could not be written; the rest is still written and printed.
   """
   png_file = csv_file.with_suffix(".png")
   heldout = [row for row in rows if row["evaluation"] == "heldout"]

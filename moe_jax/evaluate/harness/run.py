@@ -39,7 +39,9 @@ def quiet() -> None:
 
 def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike, names: Sequence[str],
                    task_dir: str | None = None, say: Callable[[str], None] = print) -> list[str]:
-  """Runs tasks on the newest checkpoint of finished cells, always anew, into eval/<task>.json.
+  """Runs tasks on the newest checkpoint of finished cells, even if done before.
+
+  Writes eval/<task>.json for each cell.
 
   Args:
     cells: finished cells.

@@ -117,7 +117,10 @@ def passages(text: str) -> Iterator[Passage]:
 
 
 def cloze(passage: Passage) -> dict[str, str] | None:
-  """Cuts a passage before the last of its next words that occurs earlier; None if none does."""
+  """Cuts a passage before the last of its next words that also occurs earlier.
+
+  Returns the text before that word, and the word; None if there is no such word.
+  """
   whole = passage.context + passage.next
   for found in reversed(list(re.finditer(rf" ([^\W\d_]{{{_LETTERS},}})", whole))):
     if found.start() < len(passage.context):
