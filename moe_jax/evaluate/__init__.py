@@ -1,1 +1,1 @@
-"""Evaluation: offline, from the checkpoints of finished runs."""
+"""Offline evaluation of finished runs, from their checkpoints."""

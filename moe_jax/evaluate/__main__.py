@@ -1,17 +1,18 @@
-"""Evaluates the finished cells of a grid: a table, results.csv and a plot.
+"""Evaluates the finished cells of a grid, and writes a table, results.csv and a plot.
 
     python -m moe_jax.evaluate --config=experiments/quickstart.py
 
-What is evaluated already is not done again. Execution flags say how to run, e.g.
---config.execution.mesh.expert=4 or --config.execution.microbatches=4 for smaller batches.
+Losses that are up to date are not evaluated again; --inference and --tasks always run. Execution
+flags control how the model runs, e.g. --config.execution.mesh.expert=4, or
+--config.execution.microbatches=4 for smaller batches.
 
     --split=train --corpus=python      another split, another corpus
     --steps=all                        all checkpoints: loss and routing against step
-    --compare=CELL_A,CELL_B            the paired difference over the same documents
+    --compare=CELL_A,CELL_B            the paired loss difference over the same documents
     --inference                        measured prefill, decode and memory on these devices
     --tasks=heldout_cloze,heldout_choice   tasks of lm-evaluation-harness, or of --task_dir
-    --report=FILE.html                 one page with all of it and what routers do
-    --generate="The state of"          text from one cell
+    --report=FILE.html                 one page with all results and routing statistics
+    --generate="The state of"          generates text with one cell
 """
 
 import os
@@ -106,7 +107,7 @@ def _evaluate(cells) -> int:
 
 
 def _read_tasks() -> tuple[str, ...]:
-  """The tasks that are asked for, which can be asked. Raises FieldError."""
+  """Returns the tasks named by --tasks, checked. Raises FieldError."""
   if _TASKS.value is None:
     if _TASK_DIR.value is not None:
       raise FieldError("task_dir", _TASK_DIR.value, "goes with --tasks=NAME,NAME")
@@ -119,7 +120,7 @@ def _read_tasks() -> tuple[str, ...]:
 
 
 def _show(cells, text, with_curves: bool, tasks=()) -> list[str]:
-  """Tables, results.csv and pictures; returns what went wrong, which was said."""
+  """Prints the tables, writes results.csv and the figures, and returns the problems it printed."""
   from moe_jax.evaluate import cost, curves, report, results, show
   from moe_jax.evaluate.text import HELDOUT
   experiment = cells[0].experiment

@@ -1,4 +1,4 @@
-"""The cells of a grid, one after another: one that cannot be evaluated stops no other."""
+"""Evaluates the cells of a grid one by one; a cell that fails does not stop the others."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ from moe_jax.run_dir import RunDir
 
 
 class Survey(NamedTuple):
-  """How the cells stand.
+  """The cells of a grid by state.
 
   Attributes:
     finished: cells whose training is done.
-    unfinished: a line for each other cell: its name and its state.
-    refused: a line for each cell whose directory cannot be used.
+    unfinished: a line for each other cell, with its name and state.
+    refused: a line for each cell whose run directory cannot be used.
   """
 
   finished: list[Cell]
@@ -29,7 +29,7 @@ class Survey(NamedTuple):
 
 
 def survey(cells: Sequence[Cell], out: str | os.PathLike) -> Survey:
-  """Looks at the run directories; needs no JAX."""
+  """Groups cells by the state of their run directories. No JAX."""
   found = Survey([], [], [])
   for cell in cells:
     run_dir = RunDir.of(out, cell)
@@ -57,7 +57,7 @@ def _state(run_dir: RunDir, status: dict[str, Any]) -> str:
 
 
 def parse_steps(text: str) -> tuple[int, ...] | None:
-  """`200,400` -> (200, 400); `all` -> None, every checkpoint there is. Raises FieldError."""
+  """`200,400` -> (200, 400); `all` -> None, for every checkpoint. Raises FieldError."""
   if text == "all":
     return None
   parts = [part.strip() for part in text.split(",")]
@@ -69,17 +69,17 @@ def parse_steps(text: str) -> tuple[int, ...] | None:
 def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike,
                    say: Callable[[str], None] = print, text: Text | None = None,
                    steps: Sequence[int] | None = ()) -> list[str]:
-  """Evaluates finished cells into eval/, where that is not done already.
+  """Evaluates finished cells and writes the results to eval/; skips those that are up to date.
 
   Args:
-    cells: finished ones.
+    cells: finished cells.
     out: directory of all experiments.
-    say: gets a line for each cell, as soon as it is known.
-    text: what is evaluated; the held-out split of the runs' own data if None.
-    steps: checkpoints that are evaluated beside the newest sound one; None for all there are.
+    say: called with each line of progress as soon as it is known.
+    text: the text to evaluate on; the held-out split of each run's own data if None.
+    steps: checkpoints to evaluate in addition to the newest sound one; None means all.
 
   Returns:
-    The lines of the cells that failed.
+    An error line for each cell that failed.
   """
   from moe_jax.train.loop import use_compilation_cache
 
@@ -90,15 +90,15 @@ def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike,
 
 def each_cell(cells: Sequence[Cell], work: Callable[[Cell, Callable[[str], None]], None],
               say: Callable[[str], None]) -> list[str]:
-  """Does `work` on one cell after another; what is wrong with one does not keep the others.
+  """Calls `work` on one cell after another; one that fails does not stop the others.
 
   Args:
-    cells: which.
-    work: (cell, say) -> None; its `say` puts the cell before each line.
-    say: gets the lines.
+    cells: the cells, in order.
+    work: (cell, say) -> None; the `say` it gets prefixes each line with the cell's name.
+    say: called with each line.
 
   Returns:
-    The lines of the cells that failed.
+    An error line for each cell that failed.
   """
   failed = []
   for number, cell in enumerate(cells, start=1):
@@ -111,7 +111,7 @@ def each_cell(cells: Sequence[Cell], work: Callable[[Cell, Callable[[str], None]
 
 
 def _guarded(work: Callable[[], None]) -> str | None:
-  """Does it, and returns what went wrong, as one line, if that is the trouble of one cell."""
+  """Calls `work`; returns the message of an error that concerns only this cell, or None."""
   import jax
 
   from moe_jax.train.checkpoint import CheckpointError
@@ -154,7 +154,7 @@ def _evaluate_cell(cell: Cell, out, text: Text, steps: Sequence[int] | None,
   for step in (None, *reversed(wanted)):
     result, done = _kept(run_dir, cell, prepared.fingerprint, text.name, step), ""
     if result is None:
-      final = final or evaluate(None)  # a step is compared with it
+      final = final or evaluate(None)  # routing at a step is compared with it
       found = final if step in (None, final.result["step"]) else evaluate(step)
       result, done = found.result, f"{found.result['seconds']:.1f} s"
       _write(run_dir, text, step, found, final)
@@ -163,7 +163,7 @@ def _evaluate_cell(cell: Cell, out, text: Text, steps: Sequence[int] | None,
 
 
 def _write(run_dir: RunDir, text: Text, step: int | None, found, final) -> None:
-  """Writes an evaluation; `final` is that of the newest checkpoint."""
+  """Writes the evaluation `found`; `final` is the evaluation of the newest checkpoint."""
   if step is None:
     write_documents(run_dir, text.name, found.result, found.documents)
   if found.routing is not None and text == Text():
@@ -171,7 +171,7 @@ def _write(run_dir: RunDir, text: Text, step: int | None, found, final) -> None:
     if step is not None:
       told["agreement"] = found.routing.agreement(final.routing)
     run_dir.write_eval(ROUTING, told, step)
-  run_dir.write_eval(text.name, found.result, step)  # last: what it tells of is there
+  run_dir.write_eval(text.name, found.result, step)  # last: it marks the other files as complete
 
 
 _WHICH = ("version", "step", "checkpoint", "identity", "data_fingerprint")
@@ -179,13 +179,13 @@ _WHICH = ("version", "step", "checkpoint", "identity", "data_fingerprint")
 
 def _kept(run_dir: RunDir, cell: Cell, fingerprint: str, name: str,
           step: int | None) -> dict[str, Any] | None:
-  """What an earlier evaluation found of the same checkpoint and text, if anything."""
+  """Returns an earlier result for the same checkpoint and text, or None if it must be redone."""
   from moe_jax.evaluate import heldout
   from moe_jax.train.checkpoint_files import checkpoint_steps, content_hash
 
   try:
     old = run_dir.read_eval(name, step)
-  except FieldError:  # damaged: done again
+  except FieldError:  # damaged: redo it
     return None
   steps = checkpoint_steps(run_dir)
   if not isinstance(old, dict) or not steps:
@@ -196,5 +196,5 @@ def _kept(run_dir: RunDir, cell: Cell, fingerprint: str, name: str,
             "checkpoint": content_hash(run_dir, newest)}
   if not wanted.items() <= old.items():
     return None
-  # Without the file of documents, which the newest checkpoint has, nothing compares with it.
+  # --compare needs the per-document file, which is written for the newest checkpoint only.
   return old if step is not None or read_documents(run_dir, name, old) is not None else None

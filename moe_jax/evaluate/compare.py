@@ -1,4 +1,4 @@
-"""Two cells over the same documents: the difference, and how sure it is."""
+"""Compares the losses of two cells over the same documents, with a confidence interval."""
 
 import io
 import math
@@ -23,11 +23,11 @@ class Difference(NamedTuple):
   Attributes:
     unit: `nats per token`, or `bits per byte` where tokens differ.
     value: over all documents; below 0 where A is better.
-    low, high: interval; None for a single document.
-    documents: how many.
-    better: in how many of them A is.
-    alone: standard error of the difference if the two were of different documents.
-    se: that of the paired difference.
+    low, high: confidence interval at LEVEL; None for a single document.
+    documents: number of documents.
+    better: number of documents on which A is better.
+    alone: standard error the difference would have unpaired, over independent documents.
+    se: standard error of the paired difference.
   """
 
   unit: str
@@ -41,7 +41,7 @@ class Difference(NamedTuple):
 
 
 def write_documents(run_dir: RunDir, name: str, result: dict[str, Any], documents) -> None:
-  """Writes what an evaluation measured of each document (heldout.Documents), and of which."""
+  """Writes an evaluation's per-document measurements (heldout.Documents) and its checkpoint."""
   content = io.BytesIO()
   np.savez_compressed(content, checkpoint=str(result["checkpoint"]), step=result["step"],
                       fingerprint=result["data_fingerprint"], **documents._asdict())
@@ -50,11 +50,11 @@ def write_documents(run_dir: RunDir, name: str, result: dict[str, Any], document
 
 def read_documents(run_dir: RunDir, name: str,
                    result: dict[str, Any]) -> dict[str, np.ndarray] | None:
-  """What was written together with that result; None where it is not there, or damaged."""
+  """Reads what was written with `result`; None if missing, damaged or of another checkpoint."""
   try:
     with np.load(io.BytesIO(run_dir.documents(name).read_bytes())) as arrays:
       found = {key: arrays[key] for key in arrays.files}
-  except Exception:  # numpy raises half a dozen kinds of a damaged file
+  except Exception:  # numpy raises many types for a damaged file
     return None
   same = (str(found.get("checkpoint")), found.get("step")) == (
       str(result["checkpoint"]), result["step"])
@@ -63,12 +63,12 @@ def read_documents(run_dir: RunDir, name: str,
 
 def difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray],
                chosen_D: np.ndarray | None = None) -> Difference:
-  """The paired difference over documents, of all or of those that are chosen.
+  """Returns the paired difference of A and B, over all documents or only those in `chosen_D`.
 
-  The difference of two ratios over the same documents is a ratio itself, of the documents'
-  differences in nats, so its error is that of estimate.ratio: what makes a document hard for
-  both falls out. The interval is Student's with one degree of freedom less than documents; it
-  says what other documents would give, nothing of other seeds.
+  The difference of two ratios with the same denominator is itself a ratio, of the per-document
+  differences in nats, so estimate.ratio gives its error: what makes a document hard for both
+  models cancels. The interval is Student's t with (documents - 1) degrees of freedom. It covers
+  the choice of documents, not of seeds.
   """
   from scipy import stats
   if chosen_D is None:
@@ -89,7 +89,7 @@ def difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray],
 
 
 def same_documents(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-  """Whether two evaluations are of the same text, perhaps cut by different tokenizers."""
+  """Whether two evaluations are of the same text, possibly with different tokenizers."""
   if np.array_equal(a["targets_D"], b["targets_D"]):
     return str(a["fingerprint"]) == str(b["fingerprint"])
   return np.array_equal(a["bytes_D"], b["bytes_D"])
@@ -109,10 +109,10 @@ def parse_pair(text: str, names: list[str]) -> tuple[str, str]:
 
 def compare(out: str | os.PathLike, cells: Sequence[Cell], pair: tuple[str, str],
             name: str) -> list[str]:
-  """Lines about two cells that were evaluated on the text of that name.
+  """Returns the lines that compare two cells on the evaluation `name`.
 
   Raises:
-    FieldError: one of them was not, or their texts differ.
+    FieldError: a cell has no such evaluation, or their documents differ.
   """
   by_name = {cell.name: RunDir.of(out, cell) for cell in cells}
   sides, labels = [], []
@@ -136,7 +136,7 @@ def compare(out: str | os.PathLike, cells: Sequence[Cell], pair: tuple[str, str]
 
 def report(cell_a: str, cell_b: str, name: str, whole: Difference,
            domains: dict[str, Difference]) -> list[str]:
-  """Lines for people."""
+  """Formats the differences, overall and by domain, as lines of text."""
   lines = [f"{cell_a} minus {cell_b}, {name}, {whole.documents} documents:"]
   for label, found in [("all", whole), *(domains.items() if len(domains) > 1 else ())]:
     line = f"  {label}: {found.value:+.4f} {found.unit}"

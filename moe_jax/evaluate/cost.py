@@ -1,4 +1,4 @@
-"""The measured cost of inference, as a table and a picture. No JAX."""
+"""Shows the measured cost of inference as a table and a figure. No JAX."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from moe_jax.text import short
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:
-  """`1,8,32`. Raises FieldError."""
+  """`1,8,32` -> (1, 8, 32). Raises FieldError."""
   parts = [part.strip() for part in text.split(",")]
   require(all(part.isdecimal() and 0 < int(part) <= 65536 for part in parts), "batch_sizes", text,
           "must be numbers of sequences such as 1,8,32")
@@ -27,7 +27,7 @@ def parse_batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def columns(result: dict[str, Any]) -> Row:
-  """The columns of results.csv: `decode_ms_b8` is that of batches of 8."""
+  """Returns the columns for results.csv; the suffix in `decode_ms_b8` is the batch size."""
   found = {"inference_device_kind": result["device_kind"],
            "inference_n_devices": result["n_devices"], "inference_dtype": result["dtype"],
            "inference_context": result["context"], "weight_bytes": result["weight_bytes"],
@@ -40,7 +40,7 @@ def columns(result: dict[str, Any]) -> Row:
 
 
 def show(out: str | os.PathLike, cells: Sequence[Cell], rows: Sequence[Row]) -> list[str]:
-  """Prints the table and writes cost.png; what went wrong, as lines."""
+  """Prints the table, writes cost.png, and returns a line for each problem."""
   found = {cell.name: RunDir.of(out, cell).read_eval(INFERENCE) for cell in cells}
   found = {name: result for name, result in found.items() if result is not None}
   if not found:
@@ -58,7 +58,7 @@ def show(out: str | os.PathLike, cells: Sequence[Cell], rows: Sequence[Row]) -> 
 
 
 def batch_sizes(row: Row) -> list[int]:
-  """Those that were measured, ascending."""
+  """Returns the batch sizes measured in a row of results.csv, ascending."""
   return sorted(int(name.removeprefix("decode_ms_b")) for name, value in row.items()
                 if name.startswith("decode_ms_b") and value is not None)
 
@@ -68,7 +68,7 @@ def measured(rows: Sequence[Row]) -> list[Row]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> rich.table.Table:
-  """A line a cell and batch size; `found` is eval/inference.json by cell."""
+  """One line per cell and batch size; `found` maps each cell to its eval/inference.json."""
   one = next(iter(found.values()))
   made = rich.table.Table(
       box=rich.box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption=(
@@ -93,7 +93,10 @@ def table(found: dict[str, dict[str, Any]]) -> rich.table.Table:
 
 
 def figure(rows: Sequence[Row]):
-  """Held-out loss against measured time of a decode step, smallest and largest batch."""
+  """Plots held-out loss against the measured time of a decode step.
+
+  One panel each for the smallest and largest batch size that all rows have; returns None if none.
+  """
   rows = measured(rows)
   if not rows:
     return None

@@ -1,4 +1,4 @@
-"""Loss against step: the checkpoints of runs, as curves.csv, a picture and a table. No JAX."""
+"""Loss of the checkpoints of runs against step, as curves.csv, a figure and a table. No JAX."""
 
 import os
 from collections import defaultdict
@@ -16,9 +16,9 @@ from moe_jax.laws.publish.page import png
 
 
 def show(out: str | os.PathLike, experiment: str, evaluation: str) -> list[str]:
-  """Writes curves.csv and curves.png of all runs, prints the table; what went wrong, as lines.
+  """Prints the table, writes curves.csv and curves.png of all runs, and returns the problems.
 
-  Another text than the held-out one has its name in those of the files.
+  For any other evaluation than `heldout` the files are named curves-EVALUATION.
   """
   from moe_jax.evaluate.table import print_made
   rows, problems = results.collect(
@@ -39,7 +39,7 @@ def show(out: str | os.PathLike, experiment: str, evaluation: str) -> list[str]:
 
 
 def by_cell(rows: Sequence[Row]) -> dict[str, list[Row]]:
-  """The rows of each cell, by step."""
+  """Groups rows by cell, each sorted by step."""
   found = defaultdict(list)
   for row in sorted(rows, key=lambda row: row["step"]):
     found[row["cell"]].append(row)
@@ -47,7 +47,7 @@ def by_cell(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def table(rows: Sequence[Row]) -> rich.table.Table:
-  """A line a cell, a column a step."""
+  """One line per cell, one column per step."""
   steps = sorted({row["step"] for row in rows})
   made = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, caption_justify="left",
                           caption="Loss in nats per token after so many steps, nothing dropped.")
@@ -61,7 +61,7 @@ def table(rows: Sequence[Row]) -> rich.table.Table:
 
 
 def figure(rows: Sequence[Row], quantity: str = "loss", label: str = "loss (nats per token)"):
-  """A line a cell against training tokens; loss with bars of one standard error."""
+  """Plots a quantity against training tokens, a curve per cell; bars are one standard error."""
   made = style.new_figure(4.4)
   axes = made.subplots()
   for number, (cell, ours) in enumerate(by_cell(rows).items()):

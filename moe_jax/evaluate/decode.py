@@ -1,8 +1,8 @@
-"""Decoding: prompts in, tokens out, with a cache of keys and values, on any mesh.
+"""Autoregressive decoding with a KV cache, on any mesh.
 
-A prompt is read in one pass (prefill), padded to one of a few lengths; then one compiled step
-gives every row its next token, as often as wanted. Which tokens a row gets depends on its prompt,
-its number and the seed, and not on what else is in the batch or on the devices.
+Prompts are processed in one pass (prefill), padded to one of a few lengths; then one compiled step
+is repeated, which gives every row its next token. The tokens of a row depend only on its prompt,
+its number and the seed, not on the rest of the batch or on the devices.
 """
 
 import functools
@@ -21,18 +21,18 @@ from moe_jax.mesh import batch_sharding, mesh_size, replicated
 from moe_jax.model import cached, functional
 
 _LEAST_SLOTS = 16  # shorter prompts share a shape
-_LOOK_EVERY = 16  # tokens between two looks whether all rows have ended: each look waits
+_LOOK_EVERY = 16  # tokens between checks whether all rows have ended: each check blocks
 
 
 class Decoder:
-  """A model ready to decode; its programs are compiled when first used, one for each shape."""
+  """A model ready to decode; its programs are compiled on first use, once per shape."""
 
   def __init__(self, config: RunConfig, mesh: Mesh, params: functional.Params,
                router: functional.Router | None = None):
-    """Copies the parameters in the type in which they are multiplied.
+    """Copies the parameters, cast to the dtype they are multiplied in.
 
     Raises:
-      FieldError: the model cannot decode, for its router is not causal.
+      FieldError: the model cannot decode because its router is not causal.
     """
     self.config, self.mesh = cached.decoding_config(config), mesh
     self.params = jax.jit(functools.partial(cached.served, config),
@@ -41,11 +41,11 @@ class Decoder:
     self._rows, self._whole = batch_sharding(mesh), replicated(mesh)
 
   def prefill(self, cache: cached.Cache, tokens_BS, length_B):
-    """See cached.prefill; the cache that is given is used up."""
+    """See cached.prefill; donates `cache`."""
     return self._prefill(self.params, self.router, cache, *self.put(tokens_BS, length_B))
 
   def decode(self, cache: cached.Cache, token_B, position_B):
-    """See cached.decode; the cache that is given is used up."""
+    """See cached.decode; donates `cache`."""
     return self._decode(self.params, self.router, cache, *self.put(token_B, position_B))
 
   def empty_cache(self, batch: int, slots: int) -> cached.Cache:
@@ -59,14 +59,17 @@ class Decoder:
 
     Args:
       prompts: token ids, of any lengths.
-      new_tokens: at most so many for each; a row also ends where the context does, which is
-        `data.seq_len` tokens: behind it are positions that the model was never trained on.
+      new_tokens: maximum number of new tokens per prompt. A row also ends at the end of the
+        context, `data.seq_len` tokens: the model was not trained on positions beyond it.
       sampling: greedy if None.
-      end: a row ends with this token, which is not part of the result.
-      ended: whether a row needs no more tokens than these. It may get more: where all rows are
-        said to have ended, now and then, decoding stops.
-      first_row: number of the first prompt. A row draws by its number, so that a batch draws as
-        its rows would within a larger one.
+      end: a row ends at this token, which is not part of the result.
+      ended: whether a row with these new tokens is complete. Decoding stops when all are,
+        which is checked every _LOOK_EVERY tokens, so a row may get more tokens than it needs.
+      first_row: number of the first prompt. Random draws depend on a row's number, so a batch
+        draws the same tokens as it would as part of a larger one.
+
+    Returns:
+      The new tokens of each prompt.
 
     Raises:
       FieldError: a prompt is empty, or leaves no room in the context.
@@ -85,7 +88,7 @@ class Decoder:
     found, ended_B = [], np.arange(len(length_B)) >= len(prompts)
     for number in range(min(new_tokens, context - int(shortest))):
       if number:
-        # A row at the end of the context stays there: what it gives is cut off below.
+        # A row at the end of the context stays there; its extra tokens are cut off below.
         logits_BV, cache = self.decode(cache, found[-1], position_B)
         position_B = self._next(position_B)
       found.append(self._choose(logits_BV, row_B, position_B, *choice))
@@ -101,7 +104,7 @@ class Decoder:
             for prompt, row in zip(prompts, made_BN, strict=False)]
 
   def _padded(self, prompts) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts behind one another, in few shapes; rows are added until devices have equal shares."""
+    """Pads prompts to one of a few lengths, and the batch to a multiple of the devices."""
     n_devices = mesh_size(self.mesh)
     batch = -(-len(prompts) // n_devices) * n_devices
     length_B = np.array([len(prompt) for prompt in prompts] + [1] * (batch - len(prompts)),
@@ -113,7 +116,7 @@ class Decoder:
     return tokens_BS, length_B
 
   def put(self, *arrays):
-    """Arrays by row, on the devices."""
+    """Puts arrays on the devices, split by row."""
     return jax.device_put(arrays, self._rows)
 
   @functools.cached_property
@@ -155,11 +158,11 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
 
 def choose(logits_BV: jax.Array, row_B: jax.Array, position_B: jax.Array, temperature, top_k,
            top_p, key) -> jax.Array:
-  """The next token of each row, int32.
+  """Chooses the next token of each row, int32.
 
-  The key of a draw is that of the row's number and position. Of top_k and top_p the smaller set
-  counts: top_p is applied to the probabilities at this temperature, of all tokens (the nucleus
-  of arXiv 1904.09751, section 3.1).
+  Each draw's key is folded from the row's number and position. A token must be in both the top_k
+  and the top_p set; top_p applies to the probabilities of all tokens at this temperature (the
+  nucleus of arXiv 1904.09751, section 3.1).
   """
   scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
   order_BV = jnp.argsort(-scaled_BV, axis=-1)
@@ -168,7 +171,7 @@ def choose(logits_BV: jax.Array, row_B: jax.Array, position_B: jax.Array, temper
   before_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV
   rank_V = jnp.arange(logits_BV.shape[-1])
   kept_BV = (rank_V < jnp.where(top_k > 0, top_k, rank_V.size)) & (before_BV < top_p)
-  kept_BV = kept_BV.at[:, 0].set(True)  # whatever rounding does
+  kept_BV = kept_BV.at[:, 0].set(True)  # even if rounding excludes it
 
   def draw(row, position, logit_V):
     return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, row), position),
@@ -180,7 +183,7 @@ def choose(logits_BV: jax.Array, row_B: jax.Array, position_B: jax.Array, temper
 
 
 def _shape_of(length: int, context: int) -> int:
-  """A power of two that holds so many tokens, or the whole context."""
+  """Rounds `length` up to a power of two, at least _LEAST_SLOTS and at most the context."""
   return min(context, max(_LEAST_SLOTS, 2 ** math.ceil(math.log2(length))))
 
 

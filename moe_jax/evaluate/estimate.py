@@ -1,4 +1,4 @@
-"""A mean over tokens, and how far it would move with other documents."""
+"""Means per token or byte, with standard errors over documents."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Estimate(NamedTuple):
-  """A ratio and its standard error, None where a single document tells nothing about it."""
+  """A ratio and its standard error, which is None for a single document."""
 
   value: float
   se: float | None
@@ -16,17 +16,17 @@ class Estimate(NamedTuple):
 
 
 def ratio(total_D: np.ndarray, size_D: np.ndarray) -> Estimate:
-  """R = sum of totals / sum of sizes, with documents as the independent draws.
+  """Estimates R = sum of totals / sum of sizes, with documents as the independent samples.
 
-  Tokens of one document are alike, so the error of a loss per token comes from the choice of
-  documents, of unequal sizes. Linearised variance of the ratio estimator (Cochran, Sampling
+  Tokens of one document are correlated, so the error of a loss per token comes from the choice of
+  documents, which differ in size. Linearized variance of the ratio estimator (Cochran, Sampling
   Techniques, 3rd ed., section 2.11, without finite-population correction):
 
       se(R)^2 = D / (D - 1) * sum_d (total_d - R size_d)^2 / (sum_d size_d)^2
 
   Args:
-    total_D: what is summed, by document, e.g. nats.
-    size_D: what it is divided by, by document, e.g. targets or bytes.
+    total_D: numerator of each document, e.g. nats.
+    size_D: denominator of each document, e.g. targets or bytes.
   """
   size = size_D.sum()
   value = total_D.sum() / size

@@ -1,4 +1,4 @@
-"""A model on batches: at the capacity it was trained with, and with nothing dropped."""
+"""Forward passes for evaluation: at the capacity of training, and with nothing dropped."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ from moe_jax.moe.router import RouterSums
 
 
 class Output(NamedTuple):
-  """What a pass gives, on the host.
+  """The result of a forward pass, on the host.
 
   Attributes:
-    nll_BS: float32, nats of each target.
-    sums: of the router by layer, without padding; None where every layer is dense.
-    choices: of each token; None in a dropless pass, where every layer is dense, and where
+    nll_BS: float32, loss of each target in nats.
+    sums: router sums by layer, padding excluded; None if every layer is dense.
+    choices: the routing of each token; None in a dropless pass, if every layer is dense, or if
       experts choose tokens.
   """
 
@@ -38,11 +38,11 @@ class Output(NamedTuple):
 
 
 def evaluation_config(config: RunConfig, n_devices: int) -> RunConfig:
-  """`config` with batches and a mesh to evaluate on this many devices.
+  """Returns `config` with a batch size and a mesh for evaluation on this many devices.
 
-  Batches are whole routing groups on each device, about as large as a microbatch of
-  training, which is known to fit. A run may be evaluated on other devices than it was
-  trained on: a mesh that does not suit them gives way to one with all of them on `data`.
+  Each device gets whole routing groups. The batch is about as large as a microbatch of training,
+  which is known to fit. The devices may differ from those of training: a mesh that does not suit
+  them is replaced by one with all of them on `data`.
   """
   unit = n_devices * config.group_sequences
   wanted = config.train.batch_size // config.execution.microbatches
@@ -59,18 +59,18 @@ def evaluation_config(config: RunConfig, n_devices: int) -> RunConfig:
   return config
 
 
-# Bytes of the rows of all experts on a device, where each has a slot for every token.
+# Bytes per device for the rows of all experts, each with a slot for every token.
 _SLOT_BYTES = 2**30
 
 
 def dropping_nothing(config: RunConfig, platform: str, n_devices: int) -> RunConfig:
-  """`config` with a dispatch that drops nothing on such devices, and the batch that suits it.
+  """Returns `config` with a dispatch that drops nothing on these devices, and a batch to suit it.
 
-  On a GPU the products of the dropless dispatch are in float32 a loop over blocks of rows, one
-  after another, thousands of small kernels where experts are small; those of bfloat16 have kernels
-  of our own, which were never held against anything on a device. There each expert has a slot for
-  every token of a sequence, most of them empty: n_exp / n_topk times the work, in one product, for
-  as many sequences at a time as memory bears.
+  On a GPU, the float32 products of the dropless dispatch are a sequential loop over blocks of
+  rows: thousands of small kernels where experts are small. The bfloat16 products use our own
+  kernels, which have not been validated on a device. So on a GPU each expert instead gets a slot
+  for every token of a sequence, most of them empty. That is n_exp / n_topk times the work, but one
+  product, for as many sequences at a time as fit into memory.
   """
   if platform != "gpu":
     return override(config, {"moe.dispatch": "dropless"})
@@ -88,17 +88,17 @@ class Forward:
 
   def __init__(self, config: RunConfig, mesh: Mesh, params: functional.Params,
                router: functional.Router | None = None):
-    """`config` is that of evaluation_config; each pass is compiled when first used."""
+    """`config` is from evaluation_config; each pass is compiled on first use."""
     self._mesh, self._params, self._router = mesh, params, router
     self._config = config
 
   def at_capacity(self, batch: Batch) -> Output:
-    """With the capacity and the routing groups of training, and what the routers chose."""
+    """Runs with the capacity and routing groups of training; the output includes the choices."""
     return self._run(self._config, batch, self._config.arch.n_moe_layers > 0
                      and self._config.moe.causal)
 
   def dropless(self, batch: Batch) -> Output:
-    """With every token at all of its experts, whatever the dispatch of training."""
+    """Runs with every token at all of its experts, whatever the dispatch in training."""
     return self._run_in_parts(dropping_nothing(
         self._config, platform_of(self._mesh), mesh_size(self._mesh)), batch)
 
@@ -110,7 +110,7 @@ class Forward:
                   jax.tree.map(lambda *sums: sum(sums), *[part.sums for part in parts]))
 
   def _run(self, config: RunConfig, batch: Batch, observe: bool) -> Output:
-    # Checkpoints of one run, and runs that differ in seed or optimizer, share a program.
+    # Checkpoints of one run, and runs that differ only in seed or optimizer, share a program.
     config = dataclasses.replace(config, seed_init=0, seed_data=0, train=TrainConfig(
         batch_size=config.train.batch_size))
     batch = jax.device_put(batch, batch_sharding(self._mesh))
@@ -120,7 +120,7 @@ class Forward:
 
 @functools.lru_cache(maxsize=4)
 def _program(config: RunConfig, mesh: Mesh, observe: bool):
-  """(params, router, batch) -> Output; with the choices if `observe`."""
+  """Compiles (params, router, batch) -> fields of Output, with the choices if `observe`."""
 
   def step(params, router, batch):
     model = functional.merged(config, params, router)

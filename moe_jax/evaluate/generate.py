@@ -1,4 +1,4 @@
-"""Text from a checkpoint: prompts in, their continuations out."""
+"""Generates text from a checkpoint: continues prompts."""
 
 import os
 import time
@@ -14,24 +14,24 @@ from moe_jax.run_dir import RunDir
 
 def generate(cell: Cell, out: str | os.PathLike, prompts: Sequence[str], new_tokens: int,
              sampling, say: Callable[[str], None] = print) -> list[str]:
-  """Continues each prompt as the newest sound checkpoint of a run would; writes nothing.
+  """Continues each prompt with the newest sound checkpoint of a run; writes nothing.
 
-  A prompt begins a document, as in training. The run may be going on.
+  Each prompt is treated as the beginning of a document. The run may still be training.
 
   Args:
-    cell: whose run.
+    cell: the cell whose run to use.
     out: directory of all experiments.
     prompts: texts.
     new_tokens: see Decoder.generate.
     sampling: a sampling.Sampling.
-    say: gets a line on what was done.
+    say: called with a summary line.
 
   Returns:
-    What follows each prompt.
+    The continuation of each prompt.
 
   Raises:
-    FieldError: the model cannot decode; a prompt is empty or longer than the context; there is
-      no run, or of another identity.
+    FieldError: the model cannot decode; a prompt is empty or too long for the context; there is
+      no run, or it has another identity.
     CheckpointError: no checkpoint is sound.
   """
   try:
@@ -65,7 +65,7 @@ def generate(cell: Cell, out: str | os.PathLike, prompts: Sequence[str], new_tok
 
 
 def open_decoder(cell: Cell, run_dir: RunDir, own):
-  """(step, Decoder) of the newest sound checkpoint, on all devices there are."""
+  """Returns (step, Decoder) for the newest sound checkpoint, on all devices."""
   import jax
 
   from moe_jax.evaluate import heldout

@@ -1,10 +1,10 @@
-"""Loss of one run on a split of text, from a checkpoint, on the devices there are.
+"""Evaluates a checkpoint on a split of text: losses, in total and per document, and routing.
 
-Every target of the split is predicted once. The loss is that of the model without capacity
-limits: which tokens a limit drops depends on who else is in the batch, so it is no property
-of the model. The loss at the capacity of training stands beside it: for it the rows come in
-one fixed random order, so that a routing group holds rows of many documents, as in training.
-In the order of the text it would hold one document's, whose tokens want the same experts.
+Every target of the split is predicted once. The main loss is dropless: which tokens a capacity
+limit drops depends on the rest of the batch, so it is not a property of the model. The loss at
+the capacity of training is reported alongside. For it the rows are in a fixed random order, so
+that a routing group holds rows of many documents, as in training. In the order of the text it
+would hold rows of a single document, whose tokens prefer the same experts.
 """
 
 import math
@@ -31,19 +31,19 @@ from moe_jax.run_dir import RunDir
 from moe_jax.train.checkpoint import restore_model
 from moe_jax.train.checkpoint_files import content_hash
 
-ORDER_SEED = 0  # of the order in which rows are evaluated
-VERSION = 3  # raise it when the same checkpoint gives other numbers: old results are redone
+ORDER_SEED = 0  # for the order in which rows are evaluated
+VERSION = 3  # increment when the same checkpoint gives other numbers: old results are redone
 
 
 class Documents(NamedTuple):
-  """By document of the split, float64 or int64 [D]: what a comparison of two runs needs.
+  """Measurements per document of the split, float64 or int64 [D], for comparing two runs.
 
   Attributes:
-    nats_D: the loss, dropless, summed over the document's targets.
-    nats_at_capacity_D: at the capacity of training.
-    targets_D: how many targets.
+    nats_D: dropless loss, summed over the document's targets.
+    nats_at_capacity_D: the same at the capacity of training.
+    targets_D: number of targets.
     bytes_D: UTF-8 bytes of the text.
-    domain_D: number of its domain.
+    domain_D: index of the document's domain.
   """
 
   nats_D: np.ndarray
@@ -54,7 +54,7 @@ class Documents(NamedTuple):
 
 
 class Measured(NamedTuple):
-  """What the text gave: `losses` as plain values, by document, and what routers chose."""
+  """Results of `measure`: plain values, measurements per document, routing counts."""
 
   losses: dict[str, Any]
   documents: Documents
@@ -65,10 +65,10 @@ class Evaluation(NamedTuple):
   """One checkpoint on one text.
 
   Attributes:
-    result: what eval/NAME.json holds; see `measure`.
-    documents: of the text.
-    routing: counts of what routers chose; None where there are none.
-    labels: of the domains.
+    result: the content of eval/NAME.json; see `measure`.
+    documents: measurements per document.
+    routing: counts of the routers' choices; None if there are none.
+    labels: labels of the domains.
   """
 
   result: dict[str, Any]
@@ -84,19 +84,19 @@ def evaluate(cell: Cell, run_dir: RunDir, own: PreparedData,
   """Evaluates a checkpoint of a run; writes nothing.
 
   Args:
-    cell: its identity must be that of the run; its execution says how to run.
-    run_dir: of the run.
-    own: the text of the run, which must be what it was trained on.
-    devices: all of them if None. A mesh of the cell that does not suit them is replaced,
-      with a warning.
-    text: what is evaluated; `own` if None.
-    split: of the text.
-    step: of the checkpoint; the newest sound one if None.
+    cell: must have the identity of the run; its execution fields control how to evaluate.
+    run_dir: directory of the run.
+    own: the run's own text, which must be what it was trained on.
+    devices: the devices to use; all if None. If the cell's mesh does not suit them, it is
+      replaced, with a warning.
+    text: the text to evaluate on; `own` if None.
+    split: split of the text.
+    step: step of the checkpoint; the newest sound one if None.
     keep_choices: see RoutingCounts.
 
   Raises:
-    FieldError: the text has changed, its tokens do not fit the model, the loss is not finite.
-    CheckpointError: no checkpoint is sound, or not that one.
+    FieldError: the text has changed, its tokens do not fit the model, or the loss is not finite.
+    CheckpointError: no checkpoint is sound, or the one at `step` is not.
   """
   started = time.perf_counter()
   devices, text = devices or jax.devices(), text or own
@@ -121,7 +121,7 @@ def evaluate(cell: Cell, run_dir: RunDir, own: PreparedData,
 
 def restore(config: config_lib.RunConfig, run_dir: RunDir, own: PreparedData, mesh,
             step: int | None = None) -> tuple[int, dict[str, Any]]:
-  """(step, {"params", "router"}) of a checkpoint whose text is `own`; see `evaluate`."""
+  """Restores (step, {"params", "router"}) of a run trained on `own`; see `evaluate`."""
   config.check_vocabulary(own.vocab_size)
   step, model, meta = restore_model(run_dir, abstract_model(config, mesh), step)
   if meta["data_fingerprint"] != own.fingerprint:
@@ -133,16 +133,15 @@ def restore(config: config_lib.RunConfig, run_dir: RunDir, own: PreparedData, me
 
 def measure(config: config_lib.RunConfig, forward: Forward, prepared: PreparedData,
             split_name: str = HELDOUT, keep_choices: bool = False) -> Measured:
-  """Runs a whole split, its rows in the order of ORDER_SEED.
+  """Evaluates a whole split, its rows in an order drawn from ORDER_SEED.
 
-  Losses are in nats per token, standard errors (`_se`) are over documents; see
-  estimate.ratio. Bits per byte divide by the bytes of the text, so they compare tokenizers.
-  `domains` has both for the documents of each domain. With a router that is not causal
-  (`causal` is false) they have seen the future: they compare with each other and with no other
-  model's. There `loss` is that of training's routing groups. What the router does is measured
-  in the pass at the capacity of training: the share of assignments dropped, loads (over their
-  mean) of each layer's experts, and their spread as in router_metrics; None where every layer
-  is dense.
+  Losses are in nats per token; standard errors (`_se`) are over documents, see estimate.ratio.
+  Bits per byte divide by the bytes of the text, so they are comparable across tokenizers.
+  `domains` has both for the documents of each domain. A router that is not causal (`causal` is
+  false) has seen the future: its losses are comparable only with those of other such models, and
+  `loss` depends on the routing groups of training. Routing is measured in the pass at the
+  capacity of training: the share of assignments dropped, the load of each expert by layer (over
+  the mean), and its spread as in router_metrics; None if every layer is dense.
   """
   split, labels = prepared.splits[split_name], _labels(prepared)
   rows = EvalRows(split, config.data.seq_len)
@@ -181,12 +180,12 @@ def measure(config: config_lib.RunConfig, forward: Forward, prepared: PreparedDa
 
 
 def _labels(prepared: PreparedData) -> list[str]:
-  """Labels of the domains, each once; several corpora may share one."""
+  """Returns the distinct labels of the domains; several corpora may share one."""
   return list(dict.fromkeys(domain.label for domain in prepared.domains)) or ["all"]
 
 
 def _domain_of_label(prepared: PreparedData, labels: list[str]) -> np.ndarray:
-  """The number of the label of each corpus."""
+  """Maps each corpus of a mixture to the index of its label."""
   return np.array([labels.index(domain.label) for domain in prepared.domains] or [0])
 
 
@@ -205,7 +204,7 @@ def _of_domain(documents: Documents, chosen_D: np.ndarray) -> dict[str, Any]:
 
 
 def _by_document(output: Output, batch: dict[str, np.ndarray], split: Split) -> np.ndarray:
-  """Nats by document, in float64; a target counts for the document of its input."""
+  """Sums nats by document, in float64; a target belongs to the document of its input."""
   mask_BS = batch["mask_BS"]
   return np.bincount(batch["segments_BS"][mask_BS], minlength=split.n_documents,
                      weights=output.nll_BS[mask_BS].astype(np.float64))

@@ -1,9 +1,9 @@
-"""What inference costs, measured: prefill and decode of a run's own text, on the devices here.
+"""Measures the cost of inference, prefill and decode of a run's own text, on these devices.
 
-Beside each time of decoding stand two bounds. `limit`: the bytes that a step must read, at the
-memory bandwidth that this machine was seen to have. `roofline`: what moe_jax.design estimates for
-these chips, from their published peaks; where they have none (a processor), from this machine's.
-Both count the experts that a batch is expected to touch, as design does; both are lower bounds.
+Each decode time comes with two lower bounds. `limit`: the bytes that a step must read, at the
+measured memory bandwidth. `roofline`: the estimate of moe_jax.design from the published peaks of
+these chips or, where there are none (a CPU), from peaks measured here. Both count the experts that
+a batch is expected to touch.
 """
 
 import os
@@ -34,17 +34,17 @@ from moe_jax.run_dir import RunDir
 from moe_jax.train.loop import use_compilation_cache
 from moe_jax.train.throughput import peak_flops
 
-_STREAM_BYTES = {"cpu": 2**28}  # beyond any cache; of an accelerator a gigabyte
-_STEPS = 24  # decoded in one measurement
+_STREAM_BYTES = {"cpu": 2**28}  # larger than any cache; 2**30 for accelerators
+_STEPS = 24  # decode steps per measurement
 _REPEATS = 5
 
 
 class Machine(NamedTuple):
-  """The devices as they were seen.
+  """The measured devices.
 
   Attributes:
-    bytes_per_second: memory bandwidth of all devices together, reading and writing.
-    slice: for the roofline: of a known chip, or of one with this machine's figures.
+    bytes_per_second: memory bandwidth of all devices together, reads plus writes.
+    slice: the chips for the roofline, with published peaks if known, otherwise measured ones.
   """
 
   bytes_per_second: float
@@ -52,7 +52,7 @@ class Machine(NamedTuple):
 
 
 def look_at(devices: Sequence[jax.Device]) -> Machine:
-  """Measures memory bandwidth, by scaling a large array; half a second."""
+  """Measures memory bandwidth by scaling a large array; takes half a second."""
   kind, on_cpu = devices[0].device_kind, devices[0].platform == "cpu"
   size = _STREAM_BYTES.get(devices[0].platform, 2**30) // 4
   x = jax.device_put(jnp.ones(size, jnp.float32), devices[0])
@@ -70,7 +70,7 @@ def look_at(devices: Sequence[jax.Device]) -> Machine:
 
 
 def decode_bytes(config: RunConfig, batch: int, context: int) -> float:
-  """Bytes that a decode step must read: weights outside the experts, touched experts, cache."""
+  """Bytes that a decode step must read: non-expert weights, touched experts and the cache."""
   shape, bytes_each = Shape.of(config.arch), count.dtype_bytes(config.model.compute_dtype)
   expert = 3 * shape.d_model * shape.d_expert * shape.n_moe_layers
   touched = float(roofline.touched_experts(shape.n_exp, shape.n_topk, batch))
@@ -82,14 +82,14 @@ def decode_bytes(config: RunConfig, batch: int, context: int) -> float:
 
 def measure(decoder: Decoder, tokens_N: np.ndarray, batch_sizes: Sequence[int],
             machine: Machine) -> dict[str, Any]:
-  """Prefill of whole contexts and decode at their ends, of the text in `tokens_N`.
+  """Measures prefill of whole contexts from `tokens_N`, and decode at the end of each context.
 
   Returns:
-    What eval/inference.json holds: `measured`, what each batch size gave (times are medians
-    over repeats), bytes of weights and cache, and all of it as columns of results.csv.
+    The content of eval/inference.json: `measured`, the results by batch size (times are medians
+    over repeats), the bytes of weights and cache, and all of it as columns of results.csv.
 
   Raises:
-    FieldError: a batch size is not a multiple of the devices; the text is too short.
+    FieldError: a batch size is not a multiple of the number of devices; the text is too short.
   """
   config, context = decoder.config, decoder.config.data.seq_len
   n_devices = mesh_size(decoder.mesh)
@@ -126,7 +126,7 @@ def measure(decoder: Decoder, tokens_N: np.ndarray, batch_sizes: Sequence[int],
 
 def measure_cells(cells: Sequence[Cell], out: str | os.PathLike, batch_sizes: Sequence[int],
                   say: Callable[[str], None] = print) -> list[str]:
-  """Measures finished cells, again each time, into eval/inference.json; see evaluate_cells."""
+  """Measures finished cells into eval/inference.json, even if done before; see evaluate_cells."""
   from etils import epath
   use_compilation_cache(out)
   machine = look_at(jax.devices())
@@ -144,7 +144,7 @@ def measure_cells(cells: Sequence[Cell], out: str | os.PathLike, batch_sizes: Se
 
 
 def _times(decoder: Decoder, rows_BS: np.ndarray) -> tuple[float, float]:
-  """Seconds of a prefill, and of one decode step, medians."""
+  """Returns the median seconds of a prefill and of one decode step."""
   batch, context = rows_BS.shape
   steps = min(_STEPS, context - 1)
   first = context - steps

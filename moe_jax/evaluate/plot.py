@@ -1,4 +1,4 @@
-"""Held-out loss against sparsity and against the number of experts, as a picture."""
+"""Plots held-out loss against sparsity and against the number of experts."""
 
 import collections
 import textwrap
@@ -22,10 +22,10 @@ def plot(rows: Sequence[Row], path: epath.Path) -> None:
 
 
 def figure(rows: Sequence[Row]):
-  """Two panels from rows of held-out results.
+  """Plots rows of held-out results in two panels.
 
-  Only runs trained on equally many tokens compare: those of the most frequent number are
-  shown, and the caption says what is not.
+  Only runs trained on the same number of tokens are comparable: the runs with the most frequent
+  number are shown, and the caption counts the others.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -48,14 +48,14 @@ def figure(rows: Sequence[Row]):
 
 
 def equal_tokens(rows: Sequence[Row]) -> list[Row]:
-  """The rows of the most frequent number of training tokens, of the largest at a tie."""
+  """Returns the rows with the most frequent number of training tokens, the largest on a tie."""
   counts = collections.Counter(row["tokens"] for row in rows)
   tokens = max(counts, key=lambda t: (counts[t], t))
   return [row for row in rows if row["tokens"] == tokens]
 
 
 def title(rows: Sequence[Row]) -> str:
-  """Names the experiment, and what its models have in common."""
+  """The experiment, and the model size and training tokens that its runs share."""
   least, most = (choose(row["n_total"] for row in rows) for choose in (min, max))
   middle, spread = (least + most) / 2, (most - least) / (most + least)
   size = f"N_total = {short(middle)}" + (f" ± {spread:.1%}" if spread else "")
@@ -63,7 +63,7 @@ def title(rows: Sequence[Row]) -> str:
 
 
 def caption(rows: Sequence[Row]) -> str:
-  """What a reader must know to read the picture right."""
+  """What a reader must know to interpret the figure."""
   shown = equal_tokens(rows)
   parts = []
   per_parameter = shown[0]["tokens"] / max(row["n_total"] for row in shown)
@@ -87,11 +87,11 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def _panel(axes, rows: Sequence[Row], x: str, line: str, styles) -> None:
-  """Loss against the column `x`, a line for each value of the column `line`."""
+  """Plots loss against the column `x`, one line per value of the column `line`."""
   values = sorted({row[line] for row in rows})
   for index, value in enumerate(values):
     colour, marker = styles[index % len(styles)]
-    aside = 2 ** (0.05 * (index - (len(values) - 1) / 2))  # bars must not hide each other
+    aside = 2 ** (0.05 * (index - (len(values) - 1) / 2))  # so that error bars do not overlap
     ours = [row for row in rows if row[line] == value]
     losses = collections.defaultdict(list)
     for row in sorted(ours, key=lambda row: row[x]):

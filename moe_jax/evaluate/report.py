@@ -1,4 +1,4 @@
-"""The evaluation of a grid as one self-contained page: losses, routing, cost. No JAX."""
+"""Writes the evaluation of a grid as one self-contained page: losses, routing, cost. No JAX."""
 
 import os
 import pathlib
@@ -23,13 +23,13 @@ def write(path: str | os.PathLike, cells: Sequence[Cell], out: str | os.PathLike
   """Writes the page and its files; see page.publish.
 
   Args:
-    path: of the page, ending in .html.
-    cells: those to tell of.
+    path: path of the page, ending in .html.
+    cells: the cells to report on.
     out: directory of all experiments.
-    rows: their rows of held-out results.
+    rows: the held-out results of the cells, one row each.
 
   Raises:
-    FieldError: the path, or a damaged file of a run.
+    FieldError: the path is invalid, or a file of a run is damaged.
   """
   check_path(path)
   names = [row["cell"] for row in rows]
@@ -57,10 +57,10 @@ def _read(run_dir: RunDir, name: str, step: int | None = None) -> dict[str, Any]
 
 
 def _by_step(run_dir: RunDir) -> list[dict[str, Any]]:
-  """What the routers did at each checkpoint, ascending."""
+  """Reads the routing evaluations of all checkpoints, by ascending step."""
   found = {told["step"]: told for step in (None, *run_dir.evaluated_steps())
            if (told := _read(run_dir, ROUTING, step)) is not None}
-  if found:  # the newest agrees with itself, whether that was written or not
+  if found:  # the newest agrees with itself, which eval/routing.json does not store
     newest = found[max(found)]
     newest.setdefault("agreement", [1.0] * len(newest["layers"]))
   return [found[step] for step in sorted(found)]

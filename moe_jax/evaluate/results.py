@@ -1,7 +1,7 @@
-"""results.csv: a row per cell and evaluation, with everything a fit needs. No JAX.
+"""Builds results.csv: one row per cell and evaluation, with everything a fit needs. No JAX.
 
-It is derived: made anew from config.json, status.json and eval/*.json of every run of the
-experiment that is on disk.
+The file is derived: it is rebuilt from config.json, status.json and eval/*.json of every run of
+the experiment on disk.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from moe_jax.text import natural
 
 Row = dict[str, Any]
 
-# Files of eval/ that are not losses: what routers do, and measured cost of inference.
+# Files in eval/ that hold no losses: routing statistics and the measured cost of inference.
 ROUTING, INFERENCE = "routing", "inference"
 
-# Of a loss whose router is not causal.
+# The warning next to a loss whose router is not causal.
 SEEN_THE_FUTURE = "its router has seen the future, so it compares with no other model's"
 
-# What eval/NAME.json and status.json say, as it stands there.
+# Fields copied unchanged from eval/NAME.json and from status.json.
 _MEASURED = (
     "step", "loss", "loss_se", "loss_at_capacity", "loss_at_capacity_se", "bits_per_byte",
     "bits_per_byte_se", "unigram_loss", "unigram_bits_per_byte", "drop_rate",
@@ -37,9 +37,10 @@ _MEASURED = (
 _OF_TRAINING = ("state", "steps", "tokens_per_second", "mfu", "device_kind", "n_devices",
                 "commit")
 
-# What may differ between repeats of a run. A branch has the result of the run done alone.
+# Fields that may differ between repeats of a run. A branch gives the same result as a run without
+# branching.
 _REPEATS = ("seed_init", "seed_data", "train.learning_rate", "train.branch_from")
-# What a law is a law of: its variables, and what goes along with them.
+# The variables of a law, and the fields that change with them.
 _VARIABLES = (*(f"arch.{name}" for name in (
     "n_layers", "d_model", "d_expert", "n_exp", "n_topk", "n_heads", "n_kv_heads", "head_dim",
     "n_shared_experts", "n_dense_layers", "d_dense")), "train.steps")
@@ -50,7 +51,7 @@ def csv_path(out: str | os.PathLike, experiment: str) -> epath.Path:
 
 
 def facts(config: RunConfig) -> Row:
-  """What the configuration alone says, with ratios and defaults resolved."""
+  """Returns the columns that the configuration determines, with ratios and defaults resolved."""
   arch, moe, data, train = config.arch, config.moe, config.data, config.train
   return {
       "n_layers": arch.n_layers, "d_model": arch.d_model, "d_expert": arch.d_expert,
@@ -78,15 +79,15 @@ def facts(config: RunConfig) -> Row:
 
 
 def same_in_repeats(config: RunConfig) -> dict[str, Any]:
-  """The part of the identity that repeats of a run share: all but seeds and learning rate."""
+  """The identity fields that repeats of a run share: all but seeds, learning rate and branch."""
   return {path: value for path, value in config_lib.identity(config).items()
           if path not in _REPEATS}
 
 
 def recipe_hash(config: RunConfig) -> str:
-  """Twelve hex digits that name how a run was trained, whatever its shape and length.
+  """Hashes how a run was trained, regardless of its shape and length, to twelve hex digits.
 
-  It compares the rows of a table, which are all made by one version of this code.
+  Comparable only between rows written by the same version of this code, as in one table.
   """
   recipe = {path: value for path, value in same_in_repeats(config).items()
             if path not in _VARIABLES}
@@ -94,12 +95,12 @@ def recipe_hash(config: RunConfig) -> str:
 
 
 def rows_of(run_dir: RunDir) -> list[Row]:
-  """A row for each evaluation of one run's newest checkpoint; none where it has not begun.
+  """Returns a row per evaluation of a run's newest checkpoint; none if the run has not begun.
 
-  `tokens` and `training_flops` are those up to the evaluated checkpoint. `tokens_per_second`,
-  `mfu`, `device_kind`, `n_devices` and `commit` are of the training. Where the text has several
-  domains there are `loss.LABEL` and `bits_per_byte.LABEL` with their errors for each; where the
-  cost of inference was measured, its columns (cost.columns); where tasks were asked of that
+  `tokens` and `training_flops` count up to the evaluated checkpoint. `tokens_per_second`, `mfu`,
+  `device_kind`, `n_devices` and `commit` describe the training. If the text has several domains,
+  there are columns `loss.LABEL` and `bits_per_byte.LABEL` for each, with their errors; if the cost
+  of inference was measured, its columns (cost.columns); if tasks were evaluated on the same
   checkpoint, `TASK.METRIC` and `TASK.METRIC_se`.
 
   Raises:
@@ -120,14 +121,14 @@ def _is_task(found: Any) -> bool:
 
 
 def _of_tasks(tasks: Iterable[dict[str, Any]], row: Row) -> Row:
-  """Columns of downstream tasks, where the same checkpoint was asked."""
+  """Returns the columns of the downstream tasks evaluated on the checkpoint of `row`."""
   return {name: value for found in tasks
           if (found.get("step"), found.get("identity")) == (row["step"], row["identity"])
           for name, value in found.get("columns", {}).items()}
 
 
 def curve_rows_of(run_dir: RunDir, evaluation: str) -> list[Row]:
-  """A row for each checkpoint that was evaluated on that text, by step; see rows_of."""
+  """Returns a row for each checkpoint that has `evaluation`, by step; see rows_of."""
   rows = {}
   for step in (None, *run_dir.evaluated_steps()):
     found = run_dir.read_eval(evaluation, step)
@@ -141,7 +142,7 @@ def _rows(run_dir: RunDir, evals: dict[str, Any]) -> list[Row]:
   if config is None:
     return []
   cell = read_json(run_dir.path / "config.json").get("cell")
-  if cell != run_dir.path.name:  # a copy would count twice in a fit
+  if cell != run_dir.path.name:  # a copy would be counted twice in a fit
     raise FieldError("out", str(run_dir.path), f"is a copy of the run {cell!r}")
   status = run_dir.read_status()
   trunk = run_dir.read_branched_from() or {}
@@ -152,7 +153,7 @@ def _rows(run_dir: RunDir, evals: dict[str, Any]) -> list[Row]:
     if not isinstance(found, dict) or not isinstance(found.get("step"), int):
       raise FieldError("out", str(run_dir.path / "eval" / f"{name}.json"),
                        "is damaged: no step")
-    if found.get("identity") != identity:  # of a run that was in this directory before
+    if found.get("identity") != identity:  # left by an earlier run in this directory
       continue
     tokens = found["step"] * config.batch_tokens
     rows.append({
@@ -176,7 +177,7 @@ def _by_domain(found: dict[str, Any]) -> Row:
 
 def collect(out: str | os.PathLike, experiment: str,
             read: Callable[[RunDir], list[Row]] = rows_of) -> tuple[list[Row], list[str]]:
-  """The rows of all runs of an experiment, and a line for each that cannot be read."""
+  """Returns the rows of all runs of an experiment, and a line for each run it cannot read."""
   rows, problems = [], []
   folder = epath.Path(out) / experiment
   for file in sorted(folder.glob("*/config.json"), key=lambda f: natural(f.parent.name)):
@@ -188,5 +189,5 @@ def collect(out: str | os.PathLike, experiment: str,
 
 
 def write_csv(path: epath.Path, rows: Sequence[Row]) -> None:
-  """Writes rows; see csv_text."""
+  """Writes rows as CSV; see csv_text."""
   write_text(path, csv_text(rows))

@@ -1,9 +1,9 @@
-"""What the routers do: loads, entropy, drops and company by layer and by domain; specialisation.
+"""Routing statistics by layer and domain: load, entropy, drops, coactivation, specialization.
 
-How much an expert specialises is told as information: the share of the entropy of "which expert"
-that is gone when one knows the domain of the text, or the token itself. Entropies are corrected
-for counts being few (Miller and Madow; Paninski 2003, eq. 4): without it rare tokens look like
-specialists.
+Specialization is measured as information: the share of the entropy of the expert choice that is
+removed by knowing the domain of the text, or the token itself. Entropies are corrected for small
+counts (Miller and Madow; Paninski 2003, eq. 4): without the correction, rare tokens would look
+specialized.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ import numpy as np
 
 from moe_jax.model.observed import Choices
 
-_MOST_COUNTS = 2**28  # of layer, token and expert: above, a gigabyte, tokens are not counted
+_MOST_COUNTS = 2**28  # entries of token_LVE: 2 GiB of int64; a larger table is not counted
 
 
 class RoutingCounts:
-  """Counts over batches; G domains."""
+  """Routing counts summed over batches; G domains."""
 
   def __init__(self, n_domains: int, n_exp: int, vocab_size: int, first_layer: int = 0,
                keep: bool = False):
-    """`keep` the choices too, for `agreement`: n_topk bytes pairs a token and layer."""
+    """`keep` also stores the choices, for `agreement`: n_topk int16 per token and layer."""
     self._n_domains, self._n_exp, self._vocab_size = n_domains, n_exp, vocab_size
     self._first_layer, self._keep = first_layer, keep
     self._kept: list[np.ndarray] = []
@@ -29,7 +29,7 @@ class RoutingCounts:
 
   def add(self, choices: Choices, tokens_BS: np.ndarray, domain_BS: np.ndarray,
           mask_BS: np.ndarray) -> None:
-    """Adds the tokens of a batch that `mask_BS` tells."""
+    """Adds the tokens of a batch that are in `mask_BS`."""
     token_T, domain_T = tokens_BS[mask_BS], domain_BS[mask_BS]
     expert_LTK, dropped_LTK, entropy_LT = (np.asarray(x)[:, mask_BS] for x in choices)
     expert_LTK = expert_LTK.astype(np.int64)
@@ -55,8 +55,10 @@ class RoutingCounts:
       self._kept.append(np.sort(expert_LTK, axis=-1).astype(np.int16))
 
   def _pairs(self, expert_TK: np.ndarray) -> np.ndarray:
-    """pair_EE: tokens at both of two experts. One product, which counts exactly in float32, and not
-    n_topk^2 pairs a token."""
+    """Counts the tokens that two experts share, pair_EE.
+
+    One matrix product, exact in float32, instead of counting n_topk^2 pairs per token.
+    """
     n_tokens, e = len(expert_TK), self._n_exp
     place_TK = np.arange(n_tokens)[:, None] * e + expert_TK
     chosen_TE = np.bincount(place_TK.ravel(), minlength=n_tokens * e).reshape(n_tokens, e)
@@ -67,9 +69,9 @@ class RoutingCounts:
     self._sums[name] = self._sums[name] + value if name in self._sums else value
 
   def agreement(self, final: "RoutingCounts") -> list[float]:
-    """By layer, the share of choices that are those of `final`, of the same text.
+    """Returns the share of choices, by layer, that are also choices of `final` on the same text.
 
-    The router saturation of OLMoE (arXiv 2409.02060, section 5.1). Both keep their choices.
+    This is OLMoE's router saturation (arXiv 2409.02060, section 5.1). Both must have `keep` set.
     """
     same_L, total = 0, 0
     for ours_LTK, theirs_LTK in zip(self._kept, final._kept, strict=True):
@@ -78,12 +80,13 @@ class RoutingCounts:
     return (same_L / total).round(6).tolist()
 
   def result(self, labels: Sequence[str]) -> dict[str, Any]:
-    """What eval/routing.json holds; lists by layer, then by domain.
+    """Returns the content of eval/routing.json: lists by layer and, for the first three, by domain.
 
-    load: of each expert, over the mean of the domain. entropy: nats a token. drop_rate: share
-    of assignments. coactivation: of the tokens of expert i (row) the share that is also sent
-    to j; 1 on the diagonal, 0 for an expert that no token chose. domain_information and
-    token_information: see above; None for a single domain, or too many tokens to count.
+    load: of each expert, over the mean load in the domain. entropy: nats per token. drop_rate:
+    share of assignments. coactivation: share of the tokens of expert i (row) that also go to
+    expert j; 1 on the diagonal, 0 for an expert that no token chose. domain_information: see
+    above; None for a single domain. token_information: see above; None if there are too many
+    counts (_MOST_COUNTS).
     """
     sums = self._sums
     load_LGE = sums["load_LGE"]
@@ -103,7 +106,7 @@ class RoutingCounts:
 
 
 def information_share(count_AE: np.ndarray) -> float:
-  """I(A; E) / H(E) of a table of counts, corrected for few counts; from 0 to 1."""
+  """I(A; E) / H(E) of a table of counts, corrected for small counts; from 0 to 1."""
   of_experts = _entropy(count_AE.sum(0))
   shared = _entropy(count_AE.sum(1)) + of_experts - _entropy(count_AE.ravel())
   return float(np.clip(shared / of_experts, 0, 1)) if of_experts > 0 else 0.0
@@ -114,7 +117,7 @@ def _shares(count_LAE: np.ndarray) -> np.ndarray:
 
 
 def _entropy(count_N: np.ndarray) -> float:
-  """Nats, with Miller and Madow's correction."""
+  """Entropy in nats, with Miller and Madow's correction."""
   count_N, total = count_N[count_N > 0], count_N.sum()
   p_N = count_N / total
   return float(-(p_N * np.log(p_N)).sum() + (len(p_N) - 1) / (2 * total))

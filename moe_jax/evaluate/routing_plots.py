@@ -1,4 +1,4 @@
-"""Pictures and tables of what routers do, from eval/routing.json by cell. No JAX."""
+"""Figures and tables of routing statistics, from the eval/routing.json of each cell. No JAX."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,15 @@ from moe_jax.laws.publish import style
 from moe_jax.laws.publish.table import Table
 
 Found = Mapping[str, Mapping[str, Any]]  # cell -> eval/routing.json
-Steps = Mapping[str, Sequence[Mapping[str, Any]]]  # cell -> those of its checkpoints, by step
+Steps = Mapping[str, Sequence[Mapping[str, Any]]]  # cell -> the same for its checkpoints, by step
 
 _COLUMNS = 3  # panels side by side
 _MOST_PANELS = 9
-_NEVER = 2**-4  # loads below are drawn as this: an expert that no token chose has none
+_NEVER = 2**-4  # smaller values are drawn as this, since log2(0) is undefined
 
 
 def load_figure(found: Found):
-  """A panel a cell: layers and domains down, experts across, load over the mean in colour."""
+  """Heat maps of load over the mean, a panel per cell: rows are layers and domains."""
   panels = _Panels(found, 0.28 * max(map(_n_rows, found.values())) + 1.1)
   for axes, result in panels.cells():
     load_RE = np.array(result["load"]).reshape(-1, np.array(result["load"]).shape[-1])
@@ -37,7 +37,7 @@ def load_figure(found: Found):
 
 
 def company_figure(found: Found):
-  """A panel a cell: how much more often than by chance two experts of a layer share a token."""
+  """Heat maps, a panel per cell, of how often two experts share a token, relative to chance."""
   panels = _Panels(found, 2.7)
   for axes, result in panels.cells():
     image = axes.imshow(np.log2(np.maximum(lift(result), _NEVER)), cmap="RdBu_r", vmin=-2, vmax=2,
@@ -52,9 +52,10 @@ def company_figure(found: Found):
 
 
 def lift(result: Mapping[str, Any]) -> np.ndarray:
-  """lift_EE of the last layer: P(j | i) over P(j | any other expert); NaN on the diagonal.
+  """Returns lift_EE of the last layer: P(j | i) over its value by chance; NaN on the diagonal.
 
-  Chance is what a token of expert i would do if it chose its other n_topk - 1 experts by load.
+  By chance means that a token of expert i would choose its n_topk - 1 other experts in proportion
+  to their load. NaN also where that probability is 0.
   """
   company_EE = np.array(result["coactivation"][-1])
   load_GE = np.array(result["load"][-1])
@@ -69,7 +70,7 @@ def lift(result: Mapping[str, Any]) -> np.ndarray:
 
 
 def training_figure(steps: Steps):
-  """What routers do against step, a line a cell, means over layers."""
+  """Plots routing statistics, averaged over layers, against step; one curve per cell."""
   quantities = [(name, label) for name, label in (
       ("token_information", "the token tells of the expert"),
       ("domain_information", "the domain tells of the expert"),
@@ -94,7 +95,7 @@ def training_figure(steps: Steps):
 
 
 def mean(result: Mapping[str, Any], name: str) -> float:
-  """Mean over layers; over domains by tokens."""
+  """Averages over layers, and over domains weighted by their tokens."""
   value = np.array(result[name], float)
   if value.ndim == 2:
     value = np.average(value, axis=1, weights=result["tokens"])
@@ -102,7 +103,7 @@ def mean(result: Mapping[str, Any], name: str) -> float:
 
 
 def table(found: Found) -> Table:
-  """A row for each cell, layer and domain."""
+  """One row per cell, layer and domain."""
   rows = []
   for cell, result in found.items():
     for i, layer in enumerate(result["layers"]):
@@ -126,7 +127,7 @@ def _n_rows(result) -> int:
 
 
 class _Panels:
-  """A grid of panels, one a cell, with its name above it."""
+  """A grid of panels, one per cell with the cell's name above it; at most _MOST_PANELS."""
 
   def __init__(self, found: Found, height: float):
     self._found = dict(list(found.items())[:_MOST_PANELS])

@@ -1,4 +1,4 @@
-"""How the next token is chosen, as settings. No JAX."""
+"""Sampling settings. No JAX."""
 
 import dataclasses
 import math
@@ -11,10 +11,10 @@ class Sampling:
   """How the next token is chosen.
 
   Attributes:
-    temperature: 0 takes the likeliest token; 1 draws from the model's distribution.
-    top_k: draws among that many of the likeliest; 0 among all.
-    top_p: draws among the fewest tokens whose probabilities sum to at least this.
-    seed: of the draws.
+    temperature: 0 takes the most likely token; 1 draws from the model's distribution.
+    top_k: draws only from the top_k most likely tokens; 0 from all.
+    top_p: draws only from the smallest set of tokens whose probabilities sum to at least this.
+    seed: random seed of the draws.
   """
 
   temperature: float = 0.0

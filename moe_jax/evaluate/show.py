@@ -1,4 +1,4 @@
-"""Results shown: results.csv, results.png beside it, and a table on standard output."""
+"""Writes results.csv and results.png next to it, and prints a table."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,15 @@ from moe_jax.evaluate.table import print_table
 
 
 def show(rows: Sequence[Row], in_table: Sequence[Row], csv_file: epath.Path) -> list[str]:
-  """Writes both files, prints the table and the names of the files.
+  """Writes both files, then prints the table and the paths of the files.
 
   Args:
-    rows: of all evaluations; those of the held-out split make the picture.
-    in_table: those to print.
-    csv_file: gets `rows`; the picture has its name, with .png.
+    rows: rows of all evaluations; the figure shows those of the held-out split.
+    in_table: rows to print.
+    csv_file: path of the CSV file; the figure gets the same name with .png.
 
   Returns:
-    A line for each file that could not be written; that stops neither the other nor the table.
+    A line for each file that could not be written; the rest is still written and printed.
   """
   png_file = csv_file.with_suffix(".png")
   heldout = [row for row in rows if row["evaluation"] == "heldout"]

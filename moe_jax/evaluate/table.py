@@ -1,4 +1,4 @@
-"""Held-out results as a table for people."""
+"""Prints the results of evaluations as a table."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from moe_jax.text import short
 
 
 def table(rows: Sequence[Row]) -> rich.table.Table:
-  """A line a cell: its size, its losses, and what its router did."""
+  """One line per cell: its size, losses and routing statistics."""
   caption = ("Losses in nats per token; ± one standard error over "
              f"{rows[0]['heldout_documents']} documents.")
   domains = _domains(rows)
@@ -38,7 +38,7 @@ def table(rows: Sequence[Row]) -> rich.table.Table:
 
 
 def _domains(rows: Sequence[Row]) -> list[str]:
-  """Labels of the domains that any row tells of."""
+  """Returns the labels of the domains that any row has."""
   return list(dict.fromkeys(name.removeprefix("bits_per_byte.") for row in rows for name in row
                             if name.startswith("bits_per_byte.")))
 
@@ -48,7 +48,7 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def print_made(made: rich.table.Table) -> None:
-  """To standard output, at its full width also where that is a pipe."""
+  """Prints a table at its full width, even if standard output is a pipe or narrower."""
   console = rich.console.Console(markup=False, highlight=False)
   wide = console.options.update(width=10_000)
   width = rich.measure.Measurement.get(console, wide, made).maximum

@@ -1,4 +1,4 @@
-"""Which text is evaluated: a split of the run's own data, or of any other corpus. No JAX."""
+"""Selects the text to evaluate on: a split of the run's own data or of another corpus. No JAX."""
 
 import dataclasses
 import os
@@ -8,17 +8,17 @@ from moe_jax.errors import FieldError, did_you_mean
 
 HELDOUT = "heldout"
 SPLITS = (HELDOUT, "train")
-_ANYWHERE = ("bytes", "gpt2")  # tokenizers that no corpus has trained
+_ANYWHERE = ("bytes", "gpt2")  # tokenizers that are not trained on a corpus
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """What is evaluated.
+  """The text to evaluate on.
 
   Attributes:
     split: `heldout` or `train`.
-    corpus: another corpus than the run's own; as DataConfig's, of which weights say nothing
-      here.
+    corpus: another corpus, as in DataConfig (the weights of a mixture have no effect here); the
+      run's own if None.
   """
 
   split: str = HELDOUT
@@ -36,12 +36,12 @@ class Text:
 
   @property
   def is_own(self) -> bool:
-    """Whether it is of the data that the run was trained on."""
+    """Whether the corpus is the run's own."""
     return self.corpus is None
 
   @property
   def name(self) -> str:
-    """Of the file in eval/, and of the evaluation in results.csv."""
+    """Name of the file in eval/ and of the evaluation in results.csv."""
     return self.split if self.is_own else f"{'+'.join(self._corpora)}-{self.split}"
 
   @property
@@ -49,18 +49,18 @@ class Text:
     return list(DataConfig(corpus=self.corpus).mixture)
 
   def prepare(self, config: RunConfig, data_dir: str | os.PathLike, own):
-    """The PreparedData that holds it.
+    """Prepares the text; returns a PreparedData with all splits of the corpus.
 
-    Another corpus is cut by the very tokenizer of the run: one that was trained on the run's
-    corpus is a file, which gets a name of its own.
+    Another corpus is tokenized with the run's own tokenizer. If that was trained on the run's
+    corpus, its file is registered under a name of its own first.
 
     Args:
-      config: of the run.
+      config: configuration of the run.
       data_dir: <out>/_data.
       own: the run's PreparedData.
 
     Raises:
-      FieldError: the corpus is unknown, or its tokens are not those of the model.
+      FieldError: the corpus is unknown, or its token ids are not those of the run.
     """
     if self.is_own:
       return own

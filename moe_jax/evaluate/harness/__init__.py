@@ -1,1 +1,1 @@
-"""Downstream tasks: lm-evaluation-harness in this process, straight from a checkpoint."""
+"""Downstream tasks: runs lm-evaluation-harness in this process, directly on a checkpoint."""

@@ -1,6 +1,6 @@
-"""Which tasks there are, and whether those that are asked for can be read.
+"""Finds tasks by name and checks that they can be loaded.
 
-A name is looked for in --task_dir, in the suite that ships with the project, and only then among
+A name is looked up in --task_dir, in the suite that ships with the project, and only then among
 the thousands of lm_eval's own tasks, whose index takes seconds to read.
 """
 
@@ -18,7 +18,7 @@ _TAKEN = (ROUTING, INFERENCE, *SPLITS)
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
-  """`heldout_cloze,arc_easy`. Raises FieldError, also where lm_eval is not installed."""
+  """Splits `heldout_cloze,arc_easy`. Raises FieldError, also if lm_eval is not installed."""
   names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
   for name in names:
     require(name != "" and "/" not in name, "tasks", text, "must be names of tasks with commas "
@@ -31,13 +31,13 @@ def parse_tasks(text: str) -> tuple[str, ...]:
 
 
 def check(names: Sequence[str], task_dir: str | None) -> None:
-  """Sees to it that the tasks are known and can ask their first question.
+  """Checks that the tasks are known and can build the requests of their first document.
 
-  The suite's own are left to `suite.build`: they need a run's text.
+  The suite's own tasks are left to `suite.build`, since they need a run's text.
 
   Raises:
     FieldError: a file of task_dir has an error; a task is unknown, cannot be loaded or cannot
-      make a question of its first document.
+      build requests from its first document.
   """
   if task_dir is not None:
     _check_files(task_dir)
@@ -55,13 +55,13 @@ def check(names: Sequence[str], task_dir: str | None) -> None:
           if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
           task.build_all_requests(limit=1, rank=0, world_size=1)
-    except Exception as error:  # whatever a task file can bring about
+    except Exception as error:  # task files can raise anything
       raise FieldError("tasks", name, "cannot be asked: " + "; ".join(
           [*heard.lines, one_line(error)])) from None
 
 
 def open_manager(names: Sequence[str], suite_dir: pathlib.Path, task_dir: str | None):
-  """lm_eval's TaskManager over these directories, and over its own tasks if they are needed."""
+  """Returns lm_eval's TaskManager for these directories, with its own tasks only if needed."""
   from lm_eval.tasks import TaskManager
   paths = [str(suite_dir), *([] if task_dir is None else [task_dir])]
   local = TaskManager(include_path=paths, include_defaults=False)
@@ -71,7 +71,7 @@ def open_manager(names: Sequence[str], suite_dir: pathlib.Path, task_dir: str | 
 
 
 class _Heard(logging.Handler):
-  """What lm_eval logs as an error before it raises one that says less."""
+  """Collects the errors that lm_eval logs, which say more than the exception it then raises."""
 
   def __init__(self):
     super().__init__(logging.ERROR)
@@ -96,13 +96,13 @@ def _check_files(task_dir: str) -> None:
   for file in files:
     try:
       found = load_yaml(file, resolve_func=False, recursive=True)
-    except Exception as error:  # a parser's, a file's that it includes
+    except Exception as error:  # from the parser or an included file
       raise FieldError("task_dir", str(file), f"cannot be read: {one_line(error)}") from None
     require(isinstance(found, dict), "task_dir", str(file), "is not a task: no fields")
 
 
 def one_line(error: BaseException) -> str:
-  """The message, or where there is none the kind of the error, and that of what caused it."""
+  """Formats an error as one line, with its causes; a short message gets the type in front."""
   if isinstance(error, StopIteration):
     return "it has no documents"
   text = " ".join(str(error).split())

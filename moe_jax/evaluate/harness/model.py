@@ -1,4 +1,4 @@
-"""The LM that lm-evaluation-harness asks; the one module that is an lm_eval class."""
+"""Adapts a checkpoint to lm_eval's LM interface; the only module that subclasses lm_eval."""
 
 from lm_eval.api.model import LM
 
@@ -6,12 +6,12 @@ from moe_jax.evaluate.harness.requests import Answerer
 
 
 class CheckpointLM(LM):
-  """A checkpoint of this project; requests are answered together, not one by one."""
+  """A checkpoint as an lm_eval model; all requests of a call are answered in batches."""
 
   def __init__(self, answerer: Answerer):
     super().__init__()
     self._answerer = answerer
-    self.error: Exception | None = None  # what the model raised: not the fault of a task
+    self.error: Exception | None = None  # raised by the model, not by a task
 
   def loglikelihood(self, requests):
     return self._answer("loglikelihood", requests, lambda: [

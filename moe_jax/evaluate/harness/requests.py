@@ -1,8 +1,8 @@
-"""Requests of lm-evaluation-harness, answered in text, without importing it.
+"""Answers the requests of lm-evaluation-harness, text in and text out, without importing it.
 
-Every context begins a document, as in training: its first token is the one that begins documents.
-That is `add_bos_token=True` of the harness's Hugging Face model; what is too long is cut from the
-left as it does.
+As in training, every context starts with the token that begins a document. This corresponds to
+`add_bos_token=True` of the harness's Hugging Face model; as there, inputs that are too long are
+truncated from the left.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,18 +15,18 @@ from moe_jax.evaluate.harness.scoring import Score, Scorer, batch_size
 from moe_jax.evaluate.sampling import Sampling
 from moe_jax.mesh import mesh_size
 
-NEW_TOKENS = 256  # where a request does not say; the harness's default
+NEW_TOKENS = 256  # if a request sets no length; the harness's default
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _GENERATION_FIELDS = (*_LENGTH_NAMES, "until", "do_sample", "temperature", "top_k", "top_p",
                       "seed")
 
 
 class Generation(NamedTuple):
-  """How a request wants to be continued.
+  """The generation settings of a request.
 
   Attributes:
-    new_tokens: at most so many.
-    stops: texts; the continuation ends before the first of any.
+    new_tokens: maximum number of new tokens.
+    stops: stop strings; the continuation ends before the first occurrence of any.
     sampling: how tokens are chosen.
   """
 
@@ -36,18 +36,18 @@ class Generation(NamedTuple):
 
 
 class Answerer:
-  """A model and its tokenizer: texts in, loglikelihoods and texts out."""
+  """Scores and continues texts with a model and its tokenizer."""
 
   def __init__(self, decoder: Decoder, tokenizer: Tokenizer):
     self._decoder, self._tokenizer = decoder, tokenizer
     self._scorer = Scorer(decoder)
 
   def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
-    """Scores of (context, continuation); see encode_pair."""
+    """Scores (context, continuation) pairs; see encode_pair."""
     return self._scorer.score([encode_pair(self._tokenizer, *pair) for pair in pairs])
 
   def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-    """Loglikelihoods of whole texts; see windows."""
+    """Returns the log-likelihoods of whole texts; see windows."""
     context = self._decoder.config.data.seq_len
     start = self._tokenizer.document_start_id
     of_text = [windows(self._tokenizer.encode(text).tolist(), start, context) for text in texts]
@@ -55,9 +55,9 @@ class Answerer:
     return [sum(next(scores).loglikelihood for _ in found) for found in of_text]
 
   def generate_until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Continuations of (context, settings), without what ended them; see parse_generation.
+    """Continues (context, settings) requests, without the stop strings; see parse_generation.
 
-    Of a context the last tokens are kept, so that the new ones have room.
+    A context is truncated from the left to leave room for the new tokens.
 
     Raises:
       FieldError: a setting is unknown, or the new tokens alone fill the context.
@@ -77,7 +77,7 @@ class Answerer:
     return found
 
   def _continue(self, prompts: dict[int, list[int]], generation: Generation) -> dict[int, str]:
-    """Prompts of like lengths together, in batches of one size."""
+    """Continues prompts sorted by length, in batches of one size."""
     numbers = sorted(prompts, key=lambda number: -len(prompts[number]))
     size = batch_size(len(numbers), self._scorer.batch_tokens // self._decoder.config.data.seq_len,
                       mesh_size(self._decoder.mesh))
@@ -97,10 +97,11 @@ class Answerer:
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str
                 ) -> tuple[list[int], list[int]]:
-  """Token ids of a context, which begins a document, and of its continuation.
+  """Returns token ids of a context, which begins a document, and of its continuation.
 
-  Both are cut into tokens together, for a word's token holds the space before it: spaces at the
-  end of the context move to the continuation, which gets what the context's own tokens leave.
+  A word's token includes the space before it, so whitespace at the end of the context moves to
+  the continuation. Both are then tokenized together, and the continuation gets the tokens after
+  as many as the context alone has.
   """
   words = context.rstrip()
   continuation, context = context[len(words):] + continuation, words
@@ -110,10 +111,10 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str
 
 
 def windows(tokens: Sequence[int], start: int, context: int) -> list[tuple[list[int], list[int]]]:
-  """(context, continuation) pairs that score each token of a text once.
+  """Returns (context, continuation) pairs that score each token of a text once.
 
-  The first `context` tokens follow the token `start`; each further window holds as many new
-  tokens as fit behind one that is known, and the last one's context reaches back as far as it can.
+  The first window scores `context` tokens after the token `start`. Each further window scores
+  `context` new tokens after one known token; the last one has fewer, and as long a context as fits.
   """
   found, done = [], 0
   while done < len(tokens):
@@ -125,7 +126,7 @@ def windows(tokens: Sequence[int], start: int, context: int) -> list[tuple[list[
 
 
 def parse_generation(settings: Mapping[str, Any], context: int) -> Generation:
-  """What a task's generation_kwargs say. Raises FieldError, of `tasks`."""
+  """Parses a task's generation_kwargs. Raises FieldError for the field `tasks`."""
   for name in settings:
     require(name in _GENERATION_FIELDS, "tasks", f"generation_kwargs.{name}",
             f"is not known here; {', '.join(_GENERATION_FIELDS)} are")
@@ -160,5 +161,5 @@ def is_stopped(text: str, stops: Sequence[str]) -> bool:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-  """The text before the first of the stops."""
+  """Returns the text before the first stop string."""
   return text[:min((text.find(stop) for stop in stops if stop in text), default=len(text))]

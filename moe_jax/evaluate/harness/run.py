@@ -1,4 +1,4 @@
-"""Tasks on the cells of a grid: eval/<task>.json for each run, and a table."""
+"""Runs tasks on the cells of a grid: writes eval/<task>.json for each run, prints a table."""
 
 import contextlib
 import importlib.metadata
@@ -22,11 +22,11 @@ from moe_jax.grid import Cell
 from moe_jax.run_dir import RunDir
 
 VERSION = 1
-_BOOTSTRAPS = 1000  # for the errors of metrics that are no means
+_BOOTSTRAPS = 1000  # for the errors of metrics that are not means
 
 
 def quiet() -> None:
-  """Call it before lm_eval is imported: no bars, no warnings, no processes forked beside JAX."""
+  """Silences lm_eval and keeps it from forking next to JAX. Call before importing lm_eval."""
   os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
                  "DATASETS_VERBOSITY": "critical",
                  "DISABLE_MULTIPROC": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -34,22 +34,24 @@ def quiet() -> None:
     logger = logging.getLogger(name)
     logger.setLevel(logging.ERROR)
     logger.propagate = False
-    logger.addHandler(logging.NullHandler())  # without one, Python prints by itself
+    logger.addHandler(logging.NullHandler())  # without a handler, Python prints to stderr
 
 
 def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike, names: Sequence[str],
                    task_dir: str | None = None, say: Callable[[str], None] = print) -> list[str]:
-  """Asks the newest checkpoint of finished cells, again each time, into eval/<task>.json.
+  """Runs tasks on the newest checkpoint of finished cells, even if done before.
+
+  Writes eval/<task>.json for each cell.
 
   Args:
-    cells: finished ones.
+    cells: finished cells.
     out: directory of all experiments.
-    names: of tasks; see catalogue.check.
-    task_dir: directory of more task files.
-    say: gets a line for each cell.
+    names: names of tasks; see catalogue.check.
+    task_dir: directory with additional task files.
+    say: called with a line for each cell.
 
   Returns:
-    The lines of the cells that failed.
+    An error line for each cell that failed.
   """
   from moe_jax.evaluate.cells import each_cell
   from moe_jax.train.loop import use_compilation_cache
@@ -89,13 +91,13 @@ def _evaluate_cell(cell: Cell, out, names: Sequence[str], task_dir: str | None) 
 
 def ask(answerer, names: Sequence[str], suite_dir: pathlib.Path, task_dir: str | None
         ) -> dict[str, Any]:
-  """What lm_eval.simple_evaluate says. Raises FieldError for an error of a task."""
+  """Returns the result of lm_eval.simple_evaluate. Raises FieldError for an error in a task."""
   from lm_eval import simple_evaluate
 
   from moe_jax.evaluate.harness.model import CheckpointLM
   model = CheckpointLM(answerer)
   try:
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it bootstraps
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the metrics it bootstraps
       return simple_evaluate(
           model=model, tasks=list(names), bootstrap_iters=_BOOTSTRAPS, log_samples=False,
           task_manager=catalogue.open_manager(names, suite_dir, task_dir))
@@ -107,16 +109,16 @@ def ask(answerer, names: Sequence[str], suite_dir: pathlib.Path, task_dir: str |
 
 
 def describe(name: str, found: Mapping[str, Any], asked: Sequence[str] = ()) -> dict[str, Any]:
-  """What eval/<task>.json holds of a task, given lm_eval's answer to all that were asked.
+  """Returns the content of eval/<task>.json for a task, from lm_eval's result for all of `asked`.
 
-  `columns` are those of results.csv: `TASK.METRIC`, `TASK.METRIC_se` its standard error; of a
-  group that has no metric of its own those of the tasks that belong to it.
+  `columns` are those of results.csv: `TASK.METRIC` and its standard error, `TASK.METRIC_se`. A
+  group without metrics of its own has the columns of its tasks.
   """
   metrics = {task: of_task for task, result in found["results"].items()
              if (of_task := _metrics(result))}
   inside = _inside(name, found.get("group_subtasks") or {})
   shown = [name] if name in metrics else [task for task in inside if task in metrics]
-  if not shown:  # a tag: its tasks stand under their own names, and are nobody else's
+  if not shown:  # a tag: its tasks are listed by their own names; take those no other name claims
     groups = found.get("group_subtasks") or {}
     theirs = {task for other in asked if other != name for task in (other, *_inside(other, groups))}
     shown = [task for task in metrics if task not in theirs]
@@ -129,7 +131,7 @@ def describe(name: str, found: Mapping[str, Any], asked: Sequence[str] = ()) -> 
 
 
 def _inside(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
-  """The tasks of a group, those of groups inside it too."""
+  """Returns the tasks of a group, including those of nested groups."""
   found = []
   for task in groups.get(name, ()):
     found += [task, *_inside(task, groups)]
@@ -137,7 +139,7 @@ def _inside(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
-  """`acc,none` -> acc and `acc_stderr,none` -> acc_se; a filter's name stays: acc.strict."""
+  """Renames metrics: `acc,none` -> acc, `acc_stderr,none` -> acc_se, `acc,strict` -> acc.strict."""
   found = {}
   for key, value in result.items():
     metric, comma, kept = key.partition(",")
@@ -149,7 +151,7 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def show(names: Sequence[str], rows: Sequence[Row]) -> None:
-  """Prints a line a cell: every metric of the tasks, with its standard error."""
+  """Prints one line per cell: every metric of the tasks, with its standard error."""
   columns = [column for column in dict.fromkeys(name for row in rows for name in row)
              if column.partition(".")[0] in names and not column.endswith("_se")]
   if not columns:

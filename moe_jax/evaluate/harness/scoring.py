@@ -1,7 +1,7 @@
-"""How likely continuations are, by the teacher-forced forward pass, compiled for a few shapes.
+"""Scores continuations by a teacher-forced forward pass, compiled for a few shapes.
 
-Rows are sorted by length and padded behind their end to one of at most four lengths; attention is
-causal and nothing is dropped, so what stands behind a row or beside it changes nothing.
+Rows are sorted by length and right-padded to one of at most four lengths. Attention is causal and
+nothing is dropped, so neither the padding nor the other rows affect a row's scores.
 """
 
 import functools
@@ -23,11 +23,11 @@ _LENGTHS = 4  # a context, its half, its quarter, its eighth
 
 
 class Score(NamedTuple):
-  """Of a continuation.
+  """The score of a continuation.
 
   Attributes:
     loglikelihood: log of its probability, in nats.
-    greedy: whether each of its tokens is the likeliest one.
+    greedy: whether each of its tokens is the most likely one.
   """
 
   loglikelihood: float
@@ -35,19 +35,19 @@ class Score(NamedTuple):
 
 
 class Scorer:
-  """A model that scores; it shares its weights with a decoder."""
+  """Scores with the weights of a decoder, without copying them."""
 
   def __init__(self, decoder: Decoder):
     self._config, self._mesh = decoder.config, decoder.mesh
     self._weights = decoder.params, decoder.router
-    # As many tokens as a microbatch of evaluation has, which is known to fit.
+    # The tokens of an evaluation batch, which is known to fit.
     self.batch_tokens = self._config.train.batch_size * self._config.data.seq_len
 
   def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-    """Scores continuations of contexts, both token ids.
+    """Scores (context, continuation) pairs of token ids.
 
-    A pair that is longer than the context and the token behind it loses tokens of its beginning,
-    as in lm-evaluation-harness's HFLM.
+    A pair longer than the model's context plus one token is truncated from the left, as in
+    lm-evaluation-harness's HFLM.
 
     Raises:
       FieldError: a context is empty, or a continuation is empty or longer than the context.
@@ -89,10 +89,10 @@ class Scorer:
 
 def batches(sizes: Sequence[int], context: int, batch_tokens: int, n_devices: int
             ) -> list[tuple[list[int], int, int]]:
-  """Rows of these sizes in batches: (numbers of the rows, batch, length), the longest first.
+  """Groups rows of these sizes into (row numbers, batch size, padded length), longest first.
 
-  All batches of one length have one batch size, a multiple of the devices: `batch_tokens` tokens,
-  or fewer rows where there are not that many.
+  All batches of one length have the same batch size, a multiple of the number of devices: as many
+  rows as `batch_tokens` allows, or fewer if there are fewer rows (see batch_size).
   """
   by_length: dict[int, list[int]] = {}
   for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
@@ -106,13 +106,13 @@ def batches(sizes: Sequence[int], context: int, batch_tokens: int, n_devices: in
 
 
 def batch_size(n_rows: int, most: int, n_devices: int) -> int:
-  """Rows in a batch: a power of two for each device that holds all, or the `most` that fit."""
+  """Rows per batch: on each device the power of two that holds all, or what `most` allows."""
   each = max(1, most // n_devices)
   return n_devices * min(each, 2 ** math.ceil(math.log2(-(-n_rows // n_devices))))
 
 
 def padded_length(size: int, context: int) -> int:
-  """The least of the lengths that holds so many tokens."""
+  """Returns the smallest of the allowed lengths that holds `size` tokens, at most the context."""
   lengths = (-(-context // 2**halvings) for halvings in reversed(range(_LENGTHS)))
   return next(length for length in lengths
               if length >= min(size, context) and length >= min(_LEAST_LENGTH, context))

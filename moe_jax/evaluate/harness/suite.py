@@ -1,13 +1,14 @@
-"""The tasks that ship with the project, made of the held-out documents of a run's text. No JAX.
+"""Builds the tasks that ship with the project from the held-out documents of a run. No JAX.
 
-`<out>/_data/_tasks/<fingerprint>/` gets a JSONL and a YAML file for each: the YAML files of
-moe_jax/evaluate/tasks with the place of the JSONL filled in, so that lm_eval's own command can run
-them on an exported model too (--include_path). The same text gives the same files.
+`<out>/_data/_tasks/<fingerprint>/` gets a JSONL and a YAML file for each task. The YAML files are
+those of moe_jax/evaluate/tasks with the path of the JSONL filled in, so that lm_eval's own command
+can also run them on an exported model (--include_path). The same text gives the same files.
 
-* heldout_cloze: the last word of a passage. It has at least five letters and stands in the
-  passage before, so that a model that uses its context can know it.
-* heldout_choice: how a passage goes on: its own next words, or those behind three other passages.
-* heldout_bits: the beginnings of documents, whole, in bits per byte.
+* heldout_cloze: predict the last word of a passage. It has at least five letters and also occurs
+  earlier in the passage, so a model that uses its context can predict it.
+* heldout_choice: choose the continuation of a passage, among its own next words and those of
+  three other passages.
+* heldout_bits: bits per byte of the beginnings of documents.
 """
 
 import hashlib
@@ -27,10 +28,10 @@ from moe_jax.errors import FieldError
 TASKS = pathlib.Path(__file__).resolve().parent.parent / "tasks"
 NAMES = tuple(sorted(file.stem for file in TASKS.glob("*.yaml")))
 
-_VERSION = 1  # raise it when the same text gives other questions
-_QUESTIONS = 200  # of a task, at most
-_DOCUMENTS = 1000  # that are looked at, evenly spaced
-_TOKENS = 50_000  # of each
+_VERSION = 1  # increment when the same text gives other questions
+_QUESTIONS = 200  # per task, at most
+_DOCUMENTS = 1000  # documents used at most, evenly spaced
+_TOKENS = 50_000  # of each document, at most
 _CONTEXT_WORDS, _NEXT_WORDS = 32, 8
 _LETTERS = 5
 _BITS_CHARACTERS = 1000
@@ -38,7 +39,7 @@ _PLACEHOLDER = "DIRECTORY"
 
 
 class Passage(NamedTuple):
-  """Words of a document as they stand there: `context`, and ` next words` behind them."""
+  """An excerpt of a document: `context`, and the `next` words with the space before them."""
 
   context: str
   next: str
@@ -46,15 +47,15 @@ class Passage(NamedTuple):
 
 def build(prepared: PreparedData, data_dir: str | os.PathLike,
           names: Sequence[str] = NAMES) -> pathlib.Path:
-  """The directory with the tasks' files, made if they are not there.
+  """Returns the directory with the tasks' files, and writes them if they are missing or stale.
 
   Args:
     prepared: the text of a run.
-    data_dir: <out>/_data, local or not.
-    names: tasks that must be there; one to which the text gives no question has no file.
+    data_dir: <out>/_data, local or remote.
+    names: tasks that must have questions; a task without any has no files.
 
   Raises:
-    FieldError: the held-out documents give no question to one of them.
+    FieldError: the held-out documents yield no question for one of `names`.
   """
   directory = mirror.home(data_dir).absolute() / "_tasks" / prepared.fingerprint
   yaml = {name: (TASKS / f"{name}.yaml").read_text() for name in NAMES}
@@ -79,7 +80,7 @@ def build(prepared: PreparedData, data_dir: str | os.PathLike,
 
 
 def make(texts: Sequence[str]) -> dict[str, list[Mapping]]:
-  """The questions of each task, from the texts of documents."""
+  """Makes the questions of each task from the texts of documents."""
   found = _first_by_hash({passage for text in texts for passage in passages(text)})
   clozes = [question for passage in found if (question := cloze(passage)) is not None]
   beginnings = {text[:_BITS_CHARACTERS] for text in texts if text.strip()}
@@ -90,7 +91,7 @@ def make(texts: Sequence[str]) -> dict[str, list[Mapping]]:
 
 
 def documents(prepared: PreparedData) -> Iterator[str]:
-  """Texts of held-out documents, evenly spaced, cut where they are long."""
+  """Yields the texts of evenly spaced held-out documents, truncated to _TOKENS tokens."""
   split = prepared.splits["heldout"]
   count = min(_DOCUMENTS, split.n_documents)
   for number in np.linspace(0, split.n_documents - 1, count).astype(int):
@@ -99,7 +100,10 @@ def documents(prepared: PreparedData) -> Iterator[str]:
 
 
 def passages(text: str) -> Iterator[Passage]:
-  """Passages that follow one another; those whose next words do not stand in its line are out."""
+  """Yields consecutive passages.
+
+  Skips those whose `next` is not on the same line after a single space, or that contain U+FFFD.
+  """
   words = list(re.finditer(r"\S+", text))
   size = _CONTEXT_WORDS + _NEXT_WORDS
   for first in range(0, len(words) - size + 1, size):
@@ -113,7 +117,10 @@ def passages(text: str) -> Iterator[Passage]:
 
 
 def cloze(passage: Passage) -> dict[str, str] | None:
-  """The passage up to the last of its next words that stands in it before, and that word."""
+  """Cuts a passage before the last of its next words that also occurs earlier.
+
+  Returns the text before that word, and the word; None if there is no such word.
+  """
   whole = passage.context + passage.next
   for found in reversed(list(re.finditer(rf" ([^\W\d_]{{{_LETTERS},}})", whole))):
     if found.start() < len(passage.context):
@@ -124,9 +131,10 @@ def cloze(passage: Passage) -> dict[str, str] | None:
 
 
 def choices(found: Sequence[Passage]) -> list[dict]:
-  """Each passage with its next words among those of three others; none where there are not four.
+  """Makes a question of each passage: its next words among those of three others.
 
-  The three others come after it in their order, so the four are as alike in length as words are.
+  The others follow it (cyclically). All four choices have _NEXT_WORDS words, so their lengths are
+  similar. Returns no questions if there are fewer than four distinct `next`.
   """
   if len({passage.next for passage in found}) < 4:
     return []
@@ -141,7 +149,7 @@ def choices(found: Sequence[Passage]) -> list[dict]:
 
 
 def _first_by_hash(found: set) -> list:
-  """In an order that has nothing to do with where they stand, the same for the same text."""
+  """Sorts by hash: an order that is independent of the position in the text, and reproducible."""
   return sorted(found, key=_hash)
 
 
