@@ -56,7 +56,7 @@ def test_evaluation_is_refused_as_one_of_many():
                          "--config=experiments/quickstart.py"], cwd=ROOT, env=environ, text=True,
                         capture_output=True)
   assert done.returncode == 2
-  assert "evaluation is the work of one process" in done.stderr and done.stderr.count("\n") == 1
+  assert "evaluation runs in a single process" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_tpu_chips_are_a_reason_to_ask(chips):

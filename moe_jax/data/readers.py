@@ -50,8 +50,8 @@ def _read_json(piece: Piece, source: Source) -> Iterator[tuple[str, str]]:
       value = json.loads(line)
     except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
       reason = " ".join(str(error).split())
-      raise FieldError("from", _line(piece, offset), f"is not JSON: {reason}; a JSON object a "
-                       "line is wanted") from None
+      raise FieldError("from", _line(piece, offset), f"is not JSON: {reason}; each line must be "
+                       "a JSON object") from None
     if not isinstance(value, dict):
       raise FieldError("from", _line(piece, offset), "is JSON but not an object with a field "
                        f"{source.text_field!r}")
@@ -62,7 +62,7 @@ def _read_json(piece: Piece, source: Source) -> Iterator[tuple[str, str]]:
     text = value[source.text_field]
     if text is not None and not isinstance(text, str):
       raise FieldError("text_field", source.text_field, f"is a {type(text).__name__} in "
-                       f"{_line(piece, offset)}; text is wanted")
+                       f"{_line(piece, offset)}; it must be text")
     if not _is_text(text or ""):
       raise FieldError("from", _line(piece, offset), "has half of a surrogate pair, which is no "
                        "text")
@@ -111,8 +111,8 @@ def _refuse_size(name: str, size: int, also: str = "") -> None:
 
 def _decode(content: bytes, path: str, offset: int) -> str:
   zero = content.find(b"\0")
-  require(zero < 0, "from", path, f"is binary (byte {offset + zero:,} is zero); UTF-8 text, JSON "
-          "lines or Parquet is wanted")
+  require(zero < 0, "from", path, f"is binary (byte {offset + zero:,} is zero); it must be UTF-8 "
+          "text, JSON lines or Parquet")
   try:
     return content.decode("utf-8-sig")
   except UnicodeDecodeError as error:

@@ -254,7 +254,7 @@ def _cut_parquet(file: Piece, source: Source, unit_bytes: int) -> Iterator[Piece
     kind = kind.value_type
   require(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
           or pyarrow.types.is_string_view(kind), "text_field",
-          source.text_field, f"is a column of {kind} in {file.path}; text (string) is wanted")
+          source.text_field, f"is a column of {kind} in {file.path}; it must be text (string)")
   start, row, size, first = 0, 0, 0, 0
   for group in range(metadata.num_row_groups):
     size += metadata.row_group(group).total_byte_size

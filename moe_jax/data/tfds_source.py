@@ -55,7 +55,7 @@ def find_shards(source: Source) -> list[Piece]:
   feature = info.features[source.text_field]
   kind = np.dtype(feature.np_dtype)
   require(feature.shape == () and kind.kind in "OSU", "text_field", source.text_field,
-          f"is a feature of {kind} with shape {feature.shape} {where}; one text is wanted")
+          f"is a feature of {kind} with shape {feature.shape} {where}; it must be a single text")
   split = info.splits[source.tfds_split]
   paths = [os.fspath(path) for path in split.filepaths]
   missing = [path for path in paths if not epath.Path(path).exists()]

@@ -25,28 +25,27 @@ from moe_jax.errors import FieldError
 
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or gs://.")
-_SPLIT = flags.DEFINE_string("split", "heldout", "Split that is evaluated: heldout or train.")
-_CORPUS = flags.DEFINE_string("corpus", None, "Corpus that is evaluated, as in "
-                              "--config.data.corpus; the run's own if not given.")
-_STEPS = flags.DEFINE_string("steps", None, "Checkpoints evaluated beside the newest: all, or "
-                             "steps such as 200,400.")
+_SPLIT = flags.DEFINE_string("split", "heldout", "Split to evaluate on: heldout or train.")
+_CORPUS = flags.DEFINE_string("corpus", None, "Corpus to evaluate on, as in "
+                              "--config.data.corpus; by default the run's own.")
+_STEPS = flags.DEFINE_string("steps", None, "Checkpoints to evaluate in addition to the newest: "
+                             "all, or steps such as 200,400.")
 _COMPARE = flags.DEFINE_string("compare", None, "CELL_A,CELL_B: compares both over the same "
                                "documents.")
 _INFERENCE = flags.DEFINE_bool("inference", False, "Measures the cost of inference here.")
-_BATCH_SIZES = flags.DEFINE_string("batch_sizes", "1,8,32", "Sequences that --inference decodes "
-                                   "together.")
-_TASKS = flags.DEFINE_string("tasks", None, "Tasks of lm-evaluation-harness that are asked, "
-                             "NAME,NAME: the project's own, of --task_dir, or lm_eval's.")
-_TASK_DIR = flags.DEFINE_string("task_dir", None, "Directory of more task files, .yaml.")
-_REPORT = flags.DEFINE_string("report", None, "Path of an .html page that is written.")
+_BATCH_SIZES = flags.DEFINE_string("batch_sizes", "1,8,32", "Batch sizes for --inference.")
+_TASKS = flags.DEFINE_string("tasks", None, "lm-evaluation-harness tasks to run, NAME,NAME: the "
+                             "project's own, those in --task_dir, or lm_eval's.")
+_TASK_DIR = flags.DEFINE_string("task_dir", None, "Directory with more .yaml task files.")
+_REPORT = flags.DEFINE_string("report", None, "Path of an .html report to write.")
 _GENERATE = flags.DEFINE_multi_string("generate", None, "A prompt; may be given several times. "
                                       "Continues each instead of evaluating.")
-_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "At most so many for each prompt.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draws among so many of the likeliest; 0 among all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws among the fewest tokens that have this "
-                            "probability together.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Maximum number per prompt.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 takes the most likely token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Samples from this many most likely tokens; 0: from all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Samples from the smallest set of tokens whose "
+                            "probabilities sum to at least this.")
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed of sampling.")
 
 _OF_EVALUATION = ("split", "corpus", "steps", "compare", "inference", "batch_sizes", "tasks",
                   "task_dir", "report")
@@ -57,14 +56,14 @@ def main(overrides: list[str]) -> int:
   logging.set_verbosity(logging.WARNING)
   cells = cli.selected_cells(_CONFIG.value, overrides)
   if cluster.is_one_of_many(os.environ):
-    print("error: evaluation is the work of one process and this is one of several: start it "
-          "once, on one host with its own devices (a run of any number of processes is "
-          "evaluated there)", file=sys.stderr)
+    print("error: evaluation runs in a single process, and this is one of several: start it "
+          "once, on one host (runs trained by any number of processes can be evaluated there)",
+          file=sys.stderr)
     return cli.EXIT_BAD_INPUT
   for name in _OF_EVALUATION if _GENERATE.value is not None else _OF_GENERATION:
     if flags.FLAGS[name].present:
-      raise FieldError(name, flags.FLAGS[name].value, "goes without --generate, which evaluates "
-                       "nothing" if name in _OF_EVALUATION else "goes with --generate")
+      raise FieldError(name, flags.FLAGS[name].value, "cannot be combined with --generate, which "
+                       "evaluates nothing" if name in _OF_EVALUATION else "requires --generate")
   return _evaluate(cells) if _GENERATE.value is None else _generate(cells)
 
 
@@ -77,7 +76,7 @@ def _evaluate(cells) -> int:
   steps = () if _STEPS.value is None else parse_steps(_STEPS.value)
   sizes = cost.parse_batch_sizes(_BATCH_SIZES.value)
   if _BATCH_SIZES.present and not _INFERENCE.value:
-    raise FieldError("batch_sizes", _BATCH_SIZES.value, "goes with --inference")
+    raise FieldError("batch_sizes", _BATCH_SIZES.value, "requires --inference")
   if _REPORT.value is not None:
     check_path(_REPORT.value)
   tasks = _read_tasks()
@@ -110,7 +109,7 @@ def _read_tasks() -> tuple[str, ...]:
   """Returns the tasks named by --tasks, checked. Raises FieldError."""
   if _TASKS.value is None:
     if _TASK_DIR.value is not None:
-      raise FieldError("task_dir", _TASK_DIR.value, "goes with --tasks=NAME,NAME")
+      raise FieldError("task_dir", _TASK_DIR.value, "requires --tasks=NAME,NAME")
     return ()
   from moe_jax.evaluate.harness import catalogue, run
   names = catalogue.parse_tasks(_TASKS.value)
@@ -142,8 +141,8 @@ def _show(cells, text, with_curves: bool, tasks=()) -> list[str]:
       if heldout:
         print(*report.write(_REPORT.value, cells, _OUT.value, heldout)[:1], sep="\n")
       else:
-        problems.append(f"{_REPORT.value}: not written: it tells of the held-out split, which "
-                        "has not been evaluated: do so without --split and --corpus first")
+        problems.append(f"{_REPORT.value}: not written: it covers the held-out split, which has "
+                        "not been evaluated: run without --split and --corpus first")
   _complain(problems)
   return problems
 

@@ -50,7 +50,7 @@ def _state(run_dir: RunDir, status: dict[str, Any]) -> str:
     return "not trained yet"
   state = status["state"]
   if state == run_dir_lib.RUNNING and not run_dir.is_alive(status):
-    state = "its process is gone"
+    state = "its process has died"
   error = " ".join((status.get("error") or "").split())
   return (f"{state}, step {status.get('step')} of {status.get('steps')}"
           + (f": {error}" if error else ""))
@@ -159,7 +159,7 @@ def _evaluate_cell(cell: Cell, out, text: Text, steps: Sequence[int] | None,
       result, done = found.result, f"{found.result['seconds']:.1f} s"
       _write(run_dir, text, step, found, final)
     say(f"step {result['step']}, {text.name} loss {result['loss']:.4f}{peeks}, "
-        f"{done or 'was evaluated before'}")
+        f"{done or 'already evaluated'}")
 
 
 def _write(run_dir: RunDir, text: Text, step: int | None, found, final) -> None:

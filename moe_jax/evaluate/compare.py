@@ -143,7 +143,7 @@ def report(cell_a: str, cell_b: str, name: str, whole: Difference,
     if found.se is not None:
       verdict = ("no difference shown" if found.low <= 0 <= found.high
                  else f"{cell_a if found.value < 0 else cell_b} is better")
-      line += (f", 95 % interval {found.low:+.4f} to {found.high:+.4f}: {verdict}; unpaired its "
-               f"standard error would be {found.alone:.4f} instead of {found.se:.4f}")
+      line += (f", {100 * LEVEL:g} % interval {found.low:+.4f} to {found.high:+.4f}: {verdict}; "
+               f"standard error {found.se:.4f}, unpaired {found.alone:.4f}")
     lines.append(line + f"; {cell_a} is better in {found.better} of {found.documents}")
-  return [*lines, "  over other documents, that is; of other seeds it says nothing"]
+  return [*lines, "  intervals cover the choice of documents, not of seeds"]

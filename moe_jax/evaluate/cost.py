@@ -74,11 +74,11 @@ def table(found: dict[str, dict[str, Any]]) -> rich.table.Table:
       box=rich.box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption=(
           f"Measured on {one['n_devices']} x {one['device_kind']}, contexts of {one['context']} "
           f"tokens, {one['dtype']}; its memory moves {one['memory_bytes_per_second'] / 1e9:.1f} "
-          "GB/s.\nlimit: the bytes of a step at that speed. roofline: the estimate of "
-          "moe_jax.design.\nBoth are lower bounds if nothing stays in a cache."))
+          "GB/s.\nlimit: time to read the bytes of a step at that bandwidth. roofline: the "
+          "estimate of moe_jax.design.\nBoth are lower bounds if no data stays in a cache."))
   made.add_column("cell", no_wrap=True)
-  for name in ("weights", "cache a sequence", "batch", "prefill tokens/s", "decode ms", "limit ms",
-               "of the limit", "roofline ms"):
+  for name in ("weights", "cache/sequence", "batch", "prefill tokens/s", "decode ms", "limit ms",
+               "limit/measured", "roofline ms"):
     made.add_column(name, justify="right", no_wrap=True)
   for cell, result in found.items():
     for number, each in enumerate(result["measured"]):

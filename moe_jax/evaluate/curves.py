@@ -50,7 +50,7 @@ def table(rows: Sequence[Row]) -> rich.table.Table:
   """One line per cell, one column per step."""
   steps = sorted({row["step"] for row in rows})
   made = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, caption_justify="left",
-                          caption="Loss in nats per token after so many steps, nothing dropped.")
+                          caption="Dropless loss in nats per token, by training step.")
   made.add_column("cell", no_wrap=True)
   for step in steps:
     made.add_column(str(step), justify="right", no_wrap=True)

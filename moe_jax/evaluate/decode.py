@@ -149,7 +149,7 @@ class Decoder:
 def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
   """Raises FieldError where a prompt is empty or leaves no room for one more token."""
   for prompt in prompts:
-    require(len(prompt) > 0, "generate", "", "is an empty prompt: at least one token is wanted")
+    require(len(prompt) > 0, "generate", "", "is an empty prompt: give at least one token")
     if len(prompt) >= context:
       raise FieldError("generate", f"a prompt of {len(prompt)} tokens", f"must be at most "
                        f"{context - 1}: the context is data.seq_len={context} tokens, one of "

@@ -40,7 +40,7 @@ def generate(cell: Cell, out: str | os.PathLike, prompts: Sequence[str], new_tok
     raise error.under("config") from None
   for prompt in prompts:
     if not prompt:
-      raise FieldError("generate", "", "is an empty prompt: some text is wanted")
+      raise FieldError("generate", "", "is an empty prompt: give some text")
   run_dir = RunDir.of(out, cell)
   if not run_dir.check_identity(cell):
     raise FieldError("out", str(run_dir.path), "holds no run: train it first, with "

@@ -102,8 +102,9 @@ def evaluate(cell: Cell, run_dir: RunDir, own: PreparedData,
   devices, text = devices or jax.devices(), text or own
   config = evaluation_config(cell.config, len(devices))
   if config.execution.mesh != cell.config.execution.mesh:
-    logging.warning("%s: %s does not suit %d device(s): evaluated on %s, which gives the same",
-                    cell.name, cell.config.execution.mesh, len(devices), config.execution.mesh)
+    logging.warning("%s: %s does not suit %d device(s): evaluating on %s, which gives the "
+                    "same results", cell.name, cell.config.execution.mesh, len(devices),
+                    config.execution.mesh)
   mesh = make_mesh(config, devices)
   step, model = restore(config, run_dir, own, mesh, step)
   measured = measure(config, Forward(config, mesh, **model), text, split, keep_choices)

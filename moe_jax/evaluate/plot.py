@@ -68,8 +68,8 @@ def caption(rows: Sequence[Row]) -> str:
   parts = []
   per_parameter = shown[0]["tokens"] / max(row["n_total"] for row in shown)
   if per_parameter < 1:
-    parts.append(f"{per_parameter:.2g} training tokens per parameter: minute-long runs such as "
-                 "these prove the pipeline, not the law.")
+    parts.append(f"{per_parameter:.2g} training tokens per parameter: runs this short test "
+                 "the pipeline, not the law.")
   elif per_parameter < TOKENS_PER_PARAMETER:
     parts.append(f"{per_parameter:.2g} training tokens per parameter, where compute-optimal dense "
                  f"models have {TOKENS_PER_PARAMETER}.")
@@ -81,7 +81,7 @@ def caption(rows: Sequence[Row]) -> str:
     parts.append("Bars: one standard error over held-out documents. THESE CELLS WERE EVALUATED ON "
                  "DIFFERENT TEXTS: their losses do not compare.")
   if len(shown) < len(rows):
-    parts.append(f"Left out, as trained on another number of tokens: "
+    parts.append(f"Omitted, because trained on another number of tokens: "
                  f"{len(rows) - len(shown)}.")
   return " ".join(parts)
 

@@ -44,7 +44,7 @@ def write(path: str | os.PathLike, cells: Sequence[Cell], out: str | os.PathLike
   first = rows[0]
   lead = [f"{len(rows)} runs on {first['corpus']} ({first['tokenizer']}), each from its newest "
           f"checkpoint, on {first['heldout_documents']} held-out documents of "
-          f"{first['heldout_targets']:,} tokens, nothing dropped unless it says so.",
+          f"{first['heldout_targets']:,} tokens, dropless unless stated otherwise.",
           plot.caption(rows)]
   return publish(path, f"Evaluation of {first['experiment']}", lead, sections)
 
@@ -77,7 +77,7 @@ def _domains(rows: Sequence[Row]) -> list[Section]:
   if not names:
     return []
   return [Section("domains", "By domain", ("Bits per byte compare texts; nats per token do not, "
-                                           "for a token is not equally long in all of them.",),
+                                           "because tokens differ in length between texts.",),
                   table=_table(rows, ("cell", *sorted(names))))]
 
 
@@ -96,21 +96,21 @@ def _routing(found: dict[str, dict[str, Any]]) -> list[Section]:
     return []
   return [
       Section("load", "Which experts work", (
-          "token information: the share of the entropy of which expert a token goes to that is "
-          "gone when one knows the token alone. domain information: the same for the domain of "
-          "the text. Both are corrected for few counts.",),
+          "token information: the share of the entropy of a token's expert that is removed by "
+          "knowing the token. domain information: the same for knowing the domain of the text. "
+          "Both are corrected for small counts.",),
           figure=routing_plots.load_figure(found), table=routing_plots.table(found), fold=True,
           caption="Tokens sent to each expert over the mean of its layer and domain, at the "
           "capacity of training. White is even."),
       Section("company", "Which experts work together", figure=routing_plots.company_figure(found),
-              caption="How often the experts of a token in the last layer share it, over what "
-              "loads alone would give. Of a row's expert, with a column's.")]
+              caption="How often two experts of the last layer are chosen for the same token, "
+              "relative to chance given their loads: the row's expert, with the column's.")]
 
 
 def _training(steps: dict[str, list[dict[str, Any]]]) -> list[Section]:
   if not steps:
     return []
-  return [Section("specialisation", "Specialisation over training",
+  return [Section("specialization", "Specialization over training",
                   figure=routing_plots.training_figure(steps),
                   caption="Means over layers, of the same held-out tokens at each checkpoint. "
                   "Choices as in the newest checkpoint: the share of a token's experts that are "
@@ -126,10 +126,11 @@ def _cost(rows: Sequence[Row]) -> list[Section]:
   one = known[0]
   return [Section(INFERENCE, "Loss against measured cost of inference", (
       f"{one['inference_n_devices']} x {one['inference_device_kind']}, "
-      f"{one['inference_dtype']}, contexts of {one['inference_context']} tokens; its memory was "
-      f"seen to move {one['memory_bytes_per_second'] / 1e9:.1f} GB/s. limit: the bytes of a step "
-      "at that speed; roofline: the estimate of moe_jax.design.",),
-      figure=cost.figure(rows), caption="A decode step gives each sequence of a batch a token.",
+      f"{one['inference_dtype']}, contexts of {one['inference_context']} tokens; its memory "
+      f"moves {one['memory_bytes_per_second'] / 1e9:.1f} GB/s. limit: time to read the bytes of a "
+      "step at that bandwidth; roofline: the estimate of moe_jax.design.",),
+      figure=cost.figure(rows),
+      caption="A decode step produces one token for each sequence of a batch.",
       table=_table(known, ("cell", "loss", "weight_bytes", "cache_bytes_per_sequence", *names)))]
 
 

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 ROUTING, INFERENCE = "routing", "inference"
 
 # The warning next to a loss whose router is not causal.
-SEEN_THE_FUTURE = "its router has seen the future, so it compares with no other model's"
+SEEN_THE_FUTURE = "its router sees later tokens, so it is not comparable with other models' losses"
 
 # Fields copied unchanged from eval/NAME.json and from status.json.
 _MEASURED = (

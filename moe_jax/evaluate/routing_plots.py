@@ -72,8 +72,8 @@ def lift(result: Mapping[str, Any]) -> np.ndarray:
 def training_figure(steps: Steps):
   """Plots routing statistics, averaged over layers, against step; one curve per cell."""
   quantities = [(name, label) for name, label in (
-      ("token_information", "the token tells of the expert"),
-      ("domain_information", "the domain tells of the expert"),
+      ("token_information", "token information"),
+      ("domain_information", "domain information"),
       ("agreement", "choices as in the newest checkpoint"), ("entropy", "entropy (nats)"))
       if any(result.get(name) is not None for ours in steps.values() for result in ours)]
   made = style.new_figure(3.1 * math.ceil(len(quantities) / 2))

@@ -74,7 +74,7 @@ class Text:
     except FieldError as error:
       raise FieldError("corpus", self.corpus, error.accepted) from None
     if (found.vocab_size, found.document_start_id) != (own.vocab_size, own.document_start_id):
-      raise FieldError("corpus", self.corpus, f"its tokens are not those of the run: "
-                       f"{found.vocab_size} and {own.vocab_size}, documents begin with "
-                       f"{found.document_start_id} and {own.document_start_id}")
+      raise FieldError("corpus", self.corpus, "its tokenizer differs from the run's: "
+                       f"{found.vocab_size} tokens instead of {own.vocab_size}, document-start "
+                       f"token {found.document_start_id} instead of {own.document_start_id}")
     return found

@@ -114,7 +114,7 @@ def test_a_document_that_is_too_long_is_refused(tmp_path):
 def test_a_column_that_is_not_there_or_no_text_is_refused(tmp_path):
   pyarrow.parquet.write_table(pyarrow.table({"content": ["a"], "n": [1]}), tmp_path / "a.parquet")
   for field, message in [("contents", r"is no column of .*a\.parquet; did you mean 'content'"),
-                         ("n", r"is a column of int64 in .*a\.parquet; text")]:
+                         ("n", r"is a column of int64 in .*a\.parquet; it must be text")]:
     with pytest.raises(FieldError, match=f"text_field='{field}': {message}"):
       texts(tmp_path, text_field=field)
 

@@ -78,10 +78,10 @@ def test_each_finished_cell_once_and_again_when_its_checkpoint_changes(out):
   assert first["loss"] != result_of(out, cells[1])["loss"]
 
   said, _ = evaluate(cells, out)
-  assert all(line.endswith("was evaluated before") for line in said)
+  assert all(line.endswith("already evaluated") for line in said)
   finish(out, cells[0], steps=(6,))
   said, _ = evaluate(cells, out)
-  assert "step 6" in said[0] and said[1].endswith("was evaluated before")
+  assert "step 6" in said[0] and said[1].endswith("already evaluated")
 
 
 def test_documents_that_are_gone_or_damaged_are_made_again(out):
@@ -97,7 +97,7 @@ def test_documents_that_are_gone_or_damaged_are_made_again(out):
   with pytest.raises(FieldError, match="whose heldout.npz is missing or damaged: evaluate it"):
     compare.compare(out, cells, pair, "heldout")
   said, failed = evaluate(cells, out)
-  assert not failed and not any(line.endswith("was evaluated before") for line in said)
+  assert not failed and not any(line.endswith("already evaluated") for line in said)
   assert compare.compare(out, cells, pair, "heldout") == told
 
 
@@ -111,7 +111,7 @@ def test_another_content_of_the_same_step_is_evaluated_again(out):
     shutil.rmtree(run_dirs[0].path / folder)
     shutil.copytree(run_dirs[1].path / folder, run_dirs[0].path / folder)
   said, _ = evaluate(cells, out)
-  assert "step 4" in said[0] and not said[0].endswith("was evaluated before")
+  assert "step 4" in said[0] and not said[0].endswith("already evaluated")
   assert result_of(out, cells[0])["loss"] == result_of(out, cells[1])["loss"] != before["loss"]
 
 
@@ -166,7 +166,7 @@ def test_all_checkpoints_of_a_run_make_a_curve(out):
   assert len(results.rows_of(run_dir)) == 1  # routing.json is no loss
   said.clear()
   evaluate_cells([cell], out, said.append, steps=(2,))
-  assert [line.endswith("was evaluated before") for line in said] == [True, True]
+  assert [line.endswith("already evaluated") for line in said] == [True, True]
   (failed,) = evaluate_cells([cell], out, said.append, steps=(3,))
   assert "has no such checkpoint: it has 2, 4" in failed
 

@@ -52,10 +52,10 @@ def test_train_then_evaluate(tmp_path):
               "--config.train.learning_rate=1e-2", "--steps=all", "--inference",
               "--batch_sizes=1,2", f"--report={page}", timeout=600)
   assert whole.returncode == 0, whole.stderr
-  assert "was evaluated before" in whole.stdout
+  assert "already evaluated" in whole.stdout
   assert (out / "tiny" / "results.csv").read_text().count("\n") == 2
   text = page.read_text()
-  for title in ("Loss against step", "Which experts work together", "Specialisation over training",
+  for title in ("Loss against step", "Which experts work together", "Specialization over training",
                 "Loss against measured cost of inference"):
     assert title in text
   assert "decode_ms_b2" in (out / "tiny" / "results.csv").read_text().splitlines()[0]
@@ -66,7 +66,7 @@ def test_train_then_evaluate(tmp_path):
     ("--steps=last", "--steps='last': must be all"),
     ("--compare=a,b", "--compare='a': no such cell"),
     ("--batch_sizes=0", "--batch_sizes='0': must be numbers"),
-    ("--task_dir=here", "--task_dir='here': goes with --tasks"),
+    ("--task_dir=here", "--task_dir='here': requires --tasks"),
     ("--tasks=heldout_cloze,", "--tasks='heldout_cloze,': must be names of tasks"),
     ("--report=page.txt", "--report='page.txt': must end in .html"),
     ("--generate=Hello", "selects 2 cells and --generate takes one")])

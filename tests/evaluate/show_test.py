@@ -37,7 +37,7 @@ def test_the_table_marks_what_is_not_causal(capsys):
   print_table([row(), row(64, 8, loss=1.5, causal=False)])
   out = capsys.readouterr().out
   assert "1.5000 ± 0.0200*" in out and "1.9000 ± 0.0200*" not in out
-  assert "* NOT CAUSAL: its router has seen the future" in out
+  assert "* NOT CAUSAL: its router sees later tokens" in out
   print_table([row()])
   assert "CAUSAL" not in capsys.readouterr().out
 
@@ -51,7 +51,7 @@ def test_only_runs_of_equally_many_tokens_are_compared():
 
 
 def test_short_runs_say_that_they_are_no_law():
-  assert "prove the pipeline, not the law" in plot.caption([row(tokens=990_000)])
+  assert "test the pipeline, not the law" in plot.caption([row(tokens=990_000)])
   told = "20 training tokens per parameter, where compute-optimal"
   assert plot.caption([row(tokens=19_900_000)]).startswith(told)
   assert "per parameter" not in plot.caption([row(tokens=20_000_000)])

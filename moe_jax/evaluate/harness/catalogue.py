@@ -56,7 +56,7 @@ def check(names: Sequence[str], task_dir: str | None) -> None:
             task.set_config(key="num_fewshot", value=0)
           task.build_all_requests(limit=1, rank=0, world_size=1)
     except Exception as error:  # task files can raise anything
-      raise FieldError("tasks", name, "cannot be asked: " + "; ".join(
+      raise FieldError("tasks", name, "cannot be loaded: " + "; ".join(
           [*heard.lines, one_line(error)])) from None
 
 

@@ -129,7 +129,7 @@ def parse_generation(settings: Mapping[str, Any], context: int) -> Generation:
   """Parses a task's generation_kwargs. Raises FieldError for the field `tasks`."""
   for name in settings:
     require(name in _GENERATION_FIELDS, "tasks", f"generation_kwargs.{name}",
-            f"is not known here; {', '.join(_GENERATION_FIELDS)} are")
+            f"is not supported; must be one of {', '.join(_GENERATION_FIELDS)}")
   new_tokens = next((_number(settings, name, int, 0) for name in _LENGTH_NAMES
                      if settings.get(name) is not None), NEW_TOKENS)
   if not 0 < new_tokens < context:

@@ -60,7 +60,7 @@ def evaluate_cells(cells: Sequence[Cell], out: str | os.PathLike, names: Sequenc
   def work(cell: Cell, say: Callable[[str], None]) -> None:
     started = time.perf_counter()
     _evaluate_cell(cell, out, names, task_dir)
-    say(f"tasks answered, {time.perf_counter() - started:.1f} s")
+    say(f"tasks evaluated, {time.perf_counter() - started:.1f} s")
 
   return each_cell(cells, work, say)
 

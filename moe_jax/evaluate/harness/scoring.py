@@ -54,7 +54,7 @@ class Scorer:
     """
     context = self._config.data.seq_len
     for before, after in pairs:
-      require(len(before) > 0, "tasks", "", "gives an empty context: at least one token is wanted")
+      require(len(before) > 0, "tasks", "", "gives an empty context: at least one token is needed")
       if not 0 < len(after) <= context:
         raise FieldError("tasks", f"a continuation of {len(after)} tokens", "must have 1 to "
                          f"{context}: the context is data.seq_len={context} tokens")

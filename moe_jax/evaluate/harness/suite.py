@@ -28,7 +28,7 @@ from moe_jax.errors import FieldError
 TASKS = pathlib.Path(__file__).resolve().parent.parent / "tasks"
 NAMES = tuple(sorted(file.stem for file in TASKS.glob("*.yaml")))
 
-_VERSION = 1  # increment when the same text gives other questions
+_VERSION = 2  # increment when the same text gives other questions
 _QUESTIONS = 200  # per task, at most
 _DOCUMENTS = 1000  # documents used at most, evenly spaced
 _TOKENS = 50_000  # of each document, at most
@@ -75,7 +75,7 @@ def build(prepared: PreparedData, data_dir: str | os.PathLike,
   for name in names:
     if name in NAMES and not (directory / f"{name}.yaml").exists():
       raise FieldError("tasks", name, f"the {prepared.splits['heldout'].n_documents} held-out "
-                       "document(s) are too few or too short for a question")
+                       "document(s) are too few or too short to make a question")
   return directory
 
 
@@ -122,7 +122,7 @@ def cloze(passage: Passage) -> dict[str, str] | None:
   Returns the text before that word, and the word; None if there is no such word.
   """
   whole = passage.context + passage.next
-  for found in reversed(list(re.finditer(rf" ([^\W\d_]{{{_LETTERS},}})", whole))):
+  for found in reversed(list(re.finditer(rf" ([^\W\d_]{{{_LETTERS},}})\b", whole))):
     if found.start() < len(passage.context):
       return None
     if re.search(rf"\b{found[1]}\b", whole[:found.start()]):

@@ -157,7 +157,7 @@ def test_the_command_says_the_same_as_lm_eval_of_the_export(told, answers):
       assert of_task[task]["columns"][column] == pytest.approx(value, rel=1e-4), column
   assert of_task["heldout_choice"]["columns"]["heldout_choice.acc_se"] > 0
   assert of_task["next_words"]["questions"] == 5
-  assert "heldout_choice.acc" in done.stdout and "tasks answered" in done.stdout
+  assert "heldout_choice.acc" in done.stdout and "tasks evaluated" in done.stdout
   header, row = (pathlib.Path(done.args[-3].removeprefix("--out=")) / "asked" / "results.csv"
                  ).read_text().splitlines()
   found = dict(zip(header.split(","), row.split(","), strict=True))
@@ -169,7 +169,7 @@ def test_the_command_says_the_same_as_lm_eval_of_the_export(told, answers):
     ("next_word", "", "", "--tasks='next_word': no such task; did you mean 'next_words'"),
     ("next_words", "task:", "task: [", "--task_dir='"),
     ("next_words", "{{context}}", "{{a.b}}", "'a' is undefined"),
-    ("next_words", "exact_match", "no_such", "cannot be asked: no_such not found")])
+    ("next_words", "exact_match", "no_such", "cannot be loaded: no_such not found")])
 def test_a_wrong_task_is_one_line(asked, tmp_path, name, old, new, message):
   folder, *_ = asked
   (tmp_path / "next_words.yaml").write_text(TASK.replace(old, new).replace(

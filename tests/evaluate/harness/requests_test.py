@@ -124,7 +124,7 @@ def test_settings_of_generation():
 @pytest.mark.parametrize("bad, message", [
     ({"max_gen_toks": 64}, "max_gen_toks=64'.*must be 1 to 63.*data.seq_len=64"),
     ({}, "max_gen_toks=256'"), ({"max_gen_toks": "many"}, "max_gen_toks='many'.*a number"),
-    ({"num_beams": 4}, "generation_kwargs.num_beams'.*is not known here"),
+    ({"num_beams": 4}, "generation_kwargs.num_beams'.*is not supported"),
     ({"max_gen_toks": 4, "top_p": 3}, "top_p=3")])
 def test_settings_that_cannot_be_followed_are_one_line(bad, message):
   with pytest.raises(FieldError, match=message) as error:

@@ -73,6 +73,8 @@ def test_a_cloze_asks_for_a_word_that_stands_there_before():
     assert re.search(rf"\b{word}\b", question["context"])
   passage = suite.Passage("one lonely word", " and others follow here")
   assert suite.cloze(passage) is None
+  inside = suite.Passage("these tests check shards", " with tests1 and shards_x")
+  assert suite.cloze(inside) is None  # "tests" and "shards" are only parts of words there
   assert suite.cloze(suite.Passage("a lonely word", " was lonely there")) == {
       "context": "a lonely word was", "target": " lonely"}
 
