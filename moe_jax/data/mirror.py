@@ -23,7 +23,7 @@ def home(data_dir: str | os.PathLike) -> pathlib.Path:
 
 
 def fetch(data_dir: str | os.PathLike, added: Iterable[str]) -> pathlib.Path:
-  """Copies the folders `added`, where a remote `data_dir` has them, to its home; returns that."""
+  """Returns the home, after copying to it the folders `added` that a remote `data_dir` holds."""
   here = home(data_dir)
   for name in added if here != pathlib.Path(data_dir) else ():
     for source in files_below(epath.Path(data_dir) / name):

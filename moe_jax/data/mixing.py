@@ -5,9 +5,9 @@ any number of processes, each reading its part of a batch, produce the same batc
 
 * A corpus's rows come in epochs: each row once, in an order that differs between epochs. No row
   repeats before all others of its corpus have been read.
-* In every MIXTURE_PERIOD rows each corpus has exactly its share (rounded to whole rows), evenly
-  spread: of its k rows in the period, the m-th is placed at random within the m-th of k equal
-  intervals.
+* Each period of MIXTURE_PERIOD rows holds exactly the share of each corpus (rounded to whole rows),
+  evenly spread: of a corpus's k rows, the m-th is placed at random within the m-th of k equal
+  intervals of the period.
 * A corpus's rows and their order do not depend on the other corpora.
 """
 
@@ -32,7 +32,7 @@ def n_rows(prepared: PreparedData, seq_len: int) -> list[int]:
 
 
 def row_starts(prepared: PreparedData, seq_len: int, seed_data: int) -> grain.MapDataset:
-  """Returns an endless dataset whose n-th element is the first token's index of the n-th row.
+  """Returns an endless dataset of the index in tokens_N of each row's first token.
 
   Raises:
     FieldError: a corpus of a mixture is too short for one row.

@@ -1,7 +1,7 @@
 """Reads the text of the built-in corpora from installed packages; nothing is downloaded.
 
-Each reader returns the documents in a fixed order, or raises a FieldError that names the package
-to install. Packages are located without importing them.
+Each reader returns the documents in a fixed order, or raises a FieldError that says what to
+install. Packages are located without importing them.
 """
 
 import gzip

@@ -24,7 +24,7 @@ _BATCH_EXAMPLES = 64
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Suppresses prints by TFDS, since stdout is for results, and logs below warnings."""
+  """Suppresses logs below WARNING, and what TFDS prints, since stdout is for results."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(min(verbosity, logging.WARNING))
   try:

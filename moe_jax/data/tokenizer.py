@@ -119,7 +119,7 @@ class FileTokenizer:
 
 
 def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
-  """Whether two tokenizers have equal sizes, separators and ids of a probe text."""
+  """Whether two tokenizers agree in vocabulary size, separator id and the ids of a probe text."""
   return (one.document_start_id == other.document_start_id
           and one.vocab_size == other.vocab_size
           and np.array_equal(one.encode(_PROBE), other.encode(_PROBE)))

@@ -1,4 +1,4 @@
-"""Imports a Hugging Face directory as a run that can be evaluated or initialize another run.
+"""Imports a Hugging Face directory as a run to evaluate or to initialize another run from.
 
 The imported run has taken no steps: its only checkpoint is that of step 0 and holds parameters
 without optimizer state. To train further, start a new run with --config.train.init_from.
@@ -146,7 +146,8 @@ def import_weights(source: Source, cell: Cell, out: str | os.PathLike) -> RunDir
   """Creates the run of a cell, with these weights as its checkpoint of step 0.
 
   Raises:
-    FieldError: the cell's tokenizer is not the model's, or the run already exists.
+    FieldError: the cell's tokenizer is not the model's, or the run is already finished or has
+      another identity.
   """
   config, run_dir = cell.config, RunDir.of(out, cell)
   begun = run_dir.check_identity(cell)  # the identity includes init_from: safe to resume

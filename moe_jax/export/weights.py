@@ -18,7 +18,7 @@ _FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names of dtypes
 
 
 def read_json(directory: pathlib.Path, name: str) -> Any:
-  """Reads a JSON file of the directory. Raises a FieldError that names `hf`."""
+  """Reads a JSON file of the directory. Raises a FieldError for `hf`."""
   file = directory / name
   require(directory.is_dir(), "hf", str(directory), "is no directory")
   require(file.is_file(), "hf", str(directory), f"has no {name}")
@@ -32,7 +32,7 @@ class Weights:
   """Reads tensors by name, lazily."""
 
   def __init__(self, directory: pathlib.Path):
-    """Opens all weight files. Raises a FieldError that names `hf` if one is unusable."""
+    """Opens all weight files. Raises a FieldError for `hf` if one is missing or damaged."""
     self._directory = directory
     if (directory / INDEX).is_file():
       index = read_json(directory, INDEX)
@@ -47,7 +47,8 @@ class Weights:
       located = None
     files = sorted({WHOLE} if located is None else set(located.values()))
     self._files = {name: self._open(name) for name in files}
-    held = {tensor: name for name, file in self._files.items() for tensor in file.keys()}  # noqa: SIM118
+    held = {tensor: name for name, file in self._files.items()
+            for tensor in file.keys()}  # noqa: SIM118
     lost = sorted(set(located or ()) - set(held))
     require(not lost, "hf", str(directory), f"lacks tensors that its index names: "
             f"{_some(lost)}")
