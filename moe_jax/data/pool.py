@@ -1,4 +1,4 @@
-"""Work in independent units, in several processes; what was done before is not done again."""
+"""Runs independent jobs in several processes, skipping those that are already done."""
 
 import concurrent.futures
 import multiprocessing
@@ -20,9 +20,9 @@ class Job(NamedTuple):
   """A unit of work.
 
   Attributes:
-    result: the file whose presence says that the job is done.
-    size: bytes to read, for the progress.
-    arguments: for the function; they and the function travel to another process.
+    result: the file whose existence marks the job as done.
+    size: bytes to read, for the progress report.
+    arguments: arguments of the function; both are pickled for another process.
   """
 
   result: pathlib.Path
@@ -31,7 +31,7 @@ class Job(NamedTuple):
 
 
 def default_processes() -> int:
-  """As many as this process may use cores."""
+  """Number of CPU cores that this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -39,14 +39,15 @@ def run(name: str, function: Callable[..., None], jobs: Sequence[Job], processes
   """Calls `function(*job.arguments)` for each job that is not done, in any order.
 
   Args:
-    name: what the progress says.
-    function: of a module; it writes job.result last and whole (cache.write_whole).
-    jobs: what is to be done.
-    processes: how many work at once; 1 works in this one.
+    name: label of the progress report.
+    function: a module-level function; it writes job.result last and atomically
+      (cache.write_whole).
+    jobs: all jobs, those already done included.
+    processes: number of worker processes; with 1, the jobs run in this process.
 
   Raises:
-    FieldError: as `function`, of the first job that fails; or a process was killed. What is
-      done is kept.
+    FieldError: the first one raised by `function`, or a worker was killed. Results written so
+      far are kept.
   """
   left = [job for job in jobs if not job.result.exists()]
   n_bytes = sum(job.size for job in left)
@@ -62,7 +63,7 @@ def run(name: str, function: Callable[..., None], jobs: Sequence[Job], processes
 
 def _run_in_processes(function: Callable[..., None], jobs: Sequence[Job], processes: int,
                       progress: Progress) -> None:
-  # Not forked: threads of this process (of TFDS, of a tokenizer) may hold locks.
+  # Not fork: threads of this process (TFDS, tokenizers) may hold locks.
   executor = concurrent.futures.ProcessPoolExecutor(
       processes, multiprocessing.get_context("spawn"), initializer=_begin_worker)
   try:
@@ -79,7 +80,7 @@ def _run_in_processes(function: Callable[..., None], jobs: Sequence[Job], proces
 
 
 def _begin_worker() -> None:
-  """A worker ends with its parent, however that ends, and leaves Ctrl-C to it."""
+  """Makes a worker exit when its parent does, for whatever reason, and ignore Ctrl-C."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 

@@ -1,14 +1,15 @@
-"""Corpora and a tokenizer -> flat token files with document boundaries, made once.
+"""Tokenizes corpora into flat token files with document boundaries, once per tokenizer.
 
     <data_dir>/<corpus>/dataset/                the TFDS dataset
-    <data_dir>/<corpus>/<tokenizer>/card.json   what is there: counts, entropies, fingerprint
+    <data_dir>/<corpus>/<tokenizer>/card.json   description: counts, entropies, fingerprint
                                     tokenizer.json            (not for `bytes`)
                                     {train,heldout}_{tokens,starts,bytes}.npy
-    <data_dir>/<corpus>+<corpus>/<tokenizer>/   the same for a mixture, one corpus after the other
+    <data_dir>/<corpus>+<corpus>/<tokenizer>/   the same for a mixture, its corpora in sequence
 
-A document's tokens are the separator and the tokens of its text. The weights of a mixture decide
-what is read of its files, not what is in them. Where everything is there already, `prepare` only
-checks it: no TFDS, no tokenizer library, but a hash of every file, at about 2 GB/s.
+A document's tokens are the separator followed by the tokens of its text. The weights of a mixture
+decide how its files are sampled, not what they contain. If everything exists already, `prepare`
+only verifies it: it hashes every file, at about 2 GB/s, and imports neither TFDS nor the tokenizer
+library.
 """
 
 import dataclasses
@@ -30,18 +31,18 @@ from moe_jax.errors import require
 from moe_jax.files import write_json
 
 SPLITS = ("train", "heldout")
-_BPE_BYTES = 256_000_000  # of text that a BPE is trained on; more changes no merge that matters
+_BPE_BYTES = 256_000_000  # of text to train a BPE on; more text changes no merge that matters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-  """The documents of a split, one after another.
+  """The documents of a split, concatenated.
 
   Attributes:
     tokens_N: token ids, a read-only memory map of an unsigned type.
     starts_D1: int64; document d is tokens_N[starts_D1[d] : starts_D1[d + 1]].
-    bytes_D: int64; UTF-8 bytes of each document's text.
-    domain_starts: the first document of each domain (PreparedData.domains).
+    bytes_D: int64; size of each document's text in UTF-8 bytes.
+    domain_starts: index of the first document of each domain (PreparedData.domains).
   """
 
   tokens_N: np.ndarray
@@ -63,12 +64,12 @@ class Split:
 
   @property
   def domain_D(self) -> np.ndarray:
-    """The number of each document's domain, int64; a batch's segments are documents."""
+    """Index of each document's domain, int64 [D]; a batch's segment ids index into it."""
     ends = (*self.domain_starts[1:], self.n_documents)
     return np.repeat(np.arange(len(ends)), np.diff(self.domain_starts, append=ends[-1]))
 
   def domain_tokens(self, domain: int) -> range:
-    """Where the tokens of a domain are."""
+    """Returns the range of tokens_N that a domain occupies."""
     first, last = (*self.domain_starts, self.n_documents)[domain:domain + 2]
     return range(int(self.starts_D1[first]), int(self.starts_D1[last]))
 
@@ -78,9 +79,9 @@ class Domain:
   """One corpus of a mixture.
 
   Attributes:
-    corpus: its name.
-    label: under which its losses are reported; several corpora may share one.
-    weight: its share of the rows that are trained on.
+    corpus: name of the corpus.
+    label: name under which its losses are reported; several corpora may share one.
+    weight: its share of the training rows.
   """
 
   corpus: str
@@ -90,10 +91,10 @@ class Domain:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedData:
-  """A corpus, or a mixture of several, in tokens.
+  """A tokenized corpus, or a mixture of several.
 
   Attributes:
-    directory: where its files are.
+    directory: the directory of its files.
     card: content of card.json.
     splits: `train` and `heldout`.
     domains: the corpora, in the order of their documents.
@@ -106,7 +107,7 @@ class PreparedData:
 
   @property
   def fingerprint(self) -> str:
-    """Names the tokens of both splits; equal on every machine that prepared the same."""
+    """Hash of the tokens of both splits; identical data have the same one on every machine."""
     return self.card["fingerprint"]
 
   @property
@@ -124,19 +125,19 @@ class PreparedData:
 
 def prepare(data: DataConfig, data_dir: str | os.PathLike,
             processes: int | None = None) -> PreparedData:
-  """Builds what is missing or damaged, and opens it.
+  """Opens the prepared data, after building whatever is missing or damaged.
 
-  Any number of processes may call it at once: one builds, the others wait. One that is killed
-  has not worked in vain: the next goes on.
+  Any number of processes may call it at once: one builds, the others wait. If the builder is
+  killed, the next call resumes its work.
 
   Args:
-    data: `corpus` and `tokenizer` are used.
-    data_dir: a directory that any number of runs share: <out>/_data; see mirror.py.
-    processes: how many tokenise at once; as many as there are cores if None.
+    data: only `corpus` and `tokenizer` are used.
+    data_dir: <out>/_data, a directory shared by any number of runs; see mirror.py.
+    processes: number of processes that tokenize; one per available core if None.
 
   Raises:
-    FieldError: `data.corpus` is unknown or empty; `data.tokenizer` is not there; or `out`, the
-      flag that places `data_dir`, gives one that cannot be written.
+    FieldError: `data.corpus` is unknown or empty, `data.tokenizer` does not exist, or `data_dir`
+      cannot be written (reported as `out`, the flag that determines it).
   """
   root = mirror.fetch(data_dir, [tokenizer.ADDED, *(
       f"{name}/dataset" for name in data.mixture if name not in corpus.CORPORA)])
@@ -152,7 +153,7 @@ def prepare(data: DataConfig, data_dir: str | os.PathLike,
 
 def _open(directory: pathlib.Path, shares: dict[str, float]) -> PreparedData:
   card = json.loads((directory / "card.json").read_text())
-  # A card of a single corpus made before there were mixtures says nothing of domains.
+  # Cards from before mixtures existed have no `domains` and describe a single corpus.
   described = card.get("domains", [{"corpus": name, "label": name} for name in shares])
   splits = {}
   for name in SPLITS:
@@ -168,13 +169,13 @@ def _open(directory: pathlib.Path, shares: dict[str, float]) -> PreparedData:
 def _build(tokenizer_name: str, corpora: Sequence[corpus.Corpus | corpus.AddedCorpus],
            root: pathlib.Path, processes: int, directory: pathlib.Path,
            scratch: pathlib.Path) -> None:
-  """Tokenises the datasets into `directory` and describes them in card.json."""
-  from moe_jax.data import dataset  # imports TFDS: only where there is work to do
+  """Tokenizes the datasets into `directory` and writes card.json."""
+  from moe_jax.data import dataset  # imports TFDS, so only when there is something to build
   name, file = "+".join(found.name for found in corpora), scratch / tokenizer.FILE
   size = DataConfig(tokenizer=tokenizer_name).tokenizer_vocab_size
   trained = tokenizer_name == f"bpe-{size}" and not file.exists()
   if not trained:
-    tokenizer.fetch(tokenizer_name, root, file)  # first: it may not be there
+    tokenizer.fetch(tokenizer_name, root, file)  # fails early if it does not exist
   logging.info("Preparing %s with tokenizer %s in %s", name, tokenizer_name, root / name)
   homes = [found.obtain(root / found.name) for found in corpora]
   shards = [encode.ShardOf(number, shard) for split in SPLITS
@@ -208,14 +209,14 @@ def _build(tokenizer_name: str, corpora: Sequence[corpus.Corpus | corpus.AddedCo
 
 def _train(size: int, shards: Sequence[encode.ShardOf], n_bytes: int,
            file: pathlib.Path) -> None:
-  """Trains a BPE on the train split of all corpora."""
+  """Trains a BPE on the train splits of all corpora."""
   with Progress(f"training bpe-{size}", min(n_bytes, _BPE_BYTES)) as progress:
     texts = _sample(shards, -(-n_bytes // _BPE_BYTES), progress)
     cache.write_path(file, lambda path: tokenizer.train_bpe(texts, size, path))
 
 
 def _sample(shards: Sequence[encode.ShardOf], every: int, progress: Progress) -> Iterator[str]:
-  """Texts of the train split: the first of each `every`, so that all parts are seen."""
+  """Yields every `every`-th text of the train splits, so that the sample covers all of them."""
   from moe_jax.data import dataset
   texts = (text for _, shard in shards if shard.split == "train"
            for _, text in dataset.read_shard(shard))

@@ -1,4 +1,4 @@
-"""How far a preparation is, on stderr: a bar on a terminal, plain lines now and then elsewhere."""
+"""Reports the progress of data preparation on stderr: a bar on a terminal, else plain lines."""
 
 import time
 from collections.abc import Callable
@@ -10,10 +10,10 @@ PLAIN_SECONDS = 10.0
 
 
 class Progress:
-  """Counts bytes while the context lasts.
+  """Context manager that counts processed bytes and reports them.
 
-  On a pipe a line is printed every PLAIN_SECONDS, and at the end if one was printed before: what
-  is done at once says nothing.
+  Without a terminal it prints a line at most every PLAIN_SECONDS, and a final one only if an
+  earlier one was printed, so that quick work prints nothing.
   """
 
   def __init__(self, name: str, total_bytes: int, console: rich.console.Console | None = None,
@@ -23,7 +23,7 @@ class Progress:
     self._live = self._console.is_terminal and not self._console.is_dumb_terminal
     self._done, self._began, self._printed_at = 0, clock(), clock()
     self._first: int | None = None
-    self._printed: int | None = None  # bytes that the last line told
+    self._printed: int | None = None  # value of _done in the last printed line
 
   def __enter__(self) -> "Progress":
     if self._live:
@@ -43,7 +43,7 @@ class Progress:
       self._print()
 
   def skip(self, n_bytes: int) -> None:
-    """Counts what an earlier attempt has done: it says nothing about the speed."""
+    """Counts bytes that an earlier attempt processed; they are excluded from the speed."""
     self._done += n_bytes
     if self._live:
       self._bar.update(self._task, total=self._total, advance=n_bytes)

@@ -1,7 +1,7 @@
-"""Documents of a piece of a user's text, one after another; what is no text is refused.
+"""Reads the documents of one piece of a user's text; raises FieldError for what is not text.
 
-A message names the file and the line or row. Memory holds one document at a time, and of
-Parquet some hundred rows.
+Error messages name the file and the line, row or byte. Memory holds one document at a time, or a
+batch of a few hundred rows of Parquet.
 """
 
 import json
@@ -11,21 +11,21 @@ from moe_jax.data import sources
 from moe_jax.data.sources import Piece, Source
 from moe_jax.errors import FieldError, did_you_mean, require
 
-MAX_DOCUMENT_BYTES = 32 * 2**20  # a tokenizer needs a hundred times the memory of a text
-_MAX_LINE_BYTES = 4 * MAX_DOCUMENT_BYTES  # of JSON: escapes, and other fields
+MAX_DOCUMENT_BYTES = 32 * 2**20  # a tokenizer needs about 100x the memory of its text
+_MAX_LINE_BYTES = 4 * MAX_DOCUMENT_BYTES  # of JSON: leaves room for escapes and other fields
 _BLOCK_BYTES = 2**20
 _BATCH_ROWS = 256
 
 
 def read_piece(piece: Piece, source: Source) -> Iterator[tuple[str, str]]:
-  """(name, text) of each document that begins in the piece; also of empty ones.
+  """Yields (name, text) of each document that starts in the piece, empty ones included.
 
   Raises:
-    FieldError: something is not what it should be; says where.
+    FieldError: the piece cannot be read or is not valid text; names the place.
   """
   try:
     yield from _READERS[piece.kind](piece, source)
-  except (OSError, EOFError) as error:  # also of a damaged compressed file
+  except (OSError, EOFError) as error:  # also raised for damaged compressed files
     raise FieldError("from", piece.path, f"cannot be read: {error}") from None
 
 
@@ -48,7 +48,7 @@ def _read_json(piece: Piece, source: Source) -> Iterator[tuple[str, str]]:
       continue
     try:
       value = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # also raised for bytes that are not UTF-8
       reason = " ".join(str(error).split())
       raise FieldError("from", _line(piece, offset), f"is not JSON: {reason}; each line must be "
                        "a JSON object") from None
@@ -99,7 +99,7 @@ _READERS = {"text": _read_text, "json": _read_json, "parquet": _read_parquet,
 
 
 def check_size(name: str, size: int) -> None:
-  """Raises FieldError if a document is too long to be tokenised."""
+  """Raises FieldError if a document is too long to tokenize."""
   if size > MAX_DOCUMENT_BYTES:
     _refuse_size(name, size)
 
@@ -129,13 +129,14 @@ def _is_text(text: str) -> bool:
 
 
 def _split(piece: Piece, separator: bytes, limit: int) -> Iterator[tuple[int, bytes]]:
-  """(offset, content) of what stands between separators and begins in the piece.
+  """Splits a file at the separators; yields (offset, content) of parts that start in the piece.
 
-  What begins at the piece's stop belongs to the next one. A compressed file is one piece.
+  A part that starts at the piece's stop belongs to the next piece. A compressed file is a single
+  piece.
   """
   with sources.open_file(piece.path) as file:
     buffer, base, at = b"", 0, 0  # the buffer's first byte is byte `base` of the file
-    if piece.start > 0:  # the first that begins here follows a separator that ends here or later
+    if piece.start > 0:  # the first part follows a separator that ends at or after start
       base = max(0, piece.start - len(separator))
       file.seek(base)
     stop = float("inf") if sources.is_compressed(piece.path) else piece.stop
@@ -159,7 +160,7 @@ def _split(piece: Piece, separator: bytes, limit: int) -> Iterator[tuple[int, by
 
 
 def _line(piece: Piece, offset: int) -> str:
-  """`file:number` of the line that begins at the offset."""
+  """Returns `file:number` of the line that starts at the offset."""
   number, left = 1, offset
   with sources.open_file(piece.path) as file:
     while left > 0 and (block := file.read(min(_BLOCK_BYTES, left))):

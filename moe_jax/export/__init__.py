@@ -1,1 +1,1 @@
-"""Exchange with Hugging Face: checkpoints to and from sharded safetensors."""
+"""Converts checkpoints to and from Hugging Face's sharded safetensors."""

@@ -1,11 +1,12 @@
-"""Checkpoints to and from Hugging Face's layouts: Qwen3-MoE, OLMoE and Mixtral.
+"""Converts checkpoints to and from Hugging Face's layouts: Qwen3-MoE, OLMoE and Mixtral.
 
     python -m moe_jax.export --to=hf --config=experiments/quickstart.py:CELL --hf=DIR
     python -m moe_jax.export --from=hf --hf=DIR --write=experiments/mine.py
     python -m moe_jax.export --from=hf --hf=DIR --config=experiments/quickstart.py:CELL
 
---to writes a directory that transformers 4.57 and 5 open, tokenizer included. --from makes a run
-of it: with --write a new experiment file whose cell it is, with --config a run of that cell.
+--to writes a directory, tokenizer included, that transformers 4.57 and 5 can load. --from imports
+such a directory as a run: with --write, of the only cell of a new experiment file; with --config,
+of an existing cell.
 """
 
 import pathlib
@@ -64,7 +65,7 @@ def _export(overrides: list[str]) -> int:
   require(len(cells) == 1, "config", _CONFIG.value, f"selects {len(cells)} cells and exports "
           "one: add :CELL. Cells: " + ", ".join(cell.name for cell in cells))
   (cell,) = cells
-  require(_SHARD_GB.value >= 0, "shard_gb", _SHARD_GB.value, "must be a number")  # and not nan
+  require(_SHARD_GB.value >= 0, "shard_gb", _SHARD_GB.value, "must be a number")  # not NaN
   from moe_jax.export.to_hf import export
   done = export(cell, _OUT.value, _HF.value, _STEP.value, _LAYOUT.value, _DTYPE.value,
                 _SHARD_GB.value * 1e9)
@@ -99,7 +100,7 @@ def _import(overrides: list[str]) -> int:
   except BaseException as error:
     if _WRITE.value is None:
       raise
-    pathlib.Path(_WRITE.value).unlink()  # so that the same command can be given again
+    pathlib.Path(_WRITE.value).unlink()  # so that the same command can be retried
     if isinstance(error, FieldError) and error.field == "config.data.corpus":
       raise FieldError("corpus", error.value, error.accepted) from None
     raise

@@ -1,7 +1,7 @@
-"""A Hugging Face directory -> a run whose checkpoint can be evaluated and begun from.
+"""Imports a Hugging Face directory as a run to evaluate or to initialize another run from.
 
-The run has done no step: its checkpoint is that of step 0, and holds parameters alone. Training
-goes on from it in a run of its own, with --config.train.init_from.
+The imported run has taken no steps: its only checkpoint is that of step 0 and holds parameters
+without optimizer state. To train further, start a new run with --config.train.init_from.
 """
 
 import collections
@@ -35,18 +35,18 @@ from moe_jax.study import write
 from moe_jax.train.checkpoint import Checkpointer
 from moe_jax.train.checkpoint_parts import tree_paths
 
-_LONGEST = 2048  # tokens in a sequence of a new experiment, if the model takes as many
+_LONGEST = 2048  # upper bound of a new experiment's data.seq_len
 
 
 class Source(NamedTuple):
-  """A directory that was looked at and found whole.
+  """A Hugging Face directory that `look` has validated.
 
   Attributes:
-    directory: of it.
-    said: its config.json in our words.
-    weights: its tensors.
-    tensors: what they are.
-    init_from: what says in a configuration that its parameters come from here.
+    directory: its path.
+    said: its config.json, translated to this project's configuration.
+    weights: reads its tensors.
+    tensors: the name, shape and place in the parameters of each tensor.
+    init_from: value of train.init_from that identifies these weights.
   """
 
   directory: pathlib.Path
@@ -57,10 +57,11 @@ class Source(NamedTuple):
 
 
 def look(hf: str | os.PathLike) -> Source:
-  """Reads config.json, and checks that every tensor is there.
+  """Reads config.json and checks that the directory has exactly the tensors it implies.
 
   Raises:
-    FieldError: of `hf`; the directory is not whole, or no architecture of this project.
+    FieldError: names `hf`; the directory is incomplete or damaged, or this project cannot express
+      its architecture.
   """
   directory = pathlib.Path(hf).expanduser()
   said = layouts.from_config_json(read_json(directory, "config.json"))
@@ -76,16 +77,17 @@ def look(hf: str | os.PathLike) -> Source:
 
 def as_experiment(source: Source, path: str | os.PathLike, out: str | os.PathLike,
                   corpus: str = DataConfig.corpus) -> Cell:
-  """Writes an experiment file with the model as its one cell; its tokenizer gets a name.
+  """Writes an experiment file whose only cell is the model, and stores the model's tokenizer.
 
   Args:
     source: the model.
-    path: of the file, experiments/NAME.py.
-    out: directory of all experiments; the tokenizer is kept in <out>/_data.
-    corpus: what the model will be evaluated on.
+    path: path of the new file, experiments/NAME.py.
+    out: root directory of all experiments; the tokenizer is stored in <out>/_data.
+    corpus: corpus to evaluate the model on.
 
   Raises:
-    FieldError: the path is taken, the tokenizer is missing or does not suit the vocabulary.
+    FieldError: the path is taken, `out` is not local, or the tokenizer is missing or larger than
+      the vocabulary.
   """
   write.check_free(path)
   require(is_local(out), "out", os.fspath(out), "must be a local path, under which the tokenizer "
@@ -111,10 +113,10 @@ def as_experiment(source: Source, path: str | os.PathLike, out: str | os.PathLik
 
 
 def as_cell(source: Source, spec: str, changes: Mapping[str, Any]) -> Cell:
-  """The cell that `--config` names, as one that holds these weights.
+  """Returns the cell that `--config` selects, with train.init_from set to these weights.
 
   Raises:
-    FieldError: the cell has another architecture; names the fields.
+    FieldError: several cells are selected, or the cell differs from the model; names the fields.
   """
   (cell, *others) = select(spec, {**changes, "train.init_from": source.init_from})
   require(not others, "config", spec, "selects several cells: add :CELL")
@@ -125,7 +127,7 @@ def as_cell(source: Source, spec: str, changes: Mapping[str, Any]) -> Cell:
 
 
 def differences(config: RunConfig, said: Imported) -> list[str]:
-  """Where the forward pass of a configuration is not the model's, each as one phrase."""
+  """Describes each field that makes the forward pass of `config` differ from the model's."""
   def resolved(arch):
     given = {f"arch.{name}": value for name, value in leaves(arch).items()}
     return given | {"arch.n_kv_heads": arch.kv_heads, "arch.head_dim": arch.d_head,
@@ -141,13 +143,14 @@ def differences(config: RunConfig, said: Imported) -> list[str]:
 
 
 def import_weights(source: Source, cell: Cell, out: str | os.PathLike) -> RunDir:
-  """Writes the run of a cell with these weights as its checkpoint of step 0.
+  """Creates the run of a cell, with these weights as its checkpoint of step 0.
 
   Raises:
-    FieldError: the tokenizer of the cell is not the model's, or the run is there already.
+    FieldError: the cell's tokenizer is not the model's, or the run is already finished or has
+      another identity.
   """
   config, run_dir = cell.config, RunDir.of(out, cell)
-  begun = run_dir.check_identity(cell)  # the identity names the weights: it may go on
+  begun = run_dir.check_identity(cell)  # the identity includes init_from: safe to resume
   require(not begun or run_dir.read_status().get("state") != run_dir_lib.FINISHED, "out",
           str(run_dir.path), "is there already")
   try:
@@ -174,10 +177,10 @@ def import_weights(source: Source, cell: Cell, out: str | os.PathLike) -> RunDir
 
 
 def read_params(source: Source, config: RunConfig, mesh) -> functional.Params:
-  """The parameters on the mesh.
+  """Reads the parameters onto the mesh.
 
-  Every tensor that a device of this process has a part of is read once. Beside the devices, the
-  memory holds one parameter: what this process has of it.
+  Each tensor of which this process's devices hold a part is read once. Host memory holds one
+  parameter at a time, and only this process's shards of it.
   """
   tensors = collections.defaultdict(dict)
   for weight in source.tensors:
@@ -188,7 +191,7 @@ def read_params(source: Source, config: RunConfig, mesh) -> functional.Params:
     def bounds_of(index):
       return tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
 
-    parts = {  # replicas share one
+    parts = {  # one per distinct shard: replicas share it
         bounds: np.empty([end - start for start, end in bounds], np.float32)
         for bounds in map(bounds_of, leaf.sharding.addressable_devices_indices_map(
             leaf.shape).values())}
@@ -197,7 +200,7 @@ def read_params(source: Source, config: RunConfig, mesh) -> functional.Params:
           start <= i < end for i, (start, end) in zip(at, bounds, strict=False))]
       if not wanted:
         continue
-      inner = leaf.shape[len(at):]  # behind the axes of layers and experts
+      inner = leaf.shape[len(at):]  # without the layer and expert axes
       tensor = weight.from_layout(source.weights.read(weight.name), inner)
       for bounds in wanted:
         here = tuple(i - start for i, (start, _) in zip(at, bounds, strict=False))

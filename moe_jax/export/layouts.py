@@ -1,12 +1,12 @@
-"""The Hugging Face layouts that a decoder of this project can have. No JAX.
+"""Maps this project's configurations and parameters to and from Hugging Face layouts. No JAX.
 
-A layout is a model class of transformers: which names its weights have, which keys its config.json,
-and which architectures it can express. Every matrix there is [out, in], ours [in, out]; the
-rotary embedding turns the same pairs (rotate-half).
+A layout is a model class of transformers: the names of its weights, the keys of its config.json,
+and the architectures it can express. A projection matrix is [out, in] there and [in, out] here; the
+rotary embedding rotates the same pairs (rotate-half).
 
-config.json says some things twice, for two generations of the library (seen to be so):
-transformers 5 writes `num_local_experts`, `rope_parameters` and `dtype`, 4.57 reads
-`num_experts`, `rope_theta` and `torch_dtype` and silently falls back to defaults without them.
+config.json holds some values under two keys, for two major versions of transformers. As observed,
+version 5 writes `num_local_experts`, `rope_parameters` and `dtype`, while 4.57 reads `num_experts`,
+`rope_theta` and `torch_dtype` and silently falls back to defaults without them.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ class Layout:
 
   Attributes:
     name: its `model_type`.
-    model_class: name of the class, in `architectures`.
-    qk_norm: what it normalises of queries and keys (Architecture.qk_norm).
-    feed_forward: the module of a layer that holds router and experts.
+    model_class: name of the class, listed in `architectures`.
+    qk_norm: how it normalizes queries and keys (Architecture.qk_norm).
+    feed_forward: name of a layer's module that holds the router and experts.
     expert: names of an expert's gate, up and down matrices.
-    expert_width: key of the width of an expert.
-    defaults: what its class takes for keys that a config.json leaves out.
-    may_be_dense: whether first layers may be dense.
-    norm_topk_prob: whether the chosen probabilities are divided by their sum; None where
-      config.json says it.
-    has_head_dim: whether a head may be wider or narrower than d_model / n_heads.
+    expert_width: config.json key for the width of an expert.
+    defaults: defaults of the class for keys missing from config.json.
+    may_be_dense: whether the first layers may be dense.
+    norm_topk_prob: whether the top-k probabilities are divided by their sum; None if
+      config.json decides.
+    has_head_dim: whether the head dimension may differ from d_model / n_heads.
   """
 
   name: str
@@ -69,21 +69,21 @@ LAYOUTS = {layout.name: layout for layout in (
            may_be_dense=False, norm_topk_prob=True, has_head_dim=True))}
 
 
-# Transformers 5 runs experts by torch's grouped product, which refuses rows that are not whole
-# units of 16 bytes: 8 numbers of bfloat16. Elsewhere config.json asks for its loop over experts.
+# Transformers 5 runs the experts with torch's grouped matmul, which rejects rows that are not a
+# multiple of 16 bytes (8 bfloat16 values). For other widths config.json selects the expert loop.
 _GROUPED = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-  """One tensor of a layout and where it lies in the parameters.
+  """One tensor of a layout and its place in this project's parameters.
 
   Attributes:
-    name: in the layout.
-    shape: in the layout.
-    path: of the array in the parameters.
-    index: of the part of it: (), (layer,) or (layer, expert).
-    transposed: whether it is a matrix, [out, in] there and [in, out] here.
+    name: name in the layout.
+    shape: shape in the layout.
+    path: path of the array in the parameters.
+    index: index of the tensor in that array: (), (layer,) or (layer, expert).
+    transposed: whether the tensor is [out, in] there and [in, out] here.
   """
 
   name: str
@@ -97,12 +97,12 @@ class Weight:
     return math.prod(self.shape)
 
   def from_layout(self, theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor seen as the part of our array, of the given shape; no copy."""
+    """Views the layout's tensor as its part of this project's array, in `shape`; no copy."""
     return (theirs.T if self.transposed else theirs).reshape(shape)
 
 
 def weights(arch: Architecture, layout: Layout) -> Iterator[Weight]:
-  """Every tensor of the model in that layout, layer by layer."""
+  """Yields every tensor of the model in the layout, layer by layer."""
   d, vocab = arch.d_model, arch.vocab_size
   yield Weight("model.embed_tokens.weight", (vocab, d), ("embedding_VD",))
   for layer in range(arch.n_layers):
@@ -153,14 +153,14 @@ def _attention(arch: Architecture, prefix: str, stack: str, index: tuple[int]
 
 
 def layout_of(config: RunConfig, name: str | None = None) -> Layout:
-  """The layout that expresses a configuration.
+  """Returns the layout for a configuration, after checking that it can express it.
 
   Args:
-    config: of the run.
-    name: of the layout that is wanted; None takes the one that normalises as the run does.
+    config: configuration of the run.
+    name: name of the layout; None selects the one with the run's qk_norm.
 
   Raises:
-    FieldError: names the field that the layout cannot express.
+    FieldError: no such layout, or it cannot express a field; names that field.
   """
   arch, moe = config.arch, config.moe
   if name is None:
@@ -192,7 +192,7 @@ def layout_of(config: RunConfig, name: str | None = None) -> Layout:
 
 def config_json(config: RunConfig, layout: Layout, dtype: str, document_start_id: int
                 ) -> dict[str, Any]:
-  """What config.json says, for transformers 4.57 and 5."""
+  """Returns the content of config.json for transformers 4.57 and 5."""
   arch, theta = config.arch, config.model.rope_theta
   said = {
       "architectures": [layout.model_class], "model_type": layout.name,
@@ -246,7 +246,7 @@ def _are_layers(value: Any) -> bool:
   return isinstance(value, list) and all(type(layer) is int for layer in value)
 
 
-# What the keys that are read must hold where they are there and not null.
+# key -> (check, accepted): validates the keys of config.json that are present and not null.
 _KINDS = {key: (is_one, what) for is_one, what, keys in (
     (_is_count, "a whole number from 1 to 65535", (
         "num_hidden_layers", "num_experts", "num_local_experts", "num_experts_per_tok",
@@ -263,7 +263,7 @@ _KINDS = {key: (is_one, what) for is_one, what, keys in (
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-  """What a config.json says of the decoder, in our words."""
+  """A config.json translated to this project's configuration."""
 
   layout: Layout
   arch: Architecture
@@ -276,7 +276,8 @@ def from_config_json(said: Any) -> Imported:
   """Reads a config.json of transformers 4.57 or 5.
 
   Raises:
-    FieldError: of `hf`; names the key that is missing, or says what this project has not.
+    FieldError: names `hf`; a key is missing or invalid, or this project does not support its
+      value.
   """
   require(isinstance(said, dict), "hf", "config.json", "is damaged: not an object")
 
@@ -329,7 +330,7 @@ def from_config_json(said: Any) -> Imported:
 
 
 def _refuse_window(said: Mapping[str, Any], layout: Layout, refuse) -> None:
-  """Attention here sees the whole document."""
+  """Refuses a sliding window shorter than the context: attention here has none."""
   window = said.get("sliding_window")
   used = said.get("use_sliding_window", False) if layout.may_be_dense else window is not None
   if used and window is not None and window < (
@@ -348,7 +349,7 @@ def _rope_theta(said: Mapping[str, Any], layout: Layout, refuse) -> float:
 
 
 def _dense_layers(get, n_layers: int, refuse) -> int:
-  """How many first layers are dense, by Qwen3-MoE's two keys."""
+  """Counts the leading dense layers, by decoder_sparse_step and mlp_only_layers of Qwen3-MoE."""
   every, listed = get("decoder_sparse_step"), set(get("mlp_only_layers"))
   dense = [layer for layer in range(n_layers)
            if layer in listed or (layer + 1) % every]

@@ -1,10 +1,10 @@
-"""Files of weights in safetensors' format whose tensors may be written in any order and in parts.
+"""Writes safetensors files whose tensors can be filled in any order and in parts.
 
-A checkpoint's chunks hold parts of many experts, and a file of ours holds experts that lie in many
-chunks. Read in the order of the files, every chunk would be read again for each of them; so the
-files are laid out at first and filled in the order of the chunks. The library writes whole files
-from memory only. Its format is 8 bytes with the length of a header in JSON, the header (each
-tensor's type, shape and place), and the tensors (https://huggingface.co/docs/safetensors).
+A checkpoint chunk holds parts of many experts, and an exported file holds experts from many chunks.
+Writing file by file would read every chunk once per file, so all files are preallocated and then
+filled chunk by chunk. The safetensors library cannot do this: it only writes whole files from
+memory. The format is the length of a header in 8 bytes, the JSON header (each tensor's dtype, shape
+and offsets), and the tensors (https://huggingface.co/docs/safetensors).
 """
 
 import json
@@ -19,21 +19,21 @@ import numpy as np
 from moe_jax.export.layouts import Weight
 
 INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"  # where one file holds all
+WHOLE = "model.safetensors"  # used if one file holds all tensors
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {"float32": "F32", "bfloat16": "BF16"}
-_ALIGNMENT = 8  # of the first tensor
+_ALIGNMENT = 8  # bytes; alignment of the first tensor
 
 
 class _Place(NamedTuple):
-  """Where a tensor's bytes are."""
+  """Position of a tensor's bytes."""
 
   file: pathlib.Path
   offset: int
 
 
 def plan(weights: Sequence[Weight], itemsize: int, shard_bytes: float) -> list[list[Weight]]:
-  """The weights in their order, cut into files; a tensor is never cut."""
+  """Splits the weights into files, in order; a single tensor is never split."""
   shards: list[list[Weight]] = [[]]
   room = shard_bytes
   for weight in weights:
@@ -47,19 +47,19 @@ def plan(weights: Sequence[Weight], itemsize: int, shard_bytes: float) -> list[l
 
 
 class Shards:
-  """Files as large as they will be, and their index where there are several; zeros at first.
+  """Preallocated safetensors files, zero until written, with an index if there are several.
 
   Attributes:
-    n_bytes: of all tensors.
+    n_bytes: total size of all tensors.
   """
 
   def __init__(self, directory: pathlib.Path, planned: Sequence[Sequence[Weight]], dtype: str):
-    """Lays the files out.
+    """Preallocates the files.
 
     Args:
-      directory: that is there, for the files.
+      directory: an existing directory for the files.
       planned: the weights of each file.
-      dtype: of the tensors, of DTYPES.
+      dtype: dtype of the tensors, a key of DTYPES.
 
     Raises:
       OSError: the disk has no room for them.
@@ -89,15 +89,15 @@ class Shards:
       opened.write(len(header).to_bytes(8, "little") + header)
       opened.truncate(8 + len(header) + end)
       if hasattr(os, "posix_fallocate"):  # not on macOS
-        # A full disk is an error here, and where a map is written a signal that ends the process.
+        # A full disk raises OSError here; on a write to the memory map it would raise SIGBUS.
         os.posix_fallocate(opened.fileno(), 0, 8 + len(header) + end)
     for weight, begin in zip(shard, begins, strict=True):
       self._places[weight.name] = _Place(file, 8 + len(header) + begin)
 
   def tensor(self, weight: Weight) -> np.ndarray:
-    """The tensor on disk: what is assigned to its parts is written, rounded to its type.
+    """Returns a writable memory map of the tensor; assigned values are rounded to its dtype.
 
-    It counts as memory of this process until it is let go.
+    The map counts toward this process's memory until it is released.
     """
     place = self._places[weight.name]
     return np.memmap(place.file, self._dtype, "r+", place.offset, weight.shape)

@@ -1,4 +1,4 @@
-"""A checkpoint -> a Hugging Face directory, chunk by chunk."""
+"""Exports a checkpoint as a Hugging Face directory, chunk by chunk."""
 
 import collections
 import dataclasses
@@ -29,11 +29,11 @@ from moe_jax.run_dir import RunDir
 from moe_jax.train.checkpoint_files import content_hash
 from moe_jax.train.checkpoint_parts import StoredParams
 
-ORIGIN = "moe_jax.json"  # which run it was
+ORIGIN = "moe_jax.json"  # records which run was exported
 
 
 class Exported(NamedTuple):
-  """What was written."""
+  """Summary of an export."""
 
   layout: str
   step: int
@@ -45,23 +45,24 @@ class Exported(NamedTuple):
 def export(cell: Cell, out: str | os.PathLike, hf: str | os.PathLike, step: int | None = None,
            layout: str | None = None, dtype: str = "float32", shard_bytes: float = 4e9
            ) -> Exported:
-  """Writes the directory `hf`, which appears when all of it is there.
+  """Writes the directory `hf` atomically: it appears only once it is complete.
 
-  Of the checkpoint one chunk is in memory at a time, 64 MB at most, however large the files are.
+  Only one chunk of the checkpoint, at most 64 MB, is in memory at a time, whatever the file size.
 
   Args:
-    cell: its run is exported.
-    out: directory of all experiments.
+    cell: the cell whose run is exported.
+    out: root directory of all experiments.
     hf: a local path that does not exist yet.
-    step: of the checkpoint; None means the newest sound one.
-    layout: of layouts.LAYOUTS; None takes the one that suits the architecture.
+    step: step of the checkpoint; None means the newest sound one.
+    layout: a key of layouts.LAYOUTS; None selects the one that fits the architecture.
     dtype: float32, which keeps the weights as they were trained, or bfloat16.
-    shard_bytes: largest file of weights, unless one tensor is larger.
+    shard_bytes: maximum size of a weight file, unless a single tensor is larger.
 
   Raises:
-    FieldError: no layout expresses the architecture, the directory exists or does not fit on
-      the disk, the text or its tokenizer has changed since the run read it.
-    CheckpointError: no checkpoint is sound.
+    FieldError: the run does not exist, the layout cannot express the architecture, the directory
+      exists or does not fit on the disk, or the text or its tokenizer has changed since the run
+      read it.
+    CheckpointError: there is no such checkpoint, or none is sound.
   """
   config, target = cell.config, _free_target(hf)
   found = layouts.layout_of(config, layout)
@@ -79,7 +80,7 @@ def export(cell: Cell, out: str | os.PathLike, hf: str | os.PathLike, step: int 
   planned = shards_lib.plan(weights, DTYPES[dtype].itemsize, shard_bytes)
   _require_space(target, sum(weight.size for weight in weights) * DTYPES[dtype].itemsize)
   partial = target.with_name(f".{target.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
+  shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted export
   partial.mkdir(parents=True)
   shards = Shards(partial, planned, dtype)
   write_weights(shards, stored, weights)
@@ -98,19 +99,19 @@ def export(cell: Cell, out: str | os.PathLike, hf: str | os.PathLike, step: int 
 
 
 def write_weights(shards: Shards, stored: StoredParams, weights: Iterable[Weight]) -> None:
-  """Fills the files, a chunk of the checkpoint at a time; each is read once."""
+  """Fills the files one checkpoint chunk at a time; each chunk is read once."""
   arrays: dict[tuple[str, ...], dict[tuple[int, ...], Weight]] = collections.defaultdict(dict)
   for weight in weights:
     arrays[weight.path][weight.index] = weight
   for path, parts in arrays.items():
-    shape, stacked = stored.shapes[path], len(next(iter(parts)))  # axes of layers, of experts
+    shape, stacked = stored.shapes[path], len(next(iter(parts)))  # layer and expert axes
     for where, values in stored.chunks(path):
       first = [part.start for part in where[:stacked]]
       for at in np.ndindex(values.shape[:stacked]):
         weight = parts[tuple(i + start for i, start in zip(at, first, strict=True))]
         tensor = weight.from_layout(shards.tensor(weight), shape[stacked:])
         tensor[where[stacked:]] = values[at]
-      del values  # before the next chunk is read
+      del values  # frees it before the next chunk is read
 
 
 def _free_target(hf: str | os.PathLike) -> pathlib.Path:

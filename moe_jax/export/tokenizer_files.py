@@ -1,4 +1,4 @@
-"""The tokenizer of a run as files that transformers reads, and the other way round."""
+"""Writes a run's tokenizer as files that transformers can load, and reads such files."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ from moe_jax.errors import require
 
 
 def write(directory: pathlib.Path, tokenizer: Tokenizer, max_length: int) -> None:
-  """Writes tokenizer.json and tokenizer_config.json; both begin documents with the same id."""
+  """Writes tokenizer.json and tokenizer_config.json, with the separator as BOS and EOS token."""
   if isinstance(tokenizer, FileTokenizer):
     text, start = tokenizer.to_json(), tokenizer.document_start
   else:
@@ -21,10 +21,10 @@ def write(directory: pathlib.Path, tokenizer: Tokenizer, max_length: int) -> Non
 
 
 def read(directory: pathlib.Path) -> FileTokenizer:
-  """The tokenizer in a Hugging Face directory.
+  """Reads the tokenizer in a Hugging Face directory.
 
   Raises:
-    FieldError: of `hf`; there is no tokenizer.json, or it cannot be read.
+    FieldError: names `hf` if there is no tokenizer.json, or `data.tokenizer` if it is unreadable.
   """
   file = directory / FILE
   require(file.is_file(), "hf", str(directory), f"has no {FILE}")
@@ -32,9 +32,9 @@ def read(directory: pathlib.Path) -> FileTokenizer:
 
 
 def _bytes_json() -> str:
-  """ByteTokenizer as a BPE without merges, whose tokens are the 256 bytes under their numbers."""
+  """Returns ByteTokenizer as a tokenizer.json: a BPE without merges whose ids are byte values."""
   from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-  # The library writes byte b as a letter: itself where it can be printed, else one past 255.
+  # ByteLevel maps byte b to a printable character: chr(b) if printable, else one above chr(255).
   shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
   hidden = [b for b in range(256) if b not in shown]
   letter = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}

@@ -1,4 +1,4 @@
-"""The weights in a Hugging Face directory: which are there, and any part of them."""
+"""Reads and checks the weights in a Hugging Face directory."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from moe_jax.errors import FieldError, require
 from moe_jax.export.layouts import Weight
 from moe_jax.export.shards import INDEX, WHOLE
 
-_SHOWN = 3  # names in a message
-_FLOATS = ("F32", "BF16", "F16", "F64")  # in safetensors' words
+_SHOWN = 3  # maximum number of tensor names in a message
+_FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names of dtypes
 
 
 def read_json(directory: pathlib.Path, name: str) -> Any:
-  """The content of a JSON file of the directory. Raises FieldError of `hf`."""
+  """Reads a JSON file of the directory. Raises a FieldError for `hf`."""
   file = directory / name
   require(directory.is_dir(), "hf", str(directory), "is no directory")
   require(file.is_file(), "hf", str(directory), f"has no {name}")
@@ -29,10 +29,10 @@ def read_json(directory: pathlib.Path, name: str) -> Any:
 
 
 class Weights:
-  """Tensors by name, in memory only when they are read."""
+  """Reads tensors by name, lazily."""
 
   def __init__(self, directory: pathlib.Path):
-    """Opens every file of weights. Raises FieldError of `hf`: one is missing or damaged."""
+    """Opens all weight files. Raises a FieldError for `hf` if one is missing or damaged."""
     self._directory = directory
     if (directory / INDEX).is_file():
       index = read_json(directory, INDEX)
@@ -47,7 +47,8 @@ class Weights:
       located = None
     files = sorted({WHOLE} if located is None else set(located.values()))
     self._files = {name: self._open(name) for name in files}
-    held = {tensor: name for name, file in self._files.items() for tensor in file.keys()}  # noqa: SIM118
+    held = {tensor: name for name, file in self._files.items()
+            for tensor in file.keys()}  # noqa: SIM118
     lost = sorted(set(located or ()) - set(held))
     require(not lost, "hf", str(directory), f"lacks tensors that its index names: "
             f"{_some(lost)}")
@@ -55,7 +56,7 @@ class Weights:
 
   @property
   def count(self) -> int:
-    """How many there are."""
+    """Number of tensors."""
     return len(self._located)
 
   def _open(self, name: str):
@@ -67,7 +68,11 @@ class Weights:
       raise FieldError("hf", str(file), f"is damaged or cut: {error}") from None
 
   def check(self, wanted: Iterable[Weight]) -> None:
-    """Raises FieldError of `hf` unless exactly these tensors are there, in these shapes."""
+    """Checks that there are exactly these tensors, in these shapes and of floating point.
+
+    Raises:
+      FieldError: names `hf`; a tensor is missing, unexpected, or of another shape or type.
+    """
     by_name = {weight.name: weight for weight in wanted}
     missing = [name for name in by_name if name not in self._located]
     require(not missing, "hf", str(self._directory), "lacks "
@@ -84,11 +89,11 @@ class Weights:
               f"be of {', '.join(_FLOATS)}")
 
   def read(self, name: str) -> np.ndarray:
-    """A tensor, in float32."""
+    """Reads a tensor as float32."""
     return np.asarray(self._files[self._located[name]].get_tensor(name), np.float32)
 
   def content_hash(self) -> str:
-    """Eight hex digits that name the files' content."""
+    """Returns eight hex digits of a hash of the weight files' content."""
     digest = hashlib.sha256()
     for name in self._files:
       with (self._directory / name).open("rb") as file:
