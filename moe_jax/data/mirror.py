@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from etils import epath
 
+from moe_jax.data.cache import MANIFEST
 from moe_jax.files import files_below, write_bytes
 
 
@@ -23,11 +24,23 @@ def home(data_dir: str | os.PathLike) -> pathlib.Path:
 
 
 def fetch(data_dir: str | os.PathLike, added: Iterable[str]) -> pathlib.Path:
-  """Returns the home, after copying to it the folders `added` that a remote `data_dir` holds."""
+  """Returns the home, after copying to it the folders `added` that a remote `data_dir` holds.
+
+  Files that are there already are not copied again unless their size or the folder's manifest,
+  which has the hash of each file, differs.
+  """
   here = home(data_dir)
   for name in added if here != pathlib.Path(data_dir) else ():
-    for source in files_below(epath.Path(data_dir) / name):
-      target = here / source.relative_to(data_dir).as_posix()
-      if not target.exists() or target.stat().st_size != source.stat().length:
-        write_bytes(target, source.read_bytes())
+    folder, target = epath.Path(data_dir) / name, here / name
+    manifest = folder / MANIFEST
+    replaced = manifest.exists() and not _equal(target / MANIFEST, manifest.read_bytes())
+    # The manifest comes last: until it is there, an interrupted copy starts over.
+    for source in sorted(files_below(folder), key=lambda file: file.name == MANIFEST):
+      copy = here / source.relative_to(data_dir).as_posix()
+      if replaced or not copy.exists() or copy.stat().st_size != source.stat().length:
+        write_bytes(copy, source.read_bytes())
   return here
+
+
+def _equal(file: pathlib.Path, content: bytes) -> bool:
+  return file.exists() and file.read_bytes() == content

@@ -43,8 +43,8 @@ def row_starts(prepared: PreparedData, seq_len: int, seed_data: int) -> grain.Ma
   orders = []
   for number, (domain, count) in enumerate(zip(prepared.domains, rows, strict=True)):
     tokens = split.domain_tokens(number)
-    require(count > 0, "data.corpus", domain.corpus, f"its {len(tokens)} tokens of the train "
-            f"split make no row of data.seq_len={seq_len}")
+    require(count > 0, "data.corpus", domain.corpus, f"its train split has {len(tokens)} "
+            f"tokens, too few for one row of data.seq_len={seq_len}")
     orders.append(_epochs(tokens.start, count, seq_len, _seed(seed_data, domain.corpus)))
   counts = period_counts([domain.weight for domain in prepared.domains])
   return grain.MapDataset.select_from_datasets(orders, Interleaving(counts, seed_data))

@@ -185,7 +185,7 @@ def _build(tokenizer_name: str, corpora: Sequence[corpus.Corpus | corpus.AddedCo
     _train(size, shards, n_bytes, file)
   encoder = tokenizer.load(tokenizer_name, scratch)
   require(size is None or encoder.vocab_size <= size, "data.tokenizer",
-          tokenizer_name, f"has {encoder.vocab_size} tokens, more than it says")
+          tokenizer_name, f"has {encoder.vocab_size} tokens, more than its name says")
   if isinstance(encoder, tokenizer.FileTokenizer):
     if not encoder.is_lossless:
       logging.warning("The tokenizer %s does not give every text back unchanged: what it loses "
@@ -222,7 +222,7 @@ def _sample(shards: Sequence[encode.ShardOf], every: int, progress: Progress) ->
            for _, text in dataset.read_shard(shard))
   for text in itertools.islice(texts, 0, None, max(every, 1)):
     yield text
-    progress.advance(len(text))
+    progress.advance(len(text.encode()))
 
 
 def _describe_domain(found: corpus.Corpus | corpus.AddedCorpus, home: pathlib.Path,

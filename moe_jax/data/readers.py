@@ -35,7 +35,7 @@ def _read_text(piece: Piece, source: Source) -> Iterator[tuple[str, str]]:
       content = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
       _refuse_size(piece.path, max(len(content), piece.size),
-                   ", or name what stands between its documents: --separator")
+                   ", or give the string between its documents with --separator")
     yield piece.name, _decode(content, piece.path, 0)
     return
   for offset, content in _split(piece, source.separator.encode(), MAX_DOCUMENT_BYTES):
@@ -64,8 +64,8 @@ def _read_json(piece: Piece, source: Source) -> Iterator[tuple[str, str]]:
       raise FieldError("text_field", source.text_field, f"is a {type(text).__name__} in "
                        f"{_line(piece, offset)}; it must be text")
     if not _is_text(text or ""):
-      raise FieldError("from", _line(piece, offset), "has half of a surrogate pair, which is no "
-                       "text")
+      raise FieldError("from", _line(piece, offset), "contains an unpaired surrogate, which "
+                       "is not text")
     yield f"{piece.name}@{offset}", text or ""
 
 
@@ -104,9 +104,9 @@ def check_size(name: str, size: int) -> None:
     _refuse_size(name, size)
 
 
-def _refuse_size(name: str, size: int, also: str = "") -> None:
-  raise FieldError("from", name, f"is a document of {size:,} bytes; at most "
-                   f"{MAX_DOCUMENT_BYTES:,} are accepted: cut it{also}")
+def _refuse_size(name: str, size: int, also: str = "", limit: int = MAX_DOCUMENT_BYTES) -> None:
+  raise FieldError("from", name, f"is a document of at least {size:,} bytes; the limit "
+                   f"is {limit:,}: split it{also}")
 
 
 def _decode(content: bytes, path: str, offset: int) -> str:
@@ -147,7 +147,7 @@ def _split(piece: Piece, separator: bytes, limit: int) -> Iterator[tuple[int, by
         at = max(at, len(buffer) - len(separator) + 1) if skipping else at
         buffer, base, at = buffer[at:], base + at, 0
         if not skipping and len(buffer) > limit:
-          _refuse_size(f"{piece.path}, from byte {base}", len(buffer))
+          _refuse_size(f"{piece.path}, from byte {base}", len(buffer), limit=limit)
         block = file.read(_BLOCK_BYTES)
         ended, buffer = not block, buffer + block
         continue

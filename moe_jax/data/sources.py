@@ -221,16 +221,16 @@ def _cut(file: Piece, source: Source, unit_bytes: int) -> Iterator[Piece]:
   if file.kind == "parquet":
     yield from _cut_parquet(file, source, unit_bytes)
     return
+  step = whole = max(file.stop, 1)
   if file.kind == "tfds":
-    step = max(1, file.stop * unit_bytes // max(file.size, 1)) if is_local(file.path) else file.stop
+    if is_local(file.path):
+      step = max(1, file.stop * unit_bytes // max(file.size, 1))
   elif not is_compressed(file.path) and (
       file.kind == "json" or (source.separator and not _overlaps_itself(source.separator))):
     step = unit_bytes
-  else:
-    step = max(file.stop, 1)
-  for start in range(0, max(file.stop, 1), step):
+  for start in range(0, whole, step):
     stop = min(start + step, file.stop)
-    share = (stop - start) / max(file.stop, 1)
+    share = (stop - start) / whole
     yield dataclasses.replace(file, start=start, stop=stop, size=round(file.size * share))
 
 
@@ -250,7 +250,7 @@ def _cut_parquet(file: Piece, source: Source, unit_bytes: int) -> Iterator[Piece
     raise FieldError("from", file.path, "is not a Parquet file that can be read: "
                      + " ".join(str(error).split())) from None
   require(source.text_field in fields.names, "text_field", source.text_field,
-          f"is no column of {file.path}; " + did_you_mean(source.text_field, fields.names))
+          f"is not a column of {file.path}; " + did_you_mean(source.text_field, fields.names))
   kind = fields.field(source.text_field).type
   if pyarrow.types.is_dictionary(kind):
     kind = kind.value_type

@@ -49,9 +49,9 @@ def find_shards(source: Source) -> list[Piece]:
           "wanted, which is read without TensorFlow: prepare it with "
           "file_format='array_record'")
   require(source.tfds_split in info.splits, "tfds_split", source.tfds_split,
-          f"is no split {where}; " + did_you_mean(source.tfds_split, list(info.splits)))
+          f"is not a split {where}; " + did_you_mean(source.tfds_split, list(info.splits)))
   require(source.text_field in info.features, "text_field", source.text_field,
-          f"is no feature {where}; " + did_you_mean(source.text_field, list(info.features)))
+          f"is not a feature {where}; " + did_you_mean(source.text_field, list(info.features)))
   feature = info.features[source.text_field]
   kind = np.dtype(feature.np_dtype)
   require(feature.shape == () and kind.kind in "OSU", "text_field", source.text_field,
@@ -67,15 +67,15 @@ def find_shards(source: Source) -> list[Piece]:
 
 def _find_builder(source: Source) -> tfds.core.DatasetBuilder:
   folder = epath.Path(source.tfds_dir)
-  require(folder.is_dir(), "tfds_dir", source.tfds_dir, "is no directory")
+  require(folder.is_dir(), "tfds_dir", source.tfds_dir, "is not a directory")
   try:
     with quiet():
       return tfds.core.read_only_builder.builder_from_files(source.tfds, data_dir=folder)
   except (ValueError, AssertionError):  # its message may list the whole TFDS catalog
     there = [child.name for child in folder.iterdir() if child.is_dir()]
-    near = did_you_mean(source.tfds, there) if there else "the folder holds none"
-    raise FieldError("tfds", source.tfds, f"no such dataset in {source.tfds_dir}, or not that "
-                     f"version or configuration of it; {near}") from None
+    near = did_you_mean(source.tfds, there) if there else "the directory holds none"
+    raise FieldError("tfds", source.tfds, "no such dataset, version or configuration in "
+                     f"{source.tfds_dir}; {near}") from None
 
 
 @functools.lru_cache(maxsize=8)
@@ -112,7 +112,7 @@ def records(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
       yield from zip(range(first, last), reader.read(first, last), strict=True)
     reader.close()
   except (ValueError, RuntimeError, IndexError) as error:
-    raise FieldError("from", path, "is damaged, not an array_record file that can be read: "
+    raise FieldError("from", path, "is damaged or not an array_record file: "
                      + " ".join(str(error).split())) from None
 
 

@@ -203,7 +203,7 @@ def fetch(name: str, data_dir: pathlib.Path, file: pathlib.Path) -> None:
   if not kept.is_file():
     there = [path.stem for path in kept.parent.glob("*.json")]
     raise FieldError("data.tokenizer", name, "no such tokenizer; " + (
-        did_you_mean(name, there) + " " if there else "") + "A tokenizer.json gets a name by "
+        did_you_mean(name, there) + " " if there else "") + "Add a tokenizer.json with "
         "python -m moe_jax.data --tokenizer=FILE")
   content = kept.read_bytes()
   require(hashlib.sha256(content).hexdigest().startswith(name.rpartition("-")[2]),

@@ -21,11 +21,11 @@ def show(out: str | os.PathLike, experiment: str, evaluation: str) -> list[str]:
   For any other evaluation than `heldout` the files are named curves-EVALUATION.
   """
   from moe_jax.evaluate.table import print_made
+  stem = "curves" if evaluation == "heldout" else f"curves-{evaluation}"
   rows, problems = results.collect(
-      out, experiment, lambda run_dir: results.curve_rows_of(run_dir, evaluation))
+      out, experiment, lambda run_dir: results.curve_rows_of(run_dir, evaluation), f"{stem}.csv")
   if not rows:
     return problems
-  stem = "curves" if evaluation == "heldout" else f"curves-{evaluation}"
   folder = results.csv_path(out, experiment).parent
   print_made(table(rows))
   for file, write in ((folder / f"{stem}.csv", lambda path: results.write_csv(path, rows)),

@@ -176,15 +176,16 @@ def _by_domain(found: dict[str, Any]) -> Row:
 
 
 def collect(out: str | os.PathLike, experiment: str,
-            read: Callable[[RunDir], list[Row]] = rows_of) -> tuple[list[Row], list[str]]:
-  """Returns the rows of all runs of an experiment, and a line for each run it cannot read."""
+            read: Callable[[RunDir], list[Row]] = rows_of, table: str = "results.csv",
+            ) -> tuple[list[Row], list[str]]:
+  """Returns the rows of all runs of an experiment, and a line for each run `table` lacks."""
   rows, problems = [], []
   folder = epath.Path(out) / experiment
   for file in sorted(folder.glob("*/config.json"), key=lambda f: natural(f.parent.name)):
     try:
       rows += read(RunDir(file.parent))
     except FieldError as error:
-      problems.append(f"{file.parent.name}: not in results.csv: {error}")
+      problems.append(f"{file.parent.name}: not in {table}: {error}")
   return rows, problems
 
 

@@ -19,19 +19,19 @@ from moe_jax.config import DataConfig
 from moe_jax.errors import FieldError, require
 
 _CONFIG = cli.define_config_flag(required=False)
-_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or, but for "
-                           "--from=hf --write, gs://.")
+_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments, local or gs:// "
+                           "(with --from=hf --write only local).")
 _TO = flags.DEFINE_string("to", None, "'hf' writes a Hugging Face directory.")
 _FROM = flags.DEFINE_string("from", None, "'hf' reads a Hugging Face directory.")
 _HF = flags.DEFINE_string("hf", None, "The Hugging Face directory.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint that is exported; by default the "
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint to export; by default the "
                              "newest.", lower_bound=0)
 _LAYOUT = flags.DEFINE_string("layout", None, "qwen3_moe, olmoe or mixtral; by default the one "
-                              "that normalises queries and keys as the run does.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Of the exported weights: float32 or bfloat16.")
-_SHARD_GB = flags.DEFINE_float("shard_gb", 4.0, "Largest exported file.", lower_bound=0.0)
-_WRITE = flags.DEFINE_string("write", None, "Experiment file that is made for what is imported.")
-_CORPUS = flags.DEFINE_string("corpus", DataConfig.corpus, "What --write's cell is evaluated on.")
+                              "with the run's arch.qk_norm.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Dtype of exported weights: float32 or bfloat16.")
+_SHARD_GB = flags.DEFINE_float("shard_gb", 4.0, "Maximum size of a file.", lower_bound=0.0)
+_WRITE = flags.DEFINE_string("write", None, "New experiment file for the imported model.")
+_CORPUS = flags.DEFINE_string("corpus", DataConfig.corpus, "Corpus to evaluate --write's cell on.")
 
 
 def main(overrides: list[str]) -> int:
@@ -56,14 +56,14 @@ def main(overrides: list[str]) -> int:
 
 def _refuse_flags_of(others, mode: str) -> None:
   for flag in others:
-    require(not flag.present, flag.name, flag.value, f"does not go with {mode}=hf")
+    require(not flag.present, flag.name, flag.value, f"cannot be combined with {mode}=hf")
 
 
 def _export(overrides: list[str]) -> int:
   require(_CONFIG.value is not None, "config", None, "is needed: FILE:CELL, whose run is exported")
   cells = cli.selected_cells(_CONFIG.value, overrides)
-  require(len(cells) == 1, "config", _CONFIG.value, f"selects {len(cells)} cells and exports "
-          "one: add :CELL. Cells: " + ", ".join(cell.name for cell in cells))
+  require(len(cells) == 1, "config", _CONFIG.value, f"selects {len(cells)} cells, and one "
+          "can be exported: add :CELL. Cells: " + ", ".join(cell.name for cell in cells))
   (cell,) = cells
   require(_SHARD_GB.value >= 0, "shard_gb", _SHARD_GB.value, "must be a number")  # not NaN
   from moe_jax.export.to_hf import export
@@ -72,11 +72,11 @@ def _export(overrides: list[str]) -> int:
   print(f"{cell.name}: step {done.step} as {done.layout} in {_HF.value}: "
         f"{done.n_parameters:,} parameters, {_DTYPE.value}, {done.n_bytes / 1e6:,.1f} MB in "
         f"{done.n_files} file(s)")
-  print("There no token is dropped: compare with the held-out loss of moe_jax.evaluate, not with "
-        "that of training.")
+  print("The exported model drops no tokens: compare its loss with that of moe_jax.evaluate, not "
+        "of training.")
   if cell.config.data.mask_documents:
-    print("Attention stopped at the ends of documents in training: give it one document a row, "
-          "each after its separator.")
+    print("Attention was masked at document boundaries in training: feed one document per row, "
+          "starting with the separator.")
   return 0
 
 
@@ -106,7 +106,7 @@ def _import(overrides: list[str]) -> int:
     raise
   print(f"{_HF.value} ({source.said.layout.name}) is step 0 of {run_dir.path}")
   print(f"evaluate it: python -m moe_jax.evaluate {again} --out={_OUT.value}")
-  print("train on:    python -m moe_jax.train --config=FILE:CELL --config.train.init_from="
+  print("train further: python -m moe_jax.train --config=FILE:CELL --config.train.init_from="
         f"{cell.experiment}/{cell.name} --out={_OUT.value}")
   return 0
 

@@ -152,7 +152,7 @@ def import_weights(source: Source, cell: Cell, out: str | os.PathLike) -> RunDir
   config, run_dir = cell.config, RunDir.of(out, cell)
   begun = run_dir.check_identity(cell)  # the identity includes init_from: safe to resume
   require(not begun or run_dir.read_status().get("state") != run_dir_lib.FINISHED, "out",
-          str(run_dir.path), "is there already")
+          str(run_dir.path), "already exists")
   try:
     prepared = prepare(config.data, epath.Path(out) / "_data")
     config.check_vocabulary(prepared.vocab_size)
@@ -162,7 +162,7 @@ def import_weights(source: Source, cell: Cell, out: str | os.PathLike) -> RunDir
   if (source.directory / tokenizer_lib.FILE).is_file():
     require(tokenizer_lib.same_ids(prepared.tokenizer, tokenizer_files.read(source.directory)),
             "config.data.tokenizer", config.data.tokenizer, "is not the tokenizer of "
-            f"{source.directory}: it gives text other ids")
+            f"{source.directory}: it encodes text differently")
   with run_dir.lock():
     run_dir.claim(cell)
     with Checkpointer(run_dir, keep=1) as checkpointer:

@@ -177,9 +177,9 @@ def layout_of(config: RunConfig, name: str | None = None) -> Layout:
   check(arch.n_shared_experts == 0, "arch.n_shared_experts", arch.n_shared_experts,
         "it has no shared experts")
   check(arch.qk_norm == layout.qk_norm, "arch.qk_norm", arch.qk_norm,
-        {"head": "it normalises each head of queries and keys",
-         "projection": "it normalises the whole projections to queries and keys",
-         "none": "it normalises neither queries nor keys"}[layout.qk_norm])
+        {"head": "it normalizes each head of queries and keys",
+         "projection": "it normalizes the whole query and key projections",
+         "none": "it normalizes neither queries nor keys"}[layout.qk_norm])
   check(layout.may_be_dense or arch.n_dense_layers == 0, "arch.n_dense_layers",
         arch.n_dense_layers, "all its layers are mixtures of experts")
   check(layout.norm_topk_prob in (None, moe.norm_topk_prob), "moe.norm_topk_prob",
@@ -258,7 +258,7 @@ _KINDS = {key: (is_one, what) for is_one, what, keys in (
     (_is_positive, "a number above 0", ("rms_norm_eps", "rope_theta")),
     (_is_bool, "true or false", ("norm_topk_prob", "tie_word_embeddings", "use_sliding_window")),
     (_is_rope, "an object whose rope_theta is a number", ("rope_scaling", "rope_parameters")),
-    (_are_layers, "a list of numbers of layers", ("mlp_only_layers",))) for key in keys}
+    (_are_layers, "a list of layer indices", ("mlp_only_layers",))) for key in keys}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +325,7 @@ def from_config_json(said: Any) -> Imported:
         else "float32", rope_theta=float(_rope_theta(said, layout, refuse)),
         norm_eps=float(get("rms_norm_eps")))
   except FieldError as error:
-    raise FieldError("hf", "config.json", f"is no architecture: {error}") from None
+    raise FieldError("hf", "config.json", f"is not a supported architecture: {error}") from None
   return Imported(layout, arch, moe, model, said.get("max_position_embeddings"))
 
 
@@ -355,5 +355,5 @@ def _dense_layers(get, n_layers: int, refuse) -> int:
            if layer in listed or (layer + 1) % every]
   if dense != list(range(len(dense))):
     refuse("mlp_only_layers", f"with decoder_sparse_step={every!r} makes the layers {dense} "
-           "dense: only the first ones can be here")
+           "dense: only the first layers can be dense here")
   return len(dense)

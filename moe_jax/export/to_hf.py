@@ -120,7 +120,7 @@ def _free_target(hf: str | os.PathLike) -> pathlib.Path:
   require(not target.exists(), "hf", os.fspath(hf), "exists, and is not overwritten")
   existing = next(path for path in target.parents if path.exists())
   require(existing.is_dir() and os.access(existing, os.W_OK), "hf", os.fspath(hf),
-          f"cannot be written: {existing} is no directory that this user may write")
+          f"cannot be written: {existing} is not a directory writable by this user")
   return target
 
 
@@ -128,8 +128,8 @@ def _require_space(target: pathlib.Path, needed: int) -> None:
   existing = next(path for path in target.parents if path.exists())
   free = shutil.disk_usage(existing).free
   if needed > free:
-    raise FieldError("hf", str(target), f"needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB "
-                     "are free")
+    raise FieldError("hf", str(target), f"needs {needed / 1e9:.3g} GB, but only "
+                     f"{free / 1e9:.3g} GB are free")
 
 
 def _write_json(file: pathlib.Path, value: Any) -> None:

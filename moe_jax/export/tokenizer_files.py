@@ -5,7 +5,7 @@ import pathlib
 
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.data.tokenizer import FILE, ByteTokenizer, FileTokenizer, Tokenizer
-from moe_jax.errors import require
+from moe_jax.errors import FieldError, require
 
 
 def write(directory: pathlib.Path, tokenizer: Tokenizer, max_length: int) -> None:
@@ -24,11 +24,14 @@ def read(directory: pathlib.Path) -> FileTokenizer:
   """Reads the tokenizer in a Hugging Face directory.
 
   Raises:
-    FieldError: names `hf` if there is no tokenizer.json, or `data.tokenizer` if it is unreadable.
+    FieldError: there is no tokenizer.json, or it is unreadable; names `hf`.
   """
   file = directory / FILE
   require(file.is_file(), "hf", str(directory), f"has no {FILE}")
-  return FileTokenizer(file)
+  try:
+    return FileTokenizer(file)
+  except FieldError as error:
+    raise FieldError("hf", error.value, error.accepted) from None
 
 
 def _bytes_json() -> str:

@@ -20,7 +20,7 @@ _FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names of dtypes
 def read_json(directory: pathlib.Path, name: str) -> Any:
   """Reads a JSON file of the directory. Raises a FieldError for `hf`."""
   file = directory / name
-  require(directory.is_dir(), "hf", str(directory), "is no directory")
+  require(directory.is_dir(), "hf", str(directory), "is not a directory")
   require(file.is_file(), "hf", str(directory), f"has no {name}")
   try:
     return json.loads(file.read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ class Weights:
     try:
       return safe_open(str(file), "np")
     except SafetensorError as error:
-      raise FieldError("hf", str(file), f"is damaged or cut: {error}") from None
+      raise FieldError("hf", str(file), f"is damaged or truncated: {error}") from None
 
   def check(self, wanted: Iterable[Weight]) -> None:
     """Checks that there are exactly these tensors, in these shapes and of floating point.
@@ -78,12 +78,12 @@ class Weights:
     require(not missing, "hf", str(self._directory), "lacks "
             f"{len(missing)} of {len(by_name)} tensors of its config.json: {_some(missing)}")
     more = sorted(name for name in self._located if name not in by_name)
-    require(not more, "hf", str(self._directory), "has tensors that its config.json does not "
-            f"speak of: {_some(more)}")
+    require(not more, "hf", str(self._directory), "has tensors that do not belong to the "
+            f"model in its config.json: {_some(more)}")
     for name, weight in by_name.items():
       shape = tuple(self._slice(name).get_shape())
       require(shape == weight.shape, "hf", str(self._directory), f"{name} has the shape "
-              f"{list(shape)}, and by config.json {list(weight.shape)}")
+              f"{list(shape)}, but config.json implies {list(weight.shape)}")
       dtype = self._slice(name).get_dtype()
       require(dtype in _FLOATS, "hf", str(self._directory), f"{name} is of type {dtype}, and must "
               f"be of {', '.join(_FLOATS)}")

@@ -120,6 +120,6 @@ def test_a_split_without_domains_is_one():
 
 def test_a_corpus_too_short_for_a_row_is_named():
   mixture = make_mixture([0.5, 0.5], [[30, 60, 90], [8]])
-  with pytest.raises(FieldError, match=r"data\.corpus='b': its 8 tokens of the train split make "
-                     r"no row of data\.seq_len=8"):
+  with pytest.raises(FieldError, match=r"data\.corpus='b': its train split has 8 tokens, too few "
+                     r"for one row of data\.seq_len=8"):
     loader.train_dataset(mixture, SEQ_LEN, BATCH, 0)

@@ -89,7 +89,7 @@ def test_a_folder_is_read_in_the_order_of_names_whatever_the_files(tmp_path):
     (b'{"text": "x"}\n{"txt": "x"}\n', "a.jsonl",
      r"text_field='text': is not a field of .*a\.jsonl:2; did you mean 'txt'\?"),
     (b'{"text": ["x"]}\n', "a.jsonl", r"text_field='text': is a list in .*a\.jsonl:1"),
-    (b'{"text": "\\ud800"}\n', "a.jsonl", r"a\.jsonl:1': has half of a surrogate pair"),
+    (b'{"text": "\\ud800"}\n', "a.jsonl", r"a\.jsonl:1': contains an unpaired surrogate"),
     (b"PAR1 and no more", "a.parquet", r"a\.parquet': is not a Parquet file"),
     (b"not gzip", "a.jsonl.gz", r"a\.jsonl\.gz': cannot be read: zlib"),
     (gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9], "a.jsonl.gz",
@@ -104,16 +104,24 @@ def test_what_is_no_text_is_refused_in_one_line(content, name, message, tmp_path
 
 def test_a_document_that_is_too_long_is_refused(tmp_path):
   (tmp_path / "a.txt").write_bytes(b"word " * 10_000_000)
-  with pytest.raises(FieldError, match=r"a\.txt': is a document of 50,000,000 bytes; at most "
-                     "33,554,432 are accepted: cut it, or name .*--separator"):
+  with pytest.raises(FieldError, match=r"a\.txt': is a document of at least 50,000,000 "
+                     "bytes; the limit is 33,554,432: split it, or give .*--separator"):
     texts(tmp_path / "a.txt")
-  with pytest.raises(FieldError, match=r"a\.txt, from byte 0': is a document of 3.* bytes"):
+  with pytest.raises(FieldError, match=r"a\.txt, from byte 0': is a document of at least 3"):
     texts(tmp_path / "a.txt", separator="<|end|>")
+
+
+def test_a_line_of_json_may_be_longer_than_its_document(tmp_path, monkeypatch):
+  monkeypatch.setattr(readers, "_MAX_LINE_BYTES", 1000)
+  monkeypatch.setattr(readers, "_BLOCK_BYTES", 100)
+  (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a", "more": "b" * 2000}))
+  with pytest.raises(FieldError, match="of at least 1,1.* bytes; the limit is 1,000:"):
+    texts(tmp_path / "a.jsonl")
 
 
 def test_a_column_that_is_not_there_or_no_text_is_refused(tmp_path):
   pyarrow.parquet.write_table(pyarrow.table({"content": ["a"], "n": [1]}), tmp_path / "a.parquet")
-  for field, message in [("contents", r"is no column of .*a\.parquet; did you mean 'content'"),
+  for field, message in [("contents", r"is not a column of .*a\.parquet; did you mean 'content'"),
                          ("n", r"is a column of int64 in .*a\.parquet; it must be text")]:
     with pytest.raises(FieldError, match=f"text_field='{field}': {message}"):
       texts(tmp_path, text_field=field)

@@ -13,9 +13,9 @@ from tests.export.conftest import ARCHS, config_of
 @pytest.mark.parametrize("layout, changes, field, why", [
     ("qwen3_moe", {"arch.n_shared_experts": 1}, "arch.n_shared_experts", "no shared experts"),
     ("qwen3_moe", {"moe.router": "sigmoid"}, "moe.router", "a softmax over all experts"),
-    ("qwen3_moe", {"arch.qk_norm": "none"}, "arch.qk_norm", "normalises each head"),
-    ("olmoe", {"arch.qk_norm": "head"}, "arch.qk_norm", "normalises the whole projections"),
-    ("mixtral", {"arch.qk_norm": "head"}, "arch.qk_norm", "normalises neither"),
+    ("qwen3_moe", {"arch.qk_norm": "none"}, "arch.qk_norm", "normalizes each head"),
+    ("olmoe", {"arch.qk_norm": "head"}, "arch.qk_norm", "normalizes the whole query and"),
+    ("mixtral", {"arch.qk_norm": "head"}, "arch.qk_norm", "normalizes neither"),
     ("olmoe", {"arch.n_dense_layers": 1}, "arch.n_dense_layers", "all its layers are mixtures"),
     ("mixtral", {"arch.n_dense_layers": 2}, "arch.n_dense_layers", "all its layers are mixtures"),
     ("mixtral", {"moe.norm_topk_prob": False}, "moe.norm_topk_prob", "always divides"),
@@ -96,11 +96,11 @@ def test_what_is_left_out_is_the_classs_default():
     ("olmoe", {"attention_bias": True}, "attention_bias=True.*must be false"),
     ("olmoe", {"hidden_act": "gelu"}, "hidden_act='gelu'.*must be 'silu'"),
     ("olmoe", {"hidden_size": None}, "hidden_size=None.*is missing"),
-    ("olmoe", {"num_experts_per_tok": 99}, "is no architecture: n_topk=99: must be at most n_exp"),
+    ("olmoe", {"num_experts_per_tok": 99}, "architecture: n_topk=99: must be at most n_exp"),
     ("olmoe", {"rope_scaling": {"type": "yarn"}}, "rope_scaling=.*must be of type 'default'"),
     ("mixtral", {"sliding_window": 8}, "sliding_window=8.*must be null"),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window=8"),
-    ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\].*only the first ones"),
+    ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\].*only the first layers"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, r"decoder_sparse_step=2 makes the layers \[0, 2\]"),
 ])
 def test_what_this_project_has_not_is_refused(layout, changes, message):

@@ -144,7 +144,7 @@ def test_what_cannot_be_written_is_refused_first(exported, out_with_data, tmp_pa
   refused("dtype", "float8.*must be float32 or bfloat16", dtype="float8")
   refused("out", "holds no run kinds/olmoe", out=tmp_path / "empty")
   monkeypatch.setattr(to_hf.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5}))
-  refused("hf", "needs 7.83e-05 GB, and 5e-09 GB are free")
+  refused("hf", "needs 7.83e-05 GB, but only 5e-09 GB are free")
   assert not (tmp_path / "new").exists()
 
 
@@ -172,8 +172,8 @@ def test_the_command_refuses_in_one_line(tmp_path):
       (["--to=hf", f"--hf={tmp_path}/x"], "--config=None: is needed: FILE:CELL"),
       (["--to=hf", f"--hf={tmp_path}/x", "--config=experiments/quickstart.py:l2-d80-f42-e32-k4",
         "--shard_gb=nan"], "--shard_gb=nan: must be a number"),
-      (["--to=hf", f"--hf={tmp_path}/x", "--write=x.py"], "--write='x.py': does not go with --to"),
-      (["--from=hf", f"--hf={tmp_path}/x", "--write=x.py"], "is no directory")):
+      (["--to=hf", f"--hf={tmp_path}/x", "--write=x.py"], "--write='x.py': cannot be combined"),
+      (["--from=hf", f"--hf={tmp_path}/x", "--write=x.py"], "is not a directory")):
     done = run_module("-m", "moe_jax.export", *arguments)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
