@@ -36,7 +36,7 @@ _ROWS, _SEQ_LEN, _HEADS, _WIDTH = (
     flags.DEFINE_integer(f"attention_{name}", value, f"{what}.", lower_bound=1)
     for name, value, what in (("rows", 16, "Sequences"), ("seq_len", 256, "Tokens in each"),
                               ("heads", 4, "Heads"), ("width", 64, "Width of a head")))
-_PASSES = flags.DEFINE_integer("attention_passes", 10, "Passes of which the fastest counts.",
+_PASSES = flags.DEFINE_integer("attention_passes", 10, "Number of passes; the fastest counts.",
                                lower_bound=1)
 _TILES = ((32, 32), (64, 32), (32, 64), (64, 64), (128, 64))
 WITHOUT_DOCUMENTS = "cuDNN, without documents"

@@ -36,8 +36,8 @@ from moe_jax.laws.law import LOSS
 from moe_jax.laws.registry import LAWS
 from moe_jax.text import short
 
-_SAMPLE = flags.DEFINE_integer("sample", 2000, "Architectures that the plain loop does.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Searches of which the fastest counts.")
+_SAMPLE = flags.DEFINE_integer("sample", 2000, "Number of architectures for the plain loop.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Number of searches; the fastest counts.")
 
 _SERVING = Serving("bfloat16", batch=32, context=4096, slice=parse_slice("v5p-16"))
 QUESTIONS = {

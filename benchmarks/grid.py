@@ -31,8 +31,8 @@ from moe_jax.grid import Cell
 from moe_jax.run_dir import RunDir
 
 _EXPERIMENT = flags.DEFINE_string("grid_experiment", "experiments/quickstart.py", "Which grid.")
-_PARALLEL = flags.DEFINE_integer("grid_parallel", 2, "Cells at a time.")
-_OVERRIDES = flags.DEFINE_list("grid_overrides", [], "Fields of all cells, e.g. train.steps=40.")
+_PARALLEL = flags.DEFINE_integer("grid_parallel", 2, "Number of cells trained concurrently.")
+_OVERRIDES = flags.DEFINE_list("grid_overrides", [], "Overrides, e.g. train.steps=40.")
 
 ROOT = pathlib.Path(__file__).parent.parent
 

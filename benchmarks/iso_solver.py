@@ -23,8 +23,8 @@ from moe_jax import cli
 from moe_jax.arch import Architecture, IsoRefused, solve, solve_grid
 from moe_jax.errors import require
 
-_CELLS = flags.DEFINE_integer("cells", 10_000, "Cells in a grid.")
-_ALONE = flags.DEFINE_integer("alone", 500, "Cells that are also solved one by one.")
+_CELLS = flags.DEFINE_integer("cells", 10_000, "Number of cells in a grid.")
+_ALONE = flags.DEFINE_integer("alone", 500, "Number of cells also solved one by one.")
 
 TEMPLATE = Architecture(n_layers=1, d_model=64, d_expert=64, n_exp=1, n_topk=1, n_heads=4)
 

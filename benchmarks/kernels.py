@@ -28,7 +28,7 @@ from moe_jax.moe import grouped_triton as triton
 from moe_jax.moe.grouped_matmul import SPARE_ROWS, blocks_of
 from moe_jax.text import aligned
 
-_INTERPRET = flags.DEFINE_bool("kernels_interpret", False, "Interpret the kernels' programs.")
+_INTERPRET = flags.DEFINE_bool("kernels_interpret", False, "Runs them without a GPU.")
 
 MOST = 1e-2
 SIZES = (130, 0, 257, 1, 40)  # over one block, none, over two blocks, one row, part of one
@@ -109,7 +109,7 @@ def main(overrides: list[str]) -> int:
   print("\n".join(aligned([("kernel", "alone", "population"), *(
       (name, *(f"{value:.1e}" for value in each.values())) for name, each in found.items())])))
   wrong = [name for name, each in found.items() if not max(each.values()) < MOST]
-  print(f"{len(found) - len(wrong)} of {len(found)} are right"
+  print(f"{len(found) - len(wrong)} of {len(found)} are correct"
         + (f"; WRONG: {', '.join(wrong)}" if wrong else ""))
   print(json.dumps({"machine": machine(), "device": jax.devices()[0].device_kind,
                     "jax": jax.__version__, "interpreted": _INTERPRET.value, "errors": found},

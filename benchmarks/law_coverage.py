@@ -184,7 +184,7 @@ def main(overrides: list[str]) -> None:
 
 if __name__ == "__main__":
   _GRIDS = flags.DEFINE_integer("grids", 2000, "Synthetic grids.", lower_bound=1)
-  _CELLS = flags.DEFINE_integer("cells", 24, "Architectures in each grid.", lower_bound=8)
-  _LAW = flags.DEFINE_multi_enum("law", None, list(LAWS), "The planted form; default all.")
-  _SCENARIO = flags.DEFINE_multi_enum("scenario", None, list(SCENARIOS), "Which; default all.")
+  _CELLS = flags.DEFINE_integer("cells", 24, "Number of architectures in each grid.", lower_bound=8)
+  _LAW = flags.DEFINE_multi_enum("law", None, list(LAWS), "The true form; by default all.")
+  _SCENARIO = flags.DEFINE_multi_enum("scenario", None, list(SCENARIOS), "By default all.")
   cli.run(main)

@@ -32,7 +32,7 @@ _CHINCHILLA, _GADRE, _TLM26, _LI2026 = (
     flags.DEFINE_string(name, None, "Data file; see the module's docstring.")
     for name in ("chinchilla", "gadre", "tlm26", "li2026"))
 _PEERS = flags.DEFINE_bool("peers", False, "Compare with public fitters on dense data.")
-_STARTS = flags.DEFINE_integer("starts", 64, "Starts of L-BFGS.", lower_bound=8)
+_STARTS = flags.DEFINE_integer("starts", 64, "Number of starts of L-BFGS.", lower_bound=8)
 
 # Besiroglu et al. without the five outliers: A, B, E, alpha, beta.
 _PUBLISHED_WITHOUT_OUTLIERS = (477.8, 2143.0, 1.8172, 0.3473, 0.3672)

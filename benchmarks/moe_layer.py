@@ -44,8 +44,8 @@ from moe_jax.moe.layer import Semantics
 from moe_jax.moe.router import route
 
 _SWEEPS = flags.DEFINE_multi_enum("layer_sweeps", ["granularity", "tokens"],
-                                  ["granularity", "tokens"], "What varies; may be repeated.")
-_PASSES = flags.DEFINE_integer("layer_passes", 5, "Passes of which the fastest counts.")
+                                  ["granularity", "tokens"], "Variable to sweep; may be repeated.")
+_PASSES = flags.DEFINE_integer("layer_passes", 5, "Number of passes; the fastest counts.")
 _SEQUENCES = flags.DEFINE_integer("layer_sequences", 16, "Sequences of 256 tokens in the sweep "
                                   "over granularity.")
 _DTYPE = flags.DEFINE_enum("layer_dtype", "float32", ["float32", "bfloat16"], "Of the tokens.")

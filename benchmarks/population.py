@@ -34,9 +34,9 @@ from moe_jax.train.population import Population
 from moe_jax.train.step import init_state
 from moe_jax.train.throughput import product_flops
 
-_SIZES = flags.DEFINE_list("population_sizes", ["1", "2", "4", "8"], "Members; 1 comes first.")
-_STEPS = flags.DEFINE_integer("population_steps", 5, "Steps in a pass.")
-_PASSES = flags.DEFINE_integer("population_passes", 3, "Passes of which the fastest counts.")
+_SIZES = flags.DEFINE_list("population_sizes", ["1", "2", "4", "8"], "Sizes, starting with 1.")
+_STEPS = flags.DEFINE_integer("population_steps", 5, "Number of steps in a pass.")
+_PASSES = flags.DEFINE_integer("population_passes", 3, "Number of passes; the fastest counts.")
 _MODEL = flags.DEFINE_enum("population_model", "quickstart",
                            ["quickstart", "bytes-5m", "reference"], "The cheapest cell of the "
                            "quickstart, 5M active parameters on bytes as in the study, or "

@@ -36,7 +36,7 @@ from moe_jax.errors import require
 _GIGABYTES = flags.DEFINE_float("gigabytes", 1.0, "Size of the text, in 1e9 bytes.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bpe-4096", "As for python -m moe_jax.data.")
 _PROCESSES = flags.DEFINE_integer("processes", default_processes(), "Processes.", lower_bound=1)
-_KILLS = flags.DEFINE_integer("kills", 0, "How often it is killed.", lower_bound=0)
+_KILLS = flags.DEFINE_integer("kills", 0, "Number of kills.", lower_bound=0)
 _FOLDER = flags.DEFINE_string("folder", None, "A new folder to work in, which is kept. By "
                               "default a temporary one.")
 

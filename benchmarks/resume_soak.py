@@ -47,8 +47,8 @@ from moe_jax.train.loop import train
 from moe_jax.train.step import abstract_state
 
 _KILLS = flags.DEFINE_integer("kills", 100, "How many.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random moments.")
-_OUT = flags.DEFINE_string("out", None, "Where the runs lie; a temporary folder by default.")
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed of the moments.")
+_OUT = flags.DEFINE_string("out", None, "Folder for the runs; by default a temporary one.")
 
 STEPS_A_KILL, EVERY = 50, 10  # attempts survive fewer than STEPS_A_KILL steps on average
 MOMENTS = ("start", "save", "train")

@@ -30,8 +30,8 @@ from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.errors import require
 
 _CELL = flags.DEFINE_string("startup_cell", "experiments/quickstart.py:l2-d108-f58-e16-k4",
-                            "What is trained.")
-_STARTS = flags.DEFINE_integer("startup_starts", 3, "Starts of which the median counts.")
+                            "Cell to train, FILE:CELL.")
+_STARTS = flags.DEFINE_integer("startup_starts", 3, "Number of starts; the median counts.")
 
 ROOT = pathlib.Path(__file__).parent.parent
 

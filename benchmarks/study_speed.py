@@ -30,7 +30,7 @@ from moe_jax.population import deal
 from moe_jax.text import aligned
 
 _MINUTES = flags.DEFINE_float("study_minutes", None, "Minutes available for all grids together.")
-_STEPS = flags.DEFINE_integer("study_steps", 10, "Steps in a pass.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("study_steps", 10, "Number of steps in a pass.", lower_bound=1)
 
 SHAPES = ((64, 32, 2.0), (64, 4, 2.0))
 TOGETHER = 3
@@ -82,7 +82,7 @@ def minutes(grid: str, known: dict[tuple[int, int], float]) -> float:
 def main(overrides: list[str]) -> None:
   for one in overrides:
     require(one.startswith("--config.execution."), *one.removeprefix("--").partition("=")[::2],
-            "is part of what is trained: only --config.execution.PATH=VALUE can differ")
+            "would change what is trained: only --config.execution.PATH=VALUE is accepted")
   require(_MINUTES.value is None or _MINUTES.value > 0, "study_minutes", _MINUTES.value,
           "must be above 0")
   known = speeds(_STEPS.value, overrides)

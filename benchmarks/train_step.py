@@ -56,10 +56,10 @@ _TURN = 3  # steps per turn, of which the first is discarded
 
 _SHAPE = flags.DEFINE_enum("step_shape", "a", sorted(ARCHS), "Which architecture.")
 _DTYPE = flags.DEFINE_enum("step_dtype", "float32", ["float32", "bfloat16"], "Of activations.")
-_ROUNDS = flags.DEFINE_integer("step_rounds", 3, "Turns of each.")
-_CORES = flags.DEFINE_integer("step_cores", 0, "Processor cores of each side; 0 means all.")
-_BACKENDS = flags.DEFINE_list("step_backends", list(BACKENDS[:2]), "The peer's, of which the "
-                              f"fastest counts: some of {', '.join(BACKENDS)}.")
+_ROUNDS = flags.DEFINE_integer("step_rounds", 3, "Number of alternating measurements of each side.")
+_CORES = flags.DEFINE_integer("step_cores", 0, "CPU cores for each side; 0 means all.")
+_BACKENDS = flags.DEFINE_list("step_backends", list(BACKENDS[:2]), "Expert backends of the peer; "
+                              f"the fastest counts: some of {', '.join(BACKENDS)}.")
 
 
 def config_of(arch: Architecture, dtype: str, sequences: int = 16, seq_len: int = 256) -> RunConfig:

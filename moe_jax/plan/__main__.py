@@ -18,20 +18,20 @@ from moe_jax.files import csv_text
 
 _CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "TPU slice, as gcloud names it: v4-*, v5litepod-*, v5p-*, v6e-*, tpu7x-*.",
+    "topology", None, "TPU slice by its gcloud name: v4-*, v5litepod-*, v5p-*, v6e-*, tpu7x-*.",
     required=True)
-_SLICES = flags.DEFINE_integer("slices", 1, "Equal slices, joined by the data-centre network.")
-_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments; plans are kept in it.")
-_PARALLEL = flags.DEFINE_integer("parallel", 1, "Compilations at once; each takes gigabytes.")
-_PRICE = flags.DEFINE_float("usd_per_chip_hour", None, "Replaces the table's price.")
-_JSON = flags.DEFINE_string("json", None, "File for everything that is known, as JSON.")
-_CSV = flags.DEFINE_string("csv", None, "File for a row a cell, as CSV.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of equal slices.")
+_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments; plans are cached in it.")
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Concurrent compilations; each takes gigabytes.")
+_PRICE = flags.DEFINE_float("usd_per_chip_hour", None, "Overrides the price per chip-hour.")
+_JSON = flags.DEFINE_string("json", None, "Writes all results to this JSON file.")
+_CSV = flags.DEFINE_string("csv", None, "Writes one row per cell to this CSV file.")
 _SEARCH = flags.DEFINE_bool("search", False, "Look for the mesh, remat and microbatches under "
                             "which each cell is fastest, instead of planning its own.")
-_TRIES = flags.DEFINE_integer("tries", 4, "Layouts of a cell that --search compiles.")
-_MEMORY = flags.DEFINE_bool("memory_profile", False, "List what fills each cell's memory when it "
-                            "needs most, by source line.")
-_HLO_OUT = flags.DEFINE_string("hlo_out", None, "Folder for the compiled text of each cell.")
+_TRIES = flags.DEFINE_integer("tries", 4, "Number of layouts per cell that --search compiles.")
+_MEMORY = flags.DEFINE_bool("memory_profile", False, "Lists each cell's largest buffers at peak "
+                            "memory, by source line.")
+_HLO_OUT = flags.DEFINE_string("hlo_out", None, "Folder for the compiled HLO of each cell.")
 
 _FEW = 8  # print collectives for at most this many cells; --csv always has them
 

@@ -16,19 +16,19 @@ from absl import flags
 from moe_jax import cli
 from moe_jax.errors import require
 
-_RUN = flags.DEFINE_string("run", None, "A finished run's directory, instead of what others "
-                           "published.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "The slice on which --run was measured.")
+_RUN = flags.DEFINE_string("run", None, "Directory of a finished run to use instead of "
+                           "published speeds.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice on which --run was measured.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Equal slices.")
-_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments; plans are kept in it.")
-_JSON = flags.DEFINE_string("json", None, "File for the figures as JSON.")
+_OUT = flags.DEFINE_string("out", "runs", "Directory of all experiments; plans are cached in it.")
+_JSON = flags.DEFINE_string("json", None, "Writes the figures to this JSON file.")
 
 
 def main(overrides: list[str]) -> int:
   from moe_jax.plan import calibration
   cli.no_overrides(overrides)
   require((_RUN.value is None) == (_TOPOLOGY.value is None), "topology", _TOPOLOGY.value,
-          "goes with --run: the slice on which the run was measured")
+          "must be given together with --run: the slice on which it was measured")
   cli.require_file("json", _JSON.value)
   points = calibration.PUBLISHED if _RUN.value is None else [
       calibration.of_run(_RUN.value, _TOPOLOGY.value, _SLICES.value)]

@@ -80,7 +80,7 @@ def of_run(path: str, topology: str, n_slices: int) -> Measured:
   config, status = run.read_config(), run.read_status()
   speed, kind = status.get("tokens_per_second"), status.get("device_kind")
   require(config is not None and speed is not None, "run", path,
-          "is no run that has measured its speed")
+          "holds no run with a measured speed")
   require(status.get("attempt", 1) == 1, "run", path, "went on in a further attempt, which may "
           "have had another mesh or remat than the configuration that is kept")
   require(kind in where.hardware.device_kinds, "run", path,

@@ -140,7 +140,7 @@ def plan_cells(cells: Sequence[Cell], topology: Topology, out: str | os.PathLike
     try:
       pathlib.Path(hlo_out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise FieldError("hlo_out", hlo_out, f"cannot be made a folder: {error.strerror}") from None
+      raise FieldError("hlo_out", hlo_out, f"cannot be created: {error.strerror}") from None
   lock, done = threading.Lock(), 0
 
   def one(cell: Cell) -> Plan:
@@ -177,7 +177,7 @@ def plan_config(name: str, config: RunConfig, topology: Topology, out: str | os.
     try:
       write_json(_cached(config, topology, out), result)
     except OSError as error:  # e.g. a full disk: the result is still good
-      print(f"warning: the plan of {name} is not kept: {error}", file=sys.stderr)
+      print(f"warning: the plan of {name} cannot be saved: {error}", file=sys.stderr)
   return _plan_of(name, config, topology, result)
 
 

@@ -130,7 +130,7 @@ def groups_of(attributes: str, n_devices: int) -> np.ndarray:
     return np.array([_integers(pair) for pair in re.findall(r"\{([0-9,]+)\}", pairs[1])])
   unknown = re.search(r"replica_groups=(?!\{\}).{0,80}|source_target_pairs=.{0,80}", attributes)
   if unknown:
-    raise ValueError(f"groups in a notation that is not known: {unknown[0]}")
+    raise ValueError(f"groups in an unknown notation: {unknown[0]}")
   return np.arange(n_devices)[None]  # no groups given: all devices
 
 

@@ -97,4 +97,4 @@ def why_it_ended(returncode: int, stderr: str) -> str:
     return worker.OUT_OF_MEMORY
   said = [line for line in stderr.splitlines() if line.strip()]
   return f"the compiler ended with {returncode}: " + (
-      " ".join(said[-1].split())[:300] if said else "it said nothing")
+      " ".join(said[-1].split())[:300] if said else "no error output")

@@ -143,7 +143,7 @@ class Module:
       return int(expected[-1])
     if bound is None:
       raise ValueError(f"the length of the loop %{loop.name} is not in the HLO: its condition "
-                       f"%{condition.name} compares with no constant")
+                       f"%{condition.name} does not compare with a constant")
     return bound
 
   def _compared_constant(self, computation: Computation, root: Instruction) -> int | None:

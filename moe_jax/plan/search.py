@@ -128,7 +128,7 @@ def verdict(cell: Cell, tried: list[tuple[Layout, Plan]]) -> str:
   fitting = sorted(((plan.seconds, layout) for layout, plan in tried if plan.fits),
                    key=lambda pair: pair[0])
   if not fitting:
-    return f"{cell.name}: none of the {len(tried)} layouts that were compiled fits"
+    return f"{cell.name}: none of the {len(tried)} compiled layouts fits"
   lines = [f"{cell.name}: {fitting[0][0] * 1e3:.1f} ms a step with {fitting[0][1].flags}"]
   lines += [f"  {seconds / fitting[0][0] - 1:+.1%} with {layout.label}"
             for seconds, layout in fitting[1:]]

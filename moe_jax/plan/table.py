@@ -119,8 +119,8 @@ def summary(plans: Sequence[Plan], price: float | None) -> str:
 def memory_profile(plan: Plan) -> str:
   """Lists the largest buffers alive at peak memory, one line each."""
   if not plan.result:
-    return f"{plan.cell}: XLA gives no buffers of a program that it has not compiled"
-  lines = [f"{plan.cell}: the largest buffers alive when most memory is needed"]
+    return f"{plan.cell}: no buffers are known, because XLA did not compile the program"
+  lines = [f"{plan.cell}: the largest live buffers at peak memory"]
   for buffer in plan.result.get("largest", ()):
     where = buffer["source"].rpartition("moe_jax/")[2] or buffer["op_name"]
     lines.append(f"  {buffer['bytes'] / 2**20:9.1f} MiB  {buffer['shape']:<28} {where}")

@@ -100,8 +100,8 @@ def parse(name: str, n_slices: int = 1) -> Topology:
   prefix, _, number = name.rpartition("-")
   family = _FAMILIES.get(prefix)
   if family is not None and number.isascii() and number.isdigit():
-    require(not number.startswith("0"), "topology", name, "must be a name as gcloud has it, whose "
-            "number begins with no zero")
+    require(not number.startswith("0"), "topology", name, "must be a gcloud name, whose "
+            "number does not begin with zero")
     chips, rest = divmod(int(number), family.units_per_chip)
     if not rest and chips in family.shapes and chips <= family.max_chips:
       return Topology(name, HARDWARE[family.hardware], family.shapes[chips], n_slices)

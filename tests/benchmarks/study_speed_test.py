@@ -36,4 +36,4 @@ def test_speeds_are_those_of_what_will_run(monkeypatch, capsys):
 
 def test_what_is_trained_cannot_be_changed():
   done = run_module("-m", "benchmarks.study_speed", "--config.train.steps=7")
-  assert done.returncode == 2 and "is part of what is trained" in done.stderr
+  assert done.returncode == 2 and "would change what is trained" in done.stderr

@@ -44,7 +44,7 @@ def test_a_run_says_its_own_speed(tmp_path):
 @pytest.mark.parametrize("status, message", [
     ({"device_kind": "cpu"}, "measured on 'cpu', which is no v5p"),
     ({"n_devices": 4}, "measured on 4 devices; v5p-64 has 32"),
-    ({"tokens_per_second": None}, "no run that has measured its speed")])
+    ({"tokens_per_second": None}, "no run with a measured speed")])
 def test_a_run_that_was_measured_elsewhere_is_refused(tmp_path, status, message):
   path, _ = run(tmp_path, **status)
   with pytest.raises(FieldError, match=message):

@@ -25,7 +25,7 @@ def test_groups_in_every_notation(text, expected):
 
 
 def test_groups_in_an_unknown_notation_are_not_priced_as_all_devices():
-  with pytest.raises(ValueError, match=r"not known: replica_groups=\(\[4\]\)"):
+  with pytest.raises(ValueError, match=r"unknown notation: replica_groups=\(\[4\]\)"):
     collectives.groups_of("channel_id=1, replica_groups=([4])", 4)
 
 

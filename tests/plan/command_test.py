@@ -10,7 +10,7 @@ from tests.experiment_files import run_module
     ("--json=tests", "--json='tests': must name a file"),
     ("--topology=v5e-64", "--topology='v5e-64': no such slice; did you mean v5litepod-64?"),
     ("--csv=", "--csv='': must be the name of a file"),
-    ("--topology=v5p-064", "--topology='v5p-064': must be a name as gcloud has it"),
+    ("--topology=v5p-064", "--topology='v5p-064': must be a gcloud name"),
     ("--config=experiments/reference.py:", "--config='experiments/reference.py:': must be FILE"),
     ("--usd_per_chip_hour=nan", "--usd_per_chip_hour=nan: must be a finite number, 0 or more"),
     ("--usd_per_chip_hour=dear", "--usd_per_chip_hour='dear': must be a number"),

@@ -32,7 +32,7 @@ def test_what_a_worker_dies_of_is_one_line_and_not_kept(tmp_path):
     (1, "tcmalloc.cc:290] Unable to allocate 4096", "this machine's memory"),
     (-6, "F1126 elf_reader.cc:309] mmap: Cannot allocate memory [12]", "this machine's memory"),
     (1, "Traceback\n  a line\nTypeError:  two\twords\n\n", "ended with 1: TypeError: two words"),
-    (-11, "", "ended with -11: it said nothing")])
+    (-11, "", "ended with -11: no error output")])
 def test_a_worker_without_an_answer_is_one_line(code, said, answer):
   line = compilers.why_it_ended(code, said)
   assert answer in line and "\n" not in line

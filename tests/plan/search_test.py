@@ -129,7 +129,7 @@ def test_the_fastest_that_fits_is_recommended():
   lines = search.verdict(REFERENCE, tried).splitlines()
   assert lines[0] == f"{REFERENCE.name}: 400.0 ms a step with {layouts[2].flags}"
   assert lines[1:] == [f"  +25.0% with {layouts[1].label}"]
-  assert "none of the 1 layouts" in search.verdict(REFERENCE, tried[:1])
+  assert "none of the 1 compiled layouts" in search.verdict(REFERENCE, tried[:1])
 
 
 def test_its_flags_choose_it():

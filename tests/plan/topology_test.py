@@ -49,7 +49,7 @@ def test_an_unknown_slice_is_answered_with_the_nearest(name, offered):
 
 @pytest.mark.parametrize("name", ["v5p-064", "v6e-016", "v4-0"])
 def test_a_number_that_begins_with_zero_is_refused(name):
-  with pytest.raises(FieldError, match=f"{name}.*no zero"):
+  with pytest.raises(FieldError, match=f"{name}.*not begin with zero"):
     topology.parse(name)
 
 
