@@ -125,7 +125,7 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
   n_documents = write_text(text, int(_GIGABYTES.value * 1e9))
   common = [f"--data_dir={data_dir}", f"--processes={_PROCESSES.value}"]
   steps = {"add": [*common, "--add=bench", f"--from={text}"],
-           "tokenise": [*common, "--corpus=bench", f"--tokenizer={_TOKENIZER.value}"]}
+           "tokenize": [*common, "--corpus=bench", f"--tokenizer={_TOKENIZER.value}"]}
   n_bytes, found = text.stat().st_size, {}
   for name, arguments in steps.items():
     kills = run_killed(arguments, (_KILLS.value + 1) // 2, 30 * _GIGABYTES.value)
@@ -139,7 +139,7 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
   prepared = prepare(DataConfig("bench", _TOKENIZER.value), data_dir)
   n_tokens = sum(split.n_tokens for split in prepared.splits.values())
   if not _KILLS.value:
-    found["tokenise"]["tokens_per_s"] = round(n_tokens / found["tokenise"]["seconds"])
+    found["tokenize"]["tokens_per_s"] = round(n_tokens / found["tokenize"]["seconds"])
   lost, doubled = lost_and_doubled(prepared, n_documents)
   return {"documents": n_documents, "lost": lost, "doubled": doubled,
           "megabytes": round(n_bytes / 1e6), "tokens": n_tokens,

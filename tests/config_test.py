@@ -120,7 +120,7 @@ def test_python_code_is_checked_like_flags(make):
     make()
 
 
-def test_one_expert_may_keep_normalised_weights():
+def test_one_expert_may_keep_normalized_weights():
   dense = override(CONFIG, {"arch.n_exp": 1, "arch.n_topk": 1})
   assert dense.moe.norm_topk_prob
   single = override(CONFIG, {"arch.n_topk": 1, "moe.norm_topk_prob": False})

@@ -11,7 +11,7 @@ from moe_jax.run_dir import RunDir
 from tests.experiment_files import BASE, write_tiny
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of a test's time is compilation, and its arrays are tiny: LLVM need not optimise.
+# Most of a test's time is compilation, and its arrays are tiny: LLVM need not optimize.
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]).strip()

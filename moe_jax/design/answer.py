@@ -16,7 +16,7 @@ _SAME_COST = 0.01
 # "Maximize N_total" is not taken literally: at any s, a narrower model has a smaller embedding and
 # so a few percent more room for everything else.
 _AS_LARGE = 0.05
-PRINCIPLE = "maximise N_total (to 5 %), then minimise s, then minimise n_exp"
+PRINCIPLE = "maximize N_total (to 5 %), then minimize s, then minimize n_exp"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

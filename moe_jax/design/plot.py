@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_jax.design.answer import Answer
-from moe_jax.laws.publish.style import COLOURS
+from moe_jax.laws.publish.style import COLORS
 from moe_jax.text import short
 
-_STYLES = tuple(zip(COLOURS, ("-", "--", "-.", ":"), strict=False))  # distinct in grayscale too
+_STYLES = tuple(zip(COLORS, ("-", "--", "-.", ":"), strict=False))  # distinct in grayscale too
 _PARTS = (1.0, 0.5, 0.25, 0.125)  # of the memory budget
 # Kind of point -> its label and marker style; a ring keeps what lies below it visible.
 _MARKS = {"best": ("the law's best", {"marker": "*", "s": 150, "color": "#000000"}),
-          "principle": ("the paper's principle", {"marker": "D", "s": 45, "color": COLOURS[4]}),
+          "principle": ("the paper's principle", {"marker": "D", "s": 45, "color": COLORS[4]}),
           "chosen": ("the published model", {"marker": "o", "s": 190, "facecolors": "none",
                                          "edgecolors": "#000000", "linewidths": 1.6})}
 _MOST_RATIO = 16  # maximum ratio of largest to smallest inference cost in a panel
@@ -72,12 +72,12 @@ def _panel(axes, answer: Answer, row: int) -> None:
   memory, budget = found.budgets[:2]
   within = found.within()
   value = np.vectorize(r.judge.value)
-  for part, (colour, line) in zip(_PARTS, _STYLES, strict=True):
+  for part, (color, line) in zip(_PARTS, _STYLES, strict=True):
     inside = within & (found.costs[0] <= part * memory.most * (1 + 1e-9))
     if not inside.any():
       continue
     cost, score = stairs(found.costs[1, inside], found.scores[row, inside])
-    axes.step([*cost, budget.most], value([*score, score[-1]]), where="post", color=colour,
+    axes.step([*cost, budget.most], value([*score, score[-1]]), where="post", color=color,
               linestyle=line, linewidth=1.8, label=f"up to {memory.text(part * memory.most)}")
   points = {"best": r.best, "principle": answer.principle, "chosen": answer.chosen}
   for what, (label, style) in _MARKS.items():

@@ -109,7 +109,7 @@ def figure(rows: Sequence[Row]):
   for axes, batch in zip(panels, shown, strict=True):
     for number, row in enumerate(rows):
       axes.errorbar(row[f"decode_ms_b{batch}"], row["loss"], yerr=row["loss_se"] or 0, capsize=3,
-                    color=style.COLOURS[number % len(style.COLOURS)], markersize=7, linestyle="",
+                    color=style.COLORS[number % len(style.COLORS)], markersize=7, linestyle="",
                     marker=style.MARKERS[number % len(style.MARKERS)], label=row["cell"])
     axes.set_xlabel(f"measured decode step, {batch} sequence{'s' * (batch > 1)} (ms)", fontsize=10)
     axes.margins(x=0.12)

@@ -68,9 +68,9 @@ def figure(rows: Sequence[Row], quantity: str = "loss", label: str = "loss (nats
     axes.errorbar([row["tokens"] for row in ours], [row[quantity] for row in ours],
                   yerr=[row.get(f"{quantity}_se") or 0 for row in ours], label=cell, capsize=2,
                   elinewidth=0.8, linewidth=1.4, markersize=5,
-                  color=style.COLOURS[number % len(style.COLOURS)],
+                  color=style.COLORS[number % len(style.COLORS)],
                   marker=style.MARKERS[number % len(style.MARKERS)],
-                  linestyle="-" if number < len(style.COLOURS) else "--")
+                  linestyle="-" if number < len(style.COLORS) else "--")
   axes.set_xlabel("training tokens", fontsize=10)
   axes.set_ylabel(label, fontsize=10)
   style.clean(axes)

@@ -9,11 +9,11 @@ from etils import epath
 from moe_jax.evaluate.results import Row
 from moe_jax.files import write_bytes
 from moe_jax.laws.publish.page import png
-from moe_jax.laws.publish.style import COLOURS, MARKERS
+from moe_jax.laws.publish.style import COLORS, MARKERS
 from moe_jax.laws.registry.chinchilla import TOKENS_PER_PARAMETER
 from moe_jax.text import short
 
-_STYLES = tuple(zip(COLOURS, MARKERS, strict=True))
+_STYLES = tuple(zip(COLORS, MARKERS, strict=True))
 
 
 def plot(rows: Sequence[Row], path: epath.Path) -> None:
@@ -90,16 +90,16 @@ def _panel(axes, rows: Sequence[Row], x: str, line: str, styles) -> None:
   """Plots loss against the column `x`, one line per value of the column `line`."""
   values = sorted({row[line] for row in rows})
   for index, value in enumerate(values):
-    colour, marker = styles[index % len(styles)]
+    color, marker = styles[index % len(styles)]
     aside = 2 ** (0.05 * (index - (len(values) - 1) / 2))  # so that error bars do not overlap
     ours = [row for row in rows if row[line] == value]
     losses = collections.defaultdict(list)
     for row in sorted(ours, key=lambda row: row[x]):
       losses[row[x]].append(row["loss"])
     axes.plot([at * aside for at in losses], [sum(y) / len(y) for y in losses.values()],
-              color=colour, linewidth=1.5)
+              color=color, linewidth=1.5)
     axes.errorbar([row[x] * aside for row in ours], [row["loss"] for row in ours],
-                  yerr=[row["loss_se"] or 0 for row in ours], color=colour, linestyle="none",
+                  yerr=[row["loss_se"] or 0 for row in ours], color=color, linestyle="none",
                   marker=marker, markersize=6, capsize=3, elinewidth=1,
                   label=f"{'s' if line == 'sparsity' else line} = {value:.4g}")
   ticks = sorted({row[x] for row in rows})

@@ -82,7 +82,7 @@ def training_figure(steps: Steps):
     for number, (cell, ours) in enumerate(steps.items()):
       ours = [result for result in ours if result.get(name) is not None]
       axes.plot([result["step"] for result in ours], [mean(result, name) for result in ours],
-                label=cell, color=style.COLOURS[number % len(style.COLOURS)], linewidth=1.4,
+                label=cell, color=style.COLORS[number % len(style.COLORS)], linewidth=1.4,
                 marker=style.MARKERS[number % len(style.MARKERS)], markersize=4)
     axes.set_title(label, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=9)

@@ -213,7 +213,7 @@ def joint(cells: Cells) -> Form:
   """
   experts = Basis("ln E^", ("sparsity",), _log_hat)
   return Form("joint-moe", "L = E + A E^^delta n_active^-alpha e^(gamma ln E^ ln n_active) "
-              "+ B E^^omega tokens^-beta e^(zeta ln E^ ln tokens), products centred",
+              "+ B E^^omega tokens^-beta e^(zeta ln E^ ln tokens), products centered",
               ({"ln_A": ONE, "delta": experts, "alpha": ln("n_active", -1),
                 "gamma": _with_experts(cells, "n_active")},
                {"ln_B": ONE, "omega": experts, "beta": ln("tokens", -1),
@@ -230,7 +230,7 @@ FORMS: dict[str, Callable[[Cells], Form]] = {
 }
 
 # Columns that a form reads while it is built, to center its products.
-_CENTRED = {"paper-curved": ("sparsity",), "paper-active": ("sparsity",),
+_CENTERED = {"paper-curved": ("sparsity",), "paper-active": ("sparsity",),
             "joint-moe": ("sparsity", "n_active", "tokens")}
 
 
@@ -242,7 +242,7 @@ def form_for(name: str, cells: Cells) -> Form:
   """
   if name not in FORMS:
     raise FieldError("law", name, did_you_mean(name, list(FORMS)))
-  for column in _CENTRED.get(name, ()):
+  for column in _CENTERED.get(name, ()):
     _need(name, column, cells)
   form = FORMS[name](cells)
   for column in form.columns:

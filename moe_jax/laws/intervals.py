@@ -136,14 +136,14 @@ def subsample(fitted: Fit, level: float = 0.95, draws: int = SUBSAMPLES, seed: i
   """
   from scipy import stats
   rng = np.random.default_rng(seed)
-  centre = (fitted.huber if solver == "huber" else fitted.least_squares).theta
+  center = (fitted.huber if solver == "huber" else fitted.least_squares).theta
   labels = np.unique(fitted.cells.architecture)
   m = min(len(labels) - 1, round(SUBSAMPLE * len(labels)))
   whole = fitted.problem
   theta_BP = []
   for _ in range(draws):
     chosen = rng.choice(labels, m, replace=False)
-    theta_P = _on_part(whole, np.isin(fitted.cells.architecture, chosen), centre, solver)
+    theta_P = _on_part(whole, np.isin(fitted.cells.architecture, chosen), center, solver)
     if theta_P is not None:
       theta_BP.append(theta_P)
   without = draws - len(theta_BP)
@@ -151,20 +151,20 @@ def subsample(fitted: Fit, level: float = 0.95, draws: int = SUBSAMPLES, seed: i
       f", {without} of {draws} of which do not identify the form" if without else "")
   scale = np.sqrt(m / (len(labels) - m))
   with np.errstate(over="ignore"):  # a refit that diverged makes the interval infinite
-    error_P = (np.full(len(centre), np.inf) if without > MOST_WITHOUT * draws else
-               scale * np.sqrt(np.mean((np.array(theta_BP) - centre)**2, axis=0)))
+    error_P = (np.full(len(center), np.inf) if without > MOST_WITHOUT * draws else
+               scale * np.sqrt(np.mean((np.array(theta_BP) - center)**2, axis=0)))
   df = degrees_of_freedom(len(fitted.cells), len(fitted.parameters), len(labels))
   width_P = stats.t.ppf((1 + level) / 2, df) * error_P
-  return {name: Interval(float(centre[p]), float(centre[p] - width_P[p]),
-                         float(centre[p] + width_P[p]), level, method)
+  return {name: Interval(float(center[p]), float(center[p] - width_P[p]),
+                         float(center[p] + width_P[p]), level, method)
           for p, name in enumerate(fitted.parameters)}
 
 
-def _on_part(whole: Problem, part: np.ndarray, centre: np.ndarray,
+def _on_part(whole: Problem, part: np.ndarray, center: np.ndarray,
              solver: str) -> np.ndarray | None:
   """Refits to the cells of a mask: theta [P], or None if they do not identify the form."""
   problem = Problem(whole.form, whole.m_KNP[:, part], whole.y_N[part])
-  phi = problem.to_phi @ centre
+  phi = problem.to_phi @ center
   if np.linalg.matrix_rank(problem.jacobian(phi)) < len(phi):
     return None  # least squares would return the minimum-norm solution
   if solver == "huber":

@@ -55,10 +55,10 @@ def band(fitted: Fit, parts: list[LeftOut], at: Cells) -> Band:
   if not parts or any(part.theta is None for part in parts):
     raise FieldError("cells", len(fitted.cells), "cannot be refitted without one of the "
                      "architectures, so the curve has no interval")
-  centre = fitted.log_loss(at)
+  center = fitted.log_loss(at)
   around = np.array([fitted.form.log_loss(part.theta, at) for part in parts])
   g = len(parts)
-  error = np.sqrt((g - 1) / g * np.sum((around - centre)**2, axis=0))
+  error = np.sqrt((g - 1) / g * np.sum((around - center)**2, axis=0))
   df = degrees_of_freedom(len(fitted.cells), len(fitted.parameters), g)
   width = t_quantile(df) * error
-  return Band(np.exp(centre), np.exp(centre - width), np.exp(centre + width))
+  return Band(np.exp(center), np.exp(center - width), np.exp(center + width))

@@ -63,16 +63,16 @@ class Problem:
       to_phi[i] = m_KNP[k].mean(axis=0)
     self.to_phi = to_phi
     self.to_theta = np.linalg.inv(to_phi)
-    self.centred_KNP = m_KNP @ self.to_theta
+    self.centered_KNP = m_KNP @ self.to_theta
 
   def residual(self, phi: np.ndarray) -> np.ndarray:
-    return log_sum(self.centred_KNP @ phi) - self.y_N
+    return log_sum(self.centered_KNP @ phi) - self.y_N
 
   def jacobian(self, phi: np.ndarray) -> np.ndarray:
     """d residual / d phi, [n, P]."""
-    z_KN = self.centred_KNP @ phi
+    z_KN = self.centered_KNP @ phi
     weight_KN = np.exp(z_KN - log_sum(z_KN))
-    return np.einsum("kn,knp->np", weight_KN, self.centred_KNP)
+    return np.einsum("kn,knp->np", weight_KN, self.centered_KNP)
 
   def solution(self, solver: str, phi: np.ndarray, starts: int, agreeing: int) -> Solution:
     residual = self.residual(phi)
@@ -98,8 +98,8 @@ def least_squares(problem: Problem, phi: np.ndarray, max_evaluations: int = 200)
   """
   import scipy.optimize
   if problem.form.is_linear:
-    return np.linalg.lstsq(problem.centred_KNP[0], problem.y_N, rcond=None)[0]
-  n, p = problem.centred_KNP.shape[1:]
+    return np.linalg.lstsq(problem.centered_KNP[0], problem.y_N, rcond=None)[0]
+  n, p = problem.centered_KNP.shape[1:]
   found = scipy.optimize.least_squares(
       problem.residual, phi, problem.jacobian, method="lm" if n >= p else "trf",
       x_scale="jac", xtol=1e-12, ftol=1e-14, gtol=1e-14, max_nfev=max_evaluations)
@@ -126,7 +126,7 @@ def huber_from(problem: Problem, phi: np.ndarray,
   """
   import scipy.optimize
   if problem.form.is_linear:
-    phi = huber_regression(problem.centred_KNP[0], problem.y_N)
+    phi = huber_regression(problem.centered_KNP[0], problem.y_N)
     return phi, huber_sum(problem.residual(phi))
 
   def objective(at):
@@ -170,7 +170,7 @@ def check_moved(form: Form, start: np.ndarray, end: np.ndarray) -> None:
   still = np.abs(end - start) <= _UNMOVED * (1 + np.abs(start))
   for p in np.flatnonzero(still):
     raise FieldError("law", form.name, f"{form.parameters[p]} still equals its "
-                     f"starting value {start[p]:.6g} after the fit: it was not optimised")
+                     f"starting value {start[p]:.6g} after the fit: it was not optimized")
 
 
 def variable_projection(problem: Problem, n_starts: int = 16, seed: int = 0) -> Solution:
@@ -190,7 +190,7 @@ def variable_projection(problem: Problem, n_starts: int = 16, seed: int = 0) -> 
   exponents = [p for p in range(problem.m_KNP.shape[2]) if p not in intercepts]
 
   def project(nu):
-    z_KN = problem.centred_KNP[:, :, exponents] @ nu - problem.y_N
+    z_KN = problem.centered_KNP[:, :, exponents] @ nu - problem.y_N
     basis_NK = np.exp(np.clip(z_KN, -300, 300)).T
     coefficients, _ = scipy.optimize.nnls(basis_NK, np.ones(len(basis_NK)))
     return coefficients, basis_NK @ coefficients - 1

@@ -83,15 +83,15 @@ def predict(cells: Sequence[Cell], rows: Sequence[Row], law: str,
   x_NP = design_of(fitted.form, at, fitted.least_squares.theta).x_NP
   half_N = stats.t.ppf((1 + LEVEL) / 2, df) * np.sqrt(
       np.einsum("np,pq,nq->n", x_NP, covariance_PP, x_NP) + fitted.scatter_of_one_run**2)
-  centre_N, fingerprint = fitted.log_loss(at), fingerprint_of(fitted)
+  center_N, fingerprint = fitted.log_loss(at), fingerprint_of(fitted)
   found = [
       {"experiment": cell.experiment, "cell": cell.name, "identity": identity_hash(cell.config),
        **{name: f"{value:g}" if value < 1e5 else f"{value:.0f}"
           for name, value in zip(sample.COLUMNS, row, strict=True)},
-       **{name: f"{math.exp(centre + sign * half):.6f}"
+       **{name: f"{math.exp(center + sign * half):.6f}"
           for name, sign in zip(_LOSSES, (0, -1, 1), strict=True)},
        "level": f"{LEVEL:g}", "law": fitted.form.name, "fit": fingerprint}
-      for cell, row, centre, half in zip(asked, values, centre_N, half_N, strict=True)]
+      for cell, row, center, half in zip(asked, values, center_N, half_N, strict=True)]
   notes = [*fitted.cells.notes, *(f"{name}: not identified, {why}"
                                   for name, why in fitted.identified.refused.items()),
            f"{len(found)} of {len(cells)} cells predicted by {fitted.form.name}, fit "

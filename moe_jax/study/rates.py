@@ -159,8 +159,8 @@ def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
   if best in (0, n - 1):
     raise _edge(sweep, best, step)
   part = slice(max(0, best - _AROUND), best + _AROUND + 1)
-  centre = float(np.log(rates[part]).mean())
-  u_N = np.log(rates[part]) - centre
+  center = float(np.log(rates[part]).mean())
+  u_N = np.log(rates[part]) - center
   x_NP = np.stack([np.ones_like(u_N), u_N, u_N**2], axis=1)
   solve_PN = np.linalg.pinv(x_NP)
   c = solve_PN @ sweep.log_loss[part]
@@ -179,8 +179,8 @@ def optimum(sweep: Sweep, seed_sd: float) -> Optimum:
   half = _QUANTILE * math.sqrt(gradient_P @ covariance_PP @ gradient_P)
   if c[2] <= _QUANTILE * math.sqrt(covariance_PP[2, 2]):
     half = math.inf
-  return Optimum(sweep, math.exp(centre + vertex), math.exp(centre + vertex - half),
-                 math.exp(centre + vertex + half) if half < 700 else math.inf, float(c[2]))
+  return Optimum(sweep, math.exp(center + vertex), math.exp(center + vertex - half),
+                 math.exp(center + vertex + half) if half < 700 else math.inf, float(c[2]))
 
 
 def _edge(sweep: Sweep, at: int, step: float) -> FieldError:

@@ -211,7 +211,7 @@ def test_a_name_that_another_process_takes_meanwhile_is_refused(tmp_path, monkey
   assert corpus.read_added(tmp_path / "name" / "dataset").card == cards[1]
 
 
-def test_a_damaged_corpus_is_not_tokenised(tmp_path):
+def test_a_damaged_corpus_is_not_tokenized(tmp_path):
   source = write_json(tmp_path / "a.jsonl", make_texts(10))
   adding.add("mine", source, tmp_path)
   (shard,) = (tmp_path / "mine").rglob("*train.array_record*")

@@ -156,7 +156,7 @@ def test_damage_is_noticed_and_repaired(name, damage, tiny, tmp_path, caplog):
   assert not caplog.text
 
 
-def test_a_damaged_dataset_is_not_tokenised(tiny, tmp_path, caplog):
+def test_a_damaged_dataset_is_not_tokenized(tiny, tmp_path, caplog):
   first = prepare(BYTES, tmp_path / "data")
   (records,) = (tmp_path / "data/tiny/dataset").rglob("*train.array_record*")
   flip(records)

@@ -28,7 +28,7 @@ def test_what_a_layout_cannot_express_is_refused(layout, changes, field, why):
 
 
 @pytest.mark.parametrize("layout", ARCHS)
-def test_the_layout_follows_from_what_is_normalised(layout):
+def test_the_layout_follows_from_what_is_normalized(layout):
   assert layout_of(config_of(layout)).name == layout
 
 

@@ -27,10 +27,10 @@ def _write(tmp_path, todo):
   return file
 
 
-def _work(tmp_path, behaviours, steps=20, **fields):
-  """Tiny cells that train together; the behaviour of each."""
-  spec, out = write_tiny(tmp_path, seeds=len(behaviours), steps=steps), str(tmp_path / "runs")
-  cells = {cell.name: ("python", str(TRAINER), ",".join(behaviours), f"--config={cell.selector}",
+def _work(tmp_path, behaviors, steps=20, **fields):
+  """Tiny cells that train together; the behavior of each."""
+  spec, out = write_tiny(tmp_path, seeds=len(behaviors), steps=steps), str(tmp_path / "runs")
+  cells = {cell.name: ("python", str(TRAINER), ",".join(behaviors), f"--config={cell.selector}",
                        f"--out={out}") for cell in select(spec)}
   return Work("s0", "tiny", out, cells, backend="test", groups=(tuple(cells),), **fields)
 

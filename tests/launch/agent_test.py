@@ -34,13 +34,13 @@ from tests.launch.waiting import wait_until
 PATIENCE = 300  # seconds, in which a starved machine too has done it
 
 
-def _work(tmp_path, behaviours, **fields):
+def _work(tmp_path, behaviors, **fields):
   """A work.json of tiny cells; its path."""
-  spec, out = write_tiny(tmp_path, seeds=len(behaviours), steps=fields.pop("steps", 20)), str(
+  spec, out = write_tiny(tmp_path, seeds=len(behaviors), steps=fields.pop("steps", 20)), str(
       tmp_path / "runs")
-  cells = {cell.name: ("python", str(TRAINER), behaviour, f"--config={cell.selector}",
+  cells = {cell.name: ("python", str(TRAINER), behavior, f"--config={cell.selector}",
                        f"--out={out}")
-           for cell, behaviour in zip(select(spec), behaviours, strict=True)}
+           for cell, behavior in zip(select(spec), behaviors, strict=True)}
   file = tmp_path / "runs" / "tiny" / "_slices" / "s0" / "work.json"
   file.parent.mkdir(parents=True)
   file.write_text(to_text(Work("s0", "tiny", out, cells, backend="test", **fields)))
@@ -174,13 +174,13 @@ def test_what_a_trainer_left_behind_is_ended_once(monkeypatch):
   assert (trainer.poll(), trainer.stop(), killed) == (0, 0, [(trainer.pid, signal.SIGKILL)])
 
 
-def _work_of_branches(tmp_path, behaviour):
+def _work_of_branches(tmp_path, behavior):
   """A trunk that behaves so, and its two branches, as a submission would write them."""
   jobs = jobs_of(select(write(tmp_path, SOURCE, "budgets.py")), str(tmp_path / "runs"), [])
   (share,) = deal(jobs, 3)
   todo = work_of(share, Code("c", "a" * 64, "e.py", b""), str(tmp_path / "runs"), "test")
   cells = {job.name: ("python", str(TRAINER), "ok" if job.cell.config.train.branch_from else
-                      behaviour, *job.command[3:]) for job in share.jobs}
+                      behavior, *job.command[3:]) for job in share.jobs}
   file = tmp_path / "runs" / "budgets" / "_slices" / share.name / "work.json"
   file.parent.mkdir(parents=True)
   file.write_text(to_text(dataclasses.replace(todo, cells=cells, max_failures=1)))

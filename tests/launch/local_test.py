@@ -24,8 +24,8 @@ from tests.launch.waiting import wait_until
 PATIENCE = 60  # seconds a loaded machine may take for what takes one
 
 
-def _submit(spec, out, behaviours, parallel=2):
-  return local.submit(submitter.jobs_of(spec, out, behaviours), parallel)
+def _submit(spec, out, behaviors, parallel=2):
+  return local.submit(submitter.jobs_of(spec, out, behaviors), parallel)
 
 
 def _states(spec, out):
@@ -70,11 +70,11 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path, capsys):
   assert f"{BASE}-s3" not in end
 
 
-@pytest.mark.parametrize("behaviour, error", [
+@pytest.mark.parametrize("behavior, error", [
     ("crash_once", "RuntimeError: step 7 is cursed"), ("killed_once", "killed by SIGKILL")])
-def test_a_crash_that_got_further_is_tried_once_more(tmp_path, capsys, behaviour, error):
+def test_a_crash_that_got_further_is_tried_once_more(tmp_path, capsys, behavior, error):
   spec, out = write_tiny(tmp_path, seeds=1), tmp_path / "runs"
-  assert _submit(spec, out, [behaviour]) == 0
+  assert _submit(spec, out, [behavior]) == 0
   assert _attempts(spec, out) == [2]
   assert f"failed at step 7 of 20: {error}" in capsys.readouterr().out
   metrics = sorted(file.name for file in (out / "tiny" / BASE / "metrics").iterdir())
@@ -172,10 +172,10 @@ def test_a_dry_run_shows_exactly_what_would_run(tmp_path):
 @pytest.fixture
 def launcher(tmp_path):
   """Starts launchers."""
-  def start(spec, *behaviours, parallel=2, stdout=subprocess.PIPE, **popen):
+  def start(spec, *behaviors, parallel=2, stdout=subprocess.PIPE, **popen):
     return subprocess.Popen(
         [sys.executable, submitter.__file__, spec, str(tmp_path / "runs"), str(parallel),
-         *behaviours],
+         *behaviors],
         stdout=stdout, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         **popen)
 

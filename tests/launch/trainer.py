@@ -1,10 +1,10 @@
 """A fake trainer without a model that keeps the trainer's contract with real files and signals.
 
-    python trainer.py BEHAVIOUR --config=FILE:CELL[,CELL...] --out=DIR [--config.PATH=VALUE ...]
+    python trainer.py BEHAVIOR --config=FILE:CELL[,CELL...] --out=DIR [--config.PATH=VALUE ...]
 
 Its checkpoint is a file with the step in it, saved every `execution.checkpoint_every` steps, and
 a folder for each of `execution.keep_steps`.
-BEHAVIOUR is one of these, or a comma-separated list with one for each value of seed_init:
+BEHAVIOR is one of these, or a comma-separated list with one for each value of seed_init:
 
     ok          trains
     slow        trains, 50 ms a step
@@ -35,16 +35,16 @@ from moe_jax.run_dir import RunDir
 
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", "runs", "")
-_BEHAVIOURS = sys.argv.pop(1).split(",")
+_BEHAVIORS = sys.argv.pop(1).split(",")
 _BAD_STEP = 7
 
 
 def main(overrides):
   cells = cli.selected_cells(_CONFIG.value, overrides)
-  behaviours = [_BEHAVIOURS[cell.config.seed_init % len(_BEHAVIOURS)] for cell in cells]
-  if "broken" in behaviours:
+  behaviors = [_BEHAVIORS[cell.config.seed_init % len(_BEHAVIORS)] for cell in cells]
+  if "broken" in behaviors:
     raise ImportError("no module named 'nonsense'")
-  if "liar" in behaviours:
+  if "liar" in behaviors:
     return 0
   codes = []
   try:
@@ -53,8 +53,8 @@ def main(overrides):
       for run_dir, cell in zip(run_dirs, cells, strict=True):
         run_dir.claim(cell)
         held.enter_context(run_dir.lock())
-      for run_dir, cell, behaviour in zip(run_dirs, cells, behaviours, strict=True):
-        codes.append(_train(run_dir, cell.config, behaviour))
+      for run_dir, cell, behavior in zip(run_dirs, cells, behaviors, strict=True):
+        codes.append(_train(run_dir, cell.config, behavior))
         if codes[-1] == run_dir_lib.EXIT_PREEMPTED:
           break
   except run_dir_lib.RunDirBusy as error:
@@ -63,9 +63,9 @@ def main(overrides):
   return max(codes)
 
 
-def _train(run_dir, config, behaviour):
+def _train(run_dir, config, behavior):
   told = []
-  signal.signal(signal.SIGTERM, lambda *_: None if behaviour == "deaf" else told.append(1))
+  signal.signal(signal.SIGTERM, lambda *_: None if behavior == "deaf" else told.append(1))
   checkpoint = run_dir.path / "checkpoint"
   first = step = int(checkpoint.read_text()) if checkpoint.exists() else 0
   attempt = run_dir.next_attempt()
@@ -83,21 +83,21 @@ def _train(run_dir, config, behaviour):
       checkpoint.write_text(str(step))
       say(run_dir_lib.PREEMPTED)
       return run_dir_lib.EXIT_PREEMPTED
-    time.sleep(0.05 if behaviour in ("slow", "deaf") else 0.001)
+    time.sleep(0.05 if behavior in ("slow", "deaf") else 0.001)
     step, loss = step + 1, 5.0 / (step + 1)
-    if step == _BAD_STEP and behaviour == "diverge":
+    if step == _BAD_STEP and behavior == "diverge":
       loss = math.nan
       say(run_dir_lib.DIVERGED, "the loss is nan")
       return run_dir_lib.EXIT_DIVERGED
     say(run_dir_lib.RUNNING)
-    if step == _BAD_STEP and behaviour == "hang_once" and attempt == 1:
+    if step == _BAD_STEP and behavior == "hang_once" and attempt == 1:
       time.sleep(600)
-    if behaviour == "crawl" and step == _BAD_STEP * attempt:
+    if behavior == "crawl" and step == _BAD_STEP * attempt:
       raise RuntimeError("a little further")
-    if step == _BAD_STEP and behaviour in ("crash", "crash_once", "killed_once"):
-      if behaviour == "killed_once" and attempt == 1:
+    if step == _BAD_STEP and behavior in ("crash", "crash_once", "killed_once"):
+      if behavior == "killed_once" and attempt == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-      if behaviour == "crash" or attempt == 1:
+      if behavior == "crash" or attempt == 1:
         say(run_dir_lib.FAILED, "RuntimeError: step 7 is cursed")
         raise RuntimeError("step 7 is cursed")
     if step % config.execution.checkpoint_every == 0:

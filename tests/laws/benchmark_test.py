@@ -27,7 +27,7 @@ def test_outliers_are_left_out_one_at_a_time():
   assert "cell 3" not in rest.names and "cell 41" not in rest.names and len(rest) == 58
 
 
-def test_either_objective_is_reached_by_the_fit_that_minimises_it():
+def test_either_objective_is_reached_by_the_fit_that_minimizes_it():
   rng = np.random.default_rng(0)
   size, tokens = 10**rng.uniform(7, 10, 40), 10**rng.uniform(9, 11, 40)
   loss = (1.8 + 480 / size**0.35 + 2000 / tokens**0.37) * np.exp(3e-3 * rng.standard_normal(40))

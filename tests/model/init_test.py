@@ -42,7 +42,7 @@ def test_every_matrix_has_the_stated_standard_deviation(n_layers):
 
 
 @pytest.mark.parametrize("n_exp,n_topk", [(8, 2), (64, 8), (16, 16), (1, 1)])
-def test_routed_scale_is_near_the_root_of_n_topk_when_normalised(n_exp, n_topk):
+def test_routed_scale_is_near_the_root_of_n_topk_when_normalized(n_exp, n_topk):
   arch = dataclasses.replace(ARCH, n_exp=n_exp, n_topk=n_topk)
   np.testing.assert_allclose(init.routed_scale(arch, MoEConfig()), math.sqrt(n_topk), rtol=0.06)
   expected = n_exp / math.sqrt(n_topk)  # for equal weights; the chosen are above average

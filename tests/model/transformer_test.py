@@ -76,7 +76,7 @@ def test_a_dense_layer_rounds_as_an_expert_does():
 
 
 def test_one_expert_and_two_shared_ones_equal_a_dense_model():
-  """n_exp = n_topk = 1 without normalisation: the weight is 1 and nothing can drop.
+  """n_exp = n_topk = 1 without normalization: the weight is 1 and nothing can drop.
 
   Experts that all tokens see are one feed-forward layer, as wide as all of them together.
   """

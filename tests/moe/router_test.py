@@ -154,7 +154,7 @@ def test_jitter_is_uniform_noise_of_each_row_for_itself():
   assert not np.array_equal(noise_BSD[0], noise_BSD[1])
 
 
-def test_one_expert_without_normalisation_has_weight_one():
+def test_one_expert_without_normalization_has_weight_one():
   np.testing.assert_array_equal(routed(n_exp=1, n_topk=1, norm=False).weight_TK, 1)
 
 
@@ -217,7 +217,7 @@ def test_padding_is_in_no_sum():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
 
-def test_router_gets_gradient_through_the_weights_unless_top_one_is_normalised():
+def test_router_gets_gradient_through_the_weights_unless_top_one_is_normalized():
   x_TD = jax.random.normal(jax.random.key(0), (16, 8))
   w_router_DE = jax.random.normal(jax.random.key(1), (8, 4))
 

@@ -9,7 +9,7 @@ from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import Fit
 from moe_jax.laws.publish import style
 from moe_jax.laws.publish.grid_plots import usual_granularity
-from moe_jax.laws.publish.style import COLOURS, MARKERS
+from moe_jax.laws.publish.style import COLORS, MARKERS
 from moe_jax.text import short
 
 _POINTS = 60
@@ -47,13 +47,13 @@ def slices_figure(found: Analysis):
     at = prediction.points(fitted, **{column: x})
     own = prediction.points(fitted, **{column: cells.columns[column]})
     adjusted = np.exp(fitted.log_loss(own) + fitted.residual)
-    for which, face in ((usual, COLOURS[0]), (~usual, "white")):
+    for which, face in ((usual, COLORS[0]), (~usual, "white")):
       axes.scatter(cells.columns[column][which], adjusted[which], s=22, facecolors=face,
-                   edgecolors=COLOURS[0], linewidths=0.9, alpha=0.85, zorder=3)
+                   edgecolors=COLORS[0], linewidths=0.9, alpha=0.85, zorder=3)
     axes.plot(x, np.exp(fitted.log_loss(at)), color="black", linewidth=1.4, zorder=2)
     try:
       band = prediction.band(fitted, found.architectures, at)
-      axes.fill_between(x, band.low, band.high, color=COLOURS[5], alpha=0.45, linewidth=0)
+      axes.fill_between(x, band.low, band.high, color=COLORS[5], alpha=0.45, linewidth=0)
     except FieldError:
       pass  # the caption says that there is no band
     style.clean(axes)
@@ -125,9 +125,9 @@ def residual_figure(found: Analysis):
     if np.isfinite(noise):
       axes.axhspan(-noise, noise, color="#ececec", linewidth=0, zorder=0)
     axes.axhline(0, color="black", linewidth=0.8)
-    for which, face in ((usual, COLOURS[0]), (~usual, "white")):
+    for which, face in ((usual, COLORS[0]), (~usual, "white")):
       axes.scatter(cells.columns[column][which], missed[which], s=24, facecolors=face,
-                   edgecolors=COLOURS[0], linewidths=0.9, alpha=0.85, zorder=3)
+                   edgecolors=COLORS[0], linewidths=0.9, alpha=0.85, zorder=3)
     style.clean(axes)
     style.log_axis(axes, column, cells.columns[column], panels=len(columns))
   panels[0].set_ylabel("measured / fitted loss − 1 (%)", fontsize=10)
@@ -154,7 +154,7 @@ def extrapolation_figure(found: Analysis):
     axes.scatter(rest.loss, 100 * np.expm1(fit_error), s=22, color="#a8a8a8",
                  label=f"fitted to these {len(rest)} cells")
     axes.scatter(cells.loss[part.out], 100 * np.expm1(part.error), s=34, marker=MARKERS[2],
-                 color=COLOURS[1], zorder=3, label=f"predicted: {len(part.error)} cells")
+                 color=COLORS[1], zorder=3, label=f"predicted: {len(part.error)} cells")
     column, _, value = part.what.partition(" ")
     axes.set_title(f"held out: {style.value_label(column, float(value))}", fontsize=10)
     axes.set_xlabel("measured loss (nats per token)", fontsize=10)
@@ -187,12 +187,12 @@ def stability_figure(found: Analysis):
             *(["without each architecture"] if refits else [])]
   for axes, name in zip(panels, names, strict=True):
     p, whole = fitted.parameters.index(name), found.headline[name]
-    axes.axvspan(whole.low, whole.high, color=COLOURS[5], alpha=0.3, linewidth=0)
+    axes.axvspan(whole.low, whole.high, color=COLORS[5], alpha=0.3, linewidth=0)
     axes.plot(whole.estimate, 0, "o", color="black")
     axes.plot([part.theta[p] for part in parts], np.arange(len(parts)) + 1, MARKERS[1],
-              color=COLOURS[1], markersize=6)
+              color=COLORS[1], markersize=6)
     axes.plot([part.theta[p] for part in refits], np.full(len(refits), len(parts) + 1), "|",
-              color=COLOURS[0], markersize=9)
+              color=COLORS[0], markersize=9)
     axes.set_xlabel(slope_name(name), fontsize=10)
     axes.grid(axis="x", color="#e2e2e2", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -226,9 +226,9 @@ def claims_figure(found: Analysis):
   axes.axvline(0, color="black", linewidth=0.9)
   for row, claim in enumerate(shown):
     wide, narrow = claim.interval, claim.equivalence
-    axes.plot([wide.low, wide.high], [row, row], color=COLOURS[0], linewidth=1.6,
+    axes.plot([wide.low, wide.high], [row, row], color=COLORS[0], linewidth=1.6,
               label="95 % interval, two-sided" if row == 0 else None)
-    axes.plot([narrow.low, narrow.high], [row, row], color=COLOURS[0], linewidth=6,
+    axes.plot([narrow.low, narrow.high], [row, row], color=COLORS[0], linewidth=6,
               solid_capstyle="butt", alpha=0.5,
               label="90 % interval, equivalence test" if row == 0 else None)
     axes.plot(wide.estimate, row, "o", color="black", zorder=3,

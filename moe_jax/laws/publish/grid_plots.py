@@ -6,7 +6,7 @@ from moe_jax.errors import FieldError
 from moe_jax.laws.cells import Cells
 from moe_jax.laws.fit import Fit
 from moe_jax.laws.publish import style
-from moe_jax.laws.publish.style import COLOURS, GREY, MARKERS
+from moe_jax.laws.publish.style import COLORS, GREY, MARKERS
 
 _MOST_PANELS = 5
 
@@ -93,7 +93,7 @@ def _grid_panel(axes, cells: Cells, above: np.ndarray, most: float, lost: list[d
     seen[pair] = seen.get(pair, -1) + 1
     x[i] *= 1.17**seen[pair]
   n = len(cells)
-  axes.scatter(x[n:], y[n:], marker="x", s=60, color=COLOURS[1], linewidths=1.8, zorder=4)
+  axes.scatter(x[n:], y[n:], marker="x", s=60, color=COLORS[1], linewidths=1.8, zorder=4)
   return axes.scatter(x[:n], y[:n], c=above, s=85, vmin=0, vmax=most, cmap="viridis",
                       edgecolors="black", linewidths=0.6, zorder=3)
 
@@ -149,13 +149,13 @@ def iso_figure(fitted: Fit):
 
 def _styles(values: np.ndarray) -> dict[float, tuple[str, str]]:
   levels = style.level_values(values)
-  return {level: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+  return {level: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
           for i, level in enumerate(levels)}
 
 
-def _handle(value: float, by: str, colour: str, marker: str):
+def _handle(value: float, by: str, color: str, marker: str):
   from matplotlib.lines import Line2D
-  return Line2D([], [], color=colour, marker=marker, linewidth=1.2, markersize=5.5,
+  return Line2D([], [], color=color, marker=marker, linewidth=1.2, markersize=5.5,
                 label=style.value_label(by, value))
 
 
@@ -173,14 +173,14 @@ def _lines(axes, fitted: Fit, cells: Cells, x: str, by: str, styles) -> None:
   law = np.exp(fitted.log_loss(cells))
   error = np.nan_to_num(cells.loss_se)
   at = cells.columns[x] * _apart(cells, by, styles)
-  for value, (colour, marker) in styles.items():
+  for value, (color, marker) in styles.items():
     ours = np.abs(np.log(cells.columns[by] / value)) < np.log(1.1)
     order = np.flatnonzero(ours & usual)
     order = order[np.argsort(at[order], kind="stable")]
-    axes.plot(at[order], law[order], color=colour, linewidth=1.2, alpha=0.75)
-    for which, face in ((ours & usual, colour), (ours & ~usual, "white")):
+    axes.plot(at[order], law[order], color=color, linewidth=1.2, alpha=0.75)
+    for which, face in ((ours & usual, color), (ours & ~usual, "white")):
       axes.errorbar(at[which], cells.loss[which], yerr=error[which], linestyle="none",
-                    marker=marker, markersize=5.5, color=colour, markerfacecolor=face,
+                    marker=marker, markersize=5.5, color=color, markerfacecolor=face,
                     elinewidth=0.9, capsize=2, zorder=3)
 
 

@@ -119,7 +119,7 @@ def _grid(found: Analysis) -> Section:
   partial = grid_plots.longest(cells)[1] if "tokens" in cells.columns else ""
   return _drawn(
       "grid", "The grid", [f"- {note}" for note in cells.notes],
-      "Each dot is a trained architecture; its colour is its loss above that of the best one of "
+      "Each dot is a trained architecture; its color is its loss above that of the best one of "
       "the same N_total. Dots side by side have the same n_exp and n_topk and differ in "
       "granularity. A cross is an architecture without a usable result; the list above gives the "
       "reason. " + partial,

@@ -5,7 +5,7 @@ import numpy as np
 from moe_jax.text import short
 
 # Okabe and Ito's palette without yellow, which is illegible on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 GREY = "#767676"
 WIDTH = 9.0  # inches; 1260 pixels at 140 DPI

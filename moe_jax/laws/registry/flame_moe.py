@@ -22,4 +22,4 @@ FLAME_MOE = Law(
     (Assumption("n_exp 64 and n_topk 8",
                 lambda shape: np.equal(shape.n_exp, 64) & np.equal(shape.n_topk, 8)),),
     caveat="its A and B equal the starting values of the published fit: they were never "
-           "optimised")
+           "optimized")
