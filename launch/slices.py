@@ -34,6 +34,7 @@ class Policy:
     cooldown: how long a zone without capacity is avoided.
     silence: how long machines may go without a heartbeat before they are replaced.
     delete_again: how long until a deletion that shows no effect is requested again.
+    arrival: how long after a request for a resource it may still appear.
     margin: how long the budget must still pay for all slices when a deletion is requested.
   """
 
@@ -45,6 +46,7 @@ class Policy:
   cooldown: float = 3600.0
   silence: float = 1800.0
   delete_again: float = 120.0
+  arrival: float = 180.0
   margin: float = 600.0
 
 
@@ -58,6 +60,7 @@ class Record:
     zone: zone of the current or last resource.
     next_at: time before which nothing is tried.
     attempts: number of resources requested.
+    requested: when a resource was last requested.
     preemptions, failures: how much of the budgets is used up.
     in_a_row: failed attempts since machines last worked.
     exhausted: zone -> time until which it is avoided.
@@ -78,6 +81,7 @@ class Record:
   zone: str | None = None
   next_at: float = 0.0
   attempts: int = 0
+  requested: float | None = None
   preemptions: int = 0
   failures: int = 0
   in_a_row: int = 0
@@ -156,7 +160,7 @@ def decide(record: Record, seen: Seen | None, progress: Progress, zones: tuple[s
     return _to(record, FAILED, now, error=f"a queued resource {record.name} in {record.zone} "
                "belongs to someone else; leaving it alone"), None
   if progress.ended or record.cancel:
-    return _end(record, seen, DONE if progress.ended else CANCELLED, now)
+    return _end(record, seen, DONE if progress.ended else CANCELLED, now, policy)
   if seen is None:
     return _missing(record, now, policy, random)
   return _judge(record, seen, progress, zones, now, policy)
@@ -172,7 +176,7 @@ def _wait(record, progress, zones, now, policy, random):
   if until > now:
     return dataclasses.replace(record, next_at=until + random.uniform(0, policy.pause)), None
   return _to(record, CREATING, now, zone=zone, attempts=record.attempts + 1, may_hold=True,
-             next_at=now + _pause(record, policy, random)), CREATE
+             requested=now, next_at=now + _pause(record, policy, random)), CREATE
 
 
 def _missing(record, now, policy, random):
@@ -180,7 +184,7 @@ def _missing(record, now, policy, random):
   if record.state == CREATING:  # the driver died before the request, or it failed
     if now < record.next_at:
       return record, None
-    return dataclasses.replace(record, in_a_row=record.in_a_row + 1, may_hold=True,
+    return dataclasses.replace(record, in_a_row=record.in_a_row + 1, may_hold=True, requested=now,
                                next_at=now + _pause(record, policy, random)), CREATE
   return _to(record, CANCELLED, now,
              error=f"someone deleted it in {record.zone}; submit again to resume"), None
@@ -276,8 +280,13 @@ def refused(record: Record, error: str, retry: bool, now: float, policy: Policy)
              next_at=max(record.next_at, now + policy.pause))
 
 
-def _end(record, seen, state, now):
-  return (_to(record, state, now), None) if seen is None else _delete(record, state, now)
+def _end(record, seen, state, now, policy):
+  if seen is not None:
+    return _delete(record, state, now)
+  if (record.state == CREATING and record.requested is not None
+      and now < record.requested + policy.arrival):
+    return record, None  # a request that timed out may still arrive: leave nothing behind
+  return _to(record, state, now), None
 
 
 def _delete(record, after, now, **changes):

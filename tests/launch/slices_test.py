@@ -67,3 +67,21 @@ def test_zones_are_taken_in_order_and_rested_ones_again():
   assert zone({"a": 500.0}) == "b"
   assert zone({"a": 50.0, "b": 500.0}) == "a"
   assert 300 <= zone({"a": 500.0, "b": 300.0}) <= 330
+
+
+def test_a_request_that_may_still_arrive_is_waited_for_before_a_slice_counts_as_cancelled():
+  policy = Policy()
+
+  def step(record, seen, now):
+    return decide(record, seen, Progress(), _ZONES, now, policy, random.Random(0))
+
+  asked, action = step(Record("n"), None, 1000.0)
+  assert action == slices.CREATE
+  asked = refused(asked, "no answer in 120 s", True, 1120.0, policy)
+  asked = dataclasses.replace(asked, cancel=True)
+  waiting, action = step(asked, None, 1130.0)
+  assert (waiting.state, action) == (slices.CREATING, None)  # and nothing new is requested
+  late, _ = step(waiting, Seen("ACCEPTED"), 1160.0)
+  assert (late.state, late.after) == (slices.DELETING, slices.CANCELLED)
+  never, action = step(waiting, None, 1000.0 + policy.arrival)
+  assert (never.state, action) == (slices.CANCELLED, None)
