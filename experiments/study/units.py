@@ -231,7 +231,7 @@ class Sitting:
       except subprocess.TimeoutExpired:
         os.killpg(unit.process.pid, signal.SIGKILL)
         unit.process.wait()
-      print(f"{unit.name}: stopped during {unit.stage}", flush=True)
+      print(f"{unit.name}: stopped while it was to {unit.stage}", flush=True)
 
   @property
   def _seconds_file(self) -> pathlib.Path:
