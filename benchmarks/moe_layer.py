@@ -43,6 +43,8 @@ from moe_jax.moe.experts import Experts, grouped_swiglu, swiglu
 from moe_jax.moe.layer import Semantics
 from moe_jax.moe.router import route
 
+_LEAST_SECONDS = 0.01  # minimum duration of one timing
+
 _SWEEPS = flags.DEFINE_multi_enum("layer_sweeps", ["granularity", "tokens"],
                                   ["granularity", "tokens"], "Variable to sweep; may be repeated.")
 _PASSES = flags.DEFINE_integer("layer_passes", 5, "Number of passes; the fastest counts.")
@@ -127,14 +129,20 @@ def measure(layers: list[Layer], passes: int) -> list[dict[str, dict[str, float]
               for layer in layers]
   fastest = [{part: dict.fromkeys(both, math.inf) for part, both in parts.items()}
              for parts in compiled]
-  for _ in range(passes):
+  for _ in range(passes + 1):  # one more, to warm up
     for parts, found in zip(compiled, fastest, strict=True):
       for part, both in parts.items():
         for name, run in both.items():
-          started = time.perf_counter()
-          jax.block_until_ready(run())
-          found[part][name] = min(found[part][name], 1e3 * (time.perf_counter() - started))
+          found[part][name] = min(found[part][name], 1e3 * _seconds(run, found[part][name] / 1e3))
   return fastest
+
+
+def _seconds(run: Callable, known: float) -> float:
+  """Seconds of a call. Short ones are batched, or their dispatch would be what is timed."""
+  calls = 1 if known == math.inf else max(1, round(_LEAST_SECONDS / known))
+  started = time.perf_counter()
+  jax.block_until_ready([run() for _ in range(calls)])
+  return (time.perf_counter() - started) / calls
 
 
 def _compile(function: Callable, inputs: tuple) -> dict[str, Callable]:
@@ -168,7 +176,7 @@ def _show(title: str, layers: list[Layer], found: list[dict[str, Any]]) -> None:
                   [*PARTS, "dispatch + combine"])
     for layer, times in zip(layers, found, strict=True):
       sheet.add(layer.dispatch, str(layer.granularity), str(layer.sequences * SEQ_LEN),
-                *(f"{times[part][name]:.1f}" for part in PARTS), f"{share_moved(times, name):.0%}")
+                *(f"{times[part][name]:.3g}" for part in PARTS), f"{share_moved(times, name):.0%}")
     print_sheet(sheet)
 
 

@@ -14,6 +14,7 @@ dtype of the activations, measured here. Prints a table, then the same figures a
 
 import json
 import math
+import sys
 import time
 
 import jax
@@ -98,8 +99,10 @@ def measure(config: RunConfig, sizes: list[int], steps: int, passes: int) -> lis
   lost = []
   for size in sizes:
     try:
-      contenders[size] = Contender(config, size)
-      contenders[size].run(2)
+      made = contenders[size] = Contender(config, size)
+      made.run(2)
+      print(f"population {size}: compiled in {made.compile_seconds:.0f} s, first steps of "
+            f"{1e3 * made.seconds:.1f} ms", file=sys.stderr, flush=True)  # in case time runs out
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise

@@ -64,19 +64,21 @@ def _print(size: str, cell: str, *others: str) -> None:
   print(f"{size:>8}  {cell:<22}" + "".join(f"{other:>17}" for other in others), flush=True)
 
 
-def minutes(grid: str, known: dict[tuple[int, int], float]) -> float:
-  """Estimated minutes of training of one grid, from the measured speeds."""
+def minutes(grid: str, known: dict[tuple[int, int], float]) -> dict[str, float]:
+  """Estimated minutes of training of each unit of a grid, from the measured speeds."""
   ends = [math.log(arms.SIZES[0]), math.log(arms.SIZES[-1])]
   changes = {"execution.population": 8}
-  total = 0.0
+  found = {}
   for unit in units_of(select(str(plan.FOLDER / f"{grid}.py"), changes), lambda cell: False):
+    seconds = 0.0
     for group in deal(unit.cells):
       config, together = group[0].config, 1 if len(group) == 1 else TOGETHER
       low, high = (math.log(known[size, together]) for size in (arms.SIZES[0], arms.SIZES[-1]))
       share = (math.log(count.n_total(config.arch)) - ends[0]) / (ends[1] - ends[0])
       steps = config.train.steps - (config.train.branch_step or 0)
-      total += len(group) * steps * config.batch_tokens / math.exp(low + share * (high - low))
-  return total / 60
+      seconds += len(group) * steps * config.batch_tokens / math.exp(low + share * (high - low))
+    found[unit.name] = seconds / 60
+  return found
 
 
 def main(overrides: list[str]) -> None:
@@ -88,8 +90,10 @@ def main(overrides: list[str]) -> None:
   known = speeds(_STEPS.value, overrides)
   there = [grid for grid in plan.GRIDS if (plan.FOLDER / f"{grid}.py").exists()]
   of_grid = {grid: minutes(grid, known) for grid in there}
-  print("\n".join(aligned([(grid, f"{value:.1f} min") for grid, value in of_grid.items()])))
-  total = sum(of_grid.values())
+  print("\n".join(aligned([("grid", "all units", "longest unit")] + [
+      (grid, f"{sum(units.values()):.1f} min", f"{max(units.values()):.1f} min")
+      for grid, units in of_grid.items()])))
+  total = sum(sum(units.values()) for units in of_grid.values())
   print(f"all: {total:.0f} minutes of training (an estimate)")
   if _MINUTES.value is not None:
     fits = int(arms.TOKENS * min(1.0, _MINUTES.value / total)) // 10**6 * 10**6

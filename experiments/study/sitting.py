@@ -47,8 +47,8 @@ _PARALLEL = flags.DEFINE_integer("parallel", 3, "Number of units that run at a t
                                  "share of the device's memory.", lower_bound=1)
 _POPULATION = flags.DEFINE_integer("population", 8, "Maximum number of runs of one shape that "
                                    "train together.", lower_bound=1)
-_PACK = flags.DEFINE_string("pack", None, "Folder for results-1.zip and for sitting.txt, a "
-                             "summary of the sitting.")
+_PACK = flags.DEFINE_string("pack", None, "Folder for results-1.zip and for sitting.txt: a "
+                             "summary, and the last output of units that failed.")
 _PART_MB = flags.DEFINE_float("part_mb", None, "Maximum size of a .zip in megabytes; further runs "
                               "go into further .zip files. Default: a single .zip.",
                               lower_bound=0.01)
@@ -83,7 +83,8 @@ def main(overrides: list[str]) -> int:
     lines = summary(sitting, time.monotonic() - began)
     print("\n".join(lines), flush=True)
     if _PACK.value is not None:
-      write_text(epath.Path(_PACK.value) / "sitting.txt", "\n".join(lines) + "\n")
+      write_text(epath.Path(_PACK.value) / "sitting.txt",
+                 "\n".join([*lines, *sitting.logs]) + "\n")
       print("\n".join(f"{file}: {file.stat().st_size:,} bytes" for file in packing()), flush=True)
   return 1 if sitting.failed else 0
 

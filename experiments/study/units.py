@@ -121,6 +121,7 @@ class Sitting:
     self._seconds = self._read_seconds()
     self.done: list[Unit] = []
     self.failed: list[str] = []
+    self.logs: list[str] = []  # the end of each failed unit's output
 
   def run(self) -> None:
     """Runs until all units are done or the time is up."""
@@ -210,7 +211,9 @@ class Sitting:
     left = [cell.name for cell in unit.cells if cell.config.train.decay_fraction
             and not is_done(cell, self._out)]
     if left:
-      lines = self._said(unit, 4_000).strip().splitlines()
+      said = self._said(unit, 4_000).strip()
+      lines = said.splitlines()
+      self.logs.append(f"==== {unit.name}\n{said}")
       self.failed.append(f"{unit.name}: {unit.stage} ended with code {code}: "
                          f"{lines[-1] if lines else 'no output'}")
       print(self.failed[-1], flush=True)

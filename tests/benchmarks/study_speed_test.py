@@ -12,12 +12,16 @@ SPEEDS = {(size, together): 1e6 for size in (arms.SIZES[0], arms.SIZES[-1])
 
 
 def test_at_equal_speeds_minutes_are_tokens():
-  tokens = arms.RECIPE.train.steps * arms.RECIPE.batch_tokens
-  assert study_speed.minutes("pilots", SPEEDS) == pytest.approx(32 * tokens / 1e6 / 60)
-  assert study_speed.minutes("large", SPEEDS) == pytest.approx(16 * 1.15 * tokens / 1e6 / 60,
-                                                               rel=1e-3)
+  def total(grid, known):
+    return sum(study_speed.minutes(grid, known).values())
+
+  run = arms.RECIPE.train.steps * arms.RECIPE.batch_tokens / 1e6 / 60
+  assert total("pilots", SPEEDS) == pytest.approx(32 * run)
+  assert total("large", SPEEDS) == pytest.approx(16 * 1.15 * run, rel=1e-3)
   faster = SPEEDS | {(arms.SIZES[0], study_speed.TOGETHER): 4e6}
-  assert study_speed.minutes("pilots", faster) < 0.65 * study_speed.minutes("pilots", SPEEDS)
+  assert total("pilots", faster) < 0.65 * total("pilots", SPEEDS)
+  assert sorted(study_speed.minutes("pilots", SPEEDS).values()) == pytest.approx(
+      [3 * run] * 4 + [5 * run] * 4)  # a sweep is a unit
 
 
 def test_speeds_are_those_of_what_will_run(monkeypatch, capsys):

@@ -95,6 +95,8 @@ def test_a_failure_is_told_by_its_last_line_and_stops_no_other(tmp_path, monkeyp
                  else "echo error: no such text; exit 2")
   assert len(made.done) == 2
   assert made.failed == [f"{CELLS[1].name}: train ended with code 2: error: no such text"]
+  assert made.logs[0].startswith(f"==== {CELLS[1].name}\n")  # all of it goes into the pack
+  assert made.logs[0].endswith("error: no such text") and len(made.logs) == 1
 
 
 def test_a_damaged_run_fails_alone(tmp_path, monkeypatch):
