@@ -93,7 +93,7 @@ def test_it_shows_its_text_and_what_fills_the_memory(planned):
   (text,) = (folder / "hlo").iterdir()
   assert text.name == "l2-d128-f64-e8-k2.v5litepod-8.hlo.txt"
   assert hlo.parse(text.read_text()).entry
-  listed = done.stdout.partition("the largest buffers alive")[2].splitlines()[1:]
+  listed = done.stdout.partition("the largest live buffers")[2].splitlines()[1:]
   sizes = [float(found[1]) for line in listed
            if (found := re.match(r" +([0-9.]+) MiB  \w+\[", line))]
   assert len(sizes) > 5 and sizes == sorted(sizes, reverse=True)
