@@ -15,7 +15,7 @@ setuptools.setup(
         "array_record>=0.8,<1",  # TFDS reads and writes it; TFDS names it only in extras
         "etils[epath]>=1.13,<2",
         "flax>=0.12.8,<0.14; python_version < '3.12'",
-        "flax>=0.12.10,<0.14; python_version >= '3.12'",  # JAX 0.11, too, which older ones lack
+        "flax>=0.12.10,<0.14; python_version >= '3.12'",  # older ones do not support JAX 0.11
         "grain>=0.2.18,<0.4",
         "jax>=0.10.2,<0.13",
         "matplotlib>=3.9,<4",

@@ -28,7 +28,7 @@ from moe_jax.moe import grouped_triton as triton
 from moe_jax.moe.grouped_matmul import SPARE_ROWS, blocks_of
 from moe_jax.text import aligned
 
-_INTERPRET = flags.DEFINE_bool("kernels_interpret", False, "Runs them without a GPU.")
+_INTERPRET = flags.DEFINE_bool("kernels_interpret", False, "Interprets the kernels, without a GPU.")
 
 MOST = 1e-2
 SIZES = (130, 0, 257, 1, 40)  # over one block, none, over two blocks, one row, part of one

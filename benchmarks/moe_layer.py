@@ -170,13 +170,17 @@ def exponent(tokens: list[int], milliseconds: list[float]) -> float:
   return float(np.polyfit(np.log(tokens), np.log(milliseconds), 1)[0])
 
 
+def short_ms(value: float) -> str:
+  return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
 def _show(title: str, layers: list[Layer], found: list[dict[str, Any]]) -> None:
   for name in ("forward", "gradients"):
     sheet = Sheet(f"{title}, {name} [ms]", ["dispatch", "granularity", "tokens"],
                   [*PARTS, "dispatch + combine"])
     for layer, times in zip(layers, found, strict=True):
       sheet.add(layer.dispatch, str(layer.granularity), str(layer.sequences * SEQ_LEN),
-                *(f"{times[part][name]:.3g}" for part in PARTS), f"{share_moved(times, name):.0%}")
+                *(short_ms(times[part][name]) for part in PARTS), f"{share_moved(times, name):.0%}")
     print_sheet(sheet)
 
 

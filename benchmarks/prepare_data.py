@@ -64,7 +64,7 @@ def write_text(file: pathlib.Path, n_bytes: int) -> int:
 
 
 def run(arguments: list[str], kill_after: float | None = None) -> dict[str, Any]:
-  """Runs python -m moe_jax.data; returns peak memory, seconds and whether it was killed."""
+  """Runs python -m moe_jax.data; returns peak memory, if it was killed and, if not, seconds."""
   began, peak = time.perf_counter(), 0
   with tempfile.TemporaryFile("w+") as said:
     process = psutil.Popen([sys.executable, "-m", "moe_jax.data", *arguments],

@@ -5,6 +5,7 @@
 
 Times whole steps (see benchmarks.population) of the densest and the sparsest shape, alone and in
 populations of three, at the smallest and the largest size; speeds in between are interpolated.
+Prints the minutes of each grid: of all its units, and of the longest one.
 Estimates exclude compilation and evaluation, which other units' training can hide, and assume one
 program at a time: the effect of several programs sharing the device is unknown. With
 --study_minutes it prints the value of experiments/study/arms.TOKENS at which all grids would fit in

@@ -39,6 +39,7 @@ class Unit:
   overrides: tuple[str, ...] = ()
   process: subprocess.Popen | None = None
   began: float = 0.0
+  said: str = ""  # the end of the output of a training in which some cells failed
   log_from: int = 0  # offset in the log file at which the current process starts writing
   retried: bool = False
   resumes: bool = False  # whether an earlier sitting started it
@@ -193,6 +194,7 @@ class Sitting:
         self._start(unit)
       elif unit.stage == "train" and any(is_trained(cell, self._out) for cell in unit.cells
                                          if cell.config.train.decay_fraction):
+        unit.said = f"{self._said(unit, 4_000).strip()}\n" if code else ""
         unit.stage = "evaluate"
         self._start(unit)
       else:
@@ -213,7 +215,7 @@ class Sitting:
     if left:
       said = self._said(unit, 4_000).strip()
       lines = said.splitlines()
-      self.logs.append(f"==== {unit.name}\n{said}")
+      self.logs.append(f"==== {unit.name}\n{unit.said}{said}")
       self.failed.append(f"{unit.name}: {unit.stage} ended with code {code}: "
                          f"{lines[-1] if lines else 'no output'}")
       print(self.failed[-1], flush=True)

@@ -138,8 +138,8 @@ def measure(config: config_lib.RunConfig, forward: Forward, prepared: PreparedDa
 
   Losses are in nats per token; standard errors (`_se`) are over documents, see estimate.ratio.
   Bits per byte divide by the bytes of the text, so they are comparable across tokenizers.
-  `domains` has both for the documents of each domain. A router that is not causal (`causal` is
-  false) has seen the future: its losses are comparable only with those of other such models, and
+  `domains` has both for the documents of each domain. A model whose router is not causal (`causal`
+  is false) has seen the future: its losses are comparable only with those of other such models, and
   `loss` depends on the routing groups of training. Routing is measured in the pass at the
   capacity of training: the share of assignments dropped, the load of each expert by layer (over
   the mean), and its spread as in router_metrics; None if every layer is dense.

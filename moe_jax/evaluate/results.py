@@ -26,7 +26,7 @@ Row = dict[str, Any]
 ROUTING, INFERENCE = "routing", "inference"
 
 # The warning next to a loss whose router is not causal.
-SEEN_THE_FUTURE = "its router sees later tokens, so it is not comparable with other models' losses"
+SEEN_THE_FUTURE = "its router sees later tokens, so its loss is not comparable with other models'"
 
 # Fields copied unchanged from eval/NAME.json and from status.json.
 _MEASURED = (

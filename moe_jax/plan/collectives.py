@@ -11,8 +11,8 @@ link (r links per dimension: 2 if it wraps, 1 if it does not; dims dimensions th
     collective-permute           B / w
 
 Where a chip is several devices (tpu7x), n is the number of chips, and w is shared: by all devices
-of a chip in the last two, by the groups that run on the same chips in the others. Between slices
-the data-center network replaces the links.
+of a chip in an all-to-all, by those that send to other chips in a permute, and by the groups that
+run on the same chips in the others. Between slices the data-center network replaces the links.
 """
 
 import dataclasses
@@ -160,7 +160,21 @@ def axes_of(groups: np.ndarray, axes: Mapping[str, int]) -> str:
 def seconds(kind: str, n_bytes: int, groups: np.ndarray, devices: Devices,
             topology: Topology) -> float:
   """Lower bound on the time of one collective, over its slowest group."""
+  if kind == "collective-permute":
+    return _permute_seconds(n_bytes, groups, devices, topology)
   return max(_group_seconds(kind, n_bytes, group, devices, topology) for group in groups)
+
+
+def _permute_seconds(n_bytes, pairs, devices, topology) -> float:
+  source, target = pairs.T
+  if (devices.slices[source] != devices.slices[target]).any():
+    return n_bytes / topology.hardware.device_dcn_bytes_per_second
+  chip = np.column_stack([devices.slices, devices.coordinates])
+  away = (chip[source] != chip[target]).any(axis=1)
+  if not away.any():  # within chips: no link is used
+    return 0.0
+  _, sending = np.unique(chip[source[away]], axis=0, return_counts=True)
+  return n_bytes * int(sending.max()) / _link(topology)
 
 
 def _group_seconds(kind, n_bytes, group, devices, topology) -> float:
@@ -170,8 +184,6 @@ def _group_seconds(kind, n_bytes, group, devices, topology) -> float:
   network = topology.hardware.device_dcn_bytes_per_second
   n_slices = len(np.unique(devices.slices[group]))
   cores = topology.hardware.devices_per_chip
-  if kind == "collective-permute":
-    return n_bytes / (network if n_slices > 1 else _link(topology) / cores)
   if n_slices > 1:
     # What leaves a slice goes through each device's share of the network.
     share = n_bytes * (n_slices - 1) / n_slices

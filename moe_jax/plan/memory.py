@@ -109,16 +109,16 @@ class _Walk:
 
   def _called(self, instruction: Instruction, values) -> frozenset[int]:
     """The buffers that a loop, call or branch creates and holds at its peak."""
-    given = values[instruction.name] if instruction.opcode == "while" else [
-        number for name in instruction.operands for number in values.get(name, ())]
-    names = []
+    runs = []
     if instruction.opcode == "while":
-      names = [instruction.called("body")]
+      runs = [(instruction.called("body"), values[instruction.name])]
     elif instruction.opcode == "call":
-      names = [instruction.called("to_apply")]
-    elif instruction.opcode == "conditional":
-      names = instruction.branches
-    peaks = [self.run(self.module.computations[name], given) for name in names]
+      runs = [(instruction.called("to_apply"), [
+          number for name in instruction.operands for number in values.get(name, ())])]
+    elif instruction.opcode == "conditional":  # its first operand chooses
+      runs = [(name, values.get(operand, ())) for name, operand in zip(
+          instruction.branches, instruction.operands[1:], strict=True)]
+    peaks = [self.run(self.module.computations[name], given) for name, given in runs]
     return max(peaks, default=frozenset(), key=lambda peak: sum(
         self.buffers[number].bytes for number in peak))
 

@@ -99,7 +99,10 @@ class Proposal:
   def _form_grows(self) -> str:
     """Returns a remark if the intervals before and after come from different forms."""
     more = [name for name in self.after if name not in self.before]
-    return f" (without {' and '.join(more)} so far, with it after)" if self.before and more else ""
+    if not self.before or not more:
+      return ""
+    return (f" (without {' and '.join(more)} so far, with {'it' if len(more) == 1 else 'them'} "
+            "after)")
 
   @property
   def so_far(self) -> str:

@@ -99,6 +99,13 @@ def test_a_failure_is_told_by_its_last_line_and_stops_no_other(tmp_path, monkeyp
   assert made.logs[0].endswith("error: no such text") and len(made.logs) == 1
 
 
+def test_what_a_training_said_that_failed_in_part_is_packed_too(tmp_path, monkeypatch):
+  monkeypatch.setattr(units, "is_trained", lambda cell, out: True)
+  made = sitting(tmp_path, monkeypatch, lambda unit: f"echo {unit.stage} failed; exit 1", n=1)
+  assert made.failed == [f"{CELLS[0].name}: evaluate ended with code 1: evaluate failed"]
+  assert made.logs == [f"==== {CELLS[0].name}\ntrain failed\nevaluate failed"]
+
+
 def test_a_damaged_run_fails_alone(tmp_path, monkeypatch):
   """A trainer that was killed may leave a status that is none."""
   def script(unit):

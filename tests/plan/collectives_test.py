@@ -100,8 +100,11 @@ def test_the_devices_of_a_chip_share_its_links():
   for groups in (both, apart):
     assert collectives.seconds("all-to-all", n_bytes, groups, devices, where) == pytest.approx(
         4 * n_bytes / 2 / (2 * link))
-  assert collectives.seconds("collective-permute", n_bytes, np.array([[0, 2], [1, 3]]), devices,
-                             where) == pytest.approx(2 * n_bytes / link)
+  for pairs, sending in (([[0, 2], [1, 3]], 2),  # both devices of chip 0 send to chip 1
+                         ([[0, 1], [1, 2], [2, 3], [3, 4]], 1),  # one of each chip leaves it
+                         ([[0, 1], [2, 3]], 0)):
+    assert collectives.seconds("collective-permute", n_bytes, np.array(pairs), devices,
+                               where) == pytest.approx(sending * n_bytes / link)
 
 
 def test_between_slices_the_network_counts():

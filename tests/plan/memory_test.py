@@ -95,6 +95,26 @@ def test_a_conditional_holds_its_largest_branch(branches):
   assert found[0] == ("wide", 2) and "narrow" not in dict(found)
 
 
+def test_each_branch_gets_its_own_operand():
+  """An update in place of what a branch is given creates nothing."""
+  inside = "".join(f"""%{name} (t: (s32[], {size})) -> {ONE} {{
+  %t = (s32[], {size}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = {size} get-tuple-element(%t), index=1
+  %put = {size} dynamic-update-slice(%x, %x, %i), metadata={{op_name="put"}}
+  ROOT %y = {ONE} slice(%put), metadata={{op_name="y"}}
+}}
+
+""" for name, size in (("first", ONE), ("second", TWO)))
+  found = peak("\n".join([
+      op("p", "pred[]", "constant"), op("zero", "s32[]", "constant"),
+      op("big", TWO, "broadcast", "a"), op("s", f"(s32[], {ONE})", "tuple", "zero", "a"),
+      op("t", f"(s32[], {TWO})", "tuple", "zero", "big"),
+      op("c", ONE, "conditional", "p", "s", "t",
+         more=", true_computation=%first, false_computation=%second", root=True)]), inside)
+  assert "put" not in dict(found) and ("big", 2) in found
+
+
 def test_sources_are_read_from_the_tables():
   text = """HloModule m
 

@@ -114,7 +114,8 @@ def windows(tokens: Sequence[int], start: int, context: int) -> list[tuple[list[
   """Returns (context, continuation) pairs that score each token of a text once.
 
   The first window scores `context` tokens after the token `start`. Each further window scores
-  `context` new tokens after one known token; the last one has fewer, and as long a context as fits.
+  `context` new tokens after one known token; the last one may have fewer, and then as long a
+  context as fits.
   """
   found, done = [], 0
   while done < len(tokens):
