@@ -14,9 +14,7 @@ interleaved, and the fastest of each counts. Prints a table, then the same figur
 
 import functools
 import json
-import math
 import os
-import time
 from collections.abc import Callable
 
 import jax
@@ -25,6 +23,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks.iso_solver import machine
+from benchmarks.timing import fastest
 from moe_jax import cli
 from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.memory import use_huge_pages
@@ -40,7 +39,6 @@ _PASSES = flags.DEFINE_integer("attention_passes", 10, "Number of passes; the fa
                                lower_bound=1)
 _TILES = ((32, 32), (64, 32), (32, 64), (64, 64), (128, 64))
 WITHOUT_DOCUMENTS = "cuDNN, without documents"
-_LEAST_SECONDS = 0.01  # minimum duration of one timing
 _SIDE = {"cpu": 2048}  # of the square product; 8192 on other platforms
 
 Attention = Callable[..., jax.Array]  # query_BSHh, key_BSHh, value_BSHh, segments_BS -> out_BSHh
@@ -130,15 +128,8 @@ def main(overrides: list[str]) -> None:
       figures[name] = {"refused": (str(refused).strip() or repr(refused)).splitlines()[0][:100]}
       continue
     programs |= {(name, which): program for which, program in made.items()}
-  fastest = dict.fromkeys(programs, math.inf)
-  for _ in range(_PASSES.value + 1):  # one more, to warm up
-    for key, run in programs.items():
-      # Batch short calls, so that dispatch overhead does not dominate the timing.
-      calls = 1 if fastest[key] == math.inf else max(1, round(_LEAST_SECONDS / fastest[key]))
-      started = time.perf_counter()
-      jax.block_until_ready([run() for _ in range(calls)])
-      fastest[key] = min(fastest[key], (time.perf_counter() - started) / calls)
-  peak = 2 * side**3 / fastest["limit", "forward"]
+  seconds = fastest(programs, _PASSES.value)
+  peak = 2 * side**3 / seconds["limit", "forward"]
   # Two score-sized products forward and five backward; causal, so half of the scores count.
   flops = (2 + 5) * rows * heads * seq_len**2 * width
   sheet = Sheet(f"attention, {rows} x {seq_len} tokens, {heads} heads of {width}, bfloat16, "
@@ -149,7 +140,7 @@ def main(overrides: list[str]) -> None:
     if "refused" in found:
       sheet.add(f"{name}: {found['refused']}", *[""] * 5)
       continue
-    forward, both = (fastest[name, which] for which in ("forward", "gradients"))
+    forward, both = (seconds[name, which] for which in ("forward", "gradients"))
     found |= {"forward_ms": 1e3 * forward, "gradients_ms": 1e3 * both,
               "of_the_product": flops / both / peak}
     sheet.add(name, f"{1e3 * forward:.3f}", f"{1e3 * both:.3f}", f"{found['temporary_mb']:.0f}",

@@ -13,9 +13,7 @@ the same figures as JSON.
 
 import functools
 import json
-import math
 import os
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +23,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks.iso_solver import machine
+from benchmarks.timing import fastest
 from moe_jax import cli
 from moe_jax.design.sheet import Sheet, print_sheet
 from moe_jax.errors import require
@@ -43,8 +42,6 @@ from moe_jax.moe.experts import Experts, grouped_swiglu, swiglu
 from moe_jax.moe.layer import Semantics
 from moe_jax.moe.router import route
 
-_LEAST_SECONDS = 0.01  # minimum duration of one timing
-
 _SWEEPS = flags.DEFINE_multi_enum("layer_sweeps", ["granularity", "tokens"],
                                   ["granularity", "tokens"], "Variable to sweep; may be repeated.")
 _PASSES = flags.DEFINE_integer("layer_passes", 5, "Number of passes; the fastest counts.")
@@ -55,6 +52,7 @@ _DTYPE = flags.DEFINE_enum("layer_dtype", "float32", ["float32", "bfloat16"], "O
 SEQ_LEN, D_MODEL, ACTIVE_WIDTH, SPARSITY = 256, 256, 256, 8
 COUNTS = tuple(2**i for i in range(2, 9))  # sequences in the sweep over tokens
 PARTS = ("route", "dispatch", "experts", "combine", "layer")
+KINDS = ("forward", "gradients")
 
 
 class Layer(NamedTuple):
@@ -125,24 +123,12 @@ def parts_of(layer: Layer) -> dict[str, tuple[Callable, tuple]]:
 
 def measure(layers: list[Layer], passes: int) -> list[dict[str, dict[str, float]]]:
   """Times each part of each layer, forward and with gradients, in milliseconds."""
-  compiled = [{part: _compile(*parts) for part, parts in parts_of(layer).items()}
-              for layer in layers]
-  fastest = [{part: dict.fromkeys(both, math.inf) for part, both in parts.items()}
-             for parts in compiled]
-  for _ in range(passes + 1):  # one more, to warm up
-    for parts, found in zip(compiled, fastest, strict=True):
-      for part, both in parts.items():
-        for name, run in both.items():
-          found[part][name] = min(found[part][name], 1e3 * _seconds(run, found[part][name] / 1e3))
-  return fastest
-
-
-def _seconds(run: Callable, known: float) -> float:
-  """Seconds of a call. Short ones are batched, or their dispatch would be what is timed."""
-  calls = 1 if known == math.inf else max(1, round(_LEAST_SECONDS / known))
-  started = time.perf_counter()
-  jax.block_until_ready([run() for _ in range(calls)])
-  return (time.perf_counter() - started) / calls
+  programs = {(number, part, name): run for number, layer in enumerate(layers)
+              for part, parts in parts_of(layer).items()
+              for name, run in _compile(*parts).items()}
+  seconds = fastest(programs, passes)
+  return [{part: {name: 1e3 * seconds[number, part, name] for name in KINDS} for part in PARTS}
+          for number in range(len(layers))]
 
 
 def _compile(function: Callable, inputs: tuple) -> dict[str, Callable]:
@@ -153,7 +139,7 @@ def _compile(function: Callable, inputs: tuple) -> dict[str, Callable]:
   def total(*inputs):  # squared: the gradient of a plain sum would be constant
     return sum((y.astype(jnp.float32)**2).sum() for y in jax.tree.leaves(function(*inputs)))
 
-  both = {"forward": jax.jit(function), "gradients": jax.jit(jax.grad(total, floating))}
+  both = dict(zip(KINDS, (jax.jit(function), jax.jit(jax.grad(total, floating))), strict=True))
   for run in both.values():
     jax.block_until_ready(run(*inputs))
   return {name: functools.partial(run, *inputs) for name, run in both.items()}
@@ -170,17 +156,13 @@ def exponent(tokens: list[int], milliseconds: list[float]) -> float:
   return float(np.polyfit(np.log(tokens), np.log(milliseconds), 1)[0])
 
 
-def short_ms(value: float) -> str:
-  return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
 def _show(title: str, layers: list[Layer], found: list[dict[str, Any]]) -> None:
-  for name in ("forward", "gradients"):
+  for name in KINDS:
     sheet = Sheet(f"{title}, {name} [ms]", ["dispatch", "granularity", "tokens"],
                   [*PARTS, "dispatch + combine"])
     for layer, times in zip(layers, found, strict=True):
       sheet.add(layer.dispatch, str(layer.granularity), str(layer.sequences * SEQ_LEN),
-                *(short_ms(times[part][name]) for part in PARTS), f"{share_moved(times, name):.0%}")
+                *(f"{times[part][name]:.3f}" for part in PARTS), f"{share_moved(times, name):.0%}")
     print_sheet(sheet)
 
 

@@ -81,7 +81,7 @@ class Record:
   zone: str | None = None
   next_at: float = 0.0
   attempts: int = 0
-  requested: float | None = None
+  requested: float = 0.0
   preemptions: int = 0
   failures: int = 0
   in_a_row: int = 0
@@ -283,8 +283,7 @@ def refused(record: Record, error: str, retry: bool, now: float, policy: Policy)
 def _end(record, seen, state, now, policy):
   if seen is not None:
     return _delete(record, state, now)
-  if (record.state == CREATING and record.requested is not None
-      and now < record.requested + policy.arrival):
+  if record.state == CREATING and now < record.requested + policy.arrival:
     return record, None  # a request that timed out may still arrive: leave nothing behind
   return _to(record, state, now), None
 

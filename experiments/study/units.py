@@ -21,6 +21,7 @@ from moe_jax.study.candidates import flops
 
 TO_SAVE_SECONDS = 20.0  # grace period for trainers to checkpoint when the time is up
 _POLL_SECONDS = 0.2
+_PACKED_CHARACTERS = 8_000  # of a failed unit's output
 # Runs a command so that the kernel sends it SIGTERM when the sitting dies: a trainer that outlived
 # a killed sitting would hold on to its run and the device. 1 is PR_SET_PDEATHSIG. The first
 # argument is the sitting's PID, to detect that the sitting died before prctl took effect.
@@ -39,7 +40,6 @@ class Unit:
   overrides: tuple[str, ...] = ()
   process: subprocess.Popen | None = None
   began: float = 0.0
-  said: str = ""  # the end of the output of a training in which some cells failed
   log_from: int = 0  # offset in the log file at which the current process starts writing
   retried: bool = False
   resumes: bool = False  # whether an earlier sitting started it
@@ -122,7 +122,7 @@ class Sitting:
     self._seconds = self._read_seconds()
     self.done: list[Unit] = []
     self.failed: list[str] = []
-    self.logs: list[str] = []  # the end of each failed unit's output
+    self.logs: list[str] = []  # the ends of the failed units' logs
 
   def run(self) -> None:
     """Runs until all units are done or the time is up."""
@@ -194,7 +194,6 @@ class Sitting:
         self._start(unit)
       elif unit.stage == "train" and any(is_trained(cell, self._out) for cell in unit.cells
                                          if cell.config.train.decay_fraction):
-        unit.said = f"{self._said(unit, 4_000).strip()}\n" if code else ""
         unit.stage = "evaluate"
         self._start(unit)
       else:
@@ -213,9 +212,9 @@ class Sitting:
     left = [cell.name for cell in unit.cells if cell.config.train.decay_fraction
             and not is_done(cell, self._out)]
     if left:
-      said = self._said(unit, 4_000).strip()
-      lines = said.splitlines()
-      self.logs.append(f"==== {unit.name}\n{unit.said}{said}")
+      lines = self._said(unit, 4_000).strip().splitlines()
+      # Of all its processes: the training of some cells may have failed before the evaluation did.
+      self.logs.append(unit.log(self._out).read_text(errors="replace")[-_PACKED_CHARACTERS:])
       self.failed.append(f"{unit.name}: {unit.stage} ended with code {code}: "
                          f"{lines[-1] if lines else 'no output'}")
       print(self.failed[-1], flush=True)

@@ -73,3 +73,13 @@ def test_bad_steps_are_refused_in_one_line(tmp_path, value):
   assert done.stderr == (f"error: --profile_steps={value!r}: must be FIRST:LAST, two steps from 1 "
                          "to 20\n")
   assert not (tmp_path / "runs").exists()
+
+
+def test_the_shortest_of_several_cells_decides_what_steps_there_are(tmp_path):
+  """Whichever of them is not finished is the one that is profiled."""
+  whole = "l4-d96-f198-e8-k2-steps1953-decay0"
+  done = run_module("-m", "moe_jax.train", "--config=experiments/study/rehearsal_tenth.py:"
+                    f"{whole},l4-d96-f198-e8-k2-steps610-branch488", "--profile_steps=700:701",
+                    f"--out={tmp_path / 'runs'}")
+  assert done.returncode == 2
+  assert "--profile_steps='700:701': must be FIRST:LAST, two steps from 1 to 610" in done.stderr
